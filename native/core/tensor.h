@@ -1,0 +1,66 @@
+// Tensors that outlive a run (weights, parameters, caches) and the views that kernels get of every operand.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "core/dtype.h"
+
+namespace elastiform {
+
+constexpr int kMaxRank = 4;
+
+// Bytes somebody owns: heap memory or a mapped file. Shared by tensors; freed with the last of them.
+struct Storage {
+  uint8_t* data = nullptr;
+  size_t bytes = 0;
+  bool writable = false;
+  std::function<void()> release;  // called once, by the destructor
+  ~Storage() {
+    if (release) release();
+  }
+};
+
+struct PackedWeight;  // cpu/gemm: panels made once from a read-only weight
+
+// A tensor bound to programs by its owner in JavaScript. Read-only ones (`storage->writable == false`) are weights:
+// kernels may keep a packed copy of them in `packed`, made once and shared by every program.
+struct Tensor {
+  std::shared_ptr<Storage> storage;
+  DType dtype = DType::F32;
+  int rank = 0;
+  std::array<int64_t, kMaxRank> shape{};
+  std::array<int64_t, kMaxRank> strides{};  // in elements; weights [out, in] may be transposed or sliced views
+  size_t byteOffset = 0;
+  DType packAs = DType::F32;  // element type of the packed copy; arithmetic is always f32
+
+  std::mutex packMutex;
+  std::shared_ptr<const PackedWeight> packed;
+
+  void* data() const { return storage->data + byteOffset; }
+};
+
+// What a kernel sees of one operand: current sizes, never bounds. `data` is null for an absent optional operand.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::F32;
+  int rank = 0;
+  std::array<int64_t, kMaxRank> shape{};
+  std::array<int64_t, kMaxRank> strides{};  // in elements; contiguous for everything but weights
+  Tensor* tensor = nullptr;                 // the bound tensor of a weight or state operand, else null
+
+  explicit operator bool() const { return data != nullptr; }
+  int64_t dim(int i) const { return shape[i]; }
+  int64_t elements() const {
+    int64_t n = 1;
+    for (int i = 0; i < rank; ++i) n *= shape[i];
+    return n;
+  }
+  float* f32() const { return static_cast<float*>(data); }
+  int32_t* i32() const { return static_cast<int32_t*>(data); }
+};
+
+}  // namespace elastiform

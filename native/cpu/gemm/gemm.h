@@ -1,0 +1,64 @@
+// The matrix engine: C[M,N] = A[M,K] B[N,K]^T with gathers, packed weights and fused epilogues.
+//
+// Every element of C is one chain of fused multiply-adds over k = 0..K-1 in ascending order, whatever M, the blocking,
+// the instruction set or the number of threads: a row's result does not depend on the rows beside it, and a product
+// over a prefix of K or N equals the product of the extracted matrices, bit for bit.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "core/tensor.h"
+#include "ops/op.h"
+
+namespace elastiform::cpu {
+
+enum class Act : int { None = 0, GeluTanh = 1, GeluErf = 2, Silu = 3, Relu = 4 };
+
+// Element (i, k) is data[row(i) * rowStride + col(k) * colStride], row(i) = rows ? rows[i] : i, col likewise:
+// a gather of rows, or (in weight gradients, where the reduction runs over rows) of the reduction index.
+struct MatrixA {
+  const float* data;
+  int64_t rowStride, colStride;
+  const int32_t* rows = nullptr;
+  const int32_t* cols = nullptr;
+  const float* colScale = nullptr;  // multiplies element (i, k) by colScale[k]
+};
+
+// Element (n, k) is data[n * nStride + k(k) * kStride] of `dtype`. With `packed`, that copy is read instead
+// (prefixes of N and K of it are fine); without, blocks are packed while they are needed.
+struct MatrixB {
+  const void* data;
+  DType dtype;
+  int64_t nStride, kStride;
+  const PackedWeight* packed = nullptr;
+  const int32_t* ks = nullptr;  // gather along the reduction
+};
+
+// What happens to a finished tile of C, in this order: y = c + bias[n]; pre[m,n] = y; y = act(y);
+// y *= rowScale[m]; out[row(m), n] (+)= y, row(m) = rows ? rows[m] : m.
+struct Epilogue {
+  const void* bias = nullptr;
+  DType biasDtype = DType::F32;
+  int64_t biasStride = 1;
+  float* pre = nullptr;  // [M, ldOut]
+  Act act = Act::None;
+  const float* rowScale = nullptr;
+  const int32_t* rows = nullptr;
+  bool accumulate = false;
+};
+
+void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
+          int64_t ldOut, const KernelArgs& args);
+
+// The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock.
+MatrixB weightB(const TensorView& w);
+// The same weight as B of the input gradient: n runs over inputs, k over outputs. Never keeps a second copy.
+MatrixB weightTransposedB(const TensorView& w);
+
+// Bytes held by a packed weight, for accounting.
+int64_t packedBytes(const PackedWeight&);
+
+float activate(Act act, float x);
+
+}  // namespace elastiform::cpu

@@ -1,0 +1,104 @@
+// The op registry. docs/ops.md says what each op computes; lib/graph/ops has its builder and gradient.
+#include "ops/op.h"
+
+#include <unordered_map>
+
+namespace elastiform {
+
+const std::vector<OpDef>& opDefs() {
+  static const std::vector<OpDef>& defs = *new std::vector<OpDef>{
+      // embedding
+      {"embedding", "table:w[V,D] ids:i32[R] -> y:f32[R,D]", {}},
+      {"embedding_grad", "dy:f32[R,D] ids:i32[R] -> dtable:f32[V,D]", {}},
+      // elementwise and rows
+      {"zeros", "-> y:f32[*X]", {}},
+      {"add", "a:f32[*X] b:f32[*X] -> y:f32[*X]", {}, 0},
+      {"scale", "x:f32[*X] s?:f32[1] -> y:f32[*X]", {"factor"}, 0},
+      {"activation", "x:f32[*X] -> y:f32[*X]", {"act"}},
+      {"activation_grad", "dy:f32[*X] x:f32[*X] -> dx:f32[*X]", {"act"}, 0},
+      {"gated_activation", "g:f32[*X] u:f32[*X] -> y:f32[*X]", {"act"}},
+      {"gated_activation_grad", "dy:f32[*X] g:f32[*X] u:f32[*X] -> dg:f32[*X] du:f32[*X]", {"act"}, 0},
+      {"gather_rows", "x:f32[N,D] rows:i32[R] -> y:f32[R,D]", {}},
+      {"gather_ids", "x:i32[N] rows:i32[R] -> y:i32[R]", {}},
+      {"scatter_add", "acc:f32[N,D] x:f32[R,D] rows:i32[R] -> y:f32[N,D]", {}, 0},
+      {"sum_rows", "x:f32[N,D] rows?:i32[R] gate?:f32[R|N] -> y:f32[D]", {}},
+      {"dot", "a:f32[R] b:f32[R] -> y:f32[1]", {}},
+      // norm
+      {"rms_norm", "x:f32[N,D] weight:w[D] rows?:i32[R] -> y:f32[R|N,D] rstd?:f32[R|N]", {"eps"}},
+      {"rms_norm_grad",
+       "dy:f32[R|N,D] x:f32[N,D] weight:w[D] rstd:f32[R|N] rows?:i32[R] -> dx:f32[R|N,D] dweight?:f32[D]",
+       {}},
+      {"layer_norm",
+       "x:f32[N,D] weight:w[D] bias?:w[D] rows?:i32[R] -> y:f32[R|N,D] mean?:f32[R|N] rstd?:f32[R|N]",
+       {"eps"}},
+      {"layer_norm_grad",
+       "dy:f32[R|N,D] x:f32[N,D] weight:w[D] mean:f32[R|N] rstd:f32[R|N] rows?:i32[R] -> dx:f32[R|N,D] "
+       "dweight?:f32[D] dbias?:f32[D]",
+       {}},
+      // linear (cpu/gemm)
+      {"linear", "x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] -> y:f32[R|M,N] pre?:f32[R|M,N]", {"act"}},
+      {"linear_gated",
+       "x:f32[M,K] wg:w[N<,K<] wu:w[N<,K<] bg?:w[N<] bu?:w[N<] rows?:i32[R] -> y:f32[R|M,N] g?:f32[R|M,N] "
+       "u?:f32[R|M,N]",
+       {"act"}},
+      {"linear_add",
+       "residual:f32[N,D] x:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> y:f32[N,D]",
+       {},
+       0},
+      {"linear_dx", "dy:f32[R,N] w:w[N<,K<] acc?:f32[R,K] -> dx:f32[R,K]", {}, 2},
+      {"linear_add_grad",
+       "dy:f32[N,D] x?:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> dx:f32[R|N,K] "
+       "dgate?:f32[R|N]",
+       {}},
+      {"linear_dw",
+       "dy:f32[A,N] x:f32[B,K] dyrows?:i32[R] xrows?:i32[Q] gate?:f32[R|A] -> dw:f32[N,K]",
+       {}},
+      // positions and attention
+      {"rope", "x:f32[R,D] positions:i32[R] inv_freq:w[F] -> y:f32[R,D]", {"head_dim", "sign", "magnitude"}, 0},
+      {"attention",
+       "q:f32[R,Q] k:f32[R,C] v:f32[R,C] offsets:i32[O] -> y:f32[R,Q] lse?:f32[R,H]",
+       {"heads", "kv_heads", "causal", "scale"}},
+      {"attention_grad",
+       "dy:f32[R,Q] q:f32[R,Q] k:f32[R,C] v:f32[R,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] -> dq:f32[R,Q] "
+       "dk:f32[R,C] dv:f32[R,C]",
+       {"heads", "kv_heads", "causal", "scale"}},
+      {"attention_cached",
+       "q:f32[R,Q] k:f32[R,C] v:f32[R,C] offsets:i32[O] lengths!:i32[S] cache_k!:f32[S,T,C] cache_v!:f32[S,T,C] -> "
+       "y:f32[R,Q]",
+       {"heads", "kv_heads", "scale"}},
+      // routing
+      {"route_topk", "z:f32[N,1] offsets:i32[O] capacity:f32[S] -> rows:i32[+R] row_offsets:i32[O]", {}},
+      {"route_threshold", "z:f32[N,1] offsets:i32[O] threshold:f32[S] -> rows:i32[+R] row_offsets:i32[O]", {}},
+      {"gate", "z:f32[N,1] rows:i32[R] -> g:f32[R]", {"mode"}},
+      {"gate_grad", "dg:f32[R] z:f32[N,1] rows:i32[R] -> dz:f32[N,1]", {"mode"}},
+      {"topk_bce", "z:f32[N,1] rows:i32[R] -> loss:f32[1]", {}},
+      {"topk_bce_grad", "dloss:f32[1] z:f32[N,1] rows:i32[R] -> dz:f32[N,1]", {}},
+      // losses (chunked over rows: full logits never exist)
+      {"distill_kl",
+       "hs:f32[R,K] ht:f32[R,K] w:w[V,K<] weight:f32[R] targets?:i32[R] -> loss:f32[1] row?:f32[R] "
+       "dh?:f32[R,K] agree?:f32[R] ce?:f32[R]",
+       {}},
+      {"cross_entropy",
+       "h:f32[R,K] w:w[V,K<] targets:i32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] dh?:f32[R,K] "
+       "dw?:f32[V,K] correct?:f32[R]",
+       {}},
+      // optimizer
+      {"accumulate", "state!:f32[P] x:f32[*X] ->", {"offset"}},
+      {"adamw", "p!:f32[P] g!:f32[P] m!:f32[P] v!:f32[P] hyper:f32[8] -> grad_norm:f32[1]", {"decay_count"}},
+      // sampling
+      {"sample", "logits:f32[S,V] params:f32[S,4] -> ids:i32[S] logprob:f32[S]", {}},
+  };
+  return defs;
+}
+
+int findOp(const std::string& name) {
+  static const auto& index = *[] {
+    auto* map = new std::unordered_map<std::string, int>;
+    for (size_t i = 0; i < opDefs().size(); ++i) map->emplace(opDefs()[i].name, static_cast<int>(i));
+    return map;
+  }();
+  const auto found = index.find(name);
+  return found == index.end() ? -1 : found->second;
+}
+
+}  // namespace elastiform
