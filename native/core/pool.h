@@ -9,7 +9,10 @@ namespace elastiform {
 
 // Threads that take part, the caller included. Default: min(hardware threads, cgroup CPU quota, ELASTIFORM_THREADS).
 int threadCount();
-void setThreadCount(int threads);
+void setThreadCount(int threads);  // 1..kMaxThreads, else Error(InvalidArgument)
+constexpr int kMaxThreads = 256;
+// CPUs this process may run on.
+int hardwareThreads();
 
 // Runs body(chunk, worker) for chunk = 0..chunks-1, on the calling thread and the pool's workers; returns when every
 // chunk is done. `worker` is in [0, threadCount()) and unique among bodies running at the same time: index scratch

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,6 +20,9 @@ struct Storage {
   size_t bytes = 0;
   bool writable = false;
   std::function<void()> release;  // called once, by the destructor
+  // Runs submitted and not finished that read, or write, this storage (counted for writable ones only).
+  std::atomic<int> pendingReaders{0};
+  std::atomic<int> pendingWriters{0};
   ~Storage() {
     if (release) release();
   }

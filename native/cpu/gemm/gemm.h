@@ -1,19 +1,18 @@
 // The matrix engine: C[M,N] = A[M,K] B[N,K]^T with gathers, packed weights and fused epilogues.
 //
-// Every element of C is one chain of fused multiply-adds over k = 0..K-1 in ascending order, whatever M, the blocking,
-// the instruction set or the number of threads: a row's result does not depend on the rows beside it, and a product
-// over a prefix of K or N equals the product of the extracted matrices, bit for bit.
+// Every element of C is one chain of fused multiply-adds over k = 0..K-1 in ascending order, whatever M, the blocking
+// or the number of threads: a row's result does not depend on the rows beside it, and a product over a prefix of K or
+// N equals the product of the extracted matrices, bit for bit.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 
 #include "core/tensor.h"
+#include "cpu/act.h"
 #include "ops/op.h"
 
 namespace elastiform::cpu {
-
-enum class Act : int { None = 0, GeluTanh = 1, GeluErf = 2, Silu = 3, Relu = 4 };
 
 // Element (i, k) is data[row(i) * rowStride + col(k) * colStride], row(i) = rows ? rows[i] : i, col likewise:
 // a gather of rows, or (in weight gradients, where the reduction runs over rows) of the reduction index.
@@ -32,11 +31,12 @@ struct MatrixB {
   DType dtype;
   int64_t nStride, kStride;
   const PackedWeight* packed = nullptr;
-  const int32_t* ks = nullptr;  // gather along the reduction
+  const int32_t* ks = nullptr;          // gather along the reduction
+  DType roundTo = DType::F32;           // values are rounded to this type when packed here
 };
 
 // What happens to a finished tile of C, in this order: y = c + bias[n]; pre[m,n] = y; y = act(y);
-// y *= rowScale[m]; out[row(m), n] (+)= y, row(m) = rows ? rows[m] : m.
+// y *= rowScale[m]; out[row(m), n] (+)= y, row(m) = rows ? rows[m] : m. `out` must not be read by A or B.
 struct Epilogue {
   const void* bias = nullptr;
   DType biasDtype = DType::F32;
@@ -48,17 +48,28 @@ struct Epilogue {
   bool accumulate = false;
 };
 
+// Two products with the same A: g = c1 + bias, u = c2 + bias, out = act(g) * u; g and u [M, ldOut] when wanted.
+struct GatedEpilogue {
+  const void* bias[2] = {nullptr, nullptr};
+  DType biasDtype[2] = {DType::F32, DType::F32};
+  int64_t biasStride[2] = {1, 1};
+  float* g = nullptr;
+  float* u = nullptr;
+  Act act = Act::None;
+};
+
 void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
           int64_t ldOut, const KernelArgs& args);
+void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& gate, const MatrixB& up,
+               const GatedEpilogue& epilogue, float* out, int64_t ldOut, const KernelArgs& args);
 
 // The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock.
 MatrixB weightB(const TensorView& w);
 // The same weight as B of the input gradient: n runs over inputs, k over outputs. Never keeps a second copy.
 MatrixB weightTransposedB(const TensorView& w);
 
-// Bytes held by a packed weight, for accounting.
+// Bytes held by a packed weight, and by all of them.
 int64_t packedBytes(const PackedWeight&);
-
-float activate(Act act, float x);
+int64_t packedBytesTotal();
 
 }  // namespace elastiform::cpu

@@ -1,0 +1,227 @@
+// elastiform itself: products, prefill, decode and routed programs, built by the same code that `generate` runs.
+import { policyOf } from '../../dist/elastic/elastify.js';
+import { trainingSelector } from '../../dist/elastic/rows.js';
+import { Graph, gatherRows, linear, linearAdd, Program } from '../../dist/graph/index.js';
+import { Session } from '../../dist/infer/cache.js';
+import { loadNetwork } from '../../dist/infer/network.js';
+import { compilePrefill } from '../../dist/infer/programs.js';
+import { feedForwardBlock } from '../../dist/model/blocks.js';
+import { decoder, finalNorm } from '../../dist/model/decoder.js';
+import { selectEverything } from '../../dist/model/select.js';
+import { bindWeights } from '../../dist/model/weights.js';
+import { Engine, loadAddon, Tensor } from '../../dist/native/index.js';
+import { batch, encode, serve } from '../harness/serve.mjs';
+import { fill, generator, tokens } from '../model/random.mjs';
+
+const facts = () => {
+  const { version, isa, threads } = loadAddon().info();
+  return { version, isa, threads };
+};
+const random = (length, seed, spread = 0.03) => {
+  const values = new Float32Array(length);
+  fill(values, generator(seed), 0, spread);
+  return values;
+};
+const greedy = Float32Array.of(0, 0, 1, 0); // temperature, top-k, top-p, random number
+const range = (start, count) => Int32Array.from({ length: count }, (_, i) => start + i);
+
+// ---- products ----
+
+let engine;
+const products = [];
+
+// A program over `copies` weights, so that they come from memory; of every result one row is kept alive.
+function productProgram(copies, seed, build) {
+  const graph = new Graph();
+  const kept = graph.feed('kept', 'i32', [1]);
+  for (let i = 0; i < copies; i++) graph.output(`y${i}`, gatherRows(build(graph, i, seed + i), kept));
+  return Program.compile(graph, engine);
+}
+
+const weight = (shape, seed) => Tensor.fromData('f32', shape, random(shape[0] * shape[1], seed));
+
+async function runProduct({ program, feeds, copies }, batchMs) {
+  let inside = 0;
+  const { calls } = await batch(batchMs, async () => {
+    inside += (await program.run({ feeds })).ms;
+  });
+  return { ms: inside / calls / copies, calls };
+}
+
+// ---- inference ----
+
+let network;
+let session;
+
+function stepFeeds(ids, start) {
+  return {
+    dims: { rows: ids.length },
+    feeds: {
+      ids: Int32Array.from(ids),
+      positions: range(start, ids.length),
+      offsets: Int32Array.of(0, ids.length),
+      last: Int32Array.of(ids.length - 1),
+    },
+  };
+}
+
+async function generateStep(ids, start) {
+  const { dims, feeds } = stepFeeds(ids, start);
+  return session.program(false).run({ dims, feeds: { ...feeds, sampling: greedy } });
+}
+
+// ---- routing ----
+
+const routed = {};
+
+// Top-k selection in every layer at the given places; routers are random, so that the rows chosen are spread out.
+function routeAll(graph, segments, places) {
+  const { spec } = network;
+  const tokensAt = Object.fromEntries(places.map((place) => [place, 0.5]));
+  const policy = policyOf({ kind: 'elastiformer', tokens: tokensAt }, spec);
+  const known = new Map();
+  const routers = (id) => {
+    if (!known.has(id)) {
+      known.set(id, {
+        weight: graph.weight(weight([1, spec.hidden], 1000 + known.size)),
+        bias: graph.weight(Tensor.fromData('f32', [1], new Float32Array(1))),
+      });
+    }
+    return known.get(id);
+  };
+  return trainingSelector(graph, policy, routers, segments);
+}
+
+await serve({
+  // Products x[m,k] w[n,k]^T of `shapes`, and prefixes of a feed-forward layer's width.
+  products({ threads, shapes, copies, slices }) {
+    loadAddon().setThreads(threads);
+    engine = new Engine();
+    for (const [m, k, n] of shapes) {
+      const program = productProgram(copies, 1, (graph, i, seed) =>
+        linear(graph.feed('x', 'f32', [m, k]), graph.weight(weight([n, k], seed), `w${i}`)),
+      );
+      products.push({ program, copies, feeds: { x: random(m * k, 99, 1), kept: Int32Array.of(0) } });
+    }
+    const { rows, hidden, ffn, widths } = slices;
+    const up = Array.from({ length: copies }, (_, i) => weight([ffn, hidden], 1 + i));
+    const down = Array.from({ length: copies }, (_, i) => weight([hidden, ffn], 51 + i));
+    const x = random(rows * hidden, 98, 1);
+    for (const width of widths) {
+      const upProgram = productProgram(copies, 0, (graph, i) =>
+        linear(graph.feed('x', 'f32', [rows, hidden]), graph.weight(up[i]), { width, act: 'gelu_tanh' }),
+      );
+      products.push({ program: upProgram, copies, feeds: { x, kept: Int32Array.of(0) } });
+      const downProgram = productProgram(copies, 0, (graph, i) =>
+        linearAdd(
+          graph.feed('x', 'f32', [rows, hidden]),
+          graph.feed('h', 'f32', [rows, width]),
+          graph.weight(down[i]),
+        ),
+      );
+      products.push({ program: downProgram, copies, feeds: { x, h: random(rows * width, 97, 1), kept: Int32Array.of(0) } });
+    }
+    return facts();
+  },
+  product: ({ index, batchMs }) => runProduct(products[index], batchMs),
+
+  async load({ dir, threads, dtype }) {
+    network = await loadNetwork(dir, { dtype, threads, maxContext: 1024 });
+    session = new Session(network);
+    return { ...facts(), settings: `${dtype} weights, KV cache, next token sampled natively` };
+  },
+  async logits({ prompt, next }) {
+    const graph = new Graph();
+    const rows = graph.dim('rows', prompt.length);
+    const weights = bindWeights(graph, network.weights);
+    const inputs = {
+      ids: graph.feed('ids', 'i32', [rows]),
+      positions: graph.feed('positions', 'i32', [rows]),
+      offsets: graph.feed('offsets', 'i32', [2]),
+      caches: session.bind(graph),
+    };
+    const x = decoder(graph, network.spec, weights, inputs);
+    graph.output('logits', linear(finalNorm(network.spec, weights, x, graph.feed('last', 'i32', [1])), weights.head));
+    const program = Program.compile(graph, network.engine);
+    session.reset();
+    const prefill = (await program.run(stepFeeds(prompt, 0))).outputs.logits;
+    let last;
+    for (const [i, id] of next.entries()) last = (await program.run(stepFeeds([id], prompt.length + i))).outputs.logits;
+    program.dispose();
+    return { prefill: encode(prefill), decode: encode(last) };
+  },
+  async prefill({ prompt }) {
+    session.reset();
+    const start = performance.now();
+    await generateStep(prompt, 0);
+    return { ms: performance.now() - start };
+  },
+  async decode({ prompt, next }) {
+    session.reset();
+    await generateStep(prompt, 0);
+    const start = performance.now();
+    for (const [i, id] of next.entries()) await generateStep([id], prompt.length + i);
+    return { ms: (performance.now() - start) / next.length };
+  },
+
+  // Whole model and feed-forward layers alone, dense and with every layer routed.
+  async routed({ dir, threads, rows }) {
+    network = await loadNetwork(dir, { dtype: 'f32', threads, maxContext: 1024 });
+    const { spec } = network;
+    const offsets = Int32Array.of(0, rows);
+    const model = {
+      ids: tokens(rows, spec.vocab, 5),
+      positions: range(0, rows),
+      offsets,
+      last: Int32Array.of(rows - 1),
+      sampling: greedy,
+    };
+    const half = Float32Array.of(0.5);
+    const dims = { rows, segments: 1, offsets: 2 };
+    const whole = (select) => compilePrefill(network, { rows, segments: 1 }, select);
+    routed.model = {
+      dense: { program: whole(() => selectEverything), dims, feeds: model },
+      routed: {
+        program: whole((graph, _, segments) => routeAll(graph, segments, ['attn', 'mlp'])),
+        dims,
+        feeds: { ...model, 'capacity.attn': half, 'capacity.mlp': half },
+      },
+    };
+    const layersOnly = (select) => {
+      const graph = new Graph();
+      const weights = bindWeights(graph, network.weights);
+      const context = {
+        graph,
+        spec,
+        positions: graph.feed('positions', 'i32', [rows]),
+        offsets: graph.feed('offsets', 'i32', [2]),
+        selector: select(graph),
+      };
+      let x = graph.feed('x', 'f32', [rows, spec.hidden]);
+      weights.layers.forEach((layer, i) => {
+        x = feedForwardBlock(context, i, x, layer);
+      });
+      graph.output('kept', gatherRows(x, graph.feed('kept', 'i32', [1])));
+      return Program.compile(graph, network.engine);
+    };
+    const ffn = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
+    routed.ffn = {
+      dense: { program: layersOnly(() => selectEverything), dims: {}, feeds: ffn },
+      routed: {
+        program: layersOnly((graph) => routeAll(graph, 1, ['mlp'])),
+        dims: {},
+        feeds: { ...ffn, 'capacity.mlp': half },
+      },
+    };
+    return facts();
+  },
+  async routedRun({ what, mode, batchMs }) {
+    const { program, dims, feeds } = routed[what][mode];
+    let counters;
+    const result = await batch(batchMs, async () => {
+      ({ counters } = await program.run({ dims, feeds }));
+    });
+    const flops = Object.values(counters).reduce((sum, c) => sum + c.flops, 0);
+    return { ...result, flops };
+  },
+});

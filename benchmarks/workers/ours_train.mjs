@@ -1,0 +1,172 @@
+// elastiform's self-distillation: its own training loop, held between steps so that the coordinator can time them.
+import fs from 'node:fs';
+import path from 'node:path';
+import { TokenData } from '../../dist/distill/data.js';
+import { batchRun, capacityFeeds, routerPlan, trainProgram } from '../../dist/distill/steps.js';
+import { Trainable } from '../../dist/distill/trainable.js';
+import { resolveConfig, train } from '../../dist/distill/trainer.js';
+import { policyOf } from '../../dist/elastic/elastify.js';
+import { Checkpoint } from '../../dist/io/safetensors.js';
+import { specFromConfig } from '../../dist/model/spec.js';
+import { loadWeights } from '../../dist/model/weights.js';
+import { Engine, loadAddon } from '../../dist/native/index.js';
+import { encode, memory, resetPeak, serve } from '../harness/serve.mjs';
+import { generator, tokens } from '../model/random.mjs';
+
+let step;
+let trainable;
+let settings;
+let release; // lets the held training loop go on
+let reached; // resolves when the step is done
+
+const batchOf = (ids) => ({
+  ids: Int32Array.from(ids),
+  positions: Int32Array.from(ids, (_, i) => i),
+  targets: new Int32Array(ids.length).fill(-1),
+  offsets: Int32Array.of(0, ids.length),
+});
+
+function runStep(batch, total, signal) {
+  const { dims, feeds } = batchRun(batch);
+  return step.run({
+    dims,
+    feeds: {
+      ...feeds,
+      ...capacityFeeds(dims.segments, () => settings.capacity),
+      weight: new Float32Array(dims.rows).fill(1 / total),
+    },
+    signal,
+  });
+}
+
+// Starts the loop of `elastiform distill`; every step event waits for `release`.
+function startTraining({ spec, engine, rows, lr, scratch }) {
+  const documents = Array.from({ length: 64 }, (_, i) => [...tokens(rows, spec.vocab, 100 + i)]);
+  const data = TokenData.fromIds(documents, rows, 0);
+  const config = resolveConfig(
+    {
+      steps: 1e6,
+      batchTokens: rows,
+      evalEvery: 1e6,
+      saveEvery: 1e6,
+      resume: false,
+      optimizer: { lr, weightDecay: 0, schedule: 'constant', warmup: 0 },
+    },
+    data,
+    { batchTokens: rows, lr, weightDecay: 0 },
+  );
+  const task = {
+    api: 'distill',
+    engine,
+    trainable,
+    data,
+    identity: {},
+    lossRows: (batch) => batch.ids.length,
+    async micro(batch, { total, signal }) {
+      const { outputs } = await runStep(batch, total, signal);
+      return Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, value[0]]));
+    },
+  };
+  let go = new Promise((resolve) => {
+    release = resolve;
+  });
+  task.micro = ((micro) => async (batch, at) => {
+    await go;
+    return micro(batch, at);
+  })(task.micro);
+  train(task, config, scratch, {
+    onEvent: (event) => {
+      if (event.type !== 'step') return;
+      go = new Promise((resolve) => {
+        release = resolve;
+      });
+      reached.resolve(event.loss);
+    },
+  }).catch((error) => reached?.reject(error));
+}
+
+function oneStep() {
+  return new Promise((resolve, reject) => {
+    reached = { resolve, reject };
+    release();
+  });
+}
+
+await serve({
+  train({ dir, threads, capacity, lr, rows, scratch }) {
+    const configPath = path.join(dir, 'config.json');
+    const spec = specFromConfig(JSON.parse(fs.readFileSync(configPath, 'utf8')), configPath);
+    loadAddon().setThreads(threads);
+    const { weights } = loadWeights(spec, Checkpoint.open(dir), { dtype: 'f32' });
+    const engine = new Engine();
+    const policy = policyOf({ kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity } }, spec);
+    trainable = new Trainable(routerPlan(policy));
+    settings = { capacity };
+    step = trainProgram({ spec, weights, policy, trainable, engine, batchTokens: rows }, { kl: 1, topkBce: 0 }, false);
+    fs.mkdirSync(scratch, { recursive: true });
+    process.on('exit', () => fs.rmSync(scratch, { recursive: true, force: true }));
+    startTraining({ spec, engine, rows, lr, scratch });
+    const { version, isa } = loadAddon().info();
+    return { version, isa, settings: 'f32, training loop of distill, KL term only, nothing recomputed' };
+  },
+  // Sets the routers to a fixed pattern; loss and gradients of all weights, then all biases, without an update.
+  async gradients({ ids }) {
+    const { parameters, size } = trainable.plan;
+    const values = new Float32Array(size);
+    const routers = parameters.length / 2;
+    for (const [index, p] of parameters.entries()) {
+      const hidden = parameters[0].size;
+      for (let i = 0; i < p.size; i++) {
+        const element = index < routers ? i : hidden;
+        values[p.offset + i] = 0.02 * Math.sin(element * 0.7 + (index % routers));
+      }
+    }
+    trainable.params.write(values);
+    const { outputs } = await runStep(batchOf(ids), ids.length);
+    const gradients = encode(trainable.grads.readFloat());
+    trainable.grads.write(new Float32Array(size));
+    return { loss: outputs.loss[0], gradients };
+  },
+  async step() {
+    const start = performance.now();
+    const loss = await oneStep();
+    return { ms: performance.now() - start, loss };
+  },
+  // The longest time between two ticks of a 1 ms timer while steps run.
+  async eventLoop({ steps }) {
+    const gaps = [];
+    let last = performance.now();
+    const timer = setInterval(() => {
+      const now = performance.now();
+      gaps.push(now - last);
+      last = now;
+    }, 1);
+    for (let i = 0; i < steps; i++) await oneStep();
+    clearInterval(timer);
+    gaps.sort((a, b) => a - b);
+    return { ticks: gaps.length, largest: gaps.at(-1), p99: gaps[Math.floor(gaps.length * 0.99)] };
+  },
+  // Aborts steps at random moments; milliseconds from abort() until the run's promise has rejected.
+  async abort({ ids, trials, within }) {
+    const next = generator(11);
+    const latencies = [];
+    for (let i = 0; i < trials; i++) {
+      const controller = new AbortController();
+      const run = runStep(batchOf(ids), ids.length, controller.signal).then(
+        () => null,
+        (error) => {
+          if (!controller.signal.aborted) throw error;
+          return performance.now();
+        },
+      );
+      await new Promise((resolve) => setTimeout(resolve, (within * next()) / 4294967296));
+      const start = performance.now();
+      controller.abort();
+      const end = await run;
+      if (end !== null) latencies.push(end - start);
+    }
+    return { latencies };
+  },
+  memory,
+  resetPeak,
+});

@@ -1,0 +1,229 @@
+// Self-distillation: trains the routers of a plan so that the routed model imitates its own full self.
+import { createHash } from 'node:crypto';
+import { join, resolve } from 'node:path';
+import { standardLevels } from '../elastic/budget.js';
+import type { ElasticPolicy, Router } from '../elastic/policy.js';
+import { policyToJson, routerPlaces } from '../elastic/policy.js';
+import { readElastic, writeElastic } from '../elastic/store.js';
+import { readJson } from '../io/files.js';
+import { Checkpoint } from '../io/safetensors.js';
+import { loadTokenizer } from '../io/tokenizer.js';
+import { specFromConfig } from '../model/spec.js';
+import { loadWeights } from '../model/weights.js';
+import { InvalidArgumentError } from '../native/errors.js';
+import { Engine } from '../native/index.js';
+import { calibrate } from './calibrate.js';
+import { batchRun, trainingTexts, wholeEpoch } from './batches.js';
+import { type DataSource, TokenData } from './data.js';
+import type { TrainConfig, TrainResult } from './events.js';
+import { Random } from './random.js';
+import {
+  capacityFeeds,
+  type DistillModel,
+  evalProgram,
+  type LossWeights,
+  routerPlan,
+  trainProgram,
+} from './steps.js';
+import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
+import { Trainable } from './trainable.js';
+
+export type LossTerm =
+  /** Forward KL from the full model's next-token distribution to the routed model's. */
+  | { kind: 'kl'; weight: number }
+  /** Binary cross-entropy of every router against its own top-k choice: makes thresholds, which are causal, agree. */
+  | { kind: 'topk-bce'; weight: number };
+
+export interface DistillConfig extends TrainConfig {
+  /** A directory written by elastify, or an elastic model to train further. */
+  plan: string;
+  /** Becomes the trained elastic directory; metrics.jsonl and checkpoints/ lie there too. */
+  out: string;
+  data: DataSource;
+  /** Held out: measured every `evalEvery` steps, and the best routers are kept. */
+  evalData?: DataSource;
+  /** Without evalData: share of the documents to hold out. */
+  heldOut?: number;
+  /** Default: kl at weight 1 and topk-bce at 0.1. */
+  loss?: readonly LossTerm[];
+  /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
+  dtype?: 'f32' | 'bf16' | 'f16';
+  /** Tokens measured for the thresholds, at each of up to 8 capacities; default 8192. */
+  calibrationTokens?: number;
+}
+
+const ownKeys = ['plan', 'out', 'data', 'evalData', 'heldOut', 'loss', 'dtype', 'calibrationTokens'];
+
+/**
+ * Trains the routers of a plan, calibrates their thresholds and writes the elastic directory. Everything else stays
+ * frozen; teacher and student share the mapped weights. The same config gives the same bits whatever the thread count,
+ * and a killed run, started again, continues to the same bits.
+ *
+ * Capacities are drawn anew for every sequence of every step, uniformly over the plan's range, one draw for both places.
+ * Errors: InvalidArgumentError for a bad config, InvalidDataError and InvalidFileError for bad inputs, FileSystemError
+ * when another process writes to `out`, DivergedError when training does not recover from NaN.
+ */
+export async function distill(config: DistillConfig): Promise<TrainResult> {
+  checkConfig('distill', config, ownKeys);
+  const losses = lossWeights(config.loss);
+  const calibrationTokens = config.calibrationTokens ?? 8192;
+  if (!Number.isInteger(calibrationTokens) || calibrationTokens < 1) {
+    throw new InvalidArgumentError(`[distill] calibrationTokens must be a positive integer, got ${calibrationTokens}`);
+  }
+  if (resolve(config.plan) === resolve(config.out)) {
+    throw new InvalidArgumentError(`[distill] out must be another directory than the plan, got ${config.out}`);
+  }
+  const elastic = await readElastic(config.plan);
+  if (!elastic) {
+    throw new InvalidArgumentError(`[distill] ${config.plan} has no routers to train; make a plan with \`elastiform elastify\``);
+  }
+  const { policy } = elastic;
+  const configPath = join(config.plan, 'config.json');
+  const spec = specFromConfig(await readJson(configPath), configPath);
+  const tokenizer = await loadTokenizer(config.plan);
+  const sequenceLength = config.sequenceLength ?? Math.min(512, spec.maxPositions);
+  if (sequenceLength > spec.maxPositions) {
+    throw new InvalidArgumentError(
+      `[distill] sequenceLength must be at most the model's ${spec.maxPositions} positions, got ${sequenceLength}`,
+    );
+  }
+  const texts = await trainingTexts('distill', config);
+  const data = TokenData.tokenise(texts.train, tokenizer, sequenceLength);
+  const evalData = texts.heldOut && TokenData.tokenise(texts.heldOut, tokenizer, sequenceLength);
+  const resolved = resolveConfig(config, data, { batchTokens: 2048, lr: 3e-3, weightDecay: 0 });
+
+  return withLock(config.out, async () => {
+    using checkpoint = Checkpoint.open(config.plan);
+    using loaded = loadWeights(spec, checkpoint, config.dtype ? { dtype: config.dtype } : {});
+    using engine = new Engine();
+    using trainable = new Trainable(routerPlan(policy));
+    const start = flatten(trainable, elastic.routers);
+    trainable.params.write(start);
+    const model: DistillModel = {
+      spec,
+      weights: loaded.weights,
+      policy, trainable, engine, batchTokens: resolved.batchTokens };
+    using step = trainProgram(model, losses, config.gradCheckpointing ?? false);
+    using measure = evalProgram(model);
+    const task: Task = {
+      api: 'distill',
+      engine,
+      trainable,
+      data,
+      identity: {
+        method: 'self-distillation',
+        policy: policyToJson({ ...policy, calibration: null, levels: [] }),
+        start: createHash('sha256').update(start).digest('hex'),
+        losses,
+        dtype: config.dtype ?? null,
+        evalData: evalData?.sha256() ?? null,
+      },
+      lossRows: (batch) => batch.ids.length,
+      async micro(batch, { step: number, index, total, signal }) {
+        const { dims, feeds } = batchRun(batch);
+        const random = new Random(resolved.seed, 'capacity', number * resolved.gradAccumulation + index);
+        const draws = Array.from({ length: dims.segments }, () => random.uniform());
+        const { outputs } = await step.run({
+          dims,
+          feeds: {
+            ...feeds,
+            ...capacityFeeds(dims.segments, (place, s) => {
+              const [low, high] = policy.capacity[place] ?? [1, 1];
+              return low + (high - low) * draws[s];
+            }),
+            weight: new Float32Array(dims.rows).fill(1 / total),
+            share: Float32Array.of(dims.rows / total),
+          },
+          signal,
+        });
+        return Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, value[0]]));
+      },
+      ...(evalData && { evaluate: evaluator(measure, policy, evalData, resolved.batchTokens) }),
+    };
+    const result = await train(task, resolved, config.out, config);
+    if (result.stopped !== 'signal') {
+      const { calibration, warnings } = await calibrate(model, data, {
+        tokens: calibrationTokens,
+        seed: resolved.seed,
+        signal: config.signal,
+      });
+      for (const warning of warnings) await config.onEvent?.(warning);
+      await writeElastic(
+        config.out,
+        config.plan,
+        { ...policy, calibration, levels: standardLevels(spec, policy, calibration.sequenceLength) },
+        unflatten(trainable, policy),
+      );
+    }
+    return { dir: config.out, step: result.step, stopped: result.stopped, ...(result.best && { best: result.best }) };
+  });
+}
+
+function lossWeights(terms: readonly LossTerm[] = [{ kind: 'kl', weight: 1 }, { kind: 'topk-bce', weight: 0.1 }]): LossWeights {
+  const weights: LossWeights = { kl: 0, topkBce: 0 };
+  for (const term of terms) {
+    checkKeys('distill', 'key of a loss term', term, ['kind', 'weight']);
+    if (term.kind !== 'kl' && term.kind !== 'topk-bce') {
+      throw new InvalidArgumentError(`[distill] a loss must be kl or topk-bce, got ${JSON.stringify((term as LossTerm).kind)}`);
+    }
+    if (!(Number.isFinite(term.weight) && term.weight > 0)) {
+      throw new InvalidArgumentError(`[distill] the weight of ${term.kind} must be positive, got ${term.weight}`);
+    }
+    weights[term.kind === 'kl' ? 'kl' : 'topkBce'] += term.weight;
+  }
+  if (weights.kl === 0) throw new InvalidArgumentError('[distill] loss must have a kl term');
+  return weights;
+}
+
+/** KL and agreement with the full model by top-k at three capacities of the trained range; the metric is the mean KL. */
+function evaluator(program: ReturnType<typeof evalProgram>, policy: ElasticPolicy, data: TokenData, rows: number) {
+  const shares = [policy.capacity.attn, policy.capacity.mlp].every((r) => !r || r[0] === r[1]) ? [0.5] : [0.25, 0.5, 0.75];
+  return async (signal?: AbortSignal) => {
+    const levels: Record<string, Record<string, number>> = {};
+    for (const share of shares) {
+      const capacity = (place: 'attn' | 'mlp') => {
+        const [low, high] = policy.capacity[place] ?? [1, 1];
+        return low + (high - low) * share;
+      };
+      const sum = { kl: 0, agree: 0 };
+      for (const batch of wholeEpoch(data, rows)) {
+        const { dims, feeds } = batchRun(batch);
+        const { outputs } = await program.run({
+          dims,
+          feeds: {
+            ...feeds,
+            ...capacityFeeds(dims.segments, capacity),
+            weight: new Float32Array(dims.rows).fill(1 / data.tokenCount),
+          },
+          signal,
+        });
+        sum.kl += outputs.kl[0];
+        sum.agree += outputs.agree[0];
+      }
+      const routed = policy.tokens.attn ? capacity('attn') : capacity('mlp');
+      levels[`capacity ${routed.toFixed(2)}`] = { kl: sum.kl, top1_agreement: sum.agree };
+    }
+    const kls = Object.values(levels).map((level) => level.kl);
+    return { levels, metric: kls.reduce((a, b) => a + b, 0) / kls.length };
+  };
+}
+
+function flatten(trainable: Trainable, routers: ReadonlyMap<string, Router>): Float32Array {
+  const flat = new Float32Array(trainable.plan.size);
+  for (const { name, offset } of trainable.plan.parameters) {
+    const [, id, part] = /^(.*)\.(weight|bias)$/.exec(name)!;
+    const router = routers.get(id)!;
+    flat.set(part === 'weight' ? router.weight : [router.bias], offset);
+  }
+  return flat;
+}
+
+function unflatten(trainable: Trainable, policy: ElasticPolicy): Map<string, Router> {
+  const values = trainable.values();
+  return new Map(
+    routerPlaces(policy).map(({ id }) => [
+      id,
+      { weight: values.get(`${id}.weight`)!, bias: values.get(`${id}.bias`)![0] },
+    ]),
+  );
+}

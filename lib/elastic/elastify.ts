@@ -1,0 +1,175 @@
+// Makes a pretrained model elastic: attaches untrained routers by a recipe and writes the plan that distillation trains.
+import { randomBytes } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { mkdir, readdir, realpath, rename, rm, rmdir } from 'node:fs/promises';
+import { basename, dirname, join, resolve } from 'node:path';
+import { FileSystemError, readJson } from '../io/files.js';
+import { Checkpoint } from '../io/safetensors.js';
+import { type Place, places } from '../model/select.js';
+import { type ModelSpec, specFromConfig } from '../model/spec.js';
+import { loadWeights } from '../model/weights.js';
+import { InvalidArgumentError } from '../native/errors.js';
+import { type ElasticPolicy, type GateMode, gateModes, type Range, type Router, routerPlaces } from './policy.js';
+import { baseFiles, elasticConfigFile, hashFiles, weightsSha256, writeElastic } from './store.js';
+
+/** A capacity to train at, or a range to draw it from, uniformly for every step and sequence. */
+export type TrainCapacity = number | Range;
+
+/** Token routing of ElastiFormer (arXiv 2411.15281). */
+export interface ElastiformerRecipe {
+  kind: 'elastiformer';
+  /** Places to route and the capacities to train at; default both places over [0.3, 1]. */
+  tokens?: { attn?: TrainCapacity; mlp?: TrainCapacity };
+  /** Layers to route; 'even' leaves every second one dense (1, 3, 5, ... are routed). Default 'all'. */
+  layers?: 'all' | 'even' | readonly number[];
+  /** Default 'straight-through': exactly the teacher at full capacity. 'raw' is the paper's. */
+  gate?: GateMode;
+}
+export type Recipe = ElastiformerRecipe;
+
+export interface ElasticPlan {
+  dir: string;
+  trainableParameters: number;
+  /** Trainable parameters over the parameters of the backbone. */
+  trainableShare: number;
+  warnings: readonly string[];
+}
+
+const defaultRange: Range = [0.3, 1];
+
+/**
+ * The policy of a recipe for a model, without hashes of a checkpoint.
+ * Errors: InvalidArgumentError for an unknown kind or key, a capacity outside (0, 1], a layer the model lacks.
+ */
+export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidden'>): Omit<ElasticPolicy, 'base'> {
+  const fail = (message: string): never => {
+    throw new InvalidArgumentError(`[elastify] ${message}`);
+  };
+  if (typeof recipe !== 'object' || recipe === null) fail(`recipe must be an object, got ${String(recipe)}`);
+  if (recipe.kind !== 'elastiformer') {
+    fail(`recipe.kind must be 'elastiformer', got ${JSON.stringify((recipe as { kind?: unknown }).kind)}`);
+  }
+  const { kind: _, tokens: given, layers: which = 'all', gate = 'straight-through', ...rest } = recipe;
+  for (const key of Object.keys(rest)) fail(`unknown recipe key '${key}'; elastiformer takes tokens, layers, gate`);
+  if (!gateModes.includes(gate)) fail(`gate must be one of ${gateModes.join(', ')}, got ${JSON.stringify(gate)}`);
+  const layers = layersOf(which, spec.layers, fail);
+
+  const chosen: Partial<Record<Place, TrainCapacity>> = given ?? { attn: defaultRange, mlp: defaultRange };
+  for (const key of Object.keys(chosen)) {
+    if (!places.includes(key as Place)) fail(`unknown place '${key}' in recipe.tokens; it takes ${places.join(', ')}`);
+  }
+  const tokens: { attn?: { layers: number[] }; mlp?: { layers: number[] } } = {};
+  const capacity: { attn?: Range; mlp?: Range } = {};
+  for (const place of places) {
+    const value = chosen[place];
+    if (value === undefined) continue;
+    const range: Range = typeof value === 'number' ? [value, value] : value;
+    const good = Array.isArray(range) && range.length === 2 && range.every((c) => typeof c === 'number' && c > 0 && c <= 1);
+    if (!good) fail(`tokens.${place}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
+    if (range[0] > range[1]) fail(`tokens.${place}: the capacity range must ascend, got ${JSON.stringify(value)}`);
+    tokens[place] = { layers };
+    capacity[place] = [range[0], range[1]];
+  }
+  if (!tokens.attn && !tokens.mlp) fail('recipe.tokens must route attn, mlp or both');
+  return {
+    version: 1,
+    hidden: spec.hidden,
+    layers: spec.layers,
+    gate,
+    tokens,
+    capacity,
+    calibration: null,
+    levels: [{ name: 'full', spec: {} }],
+  };
+}
+
+function layersOf(which: 'all' | 'even' | readonly number[], count: number, fail: (message: string) => never): number[] {
+  const all = Array.from({ length: count }, (_, i) => i);
+  if (which === 'all') return all;
+  // The first layer stays dense: every token's embedding is processed at least once.
+  if (which === 'even') return count === 1 ? all : all.filter((i) => i % 2 === 1);
+  if (!Array.isArray(which) || which.length === 0) fail(`layers must be 'all', 'even' or a list, got ${JSON.stringify(which)}`);
+  const sorted = [...new Set(which as readonly number[])].sort((a, b) => a - b);
+  for (const layer of sorted) {
+    if (!Number.isInteger(layer) || layer < 0 || layer >= count) {
+      fail(`layers must be ids from 0 to ${count - 1}, got ${JSON.stringify(layer)}`);
+    }
+  }
+  return sorted;
+}
+
+/** Routers that score every token 0. */
+export function zeroRouters(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hidden'>): Map<string, Router> {
+  return new Map(routerPlaces(policy).map(({ id }) => [id, { weight: new Float32Array(policy.hidden), bias: 0 }]));
+}
+
+/**
+ * Writes a plan: the checkpoint of `model` unchanged, zero routers, and the policy of the recipe. The directory appears
+ * complete or not at all; an earlier plan there is replaced, anything else is left alone with an error.
+ * Errors: InvalidArgumentError for a bad recipe, InvalidFileError for a bad checkpoint, FileSystemError from the disk.
+ */
+export async function elastify(model: string, recipe: Recipe, { out }: { out: string }): Promise<ElasticPlan> {
+  const names = baseFiles(model);
+  const spec = specFromConfig(await readJson(join(model, 'config.json')), join(model, 'config.json'));
+  const partial = policyOf(recipe, spec);
+  const backbone = countParameters(model, spec);
+  const sha256 = await hashFiles(
+    model,
+    names.filter((name) => name.endsWith('.safetensors') || name === 'tokenizer.json'),
+  );
+  const policy: ElasticPolicy = {
+    ...partial,
+    base: {
+      name: basename(resolve(model)),
+      weightsSha256: weightsSha256(sha256),
+      tokenizerSha256: sha256['tokenizer.json'] ?? null,
+    },
+  };
+  await replaceable(out, model);
+  await mkdir(dirname(resolve(out)), { recursive: true });
+  const temporary = `${resolve(out)}.partial-${randomBytes(4).toString('hex')}`;
+  try {
+    await writeElastic(temporary, model, policy, zeroRouters(policy));
+    await moveInto(temporary, out);
+  } finally {
+    await rm(temporary, { recursive: true, force: true });
+  }
+  const trainableParameters = routerPlaces(policy).length * (spec.hidden + 1);
+  const warnings = sha256['tokenizer.json'] ? [] : [`${model} has no tokenizer.json: text cannot be encoded with it`];
+  return { dir: out, trainableParameters, trainableShare: trainableParameters / backbone, warnings };
+}
+
+function countParameters(model: string, spec: ModelSpec): number {
+  using checkpoint = Checkpoint.open(model);
+  // Every weight is there with its shape: a broken checkpoint should fail here, not in training.
+  loadWeights(spec, checkpoint).dispose();
+  return checkpoint.names().reduce((sum, name) => sum + checkpoint.info(name).shape.reduce((a, b) => a * b, 1), 0);
+}
+
+async function replaceable(out: string, model: string): Promise<void> {
+  if (!existsSync(out)) return;
+  if ((await realpath(out)) === (await realpath(model))) {
+    throw new InvalidArgumentError(`[elastify] out must be another directory than the model, got ${out}`);
+  }
+  const names = await readdir(out);
+  if (names.length === 0) return;
+  if (!names.includes(elasticConfigFile) || names.includes('checkpoints')) {
+    throw new FileSystemError(`[elastify] ${out} exists and is not a plan; choose another directory or delete it`);
+  }
+}
+
+async function moveInto(temporary: string, out: string): Promise<void> {
+  const aside = `${temporary}.old`;
+  try {
+    if (existsSync(out)) {
+      // An empty directory needs no detour.
+      await rmdir(out).catch(() => rename(out, aside));
+    }
+    await rename(temporary, out);
+  } catch (cause) {
+    if (existsSync(aside) && !existsSync(out)) await rename(aside, out);
+    throw new FileSystemError(`[elastify] cannot write ${out}: ${(cause as Error).message}; another process may be writing it`, cause);
+  } finally {
+    await rm(aside, { recursive: true, force: true });
+  }
+}

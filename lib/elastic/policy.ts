@@ -1,0 +1,374 @@
+// What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
+import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
+import { type Place, places } from '../model/select.js';
+
+/** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
+export type GateMode = 'straight-through' | 'raw' | 'two-sigma';
+export const gateModes: readonly GateMode[] = ['straight-through', 'raw', 'two-sigma'];
+
+/** Explicit settings per axis; an absent axis is full. */
+export interface ElasticSpec {
+  /** Share of tokens a routed sub-layer may process, in (0, 1]. */
+  tokenCapacity?: { attn?: number; mlp?: number };
+}
+
+export interface QualityValue {
+  value: number;
+  lo: number;
+  hi: number;
+  n: number;
+}
+
+/** A named operating point. `flopsRatio` is analytic, at the calibration's sequence length; `quality` is measured. */
+export interface Level {
+  name: string;
+  spec: ElasticSpec;
+  flopsRatio?: number;
+  quality?: Record<string, QualityValue>;
+}
+
+/**
+ * Quantiles of every router's logits, measured while the model ran at each capacity of a grid: the logits a router sees
+ * depend on what the routers before it dropped. `quantiles.get(id)` is [capacities.length, points], row-major, ascending
+ * within a row; point j is the j/(points-1) quantile.
+ */
+export interface Calibration {
+  capacities: readonly number[];
+  points: number;
+  /** Tokens measured at each capacity. */
+  tokens: number;
+  /** Length of the sequences measured, in tokens: budgets are solved for it unless a caller names another. */
+  sequenceLength: number;
+  quantiles: ReadonlyMap<string, Float32Array>;
+}
+
+export type Range = readonly [low: number, high: number];
+
+export interface ElasticPolicy {
+  version: 1;
+  /** The unchanged backbone this policy belongs to. */
+  base: { name: string; weightsSha256: string; tokenizerSha256: string | null };
+  /** Of the backbone: routers are [1, hidden]. */
+  hidden: number;
+  layers: number;
+  gate: GateMode;
+  /** Routed layers of each place, ascending. */
+  tokens: { attn?: { layers: readonly number[] }; mlp?: { layers: readonly number[] } };
+  /** Capacities each place is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
+  capacity: { attn?: Range; mlp?: Range };
+  /** Null until trained: a budget below full needs it. */
+  calibration: Calibration | null;
+  levels: readonly Level[];
+}
+
+export interface Router {
+  /** [hidden] */
+  weight: Float32Array;
+  bias: number;
+}
+
+/** A routed sub-layer. Routers are always listed in the order of execution: layer by layer, attn before mlp. */
+export interface RouterPlace {
+  id: string;
+  layer: number;
+  place: Place;
+}
+
+/** `layers.{layer}.{place}.token`, the name of a token router in files, programs and reports. */
+export function routerId(layer: number, place: Place): string {
+  return `layers.${layer}.${place}.token`;
+}
+
+/** Every router of a policy, in the order of execution. */
+export function routerPlaces(policy: Pick<ElasticPolicy, 'tokens' | 'layers'>): RouterPlace[] {
+  const all: RouterPlace[] = [];
+  for (let layer = 0; layer < policy.layers; layer++) {
+    for (const place of places) {
+      if (policy.tokens[place]?.layers.includes(layer)) all.push({ id: routerId(layer, place), layer, place });
+    }
+  }
+  return all;
+}
+
+/** Throws InvalidArgumentError unless `value` is a capacity: a number in (0, 1]. */
+export function checkCapacity(api: string, name: string, value: unknown): asserts value is number {
+  if (typeof value !== 'number' || !(value > 0 && value <= 1)) {
+    throw new InvalidArgumentError(`[${api}] ${name} must be in (0, 1], got ${String(value)}`);
+  }
+}
+
+/**
+ * Logit threshold of each router so that it passes about the capacity of its place; full places get minus infinity.
+ * Quantiles are interpolated linearly between points and between calibrated capacities.
+ * Errors: InvalidArgumentError when the policy is not calibrated and a capacity is below 1.
+ */
+export function thresholds(policy: ElasticPolicy, capacity: { attn: number; mlp: number }): Map<string, number> {
+  const result = new Map<string, number>();
+  const routers = routerPlaces(policy);
+  // What dropped rows upstream is the mean capacity over routed sub-layers.
+  const mean = routers.reduce((sum, r) => sum + capacity[r.place], 0) / Math.max(routers.length, 1);
+  for (const { id, place } of routers) {
+    const c = capacity[place];
+    if (c >= 1) {
+      result.set(id, Number.NEGATIVE_INFINITY);
+      continue;
+    }
+    if (!policy.calibration) {
+      throw new InvalidArgumentError(
+        '[elastic] this model has routers that were never trained, so only budget 1 runs; train them with `elastiform distill`',
+      );
+    }
+    result.set(id, quantile(policy.calibration, id, mean, 1 - c));
+  }
+  return result;
+}
+
+function quantile(calibration: Calibration, id: string, context: number, q: number): number {
+  const { capacities, points } = calibration;
+  const table = calibration.quantiles.get(id)!;
+  const at = (row: number): number => {
+    const x = q * (points - 1);
+    const i = Math.min(Math.floor(x), points - 2);
+    const a = table[row * points + i];
+    const b = table[row * points + i + 1];
+    return a + (b - a) * (x - i);
+  };
+  // capacities ascend
+  if (context <= capacities[0]) return at(0);
+  for (let i = 1; i < capacities.length; i++) {
+    if (context <= capacities[i]) {
+      const t = (context - capacities[i - 1]) / (capacities[i] - capacities[i - 1]);
+      return at(i - 1) * (1 - t) + at(i) * t;
+    }
+  }
+  return at(capacities.length - 1);
+}
+
+// ---- elastic_config.json ----
+
+type Json = Record<string, unknown>;
+
+/** The content of elastic_config.json, version 1. */
+export function policyToJson(policy: ElasticPolicy): Json {
+  const tokens: Json = {};
+  for (const place of places) {
+    const routed = policy.tokens[place];
+    if (!routed) continue;
+    tokens[place] = {
+      layers: routed.layers,
+      train: 'top-k',
+      train_capacity: policy.capacity[place],
+      decode: 'threshold',
+    };
+  }
+  const { calibration } = policy;
+  return {
+    elastic_version: 1,
+    base: {
+      name_or_path: policy.base.name,
+      weights_sha256: policy.base.weightsSha256,
+      tokenizer_sha256: policy.base.tokenizerSha256,
+    },
+    gate: policy.gate,
+    tokens,
+    routers: routerPlaces(policy).map(({ id }) => ({
+      id,
+      kind: 'token',
+      in: policy.hidden,
+      hidden: 0,
+      out: 1,
+      act: 'sigmoid',
+      tensors: [`${id}.weight`, `${id}.bias`],
+    })),
+    calibration: calibration && {
+      capacities: calibration.capacities,
+      points: calibration.points,
+      tokens: calibration.tokens,
+      sequence_length: calibration.sequenceLength,
+    },
+    levels: policy.levels.map((level) => ({
+      name: level.name,
+      spec: level.spec,
+      ...(level.flopsRatio === undefined ? {} : { flops_ratio: level.flopsRatio }),
+      ...(level.quality === undefined ? {} : { quality: level.quality }),
+    })),
+  };
+}
+
+/**
+ * Reads and checks the content of elastic_config.json. Calibration quantiles live in the routers' file, so the
+ * calibration comes back with an empty `quantiles`.
+ * `warnings` receives one line per unknown key. Errors: InvalidDataError naming the file and the key.
+ */
+export function policyFromJson(
+  json: unknown,
+  file: string,
+  model: { layers: number; hidden: number },
+  warnings: string[],
+): ElasticPolicy {
+  const read = new Reader(file, warnings);
+  const root = read.object(json, '');
+  const version = root.elastic_version;
+  if (version !== 1) {
+    throw new InvalidDataError(
+      `[elastic] ${file}: elastic_version must be 1, got ${JSON.stringify(version)}; it was written by a newer elastiform`,
+    );
+  }
+  read.known(root, '', ['elastic_version', 'base', 'gate', 'tokens', 'routers', 'calibration', 'levels']);
+
+  const base = read.object(root.base, 'base');
+  read.known(base, 'base.', ['name_or_path', 'revision', 'weights_sha256', 'tokenizer_sha256']);
+
+  const gate = root.gate as GateMode;
+  if (!gateModes.includes(gate)) read.fail('gate', `one of ${gateModes.join(', ')}`, gate);
+
+  const tokens: { attn?: { layers: number[] }; mlp?: { layers: number[] } } = {};
+  const capacity: { attn?: Range; mlp?: Range } = {};
+  const tokensJson = read.object(root.tokens, 'tokens');
+  read.known(tokensJson, 'tokens.', places);
+  for (const place of places) {
+    if (tokensJson[place] === undefined) continue;
+    const key = `tokens.${place}`;
+    const entry = read.object(tokensJson[place], key);
+    read.known(entry, `${key}.`, ['layers', 'train', 'train_capacity', 'decode']);
+    const layers = read.numbers(entry.layers, `${key}.layers`);
+    layers.forEach((layer, i) => {
+      const ascending = i === 0 || layer > layers[i - 1];
+      if (!Number.isInteger(layer) || layer < 0 || layer >= model.layers || !ascending) {
+        read.fail(`${key}.layers`, `ascending layer ids below ${model.layers}`, layers);
+      }
+    });
+    if (layers.length === 0) read.fail(`${key}.layers`, 'at least one layer', layers);
+    const range = read.numbers(entry.train_capacity, `${key}.train_capacity`);
+    if (range.length !== 2 || !(range[0] > 0 && range[0] <= range[1] && range[1] <= 1)) {
+      read.fail(`${key}.train_capacity`, 'two ascending numbers in (0, 1]', range);
+    }
+    tokens[place] = { layers };
+    capacity[place] = [range[0], range[1]];
+  }
+
+  const policy: ElasticPolicy = {
+    version: 1,
+    base: {
+      name: read.string(base.name_or_path, 'base.name_or_path'),
+      weightsSha256: read.string(base.weights_sha256, 'base.weights_sha256'),
+      tokenizerSha256: base.tokenizer_sha256 === null ? null : read.string(base.tokenizer_sha256, 'base.tokenizer_sha256'),
+    },
+    hidden: model.hidden,
+    layers: model.layers,
+    gate,
+    tokens,
+    capacity,
+    calibration: null,
+    levels: [],
+  };
+
+  const expected = routerPlaces(policy).map((r) => r.id);
+  if (!Array.isArray(root.routers)) read.fail('routers', 'a list', root.routers);
+  const listed = (root.routers as unknown[]).map((entry, i) => {
+    const router = read.object(entry, `routers[${i}]`);
+    read.known(router, `routers[${i}].`, ['id', 'kind', 'in', 'hidden', 'out', 'act', 'tensors']);
+    const id = read.string(router.id, `routers[${i}].id`);
+    if (router.kind !== 'token') read.fail(`routers[${i}].kind`, '"token"', router.kind);
+    if (router.in !== model.hidden) read.fail(`routers[${i}].in`, `${model.hidden}, the model's hidden size`, router.in);
+    if (router.hidden !== 0) read.fail(`routers[${i}].hidden`, '0 (a linear router)', router.hidden);
+    if (router.out !== 1) read.fail(`routers[${i}].out`, '1', router.out);
+    if (router.act !== 'sigmoid') read.fail(`routers[${i}].act`, '"sigmoid"', router.act);
+    const names = [`${id}.weight`, `${id}.bias`];
+    if (JSON.stringify(router.tensors) !== JSON.stringify(names)) {
+      read.fail(`routers[${i}].tensors`, JSON.stringify(names), router.tensors);
+    }
+    return id;
+  });
+  if (listed.join() !== expected.join()) read.fail('routers', `the routed sub-layers [${expected.join(', ')}]`, listed);
+
+  if (root.calibration !== null && root.calibration !== undefined) {
+    const entry = read.object(root.calibration, 'calibration');
+    read.known(entry, 'calibration.', ['capacities', 'points', 'tokens', 'sequence_length']);
+    const capacities = read.numbers(entry.capacities, 'calibration.capacities');
+    if (capacities.length === 0 || capacities.some((c, i) => !(c > 0 && c <= 1) || (i > 0 && c <= capacities[i - 1]))) {
+      read.fail('calibration.capacities', 'ascending numbers in (0, 1]', capacities);
+    }
+    const integer = (key: string, least: number, most: number): number => {
+      const value = entry[key];
+      if (!Number.isInteger(value) || (value as number) < least || (value as number) > most) {
+        read.fail(`calibration.${key}`, `an integer from ${least} to ${most}`, value);
+      }
+      return value as number;
+    };
+    policy.calibration = {
+      capacities,
+      points: integer('points', 2, 65_536),
+      tokens: integer('tokens', 1, Number.MAX_SAFE_INTEGER),
+      sequenceLength: integer('sequence_length', 1, 2 ** 31),
+      quantiles: new Map(),
+    };
+  }
+  policy.levels = readLevels(read, root.levels);
+  return policy;
+}
+
+function readLevels(read: Reader, json: unknown): Level[] {
+  if (!Array.isArray(json)) read.fail('levels', 'a list', json);
+  const names = new Set<string>();
+  return (json as unknown[]).map((entry, i) => {
+    const key = `levels[${i}]`;
+    const level = read.object(entry, key);
+    read.known(level, `${key}.`, ['name', 'spec', 'flops_ratio', 'quality']);
+    const name = read.string(level.name, `${key}.name`);
+    if (names.has(name)) read.fail(`${key}.name`, 'unique', name);
+    names.add(name);
+    const specJson = read.object(level.spec, `${key}.spec`);
+    read.known(specJson, `${key}.spec.`, ['tokenCapacity']);
+    const spec: ElasticSpec = {};
+    if (specJson.tokenCapacity !== undefined) {
+      const capacity = read.object(specJson.tokenCapacity, `${key}.spec.tokenCapacity`);
+      read.known(capacity, `${key}.spec.tokenCapacity.`, places);
+      spec.tokenCapacity = {};
+      for (const place of places) {
+        const c = capacity[place];
+        if (c === undefined) continue;
+        if (typeof c !== 'number' || !(c > 0 && c <= 1)) read.fail(`${key}.spec.tokenCapacity.${place}`, 'in (0, 1]', c);
+        spec.tokenCapacity[place] = c as number;
+      }
+    }
+    const result: Level = { name, spec };
+    if (level.flops_ratio !== undefined) {
+      const ratio = level.flops_ratio;
+      if (typeof ratio !== 'number' || !(ratio > 0)) read.fail(`${key}.flops_ratio`, 'a positive number', ratio);
+      result.flopsRatio = ratio as number;
+    }
+    if (level.quality !== undefined) {
+      result.quality = read.object(level.quality, `${key}.quality`) as Record<string, QualityValue>;
+    }
+    return result;
+  });
+}
+
+class Reader {
+  constructor(
+    readonly file: string,
+    readonly warnings: string[],
+  ) {}
+
+  fail(key: string, expected: string, got: unknown): never {
+    throw new InvalidDataError(`[elastic] ${this.file}: ${key || 'the file'} must be ${expected}, got ${JSON.stringify(got)}`);
+  }
+  object(value: unknown, key: string): Json {
+    if (typeof value !== 'object' || value === null || Array.isArray(value)) this.fail(key, 'an object', value);
+    return value as Json;
+  }
+  string(value: unknown, key: string): string {
+    if (typeof value !== 'string') this.fail(key, 'a string', value);
+    return value as string;
+  }
+  numbers(value: unknown, key: string): number[] {
+    if (!Array.isArray(value) || value.some((v) => typeof v !== 'number')) this.fail(key, 'a list of numbers', value);
+    return value as number[];
+  }
+  known(object: Json, prefix: string, keys: readonly string[]): void {
+    for (const key of Object.keys(object)) {
+      if (!keys.includes(key)) this.warnings.push(`${this.file}: unknown key ${prefix}${key} is ignored`);
+    }
+  }
+}

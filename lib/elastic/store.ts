@@ -1,0 +1,217 @@
+// Elastic directories: a Hugging Face checkpoint plus routers, policy and a manifest of hashes, written last.
+import { createHash } from 'node:crypto';
+import { existsSync, readdirSync } from 'node:fs';
+import { copyFile, link, mkdir, realpath, rename, rm, stat } from 'node:fs/promises';
+import { basename, join } from 'node:path';
+import { FileSystemError, readJson, sha256File, writeFileAtomic } from '../io/files.js';
+import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
+import { specFromConfig } from '../model/spec.js';
+import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
+import { type ElasticPolicy, type Level, policyFromJson, policyToJson, type Router, routerPlaces } from './policy.js';
+
+export const elasticConfigFile = 'elastic_config.json';
+export const routerFile = 'elastic_router.safetensors';
+export const manifestFile = 'elastic_manifest.json';
+
+const weightsFile = /^model(-\d+-of-\d+)?\.safetensors$|^model\.safetensors\.index\.json$/;
+/** What a base checkpoint may bring along besides weights. */
+const companions = new Set([
+  ...['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'],
+  ...['added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'LICENSE', 'LICENSE.txt'],
+]);
+
+/** Routers and policy of an elastic directory. */
+export interface Elastic {
+  dir: string;
+  policy: ElasticPolicy;
+  /** By router id. */
+  routers: ReadonlyMap<string, Router>;
+  /** Oddities that do not stop it from working, such as unknown keys. */
+  warnings: readonly string[];
+}
+
+/** Files of a checkpoint that an elastic directory takes over, sorted. Throws InvalidFileError when there is no model. */
+export function baseFiles(dir: string): string[] {
+  let names: string[];
+  try {
+    names = readdirSync(dir);
+  } catch (cause) {
+    throw new InvalidFileError(`[elastic] ${dir} is not a readable directory`, { cause });
+  }
+  const files = names.filter((name) => companions.has(name) || weightsFile.test(name)).sort();
+  if (!files.includes('config.json')) throw new InvalidFileError(`[elastic] ${dir} has no config.json`);
+  if (!files.some((name) => name.endsWith('.safetensors'))) throw new InvalidFileError(`[elastic] ${dir} has no model weights`);
+  return files;
+}
+
+/** One hash for the weights: the file's own, or for shards the hash of their hashes in the order of their names. */
+export function weightsSha256(sha256: Readonly<Record<string, string>>): string {
+  const shards = Object.keys(sha256)
+    .filter((name) => name.endsWith('.safetensors') && weightsFile.test(name))
+    .sort();
+  if (shards.length === 1) return sha256[shards[0]];
+  return createHash('sha256')
+    .update(shards.map((name) => sha256[name]).join(''))
+    .digest('hex');
+}
+
+/** SHA-256 of each file, by name. */
+export async function hashFiles(dir: string, names: readonly string[]): Promise<Record<string, string>> {
+  const result: Record<string, string> = {};
+  for (const name of names) result[name] = await sha256File(join(dir, name));
+  return result;
+}
+
+/**
+ * Reads and verifies an elastic directory; a plain Hugging Face directory gives null.
+ * Errors: InvalidFileError when a file is missing or does not have the hash of the manifest, InvalidDataError when the
+ * policy or a router is not what it must be. Every message names the file.
+ */
+export async function readElastic(dir: string): Promise<Elastic | null> {
+  const configPath = join(dir, elasticConfigFile);
+  const manifestPath = join(dir, manifestFile);
+  if (!existsSync(configPath) && !existsSync(manifestPath)) return null;
+  if (!existsSync(manifestPath)) {
+    throw new InvalidFileError(`[elastic] ${dir} has ${elasticConfigFile} but no ${manifestFile}: it was never completed; write it again`);
+  }
+  const warnings: string[] = [];
+  const files = await readManifest(manifestPath, warnings);
+  for (const name of [elasticConfigFile, routerFile, 'config.json', ...baseFiles(dir)]) {
+    if (!(name in files)) throw new InvalidFileError(`[elastic] ${manifestPath} lists no hash of ${name}`);
+  }
+  for (const [name, expected] of Object.entries(files)) {
+    const path = join(dir, name);
+    if (!existsSync(path)) throw new InvalidFileError(`[elastic] ${path} is missing; ${manifestFile} lists it`);
+    if ((await sha256File(path)) !== expected) {
+      throw new InvalidFileError(`[elastic] ${path} does not have the SHA-256 listed in ${manifestFile}: it was changed or is damaged`);
+    }
+  }
+  const spec = specFromConfig(await readJson(join(dir, 'config.json')), join(dir, 'config.json'));
+  const policy = policyFromJson(await readJson(configPath), configPath, spec, warnings);
+  if (policy.base.weightsSha256 !== weightsSha256(files)) {
+    throw new InvalidDataError(`[elastic] ${configPath}: base.weights_sha256 is not that of the weights beside it`);
+  }
+  const tokenizerSha256 = files['tokenizer.json'] ?? null;
+  if (policy.base.tokenizerSha256 !== tokenizerSha256) {
+    throw new InvalidDataError(`[elastic] ${configPath}: base.tokenizer_sha256 is not that of the tokenizer beside it`);
+  }
+  return { dir, warnings, ...readRouters(join(dir, routerFile), policy) };
+}
+
+async function readManifest(path: string, warnings: string[]): Promise<Record<string, string>> {
+  const json = (await readJson(path)) as { manifest_version?: unknown; files?: unknown } | null;
+  const bad = (what: string): never => {
+    throw new InvalidDataError(`[elastic] ${path}: ${what}`);
+  };
+  if (typeof json !== 'object' || json === null) bad('must be an object');
+  const { manifest_version: version, files, ...rest } = json!;
+  if (version !== 1) bad(`manifest_version must be 1, got ${JSON.stringify(version)}`);
+  if (typeof files !== 'object' || files === null) bad('files must be an object');
+  for (const [name, hash] of Object.entries(files as object)) {
+    if (basename(name) !== name || name === '..' || name === '.') bad(`${JSON.stringify(name)} is not a plain file name`);
+    if (typeof hash !== 'string' || !/^[0-9a-f]{64}$/.test(hash)) bad(`the hash of ${name} is not a SHA-256`);
+  }
+  for (const key of Object.keys(rest)) {
+    if (key !== 'tool') warnings.push(`${path}: unknown key ${key} is ignored`);
+  }
+  return files as Record<string, string>;
+}
+
+function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPolicy; routers: Map<string, Router> } {
+  const routers = new Map<string, Router>();
+  const { calibration } = policy;
+  const quantiles = new Map<string, Float32Array>();
+  using opened = openSafetensors(file);
+  const expected = new Set<string>();
+  const load = (name: string, shape: readonly number[]): Float32Array => {
+    expected.add(name);
+    if (!opened.has(name)) throw new InvalidDataError(`[elastic] ${file}: tensor ${name} is missing`);
+    const info = opened.info(name);
+    if (info.dtype !== 'F32' || info.shape.join() !== shape.join()) {
+      throw new InvalidDataError(`[elastic] ${file}: ${name} must be F32[${shape}], got ${info.dtype}[${info.shape}]`);
+    }
+    const data = opened.tensor(name).readFloat();
+    if (!data.every(Number.isFinite)) throw new InvalidDataError(`[elastic] ${file}: ${name} holds values that are not finite`);
+    return data;
+  };
+  for (const { id } of routerPlaces(policy)) {
+    routers.set(id, { weight: load(`${id}.weight`, [1, policy.hidden]), bias: load(`${id}.bias`, [1])[0] });
+    if (!calibration) continue;
+    const table = load(`${id}.quantiles`, [calibration.capacities.length, calibration.points]);
+    for (let i = 1; i < table.length; i++) {
+      if (i % calibration.points !== 0 && table[i] < table[i - 1]) {
+        throw new InvalidDataError(`[elastic] ${file}: ${id}.quantiles must ascend within each row`);
+      }
+    }
+    quantiles.set(id, table);
+  }
+  const extra = opened.names().find((name) => !expected.has(name));
+  if (extra !== undefined) throw new InvalidDataError(`[elastic] ${file}: tensor ${extra} belongs to no router`);
+  return { policy: calibration ? { ...policy, calibration: { ...calibration, quantiles } } : policy, routers };
+}
+
+/**
+ * Writes a whole elastic directory: the checkpoint's files are hard-linked from `base` (copied where links do not work),
+ * then routers, policy and, last, the manifest. Until the manifest is there readElastic refuses the directory, so a write
+ * that stops half-way is never mistaken for a model. `out` may be `base` itself.
+ * Errors: FileSystemError when the file system refuses.
+ */
+export async function writeElastic(
+  out: string,
+  base: string,
+  policy: ElasticPolicy,
+  routers: ReadonlyMap<string, Router>,
+): Promise<void> {
+  await mkdir(out, { recursive: true });
+  await rm(join(out, manifestFile), { force: true });
+  const names = baseFiles(base);
+  if ((await realpath(out)) !== (await realpath(base))) {
+    for (const name of names) await takeOver(join(base, name), join(out, name));
+  }
+  const tensors: Record<string, TensorData> = {};
+  for (const { id } of routerPlaces(policy)) {
+    const { weight, bias } = routers.get(id)!;
+    tensors[`${id}.weight`] = { dtype: 'f32', shape: [1, policy.hidden], data: weight };
+    tensors[`${id}.bias`] = { dtype: 'f32', shape: [1], data: Float32Array.of(bias) };
+    if (policy.calibration) {
+      const { capacities, points, quantiles } = policy.calibration;
+      tensors[`${id}.quantiles`] = { dtype: 'f32', shape: [capacities.length, points], data: quantiles.get(id)! };
+    }
+  }
+  await writeSafetensors(join(out, routerFile), tensors);
+  await writeFileAtomic(join(out, elasticConfigFile), `${JSON.stringify(policyToJson(policy), null, 2)}\n`);
+  await writeManifest(out, [...names, elasticConfigFile, routerFile]);
+}
+
+/**
+ * Replaces the named levels of an elastic directory, for instance to record measured quality.
+ * Errors: those of readElastic and writeElastic; InvalidArgumentError when the directory is not elastic.
+ */
+export async function writeLevels(dir: string, levels: readonly Level[]): Promise<void> {
+  const elastic = await readElastic(dir);
+  if (!elastic) throw new InvalidArgumentError(`[elastic] ${dir} is not an elastic directory`);
+  await writeElastic(dir, dir, { ...elastic.policy, levels }, elastic.routers);
+}
+
+async function writeManifest(out: string, names: readonly string[]): Promise<void> {
+  const files = await hashFiles(out, names);
+  await writeFileAtomic(
+    join(out, manifestFile),
+    `${JSON.stringify({ manifest_version: 1, tool: 'elastiform', files }, null, 2)}\n`,
+  );
+}
+
+async function takeOver(from: string, to: string): Promise<void> {
+  const source = await realpath(from);
+  // Under a temporary name first: a file that is there already is replaced in one step.
+  const partial = `${to}.partial`;
+  try {
+    await rm(partial, { force: true });
+    if (await stat(to).then(async (s) => s.ino === (await stat(source)).ino, () => false)) return;
+    await link(source, partial).catch(() => copyFile(source, partial));
+    await rename(partial, to);
+  } catch (cause) {
+    await rm(partial, { force: true }).catch(() => {});
+    throw new FileSystemError(`[elastic] cannot write ${to}: ${(cause as Error).message}`, cause);
+  }
+}

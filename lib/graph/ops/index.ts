@@ -1,0 +1,36 @@
+// All op builders.
+import type { Node } from '../graph.js';
+
+export { type AttentionOptions, attention, attentionCached, type HeadOptions } from './attention.js';
+export {
+  type Act,
+  activation,
+  activationGrad,
+  activations,
+  add,
+  gatedActivation,
+  gatedActivationGrad,
+  scale,
+  zeros,
+} from './elementwise.js';
+export { embedding } from './embedding.js';
+export {
+  type LinearAddOptions,
+  type LinearGatedOptions,
+  type LinearOptions,
+  linear,
+  linearAdd,
+  linearDw,
+  linearDx,
+  linearGated,
+} from './linear.js';
+export { type CrossEntropy, crossEntropy, type DistillKl, distillKl } from './loss.js';
+export { layerNorm, type NormOptions, rmsNorm } from './norm.js';
+export { accumulate, adamw } from './optimizer.js';
+export { type RopeOptions, rope } from './rope.js';
+export { type GateModeCode, gate, type Routed, routeThreshold, routeTopk, topkBce } from './routing.js';
+export { dot, gatherIds, gatherRows, scatterAdd, sumRows } from './rows.js';
+export { sample } from './sample.js';
+
+/** The same value, through which no gradient flows. Costs nothing. */
+export const stopGradient = (x: Node): Node => x.graph.alias(x);

@@ -1,0 +1,177 @@
+// Linear layers: plain, gated, and added to the residual stream at selected rows; with their gradients.
+import { InvalidArgumentError } from '../../native/errors.js';
+import { formatShape, type Size } from '../dims.js';
+import type { Node } from '../graph.js';
+import { defineOp } from '../op.js';
+import { type Act, actCode, activationGrad, activations, gatedActivationGrad } from './elementwise.js';
+import { sumRows } from './rows.js';
+
+const linearDxOp = defineOp('linear_dx', 'dy:f32[R,N] w:w[N<,K<] acc?:f32[R,K] -> dx:f32[R,K]');
+
+/**
+ * `dy w (+ acc)`, the gradient of a product's input: dy f32 [R, N], w [>=N, >=width], acc f32 [R, width].
+ * Returns f32 [R, width]; `width` is by default all columns of w.
+ */
+export function linearDx(dy: Node, w: Node, acc: Node | null = null, width: Size = w.shape[1]): Node {
+  return linearDxOp.apply([dy, w, acc], [], { bind: { K: width } })[0]!;
+}
+
+const linearDwOp = defineOp(
+  'linear_dw',
+  'dy:f32[A,N] x:f32[B,K] dyrows?:i32[R] xrows?:i32[Q] gate?:f32[R|A] -> dw:f32[N,K]',
+);
+
+/**
+ * `dw[n,k] = sum over r of gate[r] dy[dyrows[r], n] x[xrows[r], k]`: dy f32 [A, N], x f32 [B, K]. Returns f32 [N, K].
+ */
+export function linearDw(
+  dy: Node,
+  x: Node,
+  { dyrows = null, xrows = null, gate = null }: { dyrows?: Node | null; xrows?: Node | null; gate?: Node | null } = {},
+): Node {
+  return linearDwOp.apply([dy, x, dyrows, xrows, gate])[0]!;
+}
+
+/** A gradient of a weight of which only a prefix was used would have another shape than the weight. */
+function requireFull(op: string, w: Node, shape: readonly Size[]): void {
+  if (w.shape.some((size, i) => size !== shape[i])) {
+    const [used, whole] = [formatShape(shape), formatShape(w.shape)];
+    throw new InvalidArgumentError(`[${op}] the gradient of a weight needs all of it, used ${used} of ${whole}`);
+  }
+}
+
+const linearOp = defineOp(
+  'linear',
+  'x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] -> y:f32[R|M,N] pre?:f32[R|M,N]',
+  ['act'],
+  {
+    gradient({ inputs: [x, w, bias, rows], outputs: [, pre], attrs: [act], dy, needs, add, take }) {
+      const dpre = act === 0 ? dy : activationGrad(dy, pre!, activations[act]);
+      const [n, k] = [dy.shape[1], x!.shape[1]];
+      if (needs(1)) {
+        requireFull('linear', w!, [n, k]);
+        add(1, linearDw(dpre, x!, { xrows: rows }));
+      }
+      if (needs(2)) {
+        requireFull('linear', bias!, [n]);
+        add(2, sumRows(dpre));
+      }
+      if (needs(0)) add(0, linearDx(dpre, w!, take(0, rows), k), rows);
+    },
+  },
+);
+
+export interface LinearOptions {
+  /** [N]. */
+  bias?: Node | null;
+  act?: Act;
+  /** Rows of x to multiply, i32 [R]; the result has R rows. Without it, every row. */
+  rows?: Node | null;
+  /** Outputs to compute: a prefix of w's. */
+  width?: Size;
+}
+
+/**
+ * `act(x[rows] w^T + bias)`: x f32 [M, K], w [N, K] or larger (a prefix is used). Returns f32 [R or M, N].
+ */
+export function linear(x: Node, w: Node, { bias = null, act = 'none', rows = null, width }: LinearOptions = {}): Node {
+  return linearOp.apply([x, w, bias, rows], [actCode('linear', act)], { bind: { N: width } })[0]!;
+}
+
+const linearGatedOp = defineOp(
+  'linear_gated',
+  'x:f32[M,K] wg:w[N<,K<] wu:w[N<,K<] bg?:w[N<] bu?:w[N<] rows?:i32[R] -> y:f32[R|M,N] g?:f32[R|M,N] u?:f32[R|M,N]',
+  ['act'],
+  {
+    gradient({ inputs: [x, wg, wu, bg, bu, rows], outputs: [, g, u], attrs: [act], dy, needs, add, take }) {
+      const { dg, du } = gatedActivationGrad(dy, g!, u!, activations[act]);
+      const [n, k] = [dy.shape[1], x!.shape[1]];
+      for (const [i, w, d] of [[1, wg, dg] as const, [2, wu, du] as const]) {
+        if (!needs(i)) continue;
+        requireFull('linear_gated', w!, [n, k]);
+        add(i, linearDw(d, x!, { xrows: rows }));
+      }
+      for (const [i, b, d] of [[3, bg, dg] as const, [4, bu, du] as const]) {
+        if (!needs(i)) continue;
+        requireFull('linear_gated', b!, [n]);
+        add(i, sumRows(d));
+      }
+      if (needs(0)) add(0, linearDx(du, wu!, linearDx(dg, wg!, take(0, rows), k), k), rows);
+    },
+  },
+);
+
+export interface LinearGatedOptions {
+  /** Bias of the gate product, [N]. */
+  bg?: Node | null;
+  /** Bias of the up product, [N]. */
+  bu?: Node | null;
+  act: Act;
+  rows?: Node | null;
+  width?: Size;
+}
+
+/** `act(x wg^T + bg) * (x wu^T + bu)`: x f32 [M, K], wg and wu [N, K] or larger. Returns f32 [R or M, N]. */
+export function linearGated(
+  x: Node,
+  wg: Node,
+  wu: Node,
+  { bg = null, bu = null, act, rows = null, width }: LinearGatedOptions,
+): Node {
+  return linearGatedOp.apply([x, wg, wu, bg, bu, rows], [actCode('linear_gated', act)], { bind: { N: width } })[0]!;
+}
+
+const linearAddOp = defineOp(
+  'linear_add',
+  'residual:f32[N,D] x:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> y:f32[N,D]',
+  [],
+  {
+    gradient({ inputs: [, x, w, bias, rows, gate], dy, needs, add }) {
+      const [d, k] = [dy.shape[1], x!.shape[1]];
+      if (needs(2)) {
+        requireFull('linear_add', w!, [d, k]);
+        add(2, linearDw(dy, x!, { dyrows: rows, gate }));
+      }
+      if (needs(3)) {
+        requireFull('linear_add', bias!, [d]);
+        add(3, sumRows(dy, rows, gate));
+      }
+      if (needs(1) || needs(5)) {
+        // x is kept for the gate's gradient only.
+        const kept = needs(5) ? x : null;
+        const without = needs(5) ? [] : ['dgate'];
+        const [dx, dgate] = linearAddGradOp.apply([dy, kept, w, bias, rows, gate], [], { bind: { K: k }, without });
+        add(1, dx!);
+        if (dgate) add(5, dgate);
+      }
+      add(0, dy);
+    },
+  },
+);
+
+const linearAddGradOp = defineOp(
+  'linear_add_grad',
+  'dy:f32[N,D] x?:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> dx:f32[R|N,K] dgate?:f32[R|N]',
+);
+
+export interface LinearAddOptions {
+  /** [D]. */
+  bias?: Node | null;
+  /** Rows of the residual that receive row r of x, i32 [R]. Without it, x has a row for each. */
+  rows?: Node | null;
+  /** Factor of every row of x, f32 [R] (or [N]). */
+  gate?: Node | null;
+}
+
+/**
+ * `residual` with `gate[r] * (x[r] w^T + bias)` added to row `rows[r]`: residual f32 [N, D], x f32 [R or N, K],
+ * w [D, K] or larger. Returns f32 [N, D]. Counts one row per row of x.
+ */
+export function linearAdd(
+  residual: Node,
+  x: Node,
+  w: Node,
+  { bias = null, rows = null, gate = null }: LinearAddOptions = {},
+): Node {
+  return linearAddOp.apply([residual, x, w, bias, rows, gate])[0]!;
+}

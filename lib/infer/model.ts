@@ -1,0 +1,171 @@
+// A model to call: generation, scoring and logits, each at a budget.
+import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import { thresholdFeed } from '../elastic/rows.js';
+import type { Program, RunResult } from '../graph/index.js';
+import { forwardFlops } from '../model/flops.js';
+import { parameterPlan } from '../model/weights.js';
+import { DisposedError, InvalidArgumentError } from '../native/errors.js';
+import type { TypedArray } from '../native/index.js';
+import { SessionPool } from './cache.js';
+import { ComputeMeter } from './compute.js';
+import { generate, promptIds } from './generate.js';
+import { loadNetwork, type Network } from './network.js';
+import { checkOptions } from './options.js';
+import { budgetSelector, compileLogits, compileScore, packedDims } from './programs.js';
+import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
+
+interface CallOptions {
+  /** Default 'full'. */
+  budget?: Budget;
+  signal?: AbortSignal;
+}
+
+/**
+ * Loads a Hugging Face directory (Llama family or GPT-2) or one that `elastify` or `distill` wrote. Weights are mapped
+ * and shared by all budgets. Dispose of the model when done, or declare it with `await using`.
+ *
+ * @throws InvalidFileError, InvalidDataError: a file is missing, corrupt or of an unknown kind; the message names it.
+ * @throws InvalidArgumentError: unknown option or value out of range.
+ */
+export async function loadModel(dir: string, options: LoadOptions = {}): Promise<ElasticModel> {
+  return new ElasticModel(await loadNetwork(dir, options));
+}
+
+export class ElasticModel implements AsyncDisposable {
+  readonly info: ModelInfo;
+  /** What the model is loaded as: specification, weights, engine, tokenizer. */
+  readonly network: Network;
+  readonly #sessions: SessionPool;
+  readonly #programs = new Map<string, Program>();
+  readonly #closed = new AbortController();
+
+  constructor(network: Network) {
+    this.network = network;
+    this.#sessions = new SessionPool(network);
+    const { spec, policy, routers } = network;
+    this.info = {
+      task: 'causal-lm',
+      architecture: spec.family,
+      layers: spec.layers,
+      hidden: spec.hidden,
+      ffn: spec.ffn,
+      heads: spec.heads,
+      kvHeads: spec.kvHeads,
+      vocab: spec.vocab,
+      maxPositions: spec.maxPositions,
+      maxContext: network.maxContext,
+      parameters: parameterPlan(spec).size,
+      elastic: policy !== null,
+      calibrated: policy?.calibration != null,
+      routerParameters: routers.size * (spec.hidden + 1),
+      levels: policy?.levels ?? [],
+    };
+  }
+
+  /**
+   * What a budget means for this model. `length`: tokens of the sequences it is meant for.
+   * @throws InvalidArgumentError when the model cannot run at that budget.
+   */
+  resolve(budget: Budget, options: { length?: number } = {}): OperatingPoint {
+    checkOptions('resolve', options, ['length']);
+    return resolveBudget(budget, this.network.spec, this.network.policy, options);
+  }
+
+  /**
+   * Generates text after `prompt`, a text or token ids; an empty one starts a new text. Begins at once.
+   * @throws InvalidArgumentError: unknown option, value out of range, token id past the vocabulary, prompt longer than
+   * the context.
+   */
+  generate(prompt: string | readonly number[], options: GenerateOptions = {}): GenerateStream {
+    this.#alive('generate');
+    return generate(this.network, this.#sessions, prompt, options, this.#closed.signal);
+  }
+
+  /** Log-probability of every token of each text given those before it. */
+  async score(inputs: readonly (string | readonly number[])[], options: CallOptions = {}): Promise<ScoreResult[]> {
+    const results: ScoreResult[] = [];
+    for (const input of inputs) {
+      const { ids, point, run } = this.#forward('score', input, options);
+      const targets = Int32Array.from(ids, (_, i) => (i + 1 < ids.length ? ids[i + 1] : -1));
+      const started = performance.now();
+      const result = await run({ targets, weight: new Float32Array(ids.length) });
+      const ms = performance.now() - started;
+      const ce = result.outputs.ce;
+      const logprobs = Float32Array.from(ids, (_, i) => (i === 0 ? Number.NaN : -ce[i - 1]));
+      const compute = this.#report(options.budget ?? 'full', point, result, ids.length, ms);
+      results.push({ tokens: [...ids], logprobs, usage: { inputTokens: ids.length, outputTokens: 0, compute } });
+    }
+    return results;
+  }
+
+  /** Logits of every position: f32 [tokens, vocab], row by row. */
+  async logits(input: string | readonly number[], options: CallOptions = {}): Promise<Float32Array> {
+    const { run } = this.#forward('logits', input, options);
+    return (await run({})).outputs.logits as Float32Array;
+  }
+
+  /** Ends what runs and frees the model. Generations under way finish with reason 'abort'. */
+  async dispose(): Promise<void> {
+    if (this.#closed.signal.aborted) return;
+    this.#closed.abort();
+    this.#sessions.dispose();
+    for (const program of this.#programs.values()) program.dispose();
+    this.network.dispose();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.dispose();
+  }
+
+  #alive(api: string): void {
+    if (this.#closed.signal.aborted) throw new DisposedError(`[${api}] the model was disposed`);
+  }
+
+  #forward(api: 'score' | 'logits', input: string | readonly number[], options: CallOptions) {
+    this.#alive(api);
+    checkOptions(api, options, ['budget', 'signal']);
+    const { network } = this;
+    const ids = promptIds(network, input);
+    if (ids.length > network.maxContext) {
+      throw new InvalidArgumentError(`[${api}] ${ids.length} tokens do not fit the context of ${network.maxContext}`);
+    }
+    const point = resolveBudget(options.budget ?? 'full', network.spec, network.policy, { length: ids.length });
+    const program = this.#program(api, !point.full);
+    const batch = { ids, positions: Int32Array.from(ids, (_, i) => i), offsets: Int32Array.of(0, ids.length) };
+    const feeds: Record<string, TypedArray> = { ...batch };
+    for (const [id, threshold] of point.thresholds) feeds[thresholdFeed(id)] = Float32Array.of(threshold);
+    const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
+      program.run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
+    return { ids, point, run };
+  }
+
+  #program(api: 'score' | 'logits', routed: boolean): Program {
+    const key = `${api} ${routed}`;
+    let program = this.#programs.get(key);
+    if (!program) {
+      const { network } = this;
+      const compile = api === 'score' ? compileScore : compileLogits;
+      const limits = { rows: network.maxContext, segments: 1 };
+      program = compile(network, limits, (graph, _rows, segments) => budgetSelector(graph, network, routed, segments));
+      this.#programs.set(key, program);
+    }
+    return program;
+  }
+
+  #report(requested: Budget, point: OperatingPoint, result: RunResult, rows: number, ms: number): ComputeReport {
+    const meter = new ComputeMeter(this.network.spec.layers);
+    meter.add(result, rows);
+    const flopsFull = forwardFlops(this.network.spec, [rows]).total;
+    return {
+      requested,
+      level: point.level,
+      effective: point.spec,
+      flops: meter.flops,
+      flopsFull,
+      ratio: meter.flops / flopsFull,
+      layersRun: meter.layersRun(),
+      ms: { prefill: ms, decode: 0, total: ms },
+      tokensPerSecond: ms > 0 ? (rows / ms) * 1000 : null,
+    };
+  }
+}

@@ -1,0 +1,153 @@
+// A loaded model: mapped weights, routers and tokenizer on one engine, shared by everything that runs it.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import type { ElasticPolicy } from '../elastic/policy.js';
+import { readElastic } from '../elastic/store.js';
+import { readJson } from '../io/files.js';
+import { Checkpoint } from '../io/safetensors.js';
+import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
+import { type ModelSpec, specFromConfig } from '../model/spec.js';
+import { type DecoderTensors, loadWeights } from '../model/weights.js';
+import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
+import { Engine, loadAddon, Tensor } from '../native/index.js';
+import { checkNumber, checkOptions, positiveInteger } from './options.js';
+import type { Dtype, LoadOptions } from './types.js';
+
+/** Contexts are no longer than this unless asked for: caches are allocated for all of it. */
+const defaultContext = 4096;
+const dtypes: readonly Dtype[] = ['f32', 'bf16', 'f16'];
+
+export interface RouterTensors {
+  /** f32 [1, hidden] */
+  readonly weight: Tensor;
+  /** f32 [1] */
+  readonly bias: Tensor;
+}
+
+export interface Network {
+  readonly dir: string;
+  readonly spec: ModelSpec;
+  readonly engine: Engine;
+  readonly weights: DecoderTensors;
+  readonly policy: ElasticPolicy | null;
+  /** By router id; empty for a plain model. */
+  readonly routers: ReadonlyMap<string, RouterTensors>;
+  readonly tokenizer: Tokenizer | null;
+  /** What a text without a beginning starts from. */
+  readonly startId: number | null;
+  /** Tokens that end a text. */
+  readonly endIds: ReadonlySet<number>;
+  readonly maxContext: number;
+  dispose(): void;
+}
+
+/**
+ * Maps a Hugging Face or elastic directory. Errors: InvalidFileError or InvalidDataError naming the file and what is
+ * wrong with it, InvalidArgumentError for an unknown option or a value out of range, AbortError.
+ */
+export async function loadNetwork(dir: string, options: LoadOptions = {}): Promise<Network> {
+  checkOptions('loadModel', options, ['dtype', 'maxContext', 'threads', 'onProgress', 'signal']);
+  const { dtype, threads, onProgress, signal } = options;
+  if (dtype !== undefined && !dtypes.includes(dtype)) {
+    throw new InvalidArgumentError(`[loadModel] dtype must be one of ${dtypes.join(', ')}, got ${String(dtype)}`);
+  }
+  checkNumber('loadModel', 'threads', threads, positiveInteger, 'a positive integer');
+  checkNumber('loadModel', 'maxContext', options.maxContext, positiveInteger, 'a positive integer');
+  const phases = ['config', 'weights', 'tokenizer'];
+  const progress = (done: number): void => {
+    signal?.throwIfAborted();
+    onProgress?.({ phase: phases[done] ?? 'ready', done, total: phases.length });
+  };
+
+  progress(0);
+  if (!existsSync(dir)) throw new InvalidFileError(`[loadModel] ${dir} does not exist; expected a model directory`);
+  const configPath = join(dir, 'config.json');
+  const config = await readJson(configPath);
+  const spec = specFromConfig(config, configPath);
+  if (options.maxContext !== undefined && options.maxContext > spec.maxPositions) {
+    throw new InvalidArgumentError(
+      `[loadModel] maxContext must be at most ${spec.maxPositions}, the model's positions, got ${options.maxContext}`,
+    );
+  }
+  const elastic = await readElastic(dir);
+
+  progress(1);
+  const owned: { dispose(): void }[] = [];
+  const dispose = (): void => {
+    for (const item of owned.splice(0).reverse()) item.dispose();
+  };
+  try {
+    const checkpoint = Checkpoint.open(dir);
+    owned.push(checkpoint);
+    const loaded = loadWeights(spec, checkpoint, { dtype });
+    owned.push(loaded);
+    const routers = new Map<string, RouterTensors>();
+    for (const [id, router] of elastic?.routers ?? []) {
+      const weight = Tensor.fromData('f32', [1, spec.hidden], router.weight);
+      const bias = Tensor.fromData('f32', [1], Float32Array.of(router.bias));
+      owned.push(weight, bias);
+      routers.set(id, { weight, bias });
+    }
+
+    progress(2);
+    const tokenizer = existsSync(join(dir, 'tokenizer.json')) ? await loadTokenizer(dir) : null;
+    const generationPath = join(dir, 'generation_config.json');
+    const generation = existsSync(generationPath) ? await readJson(generationPath) : {};
+    const ids = specialIds(spec, config, configPath, generation, generationPath, tokenizer);
+    progress(3);
+
+    if (threads !== undefined) loadAddon().setThreads(threads);
+    const engine = new Engine();
+    owned.push(engine);
+    return {
+      dir,
+      spec,
+      engine,
+      weights: loaded.weights,
+      policy: elastic?.policy ?? null,
+      routers,
+      tokenizer,
+      ...ids,
+      maxContext: options.maxContext ?? Math.min(spec.maxPositions, defaultContext),
+      dispose,
+    };
+  } catch (error) {
+    dispose();
+    throw error;
+  }
+}
+
+// As transformers does: generation_config.json comes before config.json.
+function specialIds(
+  spec: ModelSpec,
+  config: unknown,
+  configPath: string,
+  generation: unknown,
+  generationPath: string,
+  tokenizer: Tokenizer | null,
+): Pick<Network, 'startId' | 'endIds'> {
+  const read = (json: unknown, file: string, key: string): number[] => {
+    const value = (json as Record<string, unknown> | null)?.[key];
+    if (value === undefined || value === null) return [];
+    const list = [value].flat();
+    for (const id of list) {
+      if (!Number.isInteger(id) || (id as number) < 0 || (id as number) >= spec.vocab) {
+        throw new InvalidFileError(`[loadModel] ${file}: ${key} must be token ids below ${spec.vocab}, got ${JSON.stringify(value)}`);
+      }
+    }
+    return list as number[];
+  };
+  const find = (key: 'bos_token_id' | 'eos_token_id', fallback: number | null | undefined): number[] => {
+    for (const [json, file] of [
+      [generation, generationPath],
+      [config, configPath],
+    ] as const) {
+      const ids = read(json, file, key);
+      if (ids.length > 0) return ids;
+    }
+    return fallback !== null && fallback !== undefined && fallback < spec.vocab ? [fallback] : [];
+  };
+  const begin = find('bos_token_id', tokenizer?.bosId);
+  const end = find('eos_token_id', tokenizer?.eosId);
+  return { startId: begin[0] ?? end[0] ?? null, endIds: new Set(end) };
+}

@@ -1,0 +1,200 @@
+// Files and directories: whole-file reads with typed errors, writes that appear complete or not at all, hashes, locks.
+import { createHash, randomBytes } from 'node:crypto';
+import { createReadStream } from 'node:fs';
+import { type FileHandle, open, readFile, rename, rm } from 'node:fs/promises';
+import { hostname } from 'node:os';
+import { dirname, join } from 'node:path';
+import { ElastiformError, InvalidFileError } from '../native/errors.js';
+
+/** The file system refused: disk full, no permission, a directory in use by another process. `cause` has the reason. */
+export class FileSystemError extends ElastiformError {
+  override readonly name = 'FileSystemError';
+  constructor(message: string, cause?: unknown) {
+    super('FileSystem', message, cause === undefined ? undefined : { cause });
+  }
+}
+
+const EXPLANATIONS: Record<string, string> = {
+  ENOSPC: 'the disk is full',
+  EDQUOT: 'the disk quota is used up',
+  EFBIG: 'the file is larger than the file system or a limit allows',
+  EACCES: 'permission denied',
+  EPERM: 'not permitted; on Windows also when another program has the file open',
+  EBUSY: 'the file is in use',
+  EROFS: 'the file system is read-only',
+  ENOENT: 'no such file or directory',
+  ENOTDIR: 'a part of the path is not a directory',
+  EISDIR: 'it is a directory',
+  EMFILE: 'too many open files',
+};
+
+/** Code of a Node.js system error (`ENOENT`, ...), or undefined. */
+export function systemCode(error: unknown): string | undefined {
+  const code = error instanceof Error ? (error as NodeJS.ErrnoException).code : undefined;
+  return code !== undefined && /^E[A-Z0-9]+$/.test(code) ? code : undefined;
+}
+
+function fileSystemError(action: string, path: string, error: unknown): unknown {
+  const code = systemCode(error);
+  if (code === undefined) return error;
+  return new FileSystemError(`[files] cannot ${action} ${path}: ${EXPLANATIONS[code] ?? code}`, error);
+}
+
+/**
+ * Replaces `path` by what `write` writes: under a temporary name beside it, synced, then renamed. When anything fails the
+ * temporary file is removed and `path` is as it was.
+ *
+ * @throws FileSystemError when the disk is full or the file system refuses.
+ */
+export async function replaceFile(path: string, write: (handle: FileHandle) => Promise<void>): Promise<void> {
+  const temporary = `${path}.${process.pid}.${randomBytes(4).toString('hex')}.tmp`;
+  try {
+    const handle = await open(temporary, 'wx');
+    try {
+      await write(handle);
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+    await rename(temporary, path);
+    await syncDirectory(dirname(path));
+  } catch (error) {
+    await rm(temporary, { force: true });
+    throw fileSystemError('write', path, error);
+  }
+}
+
+// Makes a rename durable. Windows has no such call: directories cannot be opened there.
+async function syncDirectory(directory: string): Promise<void> {
+  if (process.platform === 'win32') return;
+  const handle = await open(directory, 'r');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+/**
+ * Writes a whole file so that it is complete or unchanged whenever the process or the machine stops.
+ *
+ * @throws FileSystemError when the disk is full or the file system refuses.
+ */
+export function writeFileAtomic(path: string, data: string | Uint8Array): Promise<void> {
+  return replaceFile(path, (handle) => handle.writeFile(data));
+}
+
+/**
+ * Parses a JSON file.
+ *
+ * @throws InvalidFileError naming the file when it is missing or is not JSON.
+ */
+export async function readJson(path: string): Promise<unknown> {
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    const code = systemCode(error);
+    throw new InvalidFileError(`[files] cannot read ${path}: ${EXPLANATIONS[code ?? ''] ?? error}`, { cause: error });
+  }
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new InvalidFileError(`[files] ${path} is not JSON: ${(error as Error).message}`, { cause: error });
+  }
+}
+
+/** SHA-256 of a file's bytes in hexadecimal, read in pieces. */
+export async function sha256File(path: string): Promise<string> {
+  const hash = createHash('sha256');
+  try {
+    for await (const chunk of createReadStream(path, { highWaterMark: 1 << 20 })) hash.update(chunk);
+  } catch (error) {
+    throw fileSystemError('read', path, error);
+  }
+  return hash.digest('hex');
+}
+
+/** Held by the one process that may write to a directory. */
+export interface DirectoryLock extends AsyncDisposable {
+  release(): Promise<void>;
+}
+
+export const LOCK_FILE = '.elastiform.lock';
+
+/**
+ * Takes the right to write to an existing directory, for this process. The lock of a process that died on this machine is
+ * taken over.
+ *
+ * @throws FileSystemError when somebody else holds it: the message says who, and which file to remove if they are gone.
+ */
+export async function lockDirectory(directory: string): Promise<DirectoryLock> {
+  const path = join(directory, LOCK_FILE);
+  const own = JSON.stringify({ pid: process.pid, host: hostname(), id: randomBytes(8).toString('hex') });
+  // Twice: the second attempt follows the removal of a dead process's lock.
+  for (let attempt = 0; attempt < 2; attempt++) {
+    try {
+      const handle = await open(path, 'wx');
+      try {
+        await handle.writeFile(own);
+      } finally {
+        await handle.close();
+      }
+      return directoryLock(path, own);
+    } catch (error) {
+      if (systemCode(error) !== 'EEXIST') throw fileSystemError('lock', directory, error);
+    }
+    const held = await readFile(path, 'utf8').catch(() => '');
+    if (!isStale(held)) throw heldError(directory, path, held);
+    await removeStale(path, held);
+  }
+  throw heldError(directory, path, await readFile(path, 'utf8').catch(() => ''));
+}
+
+function directoryLock(path: string, own: string): DirectoryLock {
+  const release = async () => {
+    // Somebody who removed our lock by hand may hold the directory now.
+    if ((await readFile(path, 'utf8').catch(() => '')) === own) await rm(path, { force: true });
+  };
+  return { release, [Symbol.asyncDispose]: release };
+}
+
+function parseLock(text: string): { pid: number; host: string } | null {
+  try {
+    const { pid, host } = JSON.parse(text);
+    return Number.isInteger(pid) && pid > 0 && typeof host === 'string' ? { pid, host } : null;
+  } catch {
+    return null;
+  }
+}
+
+function isStale(text: string): boolean {
+  const holder = parseLock(text);
+  if (!holder || holder.host !== hostname()) return false;
+  try {
+    process.kill(holder.pid, 0);
+    return false;
+  } catch (error) {
+    return systemCode(error) === 'ESRCH';
+  }
+}
+
+// Two processes may find the same stale lock: who renames first wins, and who then renames the winner's new lock
+// instead puts it back.
+async function removeStale(path: string, stale: string): Promise<void> {
+  const aside = `${path}.${process.pid}.${randomBytes(4).toString('hex')}.tmp`;
+  try {
+    await rename(path, aside);
+  } catch (error) {
+    if (systemCode(error) === 'ENOENT') return;
+    throw fileSystemError('lock', dirname(path), error);
+  }
+  if ((await readFile(aside, 'utf8')) === stale) await rm(aside);
+  else await rename(aside, path);
+}
+
+function heldError(directory: string, path: string, text: string): FileSystemError {
+  const holder = parseLock(text);
+  const who = holder ? `process ${holder.pid} on ${holder.host}` : 'another process';
+  return new FileSystemError(`[files] ${directory} is being written by ${who}; if it is gone, remove ${path}`);
+}

@@ -1,0 +1,176 @@
+// Text to token ids and back, for the tokenizer of a Hugging Face directory.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
+import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
+import { readJson, sha256File } from './files.js';
+
+/** Decodes ids one at a time; the pieces joined are what decoding all ids at once gives. */
+export interface TokenStream {
+  /** The text that is certain after this id: empty while a character is incomplete. */
+  push(id: number): string;
+  /** What was held back. */
+  end(): string;
+}
+
+export interface Tokenizer {
+  /** Largest id + 1. */
+  readonly vocabSize: number;
+  readonly bosId: number | null;
+  readonly eosId: number | null;
+  /** SHA-256 of tokenizer.json in hexadecimal. */
+  readonly sha256: string;
+  /** @param options.addSpecialTokens what the tokenizer puts around a text (such as BOS); default true */
+  encode(text: string, options?: { addSpecialTokens?: boolean }): number[];
+  /**
+   * Ids without a token decode to nothing. Spaces are never cleaned up: the text is what was encoded.
+   *
+   * @param options.skipSpecialTokens leave BOS, EOS and the like out of the text; default true
+   */
+  decode(ids: readonly number[], options?: { skipSpecialTokens?: boolean }): string;
+  /**
+   * Decoding of ids as they are generated, without special tokens.
+   *
+   * @param context ids that come before: a word that follows text keeps its leading space
+   */
+  stream(context?: readonly number[]): TokenStream;
+}
+
+// What is used of the library. Its own declarations import files without extensions and so resolve to any.
+interface Backend {
+  encode(text: string, options: { add_special_tokens: boolean }): { ids: (number | undefined)[]; tokens: string[] };
+  decode(ids: number[], options: { skip_special_tokens: boolean; clean_up_tokenization_spaces: boolean }): string;
+  token_to_id(token: string): number | undefined;
+  id_to_token(id: number): string | undefined;
+  get_vocab(withAddedTokens: boolean): Map<string, number>;
+  get_added_tokens_decoder(): Map<number, { special: boolean }>;
+}
+
+const MAX_ID = 1 << 24;
+// Tokens of context that decide how the next one decodes.
+const CONTEXT = 8;
+
+/**
+ * Loads `tokenizer.json`, and `tokenizer_config.json` when it is there.
+ *
+ * @throws InvalidFileError naming the file that is missing or corrupt.
+ */
+export async function loadTokenizer(directory: string): Promise<Tokenizer> {
+  const path = join(directory, 'tokenizer.json');
+  const configPath = join(directory, 'tokenizer_config.json');
+  const json = await readJson(path);
+  const config = existsSync(configPath) ? await readJson(configPath) : {};
+  if (!isObject(config)) throw new InvalidFileError(`[tokenizer] ${configPath} is not a JSON object`);
+  const tokenizer = build(path, json, config);
+  const special = (key: string) => specialId(tokenizer, configPath, key, config[key]);
+  return new DirectoryTokenizer(tokenizer, special('bos_token'), special('eos_token'), await sha256File(path));
+}
+
+class DirectoryTokenizer implements Tokenizer {
+  readonly vocabSize: number;
+  readonly #special: ReadonlySet<number>;
+
+  constructor(
+    private readonly tokenizer: Backend,
+    readonly bosId: number | null,
+    readonly eosId: number | null,
+    readonly sha256: string,
+  ) {
+    let largest = -1;
+    for (const id of tokenizer.get_vocab(true).values()) largest = Math.max(largest, id);
+    this.vocabSize = largest + 1;
+    this.#special = new Set([...tokenizer.get_added_tokens_decoder()].filter(([, t]) => t.special).map(([id]) => id));
+  }
+
+  encode(text: string, { addSpecialTokens = true }: { addSpecialTokens?: boolean } = {}): number[] {
+    const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: addSpecialTokens });
+    const unknown = ids.indexOf(undefined);
+    if (unknown >= 0) {
+      const token = JSON.stringify(tokens[unknown]);
+      throw new InvalidArgumentError(`[tokenizer] ${token} is not in the vocabulary, which has no unknown token`);
+    }
+    return ids as number[];
+  }
+
+  decode(ids: readonly number[], { skipSpecialTokens = true }: { skipSpecialTokens?: boolean } = {}): string {
+    for (const id of ids) {
+      if (!Number.isInteger(id) || id < 0) {
+        throw new InvalidArgumentError(`[tokenizer] token ids must be non-negative integers, got ${id}`);
+      }
+    }
+    const known = ids.filter(
+      (id) => this.tokenizer.id_to_token(id) !== undefined && !(skipSpecialTokens && this.#special.has(id)),
+    );
+    if (known.length === 0) return '';
+    return this.tokenizer.decode(known, {
+      skip_special_tokens: skipSpecialTokens,
+      clean_up_tokenization_spaces: false,
+    });
+  }
+
+  stream(context: readonly number[] = []): TokenStream {
+    // Ids whose text is out already (they give the new ones their context), and then all ids since.
+    let before = context.filter((id) => !this.#special.has(id)).slice(-CONTEXT);
+    let pending: number[] = [];
+    // Text the pending ids add. A replacement character at the end of the context is a character cut in two.
+    const added = () => {
+      const known = this.decode(before).replace(/\uFFFD+$/, '');
+      return this.decode([...before, ...pending]).slice(known.length);
+    };
+    return {
+      push: (id) => {
+        pending.push(id);
+        const text = added();
+        if (text === '' || text.endsWith('\uFFFD')) return '';
+        before = pending;
+        pending = [];
+        return text;
+      },
+      end: () => {
+        const text = added();
+        pending = [];
+        return text;
+      },
+    };
+  }
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value);
+}
+
+function isId(value: unknown): value is number {
+  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < MAX_ID;
+}
+
+function build(path: string, json: unknown, config: Record<string, unknown>): Backend {
+  const fail = (message: string, cause?: unknown) => new InvalidFileError(`[tokenizer] ${path}: ${message}`, { cause });
+  if (!isObject(json) || !isObject(json.model)) throw fail('has no model');
+  const { added_tokens: added = [], model } = json;
+  if (!Array.isArray(added) || !added.every((t) => isObject(t) && isId(t.id) && typeof t.content === 'string')) {
+    throw fail('added_tokens is not a list of tokens with id and content');
+  }
+  // Unigram models list [token, score] pairs, whose ids are their places.
+  const vocab = model.vocab;
+  const valid = Array.isArray(vocab) ? vocab.length < MAX_ID : isObject(vocab) && Object.values(vocab).every(isId);
+  if (!valid) throw fail(`model.vocab does not map tokens to ids below ${MAX_ID}`);
+  const parts = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null };
+  try {
+    return new HuggingFaceTokenizer({ ...parts, ...json, added_tokens: added }, config);
+  } catch (error) {
+    throw fail(`cannot be loaded: ${(error as Error).message}`, error);
+  }
+}
+
+// A special token is a string, or an object with its content.
+function specialId(tokenizer: Backend, path: string, key: string, value: unknown): number | null {
+  const content = isObject(value) ? value.content : value;
+  if (content === undefined || content === null) return null;
+  const id = typeof content === 'string' ? tokenizer.token_to_id(content) : undefined;
+  if (id === undefined) {
+    throw new InvalidFileError(
+      `[tokenizer] ${path}: ${key} ${JSON.stringify(content)} is not a token of the vocabulary`,
+    );
+  }
+  return id;
+}

@@ -1,0 +1,125 @@
+// The parts of a decoder block: attention and feed-forward, over all rows or over those that a selector lets in.
+import type { Graph, Node } from '../graph/graph.js';
+import {
+  add,
+  attention,
+  attentionCached,
+  embedding,
+  gatherIds,
+  layerNorm,
+  linear,
+  linearAdd,
+  linearGated,
+  rmsNorm,
+  rope,
+} from '../graph/index.js';
+import type { Place, RowSelection, Selector } from './select.js';
+import type { ModelSpec } from './spec.js';
+import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
+
+/** Keys and values of one layer, kept between runs; all are state nodes. */
+export interface KvCache {
+  /** f32 [S, T, kvHeads * headDim] */
+  readonly k: Node;
+  readonly v: Node;
+  /** Rows cached of every segment, i32 [S]. */
+  readonly lengths: Node;
+}
+
+/** What every block of one decoder shares. */
+export interface BlockContext {
+  readonly graph: Graph;
+  readonly spec: ModelSpec;
+  /** Position of every row in its sequence, i32 [N]. */
+  readonly positions: Node;
+  /** Segments, i32 [S + 1]. */
+  readonly offsets: Node;
+  readonly selector: Selector;
+}
+
+/** The norm of a spec over all rows of x [N, D], or over `rows` written compact. */
+export function norm(spec: ModelSpec, x: Node, { weight, bias }: Affine<Node>, rows: Node | null = null): Node {
+  const options = { eps: spec.eps, rows };
+  return spec.norm === 'rms' ? rmsNorm(x, weight, options) : layerNorm(x, weight, bias ?? null, options);
+}
+
+/** Token (and learned position) embeddings: f32 [N, D]. */
+export function embed(spec: ModelSpec, weights: DecoderNodes, ids: Node, positions: Node): Node {
+  const tokens = embedding(weights.embed, ids);
+  return spec.rope ? tokens : add(tokens, embedding(weights.positions!, positions));
+}
+
+interface Entry {
+  /** The normalised rows to read: all of them, or only those selected. */
+  readonly x: Node;
+  /** Rows of `x` to gather while multiplying. */
+  readonly gather: Node | null;
+  readonly selection: RowSelection | null;
+}
+
+// Asks the selector which rows enter. When it looked at all rows normalised, the products gather from those; otherwise
+// only the selected rows are normalised, compact.
+function enter(context: BlockContext, layer: number, place: Place, residual: Node, weights: Affine<Node>): Entry {
+  const { spec, selector, offsets } = context;
+  let all: Node | null = null;
+  const normed = () => {
+    all ??= norm(spec, residual, weights);
+    return all;
+  };
+  const selection = selector.rows({ layer, place, residual, normed, offsets });
+  if (!selection) return { x: normed(), gather: null, selection };
+  if (all) return { x: all, gather: selection.rows, selection };
+  return { x: norm(spec, residual, weights, selection.rows), gather: null, selection };
+}
+
+// Adds the sub-layer's output to the rows that entered.
+function leave(residual: Node, y: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
+  return linearAdd(residual, y, weight, { bias, rows: selection?.rows, gate: selection?.gate });
+}
+
+/**
+ * `residual + o(attention(q, k, v))` of the normalised rows; rows that do not enter are neither queries nor keys.
+ *
+ * @param cache where keys and values of earlier runs are and those of this run go; without it, segments attend to
+ *   themselves only
+ */
+export function attentionBlock(
+  context: BlockContext,
+  layer: number,
+  residual: Node,
+  weights: LayerWeights<Node>,
+  cache?: KvCache,
+): Node {
+  const { graph, spec } = context;
+  const { heads, kvHeads, headDim } = spec;
+  const { x, gather, selection } = enter(context, layer, 'attn', residual, weights.norm1);
+  const positions = selection && spec.rope ? gatherIds(context.positions, selection.rows) : context.positions;
+  const project = ({ weight, bias }: Affine<Node>) => linear(x, weight, { bias, rows: gather });
+  const turn = (y: Node) => {
+    if (!spec.rope) return y;
+    const { invFreq } = spec.rope;
+    return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
+  };
+  const [q, k, v] = [turn(project(weights.q)), turn(project(weights.k)), project(weights.v)];
+  const offsets = selection?.offsets ?? context.offsets;
+  const options = { heads, kvHeads, scale: 1 / Math.sqrt(headDim) };
+  const y = cache
+    ? attentionCached(q, k, v, offsets, cache.lengths, cache.k, cache.v, options)
+    : attention(q, k, v, offsets, { ...options, causal: true });
+  return leave(residual, y, weights.o, selection);
+}
+
+/** `residual + down(act(gate(x)) * up(x))` of the normalised rows, or `residual + down(act(up(x)))`. */
+export function feedForwardBlock(
+  context: BlockContext,
+  layer: number,
+  residual: Node,
+  { norm2, gate, up, down }: LayerWeights<Node>,
+): Node {
+  const { act } = context.spec;
+  const { x, gather: rows, selection } = enter(context, layer, 'mlp', residual, norm2);
+  const hidden = gate
+    ? linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows })
+    : linear(x, up.weight, { bias: up.bias, act, rows });
+  return leave(residual, hidden, down, selection);
+}

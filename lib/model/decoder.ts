@@ -1,0 +1,75 @@
+// A decoder assembled from blocks: from token ids to the residual stream, and from there to logits.
+import type { Graph, Node } from '../graph/graph.js';
+import { linear } from '../graph/index.js';
+import { attentionBlock, type BlockContext, embed, feedForwardBlock, type KvCache, norm } from './blocks.js';
+import { type Place, type Selector, selectEverything } from './select.js';
+import type { ModelSpec } from './spec.js';
+import type { DecoderNodes } from './weights.js';
+
+export interface DecoderInputs {
+  /** Token ids of all sequences end to end, i32 [N]. */
+  readonly ids: Node;
+  /** Position of every row in its sequence, i32 [N]. */
+  readonly positions: Node;
+  /** Where the sequences begin and the last one ends, i32 [S + 1]. */
+  readonly offsets: Node;
+  /** One per layer, to continue sequences from earlier runs. */
+  readonly caches?: readonly KvCache[];
+}
+
+export interface DecoderOptions {
+  /** Comes before the tags that work is counted under: `embed`, `L{layer}.attn`, `L{layer}.mlp`. */
+  readonly tagPrefix?: string;
+  /** Run every block again in the backward pass instead of keeping what it computed. */
+  readonly recompute?: boolean;
+}
+
+/** The tag under which the work of a sub-layer is counted. */
+export const subLayerTag = (layer: number, place: Place): string => `L${layer}.${place}`;
+
+/**
+ * Builds a decoder.
+ *
+ * @returns the residual stream after the last layer, before the final norm, f32 [N, D]
+ */
+export function decoder(
+  graph: Graph,
+  spec: ModelSpec,
+  weights: DecoderNodes,
+  inputs: DecoderInputs,
+  selector: Selector = selectEverything,
+  { tagPrefix = '', recompute = false }: DecoderOptions = {},
+): Node {
+  const { ids, positions, offsets, caches } = inputs;
+  const context: BlockContext = { graph, spec, positions, offsets, selector };
+  let x = graph.tag(`${tagPrefix}embed`, () => embed(spec, weights, ids, positions));
+  weights.layers.forEach((layer, i) => {
+    const run = (place: Place, build: () => Node) => {
+      if (selector.runs(i, place)) x = graph.tag(tagPrefix + subLayerTag(i, place), build);
+    };
+    const block = () => {
+      run('attn', () => attentionBlock(context, i, x, layer, caches?.[i]));
+      run('mlp', () => feedForwardBlock(context, i, x, layer));
+      return x;
+    };
+    if (recompute) graph.checkpoint(block);
+    else block();
+  });
+  return x;
+}
+
+/** The final norm of all rows of the residual stream x [N, D], or of `rows` written compact: what the head multiplies. */
+export function finalNorm(spec: ModelSpec, weights: DecoderNodes, x: Node, rows: Node | null = null): Node {
+  return norm(spec, x, weights.finalNorm, rows);
+}
+
+/** Logits of all rows, or of `rows`: f32 [N or R, vocab]. Counted under `head`. */
+export function logits(
+  graph: Graph,
+  spec: ModelSpec,
+  weights: DecoderNodes,
+  x: Node,
+  { rows = null, tagPrefix = '' }: { rows?: Node | null; tagPrefix?: string } = {},
+): Node {
+  return graph.tag(`${tagPrefix}head`, () => linear(finalNorm(spec, weights, x, rows), weights.head));
+}

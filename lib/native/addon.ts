@@ -1,0 +1,101 @@
+// The whole surface of the native addon. Everything else in lib/ goes through the wrappers beside this file.
+
+/** Element types: IEEE single, bfloat16, IEEE half, 32-bit integer. */
+export type DType = 'f32' | 'bf16' | 'f16' | 'i32';
+
+/** Carries elements between JavaScript and native memory: bf16 and f16 travel as their 16 bits. */
+export type TypedArray = Float32Array | Uint16Array | Int32Array;
+
+export interface NativeInfo {
+  readonly version: string;
+  /** Instruction set in use, and those this machine and build could use. */
+  readonly isa: string;
+  readonly isaAvailable: string[];
+  /** Threads that kernels use, and CPUs this process may run on. */
+  readonly threads: number;
+  readonly hardwareThreads: number;
+  readonly cuda: { readonly compiled: boolean; readonly available: boolean; readonly reason: string };
+}
+
+/** Live bytes and objects of the process, all worker threads together. */
+export interface NativeMemory {
+  /** Files mapped read-only. */
+  readonly mappedBytes: number;
+  /** Tensors in heap memory. */
+  readonly heapBytes: number;
+  /** Packed copies of weights. */
+  readonly packedBytes: number;
+  /** Arenas of temporaries and scratch of engines. */
+  readonly arenaBytes: number;
+  /** Undisposed tensors and programs. */
+  readonly tensors: number;
+  readonly programs: number;
+}
+
+export interface NativeMapping {
+  readonly byteLength: number;
+  read(offset: number, length: number): Uint8Array;
+  dispose(): void;
+}
+
+export interface NativeTensor {
+  readonly dtype: DType;
+  readonly shape: number[];
+  readonly writable: boolean;
+  readonly disposed: boolean;
+  slice(elementOffset: number, shape: readonly number[], strides?: readonly number[]): NativeTensor;
+  setPackAs(dtype: DType): void;
+  read(): TypedArray;
+  readFloat(): Float32Array;
+  write(data: TypedArray): void;
+  dispose(): void;
+}
+
+export interface NativeProgram {
+  readonly arenaBytes: number;
+  dispose(): void;
+}
+
+export interface NativeRunResult {
+  /** One array per output tensor, in tensor order, with the sizes the run ended with. */
+  readonly outputs: TypedArray[];
+  /** The value of every dim, those that ops produced included. */
+  readonly dims: Int32Array;
+  /** Two numbers per tag: flops, rows. */
+  readonly counters: Float64Array;
+  /** Milliseconds on the engine's thread. */
+  readonly ms: number;
+}
+
+export interface NativeEngine {
+  run(
+    program: NativeProgram,
+    dims: Int32Array,
+    feeds: readonly TypedArray[],
+  ): { promise: Promise<NativeRunResult>; abort(): void };
+  dispose(): void;
+}
+
+export interface NativeAddon {
+  info(): NativeInfo;
+  setThreads(threads: number): void;
+  opNames(): string[];
+  opSignatures(): string[];
+  opAttributes(): string[][];
+  memory(): NativeMemory;
+  /** Aborts what runs and joins every engine of this thread: `process.exit()` runs no cleanup hooks. */
+  stopEngines(): void;
+  readonly Mapping: new (path: string) => NativeMapping;
+  readonly Tensor: {
+    alloc(dtype: DType, shape: readonly number[]): NativeTensor;
+    fromData(dtype: DType, shape: readonly number[], data: TypedArray): NativeTensor;
+    view(mapping: NativeMapping, byteOffset: number, dtype: DType, shape: readonly number[]): NativeTensor;
+  };
+  readonly Program: new (
+    code: Int32Array,
+    attributes: Float64Array,
+    opNames: readonly string[],
+    tensors: readonly NativeTensor[],
+  ) => NativeProgram;
+  readonly Engine: new () => NativeEngine;
+}

@@ -1,0 +1,87 @@
+// Compiled programs and the engine that runs them on a thread of its own.
+import type { NativeEngine, NativeProgram, NativeRunResult, TypedArray } from './addon.js';
+import { AbortError, fromNative, wrapNative } from './errors.js';
+import { loadAddon } from './load.js';
+import type { Tensor } from './tensor.js';
+
+/** A validated and planned program. It keeps the memory of its tensors alive. */
+export class CompiledProgram implements Disposable {
+  /** The addon's object behind this one. */
+  readonly native: NativeProgram;
+  /** Bytes of temporaries that a run needs when every dim is at its bound. */
+  readonly arenaBytes: number;
+
+  /**
+   * @param code - the encoded program, version 1 (see native/runtime/program.h)
+   * @param attributes - the attributes of all steps
+   * @param opNames - the ops that the steps refer to by index
+   * @param tensors - the bound tensors, in the order their entries appear in `code`
+   * @throws InvalidProgramError that names the step and op that is wrong
+   */
+  constructor(code: Int32Array, attributes: Float64Array, opNames: readonly string[], tensors: readonly Tensor[]) {
+    const natives = tensors.map((tensor) => tensor.native);
+    this.native = wrapNative(() => new (loadAddon().Program)(code, attributes, opNames, natives));
+    this.arenaBytes = this.native.arenaBytes;
+  }
+
+  /** Ends the use of this object; idempotent. A pending run of the program goes on safely. */
+  dispose(): void {
+    this.native.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+/** Runs programs, one after the other, on a native thread. Pending runs keep the process alive; an idle engine does not. */
+export class Engine implements Disposable {
+  private readonly native: NativeEngine;
+  private isDisposed = false;
+
+  constructor() {
+    this.native = wrapNative(() => new (loadAddon().Engine)());
+  }
+
+  get disposed(): boolean {
+    return this.isDisposed;
+  }
+
+  /**
+   * Runs a program. Feeds are copied before this returns; outputs are fresh arrays.
+   *
+   * @param dims - the value of every dim of the program (constants and produced ones are ignored)
+   * @param feeds - one array per feed tensor, in tensor order, with the current sizes
+   * @param options.signal - aborts the run; the promise then rejects with `signal.reason`
+   */
+  async run(
+    program: CompiledProgram,
+    dims: Int32Array,
+    feeds: readonly TypedArray[],
+    options: { signal?: AbortSignal } = {},
+  ): Promise<NativeRunResult> {
+    const { signal } = options;
+    signal?.throwIfAborted();
+    const { promise, abort } = wrapNative(() => this.native.run(program.native, dims, feeds));
+    signal?.addEventListener('abort', abort, { once: true });
+    try {
+      return await promise;
+    } catch (error) {
+      const typed = fromNative(error);
+      if (typed instanceof AbortError && signal?.aborted) throw signal.reason;
+      throw typed;
+    } finally {
+      signal?.removeEventListener('abort', abort);
+    }
+  }
+
+  /** Aborts what runs and ends the thread; pending runs reject with DisposedError. Idempotent. */
+  dispose(): void {
+    this.isDisposed = true;
+    this.native.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}

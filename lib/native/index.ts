@@ -1,0 +1,13 @@
+// The native layer: loader, tensors, programs, engine, errors.
+export type {
+  DType,
+  NativeAddon,
+  NativeInfo,
+  NativeMemory,
+  NativeRunResult,
+  TypedArray,
+} from './addon.js';
+export { CompiledProgram, Engine } from './engine.js';
+export * from './errors.js';
+export { loadAddon } from './load.js';
+export { Mapping, Tensor } from './tensor.js';

@@ -1,0 +1,267 @@
+// A small chart writer: line charts with intervals, bar charts and heat maps as standalone SVG text.
+
+export interface Point {
+  readonly x: number;
+  readonly y: number;
+  /** Ends of the interval around y; both or neither. */
+  readonly low?: number;
+  readonly high?: number;
+  /** Shown as a tooltip. */
+  readonly note?: string;
+}
+
+export interface Series {
+  readonly name: string;
+  readonly points: readonly Point[];
+  /** Without markers: for curves of many points. */
+  readonly plain?: boolean;
+}
+
+export interface LineChartOptions {
+  readonly title: string;
+  readonly xLabel: string;
+  readonly yLabel: string;
+  readonly series: readonly Series[];
+  readonly yScale?: 'linear' | 'log';
+  readonly width?: number;
+  readonly height?: number;
+}
+
+export interface BarChartOptions {
+  readonly title: string;
+  readonly xLabel: string;
+  readonly bars: readonly { readonly name: string; readonly value: number; readonly group?: number }[];
+  readonly format?: (value: number) => string;
+  readonly width?: number;
+}
+
+export interface HeatMapOptions {
+  readonly title: string;
+  readonly columns: readonly string[];
+  readonly rows: readonly { readonly name: string; readonly values: readonly (number | null)[] }[];
+  readonly width?: number;
+}
+
+// Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), brighter on dark grounds.
+const style = `
+.ef{--bg:#ffffff;--ink:#1c2430;--soft:#5b6675;--line:#d5dbe3;--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#a1588c;--heat:0,114,178}
+@media (prefers-color-scheme:dark){.ef{--bg:#11161d;--ink:#e6ebf2;--soft:#9aa7b8;--line:#2c3644;--s0:#56b4e9;--s1:#ff9d4d;--s2:#34d1a0;--s3:#e29fce;--heat:86,180,233}}
+.ef text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--soft)}
+.ef .title{font-size:15px;font-weight:600;fill:var(--ink)}
+.ef .ink{fill:var(--ink)}
+.ef .grid{stroke:var(--line);stroke-width:1}
+.ef .axis{stroke:var(--soft);stroke-width:1}
+.ef .l{fill:none;stroke-width:2;stroke-linejoin:round}
+.ef .l0{stroke:var(--s0)}.ef .l1{stroke:var(--s1)}.ef .l2{stroke:var(--s2)}.ef .l3{stroke:var(--s3)}
+.ef .f0{fill:var(--s0)}.ef .f1{fill:var(--s1)}.ef .f2{fill:var(--s2)}.ef .f3{fill:var(--s3)}
+`.trim();
+
+const seriesColours = 4;
+
+/** A line chart; points with `low` and `high` get an interval bar. `yScale: 'log'` needs positive values. */
+export function lineChart(o: LineChartOptions): string {
+  const width = o.width ?? 720;
+  const height = o.height ?? 420;
+  const box = { left: 68, right: width - 20, top: 78, bottom: height - 52 };
+  const points = o.series.flatMap((s) => s.points).filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y));
+  const log = o.yScale === 'log';
+  const ys = points.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]).filter((y) => Number.isFinite(y) && (!log || y > 0));
+  const xAxis = linearAxis(
+    points.map((p) => p.x),
+    box.left,
+    box.right,
+    8,
+  );
+  const yAxis = log ? logAxis(ys, box.bottom, box.top) : linearAxis(ys, box.bottom, box.top, 6);
+
+  const parts: string[] = [];
+  for (const t of yAxis.ticks) {
+    const y = num(yAxis.at(t));
+    parts.push(`<line class="grid" x1="${box.left}" x2="${box.right}" y1="${y}" y2="${y}"/>`);
+    parts.push(`<text x="${box.left - 8}" y="${y}" dy="4" text-anchor="end">${tick(t)}</text>`);
+  }
+  for (const t of xAxis.ticks) {
+    const x = num(xAxis.at(t));
+    parts.push(`<line class="axis" x1="${x}" x2="${x}" y1="${box.bottom}" y2="${box.bottom + 5}"/>`);
+    parts.push(`<text x="${x}" y="${box.bottom + 20}" text-anchor="middle">${tick(t)}</text>`);
+  }
+  parts.push(`<line class="axis" x1="${box.left}" x2="${box.right}" y1="${box.bottom}" y2="${box.bottom}"/>`);
+  const middle = (box.top + box.bottom) / 2;
+  parts.push(
+    `<text class="ink" x="${(box.left + box.right) / 2}" y="${height - 12}" text-anchor="middle">${escapeXml(o.xLabel)}</text>`,
+    `<text class="ink" x="18" y="${middle}" text-anchor="middle" transform="rotate(-90 18 ${middle})">${escapeXml(o.yLabel)}</text>`,
+  );
+
+  let legendX = box.left;
+  o.series.forEach((s, i) => {
+    const colour = i % seriesColours;
+    const seen = s.points
+      .filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y) && (!log || p.y > 0))
+      .toSorted((a, b) => a.x - b.x);
+    const path = seen.map((p, k) => `${k === 0 ? 'M' : 'L'}${num(xAxis.at(p.x))} ${num(yAxis.at(p.y))}`).join('');
+    if (path !== '') parts.push(`<path class="l l${colour}" d="${path}"${dash(i)}/>`);
+    for (const p of s.plain ? [] : seen) {
+      const x = num(xAxis.at(p.x));
+      if (p.low !== undefined && p.high !== undefined && (!log || p.low > 0)) {
+        const low = num(yAxis.at(p.low));
+        const high = num(yAxis.at(p.high));
+        parts.push(`<path class="l l${colour}" d="M${x} ${low}V${high}M${num(x - 4)} ${low}h8M${num(x - 4)} ${high}h8"/>`);
+      }
+      const tip = p.note === undefined ? '' : `<title>${escapeXml(p.note)}</title>`;
+      parts.push(marker(i, x, num(yAxis.at(p.y)), tip));
+    }
+    parts.push(`<path class="l l${colour}" d="M${legendX} 52h22"${dash(i)}/>`, marker(i, legendX + 11, 52, ''));
+    parts.push(`<text class="ink" x="${legendX + 28}" y="56">${escapeXml(s.name)}</text>`);
+    legendX += 28 + textWidth(s.name) + 22;
+  });
+  return svg(width, height, o.title, parts);
+}
+
+/** Horizontal bars, one per entry, from zero. `group` chooses the colour. */
+export function barChart(o: BarChartOptions): string {
+  const width = o.width ?? 720;
+  const rowHeight = 26;
+  const left = Math.min(220, 24 + Math.max(0, ...o.bars.map((b) => textWidth(b.name))));
+  const right = width - 90;
+  const top = 48;
+  const height = top + o.bars.length * rowHeight + 44;
+  const most = Math.max(0, ...o.bars.map((b) => b.value)) || 1;
+  const format = o.format ?? tick;
+  const parts: string[] = [];
+  o.bars.forEach((bar, i) => {
+    const y = top + i * rowHeight;
+    const length = num((Math.max(0, bar.value) / most) * (right - left));
+    parts.push(
+      `<text class="ink" x="${left - 8}" y="${y + 16}" text-anchor="end">${escapeXml(bar.name)}</text>`,
+      `<rect class="f${(bar.group ?? 0) % seriesColours}" x="${left}" y="${y + 4}" width="${length}" height="${rowHeight - 8}" rx="2"/>`,
+      `<text x="${num(left + length + 6)}" y="${y + 16}">${escapeXml(format(bar.value))}</text>`,
+    );
+  });
+  parts.push(`<line class="axis" x1="${left}" x2="${left}" y1="${top}" y2="${height - 40}"/>`);
+  parts.push(`<text class="ink" x="${left}" y="${height - 14}">${escapeXml(o.xLabel)}</text>`);
+  return svg(width, height, o.title, parts);
+}
+
+/** Shares in [0, 1] as cells, darker meaning more; `null` is an empty cell. */
+export function heatMap(o: HeatMapOptions): string {
+  const width = o.width ?? 720;
+  const left = 24 + Math.max(0, ...o.rows.map((r) => textWidth(r.name)));
+  const cell = Math.min(64, (width - left - 20) / Math.max(1, o.columns.length));
+  const rowHeight = 34;
+  const top = 70;
+  const height = top + o.rows.length * rowHeight + 20;
+  const parts: string[] = [];
+  o.columns.forEach((name, c) => {
+    parts.push(`<text x="${num(left + (c + 0.5) * cell)}" y="${top - 10}" text-anchor="middle">${escapeXml(name)}</text>`);
+  });
+  o.rows.forEach((row, r) => {
+    const y = top + r * rowHeight;
+    parts.push(`<text class="ink" x="${left - 8}" y="${y + 21}" text-anchor="end">${escapeXml(row.name)}</text>`);
+    row.values.forEach((value, c) => {
+      const x = num(left + c * cell);
+      const share = value === null ? 0 : Math.min(1, Math.max(0, value));
+      const fill = value === null ? 'none' : `rgba(var(--heat),${num(0.06 + 0.74 * share)})`;
+      const label = value === null ? '–' : String(Math.round(share * 100));
+      parts.push(
+        `<rect x="${x}" y="${y}" width="${num(cell - 2)}" height="${rowHeight - 2}" rx="2" style="fill:${fill};stroke:var(--line)"><title>${escapeXml(`${row.name}, ${o.columns[c]}: ${value === null ? 'not routed' : `${label} %`}`)}</title></rect>`,
+        `<text class="ink" x="${num(x + cell / 2 - 1)}" y="${y + 21}" text-anchor="middle">${label}</text>`,
+      );
+    });
+  });
+  return svg(width, height, o.title, parts);
+}
+
+export function escapeXml(text: string): string {
+  return text
+    .replaceAll('&', '&amp;')
+    .replaceAll('<', '&lt;')
+    .replaceAll('>', '&gt;')
+    .replaceAll('"', '&quot;')
+    .replaceAll("'", '&#39;')
+    .replace(unprintable, '\ufffd');
+}
+
+// Characters XML 1.0 forbids, lone surrogates included: generated text may hold any of them.
+// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is being removed
+const unprintable = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+
+function svg(width: number, height: number, title: string, parts: readonly string[]): string {
+  const name = escapeXml(title);
+  return [
+    `<svg xmlns="http://www.w3.org/2000/svg" class="ef" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" aria-label="${name}">`,
+    `<style>${style}</style>`,
+    `<rect width="${width}" height="${height}" style="fill:var(--bg)"/>`,
+    `<text class="title" x="20" y="28">${name}</text>`,
+    ...parts,
+    '</svg>',
+    '',
+  ].join('\n');
+}
+
+interface Axis {
+  readonly ticks: readonly number[];
+  at(value: number): number;
+}
+
+function linearAxis(values: readonly number[], from: number, to: number, wanted: number): Axis {
+  let low = values.length === 0 ? 0 : values.reduce((a, b) => Math.min(a, b));
+  let high = values.length === 0 ? 1 : values.reduce((a, b) => Math.max(a, b));
+  if (high === low) {
+    low -= Math.abs(low) * 0.1 || 0.5;
+    high += Math.abs(high) * 0.1 || 0.5;
+  }
+  const rough = (high - low) / wanted;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999) ?? 10 * power;
+  const first = Math.floor(low / step + 1e-9) * step;
+  const last = Math.ceil(high / step - 1e-9) * step;
+  const ticks: number[] = [];
+  for (let i = 0; first + i * step <= last + step * 1e-6; i++) ticks.push(Number((first + i * step).toPrecision(12)));
+  return { ticks, at: (v) => from + ((v - first) / (last - first)) * (to - from) };
+}
+
+function logAxis(values: readonly number[], from: number, to: number): Axis {
+  const low = values.length === 0 ? 1 : values.reduce((a, b) => Math.min(a, b));
+  const high = values.length === 0 ? 10 : values.reduce((a, b) => Math.max(a, b));
+  const first = Math.floor(Math.log10(low) + 1e-9);
+  const last = Math.max(first + 1, Math.ceil(Math.log10(high) - 1e-9));
+  const ticks: number[] = [];
+  const steps = last - first > 3 ? [1] : [1, 2, 5];
+  for (let e = first; e <= last; e++) for (const m of e === last ? [1] : steps) ticks.push(Number((m * 10 ** e).toPrecision(3)));
+  return { ticks, at: (v) => from + ((Math.log10(v) - first) / (last - first)) * (to - from) };
+}
+
+function marker(i: number, x: number, y: number, inner: string): string {
+  const colour = `f${i % seriesColours}`;
+  switch (i % seriesColours) {
+    case 0:
+      return `<circle class="${colour}" cx="${x}" cy="${y}" r="4.5">${inner}</circle>`;
+    case 1:
+      return `<rect class="${colour}" x="${num(x - 4)}" y="${num(y - 4)}" width="8" height="8">${inner}</rect>`;
+    case 2:
+      return `<path class="${colour}" d="M${x} ${num(y - 5.5)}l5 9.5h-10z">${inner}</path>`;
+    default:
+      return `<path class="${colour}" d="M${x} ${num(y - 5.5)}l5.5 5.5l-5.5 5.5l-5.5 -5.5z">${inner}</path>`;
+  }
+}
+
+function dash(i: number): string {
+  const pattern = ['', '7 4', '2 4', '9 3 2 3'][i % seriesColours];
+  return pattern === '' ? '' : ` stroke-dasharray="${pattern}"`;
+}
+
+function num(value: number): number {
+  return Math.round(value * 100) / 100;
+}
+
+function tick(value: number): string {
+  const size = Math.abs(value);
+  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
+  if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
+  return String(Number(value.toPrecision(4)));
+}
+
+// SVG cannot measure text; 6.6 px is the mean advance of a 12 px sans-serif face, rounded up.
+function textWidth(text: string): number {
+  return Math.ceil(text.length * 6.6);
+}

@@ -1,0 +1,53 @@
+// Aligned memory, storages backed by it, and the process-wide counters behind memory().
+#include "core/memory.h"
+
+#include <cstdlib>
+#include <utility>
+
+#include "core/error.h"
+
+namespace elastiform {
+
+// Leaked: engine threads may still free memory while static objects are being destroyed.
+MemoryCounters& memoryCounters() {
+  static auto& counters = *new MemoryCounters;
+  return counters;
+}
+
+AlignedBuffer::AlignedBuffer(size_t bytes, bool zeroed, const char* purpose) {
+  constexpr size_t kLargest = size_t{1} << 46;  // more than any address space holds
+  const size_t padded = bytes + kAlignment;
+  if (bytes <= kLargest) raw_ = zeroed ? std::calloc(1, padded) : std::malloc(padded);
+  if (!raw_) {
+    fail(ErrorCode::OutOfMemory, "[memory] cannot allocate %zu bytes (%.1f MiB) for %s", bytes,
+         static_cast<double>(bytes) / (1 << 20), purpose);
+  }
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw_) + kAlignment - 1) & ~(kAlignment - 1));
+  bytes_ = bytes;
+}
+
+AlignedBuffer::~AlignedBuffer() { std::free(raw_); }
+
+void AlignedBuffer::swap(AlignedBuffer& other) noexcept {
+  std::swap(raw_, other.raw_);
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+}
+
+std::shared_ptr<Storage> heapStorage(size_t bytes, bool writable, std::shared_ptr<std::atomic<int64_t>> owned) {
+  auto buffer = std::make_shared<AlignedBuffer>(bytes, true, "a tensor");
+  auto storage = std::make_shared<Storage>();
+  storage->data = buffer->data();
+  storage->bytes = bytes;
+  storage->writable = writable;
+  const auto size = static_cast<int64_t>(bytes);
+  memoryCounters().heapBytes += size;
+  if (owned) *owned += size;
+  storage->release = [buffer, owned, size] {
+    memoryCounters().heapBytes -= size;
+    if (owned) *owned -= size;
+  };
+  return storage;
+}
+
+}  // namespace elastiform

@@ -1,0 +1,402 @@
+// Blocking, packing and scheduling of the matrix engine; the arithmetic is in kernel_body.h.
+#include "cpu/gemm/gemm.h"
+
+#include <algorithm>
+#include <new>
+
+#include "core/pool.h"
+#include "cpu/gemm/kernel.h"
+#include "cpu/isa.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace elastiform {
+
+// Panels of a whole weight [N, K] (kernel.h) as f32, bf16 or f16.
+struct PackedWeight {
+  DType dtype;
+  int64_t N, K;
+  int columns;
+  size_t bytes;
+  std::align_val_t alignment;
+  void* data;
+  ~PackedWeight();
+};
+
+namespace {
+std::atomic<int64_t> packedTotal{0};
+}
+
+PackedWeight::~PackedWeight() {
+  ::operator delete(data, alignment);
+  packedTotal -= static_cast<int64_t>(bytes);
+}
+
+namespace cpu {
+
+const KernelTable& kernels() {
+#if defined(__x86_64__) || defined(_M_X64)
+  static const KernelTable& table = *forIsa(&portable::kernelTable, &avx2::kernelTable, &avx512::kernelTable);
+#else
+  static const KernelTable& table = portable::kernelTable;
+#endif
+  return table;
+}
+
+namespace {
+
+constexpr int64_t kBlockK = 384;            // steps of k between visits to a tile
+constexpr int64_t kBlockRows = 256;         // rows of A that stay in the second-level cache, packed B
+constexpr int64_t kBlockRowsUnpacked = 512; // B packed on the way: more rows to each packing
+constexpr int64_t kBlockColumns = 256;
+constexpr int64_t kPackedElements = int64_t{1} << 23;  // of A, at a time
+constexpr int64_t kPackInParallel = int64_t{1} << 15;  // elements of A
+constexpr int64_t kWidenInRegisters = 16;   // rows up to which 16-bit panels are widened in the micro-kernel
+constexpr int64_t kChunksPerThread = 6;
+constexpr int64_t kChunkFlops = int64_t{1} << 21;
+
+int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+RowTiles rowTiles(int64_t M, int64_t most) {
+  const int64_t count = ceilDiv(M, most);
+  return {count, M / count, M % count};
+}
+int64_t tileStart(const RowTiles& tiles, int64_t t) { return t * tiles.size + std::min(t, tiles.longer); }
+
+void roundTo(DType dtype, float* data, int64_t count) {
+  if (dtype == DType::BF16) {
+    for (int64_t i = 0; i < count; ++i) data[i] = bf16ToFloat(floatToBf16(data[i]));
+  } else if (dtype == DType::F16) {
+    for (int64_t i = 0; i < count; ++i) data[i] = f16ToFloat(floatToF16(data[i]));
+  }
+}
+
+// A bias as contiguous f32.
+const float* biasF32(const void* bias, DType dtype, int64_t stride, int64_t N, const KernelArgs& args) {
+  if (!bias) return nullptr;
+  if (dtype == DType::F32 && stride == 1) return static_cast<const float*>(bias);
+  float* copy = args.scratch<float>(N);
+  for (int64_t n = 0; n < N; ++n) copy[n] = loadAsFloat(bias, dtype, n * stride);
+  return copy;
+}
+
+struct Product {
+  int64_t M, N, K;
+  const MatrixA* a;
+  const MatrixB* b[2];
+  int count;  // 1, or 2 when gated
+  const float* bias[2];
+  const Epilogue* plain;
+  const GatedEpilogue* gated;
+  float* out;
+  int64_t ldOut;
+};
+
+// A block of C: rows of tiles [tile0, tile1), panels [panel0, panel1).
+struct Block {
+  int64_t tile0, tile1, panel0, panel1;
+};
+
+struct Buffers {
+  float* acc;     // tiles of the block between blocks of k
+  float* panels;  // B packed or widened here
+};
+
+class Run {
+ public:
+  Run(const Product& p, const KernelArgs& args) : p_(p), args_(args), table_(kernels()) {}
+
+  void operator()() {
+    const int64_t panels = ceilDiv(p_.N, table_.columns);
+    packed_ = p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed);
+    const bool direct = p_.M == 1 && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
+    const int64_t rowsAtOnce =
+        std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(p_.K, 1)));
+    float* store = direct ? nullptr : args_.scratch<float>(rowsAtOnce * p_.K);
+
+    for (base_ = 0; base_ < p_.M; base_ += rowsAtOnce) {
+      const int64_t rows = std::min(rowsAtOnce, p_.M - base_);
+      tiles_ = rowTiles(rows, table_.rows);
+      if (direct) {
+        packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride;
+      } else {
+        packRows(rows, store);
+        packedA_ = store;
+      }
+      multiply(rows, panels);
+    }
+  }
+
+ private:
+  void packRows(int64_t rows, float* store) {
+    MatrixA part = *p_.a;
+    if (part.rows) {
+      part.rows += base_;
+    } else {
+      part.data += base_ * part.rowStride;
+    }
+    if (rows * p_.K <= kPackInParallel) {
+      table_.packA(part, tiles_, 0, tiles_.count, p_.K, store);
+      return;
+    }
+    const int64_t perChunk = std::max<int64_t>(1, kPackInParallel / ((tiles_.size + 1) * p_.K));
+    parallelFor(ceilDiv(tiles_.count, perChunk),
+                [&](int64_t chunk, int) {
+                  table_.packA(part, tiles_, chunk * perChunk, std::min(tiles_.count, (chunk + 1) * perChunk), p_.K,
+                               store);
+                },
+                args_.abort);
+  }
+
+  void multiply(int64_t rows, int64_t panels) {
+    strip_ = 1;
+    if (packed_ && tiles_.count == 1) strip_ = p_.count == 1 ? table_.stripPanels[rows] : 1;
+    widen_ = packed_ && rows > kWidenInRegisters && (narrow(0) || (p_.count == 2 && narrow(1)));
+    // One tile needs each panel once: no reason to leave it before the end of K.
+    const int64_t kMost = packed_ && tiles_.count == 1 ? std::max<int64_t>(p_.K, 1) : kBlockK;
+    kBlocks_ = std::max<int64_t>(1, ceilDiv(p_.K, kMost));
+    kc_ = ceilDiv(p_.K, kBlocks_);
+
+    // The grid of blocks: over N first (each panel is then read once), over M where rows or chunks demand it.
+    const int64_t threads = threadCount();
+    const int64_t flops = 2 * rows * p_.N * std::max<int64_t>(p_.K, 1) * p_.count;
+    const int64_t wanted =
+        std::clamp<int64_t>(flops / kChunkFlops, 1, threads == 1 ? 1 : threads * kChunksPerThread);
+    int64_t mBlocks = std::min(tiles_.count, ceilDiv(rows, packed_ ? kBlockRows : kBlockRowsUnpacked));
+    const int64_t units = ceilDiv(panels, strip_);
+    int64_t nBlocks = std::clamp<int64_t>(ceilDiv(wanted, mBlocks),
+                                          std::min(units, ceilDiv(panels * table_.columns, kBlockColumns)), units);
+    if (mBlocks * nBlocks < wanted) mBlocks = std::clamp<int64_t>(ceilDiv(wanted, nBlocks), mBlocks, tiles_.count);
+    const int64_t mostTiles = ceilDiv(tiles_.count, mBlocks), mostPanels = ceilDiv(units, nBlocks) * strip_;
+    const int64_t mostRows = mostTiles * (tiles_.size + (tiles_.longer ? 1 : 0));
+
+    accTile_ = table_.rows * table_.columns;
+    accBlock_ = kBlocks_ == 1 ? int64_t{strip_} * accTile_ : mostRows * mostPanels * table_.columns;
+    panelElements_ = kc_ * table_.columns;
+    const int64_t panelBuffer = packed_ ? (widen_ ? panelElements_ : 0) : mostPanels * panelElements_;
+    const int64_t perWorker = (accBlock_ + panelBuffer) * p_.count;
+    if (workerElements_ < perWorker * threads) {
+      workerElements_ = perWorker * threads;
+      worker_ = args_.scratch<float>(workerElements_);
+    }
+
+    const auto body = [&](int64_t chunk, int worker) {
+      const int64_t n = chunk / mBlocks, m = chunk % mBlocks;
+      const Block block{m * tiles_.count / mBlocks, (m + 1) * tiles_.count / mBlocks,
+                        std::min(panels, n * units / nBlocks * strip_),
+                        std::min(panels, (n + 1) * units / nBlocks * strip_)};
+      float* mine = worker_ + worker * perWorker;
+      multiplyBlock(block, {mine, mine + accBlock_ * p_.count});
+    };
+    if (mBlocks * nBlocks == 1) {
+      body(0, 0);
+    } else {
+      parallelFor(mBlocks * nBlocks, body, args_.abort);
+    }
+  }
+
+  bool narrow(int product) const { return p_.b[product]->packed->dtype != DType::F32; }
+
+  void multiplyBlock(const Block& block, const Buffers& buffers) const {
+    for (int64_t kb = 0; kb < kBlocks_; ++kb) {
+      const int64_t k0 = kb * kc_, kc = std::min(kc_, p_.K - k0);
+      if (!packed_) packBlock(block, k0, kc, buffers.panels);
+      for (int64_t panel = block.panel0; panel < block.panel1;) {
+        const int together = panel + strip_ <= block.panel1 ? strip_ : 1;
+        multiplyPanel(block, buffers, kb, k0, kc, panel, together);
+        panel += together;
+      }
+    }
+  }
+
+  void packBlock(const Block& block, int64_t k0, int64_t kc, float* to) const {
+    const int64_t panels = block.panel1 - block.panel0, size = panels * kc * table_.columns;
+    for (int i = 0; i < p_.count; ++i, to += size) {
+      table_.packB(*p_.b[i], p_.N, block.panel0 * table_.columns, panels, k0, kc, to);
+      roundTo(p_.b[i]->roundTo, to, size);
+    }
+  }
+
+  // All tiles of the block against one panel (or a strip of them) and one block of k.
+  void multiplyPanel(const Block& block, const Buffers& buffers, int64_t kb, int64_t k0, int64_t kc, int64_t panel,
+                     int together) const {
+    const int64_t columns = table_.columns;
+    const char* source[2];
+    const char* next[2] = {nullptr, nullptr};
+    int type[2];
+    int64_t panelStride[2] = {0, 0};
+    for (int i = 0; i < p_.count; ++i) {
+      if (!packed_) {
+        const int64_t at = i * (block.panel1 - block.panel0) + (panel - block.panel0);
+        source[i] = reinterpret_cast<const char*>(buffers.panels + at * kc * columns);
+        type[i] = 0;
+        continue;
+      }
+      const PackedWeight& w = *p_.b[i]->packed;
+      const int64_t size = static_cast<int64_t>(dtypeSize(w.dtype));
+      const auto at = [&](int64_t whichPanel, int64_t k) {
+        return static_cast<const char*>(w.data) + (whichPanel * w.K + k) * columns * size;
+      };
+      source[i] = at(panel, k0);
+      type[i] = static_cast<int>(w.dtype);
+      panelStride[i] = w.K * columns;
+      if (widen_ && w.dtype != DType::F32) {
+        float* wide = buffers.panels + i * panelElements_;
+        table_.widen(source[i], w.dtype, kc * columns, wide);
+        source[i] = reinterpret_cast<const char*>(wide);
+        type[i] = 0;
+      } else if (together == 1) {
+        if (panel + 1 < block.panel1) {
+          next[i] = at(panel + 1, k0);
+        } else if (kb + 1 < kBlocks_) {
+          next[i] = at(block.panel0, k0 + kc);
+        }
+      }
+    }
+
+    const int64_t firstRow = tileStart(tiles_, block.tile0);
+    const int64_t blockRows = tileStart(tiles_, block.tile1) - firstRow;
+    const int64_t sharers = std::min<int64_t>(8, block.tile1 - block.tile0), share = ceilDiv(kc, sharers);
+    const bool last = kb + 1 == kBlocks_;
+    for (int64_t t = block.tile0; t < block.tile1; ++t) {
+      const int64_t m0 = tileStart(tiles_, t), rows = tileStart(tiles_, t + 1) - m0;
+      const float* a = packedA_ + m0 * p_.K + k0 * rows;
+      FinishTile done{};
+      for (int i = 0; i < p_.count; ++i) {
+        float* acc = buffers.acc + i * accBlock_;
+        if (kBlocks_ > 1) acc += ((panel - block.panel0) * blockRows + (m0 - firstRow)) * columns;
+        const int64_t order = t - block.tile0;
+        const bool ahead = next[i] && order < sharers;
+        const int64_t from = order * share;
+        const int64_t prefetched = ahead ? std::max<int64_t>(0, std::min(share, kc - from)) : 0;
+        const char* nextPart = ahead ? next[i] + from * columns * (type[i] == 0 ? 4 : 2) : nullptr;
+        const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
+        function(kc, a, source[i], panelStride[i], acc, kb > 0, nextPart, prefetched);
+        done.acc[i] = acc;
+        done.bias[i] = p_.bias[i];
+      }
+      if (!last) continue;
+      done.m0 = base_ + m0;
+      done.rows = rows;
+      for (int s = 0; s < together; ++s) {
+        done.n0 = (panel + s) * columns;
+        done.n = std::min(columns, p_.N - done.n0);
+        if (p_.gated) {
+          table_.finishGated(done, *p_.gated, p_.out, p_.ldOut);
+        } else {
+          table_.finish(done, *p_.plain, p_.out, p_.ldOut);
+        }
+        done.acc[0] += rows * columns;
+      }
+    }
+  }
+
+  const Product& p_;
+  const KernelArgs& args_;
+  const KernelTable& table_;
+  bool packed_ = false, widen_ = false;
+  int64_t base_ = 0;  // first row of the rows packed now
+  RowTiles tiles_{};
+  const float* packedA_ = nullptr;
+  int strip_ = 1;
+  int64_t kBlocks_ = 1, kc_ = 0;
+  int64_t accTile_ = 0, accBlock_ = 0, panelElements_ = 0;
+  float* worker_ = nullptr;
+  int64_t workerElements_ = 0;
+};
+
+std::shared_ptr<const PackedWeight> pack(const TensorView& view, const Tensor& w) {
+  const KernelTable& table = kernels();
+  auto result = std::make_shared<PackedWeight>();
+  PackedWeight& packed = *result;
+  packed.dtype = w.packAs;
+  packed.N = w.shape[0];
+  packed.K = w.shape[1];
+  packed.columns = table.columns;
+  const int64_t panels = ceilDiv(packed.N, table.columns), panelElements = packed.K * table.columns;
+  const size_t bytes = static_cast<size_t>(panels * panelElements) * dtypeSize(packed.dtype);
+  constexpr size_t hugePage = size_t{2} << 20;
+  packed.alignment = std::align_val_t{bytes >= 2 * hugePage ? hugePage : 64};
+  packed.bytes = 0;
+  packed.data = nullptr;
+  try {
+    packed.data = ::operator new(std::max<size_t>(bytes, 64), packed.alignment);
+  } catch (const std::bad_alloc&) {
+    fail(ErrorCode::OutOfMemory, "no memory for a packed weight of %zu bytes", bytes);
+  }
+  packed.bytes = bytes;
+  packedTotal += static_cast<int64_t>(bytes);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Streams through gigabytes of panels miss the address cache on small pages. Advice only: failure changes nothing.
+  if (bytes >= 2 * hugePage) madvise(packed.data, bytes / hugePage * hugePage, MADV_HUGEPAGE);
+#endif
+
+  const MatrixB source{view.data, view.dtype, w.strides[0], w.strides[1]};
+  parallelFor(panels,
+              [&](int64_t panel, int) {
+                const int64_t at = panel * panelElements;
+                if (packed.dtype == DType::F32) {
+                  table.packB(source, packed.N, panel * table.columns, 1, 0, packed.K,
+                              static_cast<float*>(packed.data) + at);
+                  return;
+                }
+                constexpr int64_t steps = 64;
+                alignas(64) float wide[steps * 32];
+                for (int64_t k0 = 0; k0 < packed.K; k0 += steps) {
+                  const int64_t kc = std::min(steps, packed.K - k0), count = kc * table.columns;
+                  table.packB(source, packed.N, panel * table.columns, 1, k0, kc, wide);
+                  uint16_t* to = static_cast<uint16_t*>(packed.data) + at + k0 * table.columns;
+                  if (packed.dtype == DType::BF16) {
+                    for (int64_t i = 0; i < count; ++i) to[i] = floatToBf16(wide[i]);
+                  } else {
+                    for (int64_t i = 0; i < count; ++i) to[i] = floatToF16(wide[i]);
+                  }
+                }
+              },
+              nullptr);
+  return result;
+}
+
+bool packable(const TensorView& w) { return w.tensor && !w.tensor->storage->writable; }
+
+}  // namespace
+
+void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
+          int64_t ldOut, const KernelArgs& args) {
+  if (M <= 0 || N <= 0) return;
+  const float* bias = biasF32(epilogue.bias, epilogue.biasDtype, epilogue.biasStride, N, args);
+  const Product product{M, N, K, &a, {&b, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
+  Run{product, args}();
+}
+
+void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& gate, const MatrixB& up,
+               const GatedEpilogue& e, float* out, int64_t ldOut, const KernelArgs& args) {
+  if (M <= 0 || N <= 0) return;
+  Product product{M, N, K, &a, {&gate, &up}, 2, {nullptr, nullptr}, nullptr, &e, out, ldOut};
+  for (int i = 0; i < 2; ++i) product.bias[i] = biasF32(e.bias[i], e.biasDtype[i], e.biasStride[i], N, args);
+  Run{product, args}();
+}
+
+MatrixB weightB(const TensorView& w) {
+  MatrixB b{w.data, w.dtype, w.strides[0], w.strides[1]};
+  if (!packable(w)) return b;
+  Tensor& tensor = *w.tensor;
+  const std::lock_guard<std::mutex> lock(tensor.packMutex);
+  if (!tensor.packed) tensor.packed = pack(w, tensor);
+  b.packed = tensor.packed.get();
+  return b;
+}
+
+MatrixB weightTransposedB(const TensorView& w) {
+  MatrixB b{w.data, w.dtype, w.strides[1], w.strides[0]};
+  if (packable(w) && w.tensor->packAs != w.dtype) b.roundTo = w.tensor->packAs;
+  return b;
+}
+
+int64_t packedBytes(const PackedWeight& packed) { return static_cast<int64_t>(packed.bytes); }
+int64_t packedBytesTotal() { return packedTotal; }
+
+}  // namespace cpu
+}  // namespace elastiform

@@ -1,0 +1,81 @@
+// What the matrix engine needs from one instruction set: tile shape, packing, micro-kernels, epilogues, loss rows.
+//
+// Packed A: row tiles [tile][K][rows of the tile]; packed B: panels [panel][K][columns], zero beyond N. A tile of C is
+// kept as [rows of the tile][columns] between blocks of K.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/gemm/gemm.h"
+
+namespace elastiform::cpu {
+
+constexpr int kMaxTileRows = 14;
+constexpr int kMaxStripPanels = 4;
+
+// M rows in `count` tiles whose sizes differ by one at most: `longer` tiles of size + 1, then tiles of size.
+struct RowTiles {
+  int64_t count, size, longer;
+};
+
+// acc (+)= A tile * B panel over kc steps of k, continuing the chains in acc when `resume`. `next` (may be null):
+// memory to prefetch during the first `prefetched` steps, as many bytes a step as the panel has.
+using TileFunction = void (*)(int64_t kc, const float* a, const void* b, int64_t panelStride, float* acc, bool resume,
+                              const void* next, int64_t prefetched);
+
+// A finished tile: rows m0.., columns n0..n0+n of C.
+struct FinishTile {
+  const float* acc[2];   // the second for gated products
+  const float* bias[2];  // f32, contiguous, or null
+  int64_t m0, rows, n0, n;
+};
+
+struct LossRow {
+  double lse;    // log-sum-exp of the student's logits
+  double value;  // KL in nats, or the cross-entropy
+  int64_t best;  // first index of the largest logit; -1 when there is none (NaN)
+  int64_t bestTeacher;
+};
+
+struct KernelTable {
+  int rows, columns;  // the largest tile
+  // By dtype of the panel (f32, bf16, f16) and rows of the tile. A strip runs several neighbouring panels at once:
+  // acc is [panel][rows][columns]. stripPanels[rows] is 1 where there is no strip.
+  TileFunction tile[3][kMaxTileRows + 1];
+  TileFunction strip[3][kMaxTileRows + 1];
+  int stripPanels[kMaxTileRows + 1];
+
+  // Tiles [begin, end), all of K, to dst[first row of the tile * K].
+  void (*packA)(const MatrixA& a, RowTiles tiles, int64_t begin, int64_t end, int64_t K, float* dst);
+  // Panels of columns n0.. (N is where B ends) and steps [k0, k0 + kc) as f32 [panel][kc][columns].
+  void (*packB)(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t k0, int64_t kc, float* dst);
+  // `count` elements of a packed panel as f32; a multiple of the columns.
+  void (*widen)(const void* src, DType dtype, int64_t count, float* dst);
+
+  void (*finish)(const FinishTile& tile, const Epilogue& epilogue, float* out, int64_t ldOut);
+  void (*finishGated)(const FinishTile& tile, const GatedEpilogue& epilogue, float* out, int64_t ldOut);
+
+  // value = KL(softmax(teacher) || softmax(student)); with `gradient` student becomes weight * (q - p).
+  LossRow (*distillRow)(float* student, const float* teacher, int64_t V, float weight, bool gradient);
+  // value = -log softmax(logits)[target]; with `gradient` logits become weight * (q - 1 at the target).
+  LossRow (*crossEntropyRow)(float* logits, int64_t V, int64_t target, float weight, bool gradient);
+
+  // Fused multiply-adds on registers alone, for benchmarks: runs `steps` of `fmaWidth` floating-point operations.
+  float (*fmaPeak)(int64_t steps);
+  int64_t fmaWidth;
+};
+
+namespace portable {
+extern const KernelTable kernelTable;
+}
+namespace avx2 {
+extern const KernelTable kernelTable;
+}
+namespace avx512 {
+extern const KernelTable kernelTable;
+}
+
+// The table of the instruction set in use.
+const KernelTable& kernels();
+
+}  // namespace elastiform::cpu

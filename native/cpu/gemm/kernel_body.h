@@ -1,0 +1,432 @@
+// The matrix engine's kernels, instantiated once per instruction set (see simd.h).
+#include <math.h>
+
+#include "cpu/gemm/kernel.h"
+#include "cpu/simd.h"
+
+namespace elastiform::cpu::ELASTIFORM_ISA {
+namespace {
+
+constexpr int kVectors = 2;  // per panel row
+constexpr int kColumns = kVectors * kLanes;
+constexpr int kRows = ELASTIFORM_TILE_ROWS;
+static_assert(kRows <= kMaxTileRows);
+
+struct F32 {
+  using Stored = float;
+  ELASTIFORM_INLINE Vec get(const float* p) { return load(p); }
+};
+struct Bf16 {
+  using Stored = uint16_t;
+  ELASTIFORM_INLINE Vec get(const uint16_t* p) { return loadBf16(p); }
+};
+struct F16 {
+  using Stored = uint16_t;
+  ELASTIFORM_INLINE Vec get(const uint16_t* p) { return loadF16(p); }
+};
+
+// One step of k: c += a (column) * b (row of every panel).
+template <int Rows, int Panels, typename B>
+ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, const typename B::Stored* b,
+                            int64_t panelStride) {
+  Vec row[Panels][kVectors];
+#pragma GCC unroll 16
+  for (int p = 0; p < Panels; ++p) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[p][v] = B::get(b + p * panelStride + v * kLanes);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    const Vec x = splat(a[i]);
+#pragma GCC unroll 16
+    for (int p = 0; p < Panels; ++p) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) c[p][i][v] = fma(x, row[p][v], c[p][i][v]);
+    }
+  }
+}
+
+template <int Rows, int Panels, typename B>
+void tile(int64_t kc, const float* a, const void* panel, int64_t panelStride, float* acc, bool resume,
+          const void* next, int64_t prefetched) {
+  const auto* b = static_cast<const typename B::Stored*>(panel);
+  Vec c[Panels][Rows][kVectors];
+#pragma GCC unroll 16
+  for (int p = 0; p < Panels; ++p) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        c[p][i][v] = resume ? load(acc + (p * Rows + i) * kColumns + v * kLanes) : Vec{};
+      }
+    }
+  }
+  int64_t k = 0;
+  if constexpr (Panels == 1) {
+    const char* ahead = static_cast<const char*>(next);
+    for (; k < prefetched; ++k) {
+      __builtin_prefetch(ahead, 0, 2);
+      if constexpr (kColumns * sizeof(typename B::Stored) > 64) __builtin_prefetch(ahead + 64, 0, 2);
+      ahead += kColumns * sizeof(typename B::Stored);
+      step<Rows, Panels, B>(c, a + k * Rows, b + k * kColumns, panelStride);
+    }
+  }
+#pragma GCC unroll 4
+  for (; k < kc; ++k) step<Rows, Panels, B>(c, a + k * Rows, b + k * kColumns, panelStride);
+#pragma GCC unroll 16
+  for (int p = 0; p < Panels; ++p) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) store(acc + (p * Rows + i) * kColumns + v * kLanes, c[p][i][v]);
+    }
+  }
+}
+
+// Panels a strip of so many rows takes: as many streams as the registers hold accumulators for.
+constexpr int stripPanels(int rows) {
+  constexpr int accumulators = kLanes == 16 ? 26 : 12;
+  return rows * kVectors * 4 <= accumulators ? 4 : rows * kVectors * 2 <= accumulators ? 2 : 1;
+}
+
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t IVec4 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
+typedef uint16_t Half4Unaligned __attribute__((vector_size(8), aligned(2), may_alias));
+
+ELASTIFORM_INLINE Vec4 load4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
+ELASTIFORM_INLINE void store4(float* p, Vec4 v) { *reinterpret_cast<Vec4Unaligned*>(p) = v; }
+
+template <typename B>
+ELASTIFORM_INLINE Vec4 get4(const typename B::Stored* p) {
+  if constexpr (sizeof(typename B::Stored) == 4) {
+    return load4(p);
+  } else {
+    const IVec4 h = __builtin_convertvector(*reinterpret_cast<const Half4Unaligned*>(p), IVec4);
+    if constexpr (__is_same(B, Bf16)) return (Vec4)(h << 16);
+    const Vec4 magnitude = (Vec4)((h & 0x7fff) << 13) * 0x1p112f;  // as loadF16
+    const IVec4 special = magnitude >= 65536.0f;
+    return (Vec4)((IVec4)magnitude | (special & 0x7f800000) | ((h & 0x8000) << 16));
+  }
+}
+template <typename B>
+ELASTIFORM_INLINE float getOne(const typename B::Stored* p) {
+  if constexpr (sizeof(typename B::Stored) == 4) {
+    return *p;
+  } else {
+    const typename B::Stored four[4] = {*p};
+    return get4<B>(four)[0];
+  }
+}
+
+ELASTIFORM_INLINE void transpose4(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
+  const Vec4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Vec4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
+  b = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
+  c = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
+  d = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+}
+
+// dst[k * stride + i] = rows[i][k] for four rows (k < count).
+template <typename B>
+ELASTIFORM_INLINE void transposeRows(const typename B::Stored* const (&rows)[4], int64_t count, float* dst,
+                                     int64_t stride) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    Vec4 a = get4<B>(rows[0] + k), b = get4<B>(rows[1] + k), c = get4<B>(rows[2] + k), d = get4<B>(rows[3] + k);
+    transpose4(a, b, c, d);
+    store4(dst + k * stride, a);
+    store4(dst + (k + 1) * stride, b);
+    store4(dst + (k + 2) * stride, c);
+    store4(dst + (k + 3) * stride, d);
+  }
+  for (; k < count; ++k) {
+    for (int i = 0; i < 4; ++i) dst[k * stride + i] = getOne<B>(rows[i] + k);
+  }
+}
+
+ELASTIFORM_INLINE int64_t tileStart(RowTiles tiles, int64_t t) {
+  return t * tiles.size + (t < tiles.longer ? t : tiles.longer);
+}
+
+void packA(const MatrixA& a, RowTiles tiles, int64_t begin, int64_t end, int64_t K, float* dst) {
+  constexpr int64_t kBlock = 64;  // steps of k per pass, so that neighbouring tiles find their cache lines again
+  const bool alongK = a.colStride == 1 && !a.cols && !a.colScale;
+  const bool alongRows = a.rowStride == 1 && !a.rows;
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t m0 = tileStart(tiles, t), rows = tileStart(tiles, t + 1) - m0;
+      float* to = dst + m0 * K;
+      if (alongK && rows >= 4) {
+        for (int64_t i = 0; i < rows; i += 4) {
+          const int64_t first = i + 4 <= rows ? i : rows - 4;
+          const float* source[4];
+          for (int j = 0; j < 4; ++j) {
+            const int64_t m = m0 + first + j;
+            source[j] = a.data + (a.rows ? a.rows[m] : m) * a.rowStride + k0;
+          }
+          transposeRows<F32>(source, k1 - k0, to + k0 * rows + first, rows);
+        }
+      } else if (alongRows) {
+        for (int64_t k = k0; k < k1; ++k) {
+          const float* from = a.data + (a.cols ? a.cols[k] : k) * a.colStride + m0;
+          const Vec factor = splat(a.colScale ? a.colScale[k] : 1.0f);
+          for (int64_t i = 0; i < rows; i += kLanes) {
+            const int64_t n = rows - i < kLanes ? rows - i : kLanes;
+            storePartial(to + k * rows + i, loadPartial(from + i, n) * factor, n);
+          }
+        }
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          const float* row = a.data + (a.rows ? a.rows[m0 + i] : m0 + i) * a.rowStride;
+          for (int64_t k = k0; k < k1; ++k) {
+            const float value = row[(a.cols ? a.cols[k] : k) * a.colStride];
+            to[k * rows + i] = a.colScale ? value * a.colScale[k] : value;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename B>
+void packPanels(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t k0, int64_t kc, float* dst) {
+  const auto* data = static_cast<const typename B::Stored*>(b.data);
+  if (b.nStride == 1) {
+    for (int64_t k = 0; k < kc; ++k) {
+      const auto* row = data + (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t n = n0 + p * kColumns;
+        float* to = dst + (p * kc + k) * kColumns;
+        if (n + kColumns <= N) {
+          for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, B::get(row + n + v * kLanes));
+        } else {
+          for (int i = 0; i < kColumns; ++i) to[i] = n + i < N ? getOne<B>(row + n + i) : 0.0f;
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int j = 0; j < kColumns; j += 4) {
+      const int64_t n = n0 + p * kColumns + j;
+      float* to = dst + p * kc * kColumns + j;
+      if (b.kStride == 1 && !b.ks && n + 4 <= N) {
+        const typename B::Stored* source[4];
+        for (int i = 0; i < 4; ++i) source[i] = data + (n + i) * b.nStride + k0;
+        transposeRows<B>(source, kc, to, kColumns);
+        continue;
+      }
+      for (int64_t k = 0; k < kc; ++k) {
+        const int64_t from = (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
+        for (int i = 0; i < 4; ++i) {
+          to[k * kColumns + i] = n + i < N ? getOne<B>(data + (n + i) * b.nStride + from) : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+void packB(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t k0, int64_t kc, float* dst) {
+  if (b.dtype == DType::BF16) return packPanels<Bf16>(b, N, n0, panels, k0, kc, dst);
+  if (b.dtype == DType::F16) return packPanels<F16>(b, N, n0, panels, k0, kc, dst);
+  packPanels<F32>(b, N, n0, panels, k0, kc, dst);
+}
+
+void widen(const void* src, DType dtype, int64_t count, float* dst) {
+  const auto* from = static_cast<const uint16_t*>(src);
+  if (dtype == DType::BF16) {
+    for (int64_t i = 0; i < count; i += kLanes) store(dst + i, loadBf16(from + i));
+  } else {
+    for (int64_t i = 0; i < count; i += kLanes) store(dst + i, loadF16(from + i));
+  }
+}
+
+void finish(const FinishTile& t, const Epilogue& e, float* out, int64_t ldOut) {
+  withAct(e.act, [&]<Act act>() {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t m = t.m0 + i;
+      const float* acc = t.acc[0] + i * kColumns;
+      float* to = out + (e.rows ? e.rows[m] : m) * ldOut + t.n0;
+      float* pre = e.pre ? e.pre + m * ldOut + t.n0 : nullptr;
+      const Vec factor = splat(e.rowScale ? e.rowScale[m] : 1.0f);
+      for (int64_t n = 0; n < t.n; n += kLanes) {
+        const int64_t width = t.n - n < kLanes ? t.n - n : kLanes;
+        Vec y = load(acc + n);
+        if (width == kLanes) {
+          if (t.bias[0]) y += load(t.bias[0] + t.n0 + n);
+          if (pre) store(pre + n, y);
+          y = activate<act>(y);
+          if (e.rowScale) y *= factor;
+          if (e.accumulate) y += load(to + n);
+          store(to + n, y);
+        } else {
+          if (t.bias[0]) y += loadPartial(t.bias[0] + t.n0 + n, width);
+          if (pre) storePartial(pre + n, y, width);
+          y = activate<act>(y);
+          if (e.rowScale) y *= factor;
+          if (e.accumulate) y += loadPartial(to + n, width);
+          storePartial(to + n, y, width);
+        }
+      }
+    }
+  });
+}
+
+void finishGated(const FinishTile& t, const GatedEpilogue& e, float* out, int64_t ldOut) {
+  withAct(e.act, [&]<Act act>() {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t at = (t.m0 + i) * ldOut + t.n0;
+      for (int64_t n = 0; n < t.n; n += kLanes) {
+        const int64_t width = t.n - n < kLanes ? t.n - n : kLanes;
+        Vec g = load(t.acc[0] + i * kColumns + n), u = load(t.acc[1] + i * kColumns + n);
+        if (t.bias[0]) g += loadPartial(t.bias[0] + t.n0 + n, width);
+        if (t.bias[1]) u += loadPartial(t.bias[1] + t.n0 + n, width);
+        if (e.g) storePartial(e.g + at + n, g, width);
+        if (e.u) storePartial(e.u + at + n, u, width);
+        storePartial(out + at + n, activate<act>(g) * u, width);
+      }
+    }
+  });
+}
+
+// The largest of x[0..V), and whether any is NaN.
+ELASTIFORM_INLINE float largest(const float* x, int64_t V) {
+  Vec best = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + kLanes <= V; i += kLanes) best = max(load(x + i), best);
+  float result = maxElement(best);
+  for (; i < V; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+ELASTIFORM_INLINE int64_t firstIndexOf(const float* x, int64_t V, float value) {
+  for (int64_t i = 0; i < V; ++i) {
+    if (x[i] == value) return i;
+  }
+  return -1;
+}
+
+// sum of e^(x - shift)
+ELASTIFORM_INLINE double sumExp(const float* x, int64_t V, float shift) {
+  DoubleSum total;
+  int64_t i = 0;
+  for (; i + kLanes <= V; i += kLanes) add(total, exp(load(x + i) - splat(shift)));
+  if (i < V) {
+    const Vec e = exp(loadPartial(x + i, V - i) - splat(shift));
+    add(total, select(laneIndex() < splatInt(static_cast<int32_t>(V - i)), e, Vec{}));
+  }
+  return sum(total);
+}
+
+LossRow distillRow(float* student, const float* teacher, int64_t V, float weight, bool gradient) {
+  const float top = largest(student, V), topTeacher = largest(teacher, V);
+  const double total = sumExp(student, V, top), totalTeacher = sumExp(teacher, V, topTeacher);
+  LossRow row;
+  row.lse = top + ::log(total);
+  row.best = total == total ? firstIndexOf(student, V, top) : -1;
+  row.bestTeacher = totalTeacher == totalTeacher ? firstIndexOf(teacher, V, topTeacher) : -1;
+  // log p - log q = (t - s) - (log-sum-exp of t - log-sum-exp of s): differences first, so that equal logits give 0.
+  const Vec shift = splat(static_cast<float>(topTeacher + ::log(totalTeacher) - row.lse));
+  const Vec scaleQ = splat(static_cast<float>(1.0 / total)), scaleP = splat(static_cast<float>(1.0 / totalTeacher));
+  DoubleSum divergence;
+  for (int64_t i = 0; i < V; i += kLanes) {
+    const int64_t width = V - i < kLanes ? V - i : kLanes;
+    const Vec s = width == kLanes ? load(student + i) : loadPartial(student + i, width);
+    const Vec t = width == kLanes ? load(teacher + i) : loadPartial(teacher + i, width);
+    const Vec p = exp(t - splat(topTeacher)) * scaleP;
+    Vec term = p * ((t - s) - shift);
+    term = select(p == splat(0.0f), Vec{}, term);
+    if (width < kLanes) term = select(laneIndex() < splatInt(static_cast<int32_t>(width)), term, Vec{});
+    add(divergence, term);
+    if (gradient) {
+      const Vec d = splat(weight) * (exp(s - splat(top)) * scaleQ - p);
+      if (width == kLanes) {
+        store(student + i, d);
+      } else {
+        storePartial(student + i, d, width);
+      }
+    }
+  }
+  row.value = sum(divergence);
+  return row;
+}
+
+LossRow crossEntropyRow(float* logits, int64_t V, int64_t target, float weight, bool gradient) {
+  const float top = largest(logits, V);
+  const double total = sumExp(logits, V, top);
+  LossRow row;
+  row.lse = top + ::log(total);
+  row.best = total == total ? firstIndexOf(logits, V, top) : -1;
+  row.bestTeacher = -1;
+  row.value = target < 0 ? 0.0 : row.lse - logits[target];
+  if (gradient) {
+    const Vec factor = splat(target < 0 ? 0.0f : static_cast<float>(1.0 / total));
+    const float atTarget = target < 0 ? 0.0f : logits[target];
+    for (int64_t i = 0; i < V; i += kLanes) {
+      const int64_t width = V - i < kLanes ? V - i : kLanes;
+      const Vec e = exp(loadPartial(logits + i, width) - splat(top));
+      storePartial(logits + i, target < 0 ? Vec{} : splat(weight) * (e * factor), width);
+    }
+    if (target >= 0) {
+      const Vec q = exp(splat(atTarget) - splat(top)) * factor;
+      logits[target] = weight * (q[0] - 1.0f);
+    }
+  }
+  return row;
+}
+
+constexpr int kChains = kLanes == 4 ? 10 : 12;
+
+float fmaPeak(int64_t steps) {
+  Vec c[kChains];
+  for (int i = 0; i < kChains; ++i) c[i] = splat(static_cast<float>(i));
+  Vec x = splat(0.5f), y = splat(1.0f);
+  for (int64_t s = 0; s < steps; ++s) {
+    asm volatile("" : "+m"(steps));
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) c[i] = fma(c[i], x, y);
+  }
+  Vec total{};
+  for (int i = 0; i < kChains; ++i) total += c[i];
+  return sum(total);
+}
+
+template <int Rows>
+constexpr void fill(KernelTable& t) {
+  t.tile[0][Rows] = tile<Rows, 1, F32>;
+  t.tile[1][Rows] = tile<Rows, 1, Bf16>;
+  t.tile[2][Rows] = tile<Rows, 1, F16>;
+  t.stripPanels[Rows] = stripPanels(Rows);
+  t.strip[0][Rows] = tile<Rows, stripPanels(Rows), F32>;
+  t.strip[1][Rows] = tile<Rows, stripPanels(Rows), Bf16>;
+  t.strip[2][Rows] = tile<Rows, stripPanels(Rows), F16>;
+  if constexpr (Rows > 1) fill<Rows - 1>(t);
+}
+
+constexpr KernelTable makeTable() {
+  KernelTable t{};
+  t.rows = kRows;
+  t.columns = kColumns;
+  fill<kRows>(t);
+  t.packA = packA;
+  t.packB = packB;
+  t.widen = widen;
+  t.finish = finish;
+  t.finishGated = finishGated;
+  t.distillRow = distillRow;
+  t.crossEntropyRow = crossEntropyRow;
+  t.fmaPeak = fmaPeak;
+  t.fmaWidth = int64_t{kChains} * kLanes * 2;
+  return t;
+}
+
+}  // namespace
+
+extern const KernelTable kernelTable;
+const KernelTable kernelTable = makeTable();
+
+}  // namespace elastiform::cpu::ELASTIFORM_ISA

@@ -1,0 +1,595 @@
+// The vector code of vector.h, instantiated by vector_{portable,avx2,avx512}.cc for their instruction sets.
+#pragma once
+
+#include <math.h>
+
+#include <utility>
+
+#include "cpu/simd.h"
+#include "cpu/vector.h"
+
+namespace elastiform::cpu::ELASTIFORM_ISA {
+
+// ---- elementwise
+
+// y[i] = f(operands[i]) with a partial vector at the end; every output is written after its operands were read.
+template <typename F, typename... X>
+ELASTIFORM_INLINE void map(int64_t n, float* y, const F& f, const X*... x) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)...));
+  if (i < n) storePartial(y + i, f(loadPartial(x + i, n - i)...), n - i);
+}
+
+static void addVectors(const float* a, const float* b, float* y, int64_t n) {
+  map(n, y, [](Vec p, Vec q) { return p + q; }, a, b);
+}
+
+static void scaleVector(const float* x, float factor, float* y, int64_t n) {
+  map(n, y, [=](Vec v) { return v * splat(factor); }, x);
+}
+
+static void addScaled(float* y, const float* x, float factor, int64_t n) {
+  map(n, y, [=](Vec a, Vec b) { return fma(b, splat(factor), a); }, static_cast<const float*>(y), x);
+}
+
+static void activationVector(int act, const float* x, float* y, int64_t n) {
+  withAct(static_cast<Act>(act), [&]<Act kind>() { map(n, y, [](Vec v) { return activate<kind>(v); }, x); });
+}
+
+static void activationGradVector(int act, const float* dy, const float* x, float* dx, int64_t n) {
+  withAct(static_cast<Act>(act),
+          [&]<Act kind>() { map(n, dx, [](Vec d, Vec v) { return d * activateGrad<kind>(v); }, dy, x); });
+}
+
+static void gatedActivationVector(int act, const float* g, const float* u, float* y, int64_t n) {
+  withAct(static_cast<Act>(act), [&]<Act kind>() { map(n, y, [](Vec a, Vec b) { return activate<kind>(a) * b; }, g, u); });
+}
+
+static void gatedActivationGradVector(int act, const float* dy, const float* g, const float* u, float* dg, float* du,
+                                      int64_t n) {
+  withAct(static_cast<Act>(act), [&]<Act kind>() {
+    // dg may be dy's memory: both results are made before either is written.
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t m = n - i < kLanes ? n - i : kLanes;
+      const Vec d = loadPartial(dy + i, m), a = loadPartial(g + i, m), b = loadPartial(u + i, m);
+      const Vec da = d * b * activateGrad<kind>(a), db = d * activate<kind>(a);
+      storePartial(dg + i, da, m);
+      storePartial(du + i, db, m);
+    }
+  });
+}
+
+// ---- reductions: lanes and their folding depend on n only
+
+// Sum of f(operands[i]) in four vectors of partial sums. f must give 0 where all its operands are 0.
+template <typename F, typename... X>
+ELASTIFORM_INLINE float sumOf(int64_t n, const F& f, const X*... x) {
+  Vec s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += f(load(x + i)...);
+    s1 += f(load(x + i + kLanes)...);
+    s2 += f(load(x + i + 2 * kLanes)...);
+    s3 += f(load(x + i + 3 * kLanes)...);
+  }
+  for (; i + kLanes <= n; i += kLanes) s0 += f(load(x + i)...);
+  if (i < n) s1 += f(loadPartial(x + i, n - i)...);
+  return sum((s0 + s1) + (s2 + s3));
+}
+
+// Products and sums in double, in 16 partial sums whatever the instruction set.
+static double dotVectors(const float* a, const float* b, int64_t n) {
+  double lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int l = 0; l < 16; ++l) lane[l] += static_cast<double>(a[i + l]) * static_cast<double>(b[i + l]);
+  }
+  for (int l = 0; i + l < n; ++l) lane[l] += static_cast<double>(a[i + l]) * static_cast<double>(b[i + l]);
+  double total = 0;
+  for (int l = 0; l < 16; ++l) total += lane[l];
+  return total;
+}
+
+// ---- norms
+
+static float rmsNormRow(const float* x, const float* weight, float eps, float* y, int64_t n) {
+  const float square = sumOf(n, [](Vec v) { return v * v; }, x);
+  const float rstd = 1.0f / sqrtf(square / static_cast<float>(n) + eps);
+  map(n, y, [=](Vec v, Vec w) { return v * splat(rstd) * w; }, x, weight);
+  return rstd;
+}
+
+static void layerNormRow(const float* x, const float* weight, const float* bias, float eps, float* y, float* mean,
+                         float* rstd, int64_t n) {
+  const float mu = sumOf(n, [](Vec v) { return v; }, x) / static_cast<float>(n);
+  // Around the mean; lanes past the end would add mu^2 each, so the tail is summed apart.
+  const int64_t whole = n - n % kLanes;
+  float square = sumOf(whole, [=](Vec v) { return (v - splat(mu)) * (v - splat(mu)); }, x);
+  for (int64_t i = whole; i < n; ++i) square += (x[i] - mu) * (x[i] - mu);
+  const float r = 1.0f / sqrtf(square / static_cast<float>(n) + eps);
+  if (bias) {
+    map(n, y, [=](Vec v, Vec w, Vec b) { return (v - splat(mu)) * splat(r) * w + b; }, x, weight, bias);
+  } else {
+    map(n, y, [=](Vec v, Vec w) { return (v - splat(mu)) * splat(r) * w; }, x, weight);
+  }
+  *mean = mu;
+  *rstd = r;
+}
+
+static void rmsNormGradRow(const float* dy, const float* x, const float* weight, float rstd, float* dx, float* dweight,
+                           int64_t n) {
+  const float inner = sumOf(n, [](Vec d, Vec v, Vec w) { return d * w * v; }, dy, x, weight);
+  const float pull = rstd * rstd * inner / static_cast<float>(n);
+  if (dweight) {
+    map(n, dweight, [=](Vec s, Vec d, Vec v) { return fma(d, v * splat(rstd), s); },
+        static_cast<const float*>(dweight), dy, x);
+  }
+  map(n, dx, [=](Vec d, Vec v, Vec w) { return splat(rstd) * (d * w - v * splat(pull)); }, dy, x, weight);
+}
+
+static void layerNormGradRow(const float* dy, const float* x, const float* weight, float mean, float rstd, float* dx,
+                             float* dweight, float* dbias, int64_t n) {
+  const float count = static_cast<float>(n);
+  const float plain = sumOf(n, [](Vec d, Vec w) { return d * w; }, dy, weight) / count;
+  const float inner =
+      sumOf(n, [=](Vec d, Vec v, Vec w) { return d * w * (v - splat(mean)); }, dy, x, weight) / count;
+  const float pull = rstd * rstd * inner;
+  if (dweight) {
+    map(n, dweight, [=](Vec s, Vec d, Vec v) { return fma(d, (v - splat(mean)) * splat(rstd), s); },
+        static_cast<const float*>(dweight), dy, x);
+  }
+  if (dbias) addVectors(dbias, dy, dbias, n);
+  map(n, dx,
+      [=](Vec d, Vec v, Vec w) { return splat(rstd) * (d * w - splat(plain) - (v - splat(mean)) * splat(pull)); }, dy,
+      x, weight);
+}
+
+// ---- rotary positions
+
+static void rotationRow(float position, const float* __restrict frequencies, float sign, float magnitude,
+                        float* __restrict cosine, float* __restrict sine, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    // The reference models round the angle to f32; its cosine and sine are taken in double, reduced to +-pi/4.
+    const float rounded = position * frequencies[i];
+    const double angle = rounded;
+    const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+    const double turns = (angle * 0.63661977236758134308 + magic) - magic;
+    const double r = (angle - turns * 1.57079632679489655800) - turns * 6.12323399573676603587e-17;
+    const double fourth = turns * 0.25;
+    const double quadrant = turns - 4.0 * (((fourth - 0.375) + magic) - magic);  // 0..3
+    const double s = r * r;
+    const double sinR =
+        r + r * s * (-1.0 / 6 + s * (1.0 / 120 + s * (-1.0 / 5040 + s * (1.0 / 362880 - s * (1.0 / 39916800)))));
+    const double cosR =
+        1.0 + s * (-0.5 + s * (1.0 / 24 + s * (-1.0 / 720 + s * (1.0 / 40320 - s * (1.0 / 3628800)))));
+    const bool odd = quadrant == 1.0 || quadrant == 3.0;
+    const double c = odd ? sinR : cosR, t = odd ? cosR : sinR;
+    cosine[i] = magnitude * static_cast<float>(quadrant == 1.0 || quadrant == 2.0 ? -c : c);
+    sine[i] = magnitude * sign * static_cast<float>(quadrant >= 2.0 ? -t : t);
+  }
+}
+
+static void rotateHead(const float* x, const float* cosine, const float* sine, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    const Vec a = loadPartial(x + i, m), b = loadPartial(x + n + i, m);
+    const Vec c = loadPartial(cosine + i, m), s = loadPartial(sine + i, m);
+    storePartial(y + i, a * c - b * s, m);
+    storePartial(y + n + i, b * c + a * s, m);
+  }
+}
+
+// ---- optimizer
+
+static void adamwStep(float* __restrict p, float* __restrict g, float* __restrict m, float* __restrict v,
+                      const AdamStep& step, int64_t n) {
+  const AdamStep k = step;
+  for (int64_t i = 0; i < n; ++i) {
+    const float grad = g[i] * k.clip;
+    const float first = m[i] + (grad - m[i]) * k.beta1Rest;
+    const float second = v[i] * k.beta2 + grad * grad * k.beta2Rest;
+    m[i] = first;
+    v[i] = second;
+    p[i] = p[i] * k.shrink - k.rate * (first / (sqrtf(second) / k.rootCorrection + k.eps));
+    g[i] = 0.0f;
+  }
+}
+
+// ---- sampling
+
+static float maximumOf(const float* x, int64_t n, bool* hasNaN) {
+  const Vec lowest = splat(-INFINITY);
+  Vec best = lowest;
+  IVec bad{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = load(x + i);
+    bad |= v != v;
+    best = max(v, best);
+  }
+  float result = maxElement(best);
+  bool nan = false;
+  for (int lane = 0; lane < kLanes; ++lane) nan |= bad[lane] != 0;
+  for (; i < n; ++i) {
+    nan |= x[i] != x[i];
+    result = x[i] > result ? x[i] : result;
+  }
+  *hasNaN = nan;
+  return result;
+}
+
+static double expSumOf(const float* x, float maximum, float factor, float* y, int64_t n) {
+  DoubleSum total;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec e = exp((load(x + i) - splat(maximum)) * splat(factor));
+    if (y) store(y + i, e);
+    add(total, e);
+  }
+  double result = sum(total);
+  if (i < n) {
+    const int64_t m = n - i;
+    const Vec e = exp((loadPartial(x + i, m) - splat(maximum)) * splat(factor));
+    if (y) storePartial(y + i, e, m);
+    for (int64_t j = 0; j < m; ++j) result += e[j];
+  }
+  return result;
+}
+
+// ---- attention: small products in registers
+
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = kLanes == 16 ? 4 : 2;  // 24 accumulators of 32 registers, or 12 of 16
+
+// c[M, NV vectors] (+)= a[M, K] b[K, NV vectors]: element (i, k) of a is a[i * aRow + k * aStep]. Every element of c is
+// one chain of fused multiply-adds over k ascending, whatever the tile it is computed in.
+template <int M, int NV>
+ELASTIFORM_INLINE void tile(int64_t K, const float* a, int64_t aRow, int64_t aStep, const float* b, int64_t bStride,
+                            float* c, int64_t cStride, bool accumulate) {
+  Vec sums[M][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sums[i][j] = accumulate ? load(c + i * cStride + j * kLanes) : Vec{};
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    Vec right[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec left = splat(a[i * aRow]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sums[i][j] = fma(left, right[j], sums[i][j]);
+    }
+    a += aStep;
+    b += bStride;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(c + i * cStride + j * kLanes, sums[i][j]);
+  }
+}
+
+template <int M>
+static void tileRows(int64_t vecs, int64_t K, const float* a, int64_t aRow, int64_t aStep, const float* b,
+                     int64_t bStride, float* c, int64_t cStride, bool accumulate) {
+  int64_t v = 0;
+  for (; v + kTileVecs <= vecs; v += kTileVecs) {
+    tile<M, kTileVecs>(K, a, aRow, aStep, b + v * kLanes, bStride, c + v * kLanes, cStride, accumulate);
+  }
+  if constexpr (kTileVecs == 4) {
+    if (v + 2 <= vecs) {
+      tile<M, 2>(K, a, aRow, aStep, b + v * kLanes, bStride, c + v * kLanes, cStride, accumulate);
+      v += 2;
+    }
+  }
+  if (v < vecs) tile<M, 1>(K, a, aRow, aStep, b + v * kLanes, bStride, c + v * kLanes, cStride, accumulate);
+}
+
+// At most kTileRows rows.
+static void multiply(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_t aRow, int64_t aStep, const float* b,
+                     int64_t bStride, float* c, int64_t cStride, bool accumulate) {
+  switch (rows) {
+    case 1: return tileRows<1>(vecs, K, a, aRow, aStep, b, bStride, c, cStride, accumulate);
+    case 2: return tileRows<2>(vecs, K, a, aRow, aStep, b, bStride, c, cStride, accumulate);
+    case 3: return tileRows<3>(vecs, K, a, aRow, aStep, b, bStride, c, cStride, accumulate);
+    case 4: return tileRows<4>(vecs, K, a, aRow, aStep, b, bStride, c, cStride, accumulate);
+    case 5: return tileRows<5>(vecs, K, a, aRow, aStep, b, bStride, c, cStride, accumulate);
+    case 6: return tileRows<6>(vecs, K, a, aRow, aStep, b, bStride, c, cStride, accumulate);
+    default: return;
+  }
+}
+
+// ---- attention: packing
+
+template <int H, int... I>
+ELASTIFORM_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, I...>) {
+  const Vec low = __builtin_shufflevector(a, b, ((I & H) == 0 ? I : kLanes + I - H)...);
+  const Vec high = __builtin_shufflevector(a, b, ((I & H) == 0 ? I + H : kLanes + I)...);
+  a = low;
+  b = high;
+}
+
+// Transposes a square of vectors by exchanging its off-diagonal quarters, then theirs, and so on.
+template <int H>
+ELASTIFORM_INLINE void transpose(Vec* v) {
+  if constexpr (H > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & H) == 0) exchange<H>(v[i], v[i + H], std::make_integer_sequence<int, kLanes>{});
+    }
+    transpose<H / 2>(v);
+  }
+}
+
+constexpr int64_t roundUp(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// out[d, j] = x[j, d] for d < width, j < count <= kKeyTile; rows of kKeyTile, zero to the next whole vector.
+static void packTransposed(const float* x, int64_t stride, int64_t count, int64_t width, float* out) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const int64_t columns = width - d < kLanes ? width - d : kLanes;
+      Vec block[kLanes];
+      if (columns == kLanes && j + kLanes <= count) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = load(x + (j + i) * stride + d);
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          block[i] = j + i < count ? loadPartial(x + (j + i) * stride + d, columns) : Vec{};
+        }
+      }
+      transpose<kLanes / 2>(block);
+      if (columns == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kKeyTile + j, block[i]);
+      } else {
+        for (int i = 0; i < columns; ++i) store(out + (d + i) * kKeyTile + j, block[i]);
+      }
+    }
+  }
+}
+
+// One row, times factor, padded with zeros to a whole vector.
+ELASTIFORM_INLINE void packRow(const float* x, int64_t width, float factor, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(out + d, load(x + d) * splat(factor));
+  if (d < width) store(out + d, loadPartial(x + d, width - d) * splat(factor));
+}
+
+// ---- attention: forward
+//
+// Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". A row's result is
+// a function of its query and of the keys it sees: tiles start at fixed keys, scores and weighted sums are chains of
+// fused multiply-adds over ascending indices, and keys out of sight enter a sum as exact zeros or not at all.
+
+static int64_t attentionScratchSize(int64_t headDim, int64_t rows) {
+  const int64_t padded = roundUp(headDim);
+  return rows * 2 * padded + roundUp(rows) * 2 + kQueryRows * kKeyTile + 2 * padded * kKeyTile;
+}
+
+// The tile of keys [first, first + count) for one kv head. q and y: [rows, padded], y unnormalised; largest and
+// total: the running maximum of a row's scores and the sum of their exponentials around it.
+static void attentionTile(const AttentionBlock& t, const float* keys, const float* values, int64_t first, int64_t count,
+                          const float* q, float* y, float* largest, float* total, float* work) {
+  const int64_t width = t.headDim, padded = roundUp(width), vecs = padded / kLanes;
+  float* scores = work;                        // [kQueryRows, kKeyTile]
+  float* kt = scores + kQueryRows * kKeyTile;  // [width, kKeyTile]
+  float* packedV = kt + padded * kKeyTile;     // [kKeyTile, padded]
+  packTransposed(keys, t.kvStride, count, width, kt);
+  // Values are read once by every register tile of rows: copying them pays from the second tile on.
+  const bool packV = t.rows > kTileRows || width != padded;
+  if (packV) {
+    for (int64_t j = 0; j < count; ++j) packRow(values + j * t.kvStride, width, 1.0f, packedV + j * padded);
+  }
+  const float* v = packV ? packedV : values;
+  const int64_t vStride = packV ? padded : t.kvStride;
+  const auto visible = [&](int64_t r) {  // keys of this tile that row r sees; more than count means all
+    return (t.causal ? t.cached + (t.firstRow + r) / t.group + 1 : t.keys) - first;
+  };
+  int64_t start = t.causal ? (first - t.cached) * t.group - t.firstRow : 0;  // rows before it see none of the tile
+  if (start < 0) start = 0;
+  for (int64_t r = start; r < t.rows; r += kTileRows) {
+    const int64_t rows = t.rows - r < kTileRows ? t.rows - r : kTileRows;
+    int64_t seen = visible(r + rows - 1);
+    if (seen > count) seen = count;
+    const int64_t seenVecs = (seen + kLanes - 1) / kLanes;
+    float* s = scores + r * kKeyTile;
+    multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, s, kKeyTile, false);
+    float now[16] = {}, factors[16] = {};  // the new maximum and e^(old maximum - new maximum), per row
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = s + i * kKeyTile;
+      int64_t own = visible(r + i);
+      if (own > seen) own = seen;
+      for (int64_t j = own; j < seenVecs * kLanes; ++j) row[j] = -INFINITY;
+      Vec best = load(row);
+      for (int64_t j = 1; j < seenVecs; ++j) best = max(best, load(row + j * kLanes));
+      const float tileBest = maxElement(best), before = largest[r + i];
+      now[i] = tileBest > before ? tileBest : before;
+      factors[i] = before - now[i];
+    }
+    for (int64_t i = 0; i < rows; i += kLanes) store(factors + i, exp(load(factors + i)));
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = s + i * kKeyTile;
+      Vec sums{};
+      for (int64_t j = 0; j < seenVecs; ++j) {
+        const Vec p = exp(load(row + j * kLanes) - splat(now[i]));
+        store(row + j * kLanes, p);
+        sums += p;
+      }
+      const float factor = factors[i];
+      total[r + i] = total[r + i] * factor + sum(sums);
+      largest[r + i] = now[i];
+      if (factor != 1.0f) {
+        float* to = y + (r + i) * padded;
+        for (int64_t d = 0; d < padded; d += kLanes) store(to + d, load(to + d) * splat(factor));
+      }
+    }
+    multiply(rows, vecs, seen, s, kKeyTile, 1, v, vStride, y + r * padded, padded, true);
+  }
+}
+
+static void attentionBlock(const AttentionBlock& t) {
+  const int64_t width = t.headDim, padded = roundUp(width), rows = t.rows * t.kvHeads;
+  float* q = t.scratch;                   // [kvHeads, rows, padded]
+  float* y = q + rows * padded;           // [kvHeads, rows, padded]
+  float* largest = y + rows * padded;     // [kvHeads, rows]
+  float* total = largest + roundUp(rows); // [kvHeads, rows]
+  float* work = total + roundUp(rows);
+  const auto queryAt = [&](int64_t head, int64_t r) {
+    const int64_t row = t.firstRow + r;
+    return row / t.group * t.qStride + (head * t.group + row % t.group) * width;
+  };
+  for (int64_t head = 0; head < t.kvHeads; ++head) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t at = head * t.rows + r;
+      packRow(t.q + queryAt(head, r), width, t.scale, q + at * padded);
+      for (int64_t d = 0; d < padded; d += kLanes) store(y + at * padded + d, Vec{});
+      largest[at] = -INFINITY;
+      total[at] = 0;
+    }
+  }
+  const int64_t end = t.causal ? t.cached + (t.firstRow + t.rows - 1) / t.group + 1 : t.keys;
+  const bool fetchAhead = t.rows <= kTileRows;  // decoding: memory is the limit
+  // Keys outside, heads inside: a long cache is read from end to end.
+  for (int64_t first = 0; first < end; first += kKeyTile) {
+    const int64_t count = end - first < kKeyTile ? end - first : kKeyTile;
+    for (int64_t head = 0; head < t.kvHeads; ++head) {
+      if (fetchAhead) {
+        // This head's share of the rows of the next tile, whole.
+        int64_t from = first + kKeyTile + kKeyTile * head / t.kvHeads;
+        int64_t to = first + kKeyTile + kKeyTile * (head + 1) / t.kvHeads;
+        if (to > end) to = end;
+        for (; from < to; ++from) {
+          for (int64_t d = 0; d < t.kvHeads * width; d += 16) {
+            __builtin_prefetch(t.k + from * t.kvStride + d, 0, 2);
+            __builtin_prefetch(t.v + from * t.kvStride + d, 0, 2);
+          }
+        }
+      }
+      const int64_t at = head * t.rows, key = first * t.kvStride + head * width;
+      attentionTile(t, t.k + key, t.v + key, first, count, q + at * padded, y + at * padded, largest + at, total + at,
+                    work);
+    }
+  }
+  for (int64_t head = 0; head < t.kvHeads; ++head) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t at = head * t.rows + r, row = t.firstRow + r;
+      scaleVector(y + at * padded, 1.0f / total[at], t.y + queryAt(head, r), width);
+      if (t.lse) {
+        t.lse[row / t.group * t.lseStride + head * t.group + row % t.group] = largest[at] + logf(total[at]);
+      }
+    }
+  }
+}
+
+// ---- attention: gradient
+//
+// With P = exp(S - lse) and D = rowsum(dy . y): dV = P^T dy, dS = P (dy V^T - D), dQ = scale dS K, dK = dS^T (scale Q).
+
+static int64_t attentionGradScratchSize(int64_t headDim, int64_t rows) {
+  const int64_t padded = roundUp(headDim);
+  return roundUp(rows) + 2 * padded * kKeyTile + 3 * kKeyTile * padded + 3 * kQueryRows * padded +
+         2 * kQueryRows * kKeyTile;
+}
+
+static void attentionGradBlock(const AttentionGradBlock& t) {
+  const int64_t width = t.headDim, padded = roundUp(width), vecs = padded / kLanes, total = t.length * t.group;
+  float* delta = t.scratch;                       // [total]
+  float* kt = delta + roundUp(total);             // [width, kKeyTile]
+  float* vt = kt + padded * kKeyTile;             // [width, kKeyTile]
+  float* k = vt + padded * kKeyTile;              // [kKeyTile, padded]
+  float* dk = k + kKeyTile * padded;              // [kKeyTile, padded]
+  float* dv = dk + kKeyTile * padded;             // [kKeyTile, padded]
+  float* q = dv + kKeyTile * padded;              // [kQueryRows, padded]
+  float* dy = q + kQueryRows * padded;            // [kQueryRows, padded]
+  float* dq = dy + kQueryRows * padded;           // [kQueryRows, padded]
+  float* probs = dq + kQueryRows * padded;        // [kQueryRows, kKeyTile]
+  float* ds = probs + kQueryRows * kKeyTile;      // [kQueryRows, kKeyTile]
+  const auto queryAt = [&](int64_t row) { return row / t.group * t.qStride + row % t.group * width; };
+  for (int64_t row = 0; row < total; ++row) {
+    const int64_t at = queryAt(row);
+    delta[row] = sumOf(width, [](Vec a, Vec b) { return a * b; }, t.dy + at, t.y + at);
+    memset(t.dq + at, 0, width * sizeof(float));
+  }
+  for (int64_t first = 0; first < t.length; first += kKeyTile) {
+    const int64_t count = t.length - first < kKeyTile ? t.length - first : kKeyTile;
+    packTransposed(t.k + first * t.kvStride, t.kvStride, count, width, kt);
+    packTransposed(t.v + first * t.kvStride, t.kvStride, count, width, vt);
+    for (int64_t j = 0; j < count; ++j) packRow(t.k + (first + j) * t.kvStride, width, 1.0f, k + j * padded);
+    memset(dk, 0, count * padded * sizeof(float));
+    memset(dv, 0, count * padded * sizeof(float));
+    for (int64_t r0 = t.causal ? first * t.group : 0; r0 < total; r0 += kQueryRows) {
+      const int64_t blockRows = total - r0 < kQueryRows ? total - r0 : kQueryRows;
+      for (int64_t r = 0; r < blockRows; ++r) {
+        packRow(t.q + queryAt(r0 + r), width, t.scale, q + r * padded);
+        packRow(t.dy + queryAt(r0 + r), width, 1.0f, dy + r * padded);
+      }
+      for (int64_t r = 0; r < blockRows; r += kTileRows) {
+        const int64_t rows = blockRows - r < kTileRows ? blockRows - r : kTileRows;
+        int64_t seen = t.causal ? (r0 + r + rows - 1) / t.group + 1 - first : count;
+        if (seen > count) seen = count;
+        const int64_t seenVecs = (seen + kLanes - 1) / kLanes;
+        multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, probs + r * kKeyTile, kKeyTile, false);
+        multiply(rows, seenVecs, width, dy + r * padded, padded, 1, vt, kKeyTile, ds + r * kKeyTile, kKeyTile, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t row = r0 + r + i, position = row / t.group;
+          float *p = probs + (r + i) * kKeyTile, *s = ds + (r + i) * kKeyTile;
+          const Vec lse = splat(t.lse[position * t.lseStride + row % t.group]), d = splat(delta[row]);
+          for (int64_t j = 0; j < seenVecs; ++j) {
+            const Vec weight = exp(load(p + j * kLanes) - lse);
+            store(p + j * kLanes, weight);
+            store(s + j * kLanes, weight * (load(s + j * kLanes) - d));
+          }
+          int64_t own = t.causal ? position + 1 - first : count;
+          if (own > count) own = count;
+          for (int64_t j = own; j < count; ++j) p[j] = s[j] = 0.0f;
+        }
+        multiply(rows, vecs, seen, ds + r * kKeyTile, kKeyTile, 1, k, padded, dq + r * padded, padded, false);
+        for (int64_t i = 0; i < rows; ++i) addScaled(t.dq + queryAt(r0 + r + i), dq + (r + i) * padded, t.scale, width);
+      }
+      for (int64_t j = 0; j < count; j += kTileRows) {
+        const int64_t keys = count - j < kTileRows ? count - j : kTileRows;
+        int64_t start = t.causal ? (first + j) * t.group - r0 : 0;  // rows before it see none of these keys
+        if (start < 0) start = 0;
+        if (start >= blockRows) break;
+        multiply(keys, vecs, blockRows - start, probs + start * kKeyTile + j, 1, kKeyTile, dy + start * padded, padded,
+                 dv + j * padded, padded, true);
+        multiply(keys, vecs, blockRows - start, ds + start * kKeyTile + j, 1, kKeyTile, q + start * padded, padded,
+                 dk + j * padded, padded, true);
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      memcpy(t.dk + (first + j) * t.kvStride, dk + j * padded, width * sizeof(float));
+      memcpy(t.dv + (first + j) * t.kvStride, dv + j * padded, width * sizeof(float));
+    }
+  }
+}
+
+extern const VectorOps ops;
+const VectorOps ops = {
+    addVectors,
+    scaleVector,
+    addScaled,
+    activationVector,
+    activationGradVector,
+    gatedActivationVector,
+    gatedActivationGradVector,
+    dotVectors,
+    rmsNormRow,
+    layerNormRow,
+    rmsNormGradRow,
+    layerNormGradRow,
+    rotationRow,
+    rotateHead,
+    adamwStep,
+    maximumOf,
+    expSumOf,
+    attentionScratchSize,
+    attentionBlock,
+    attentionGradScratchSize,
+    attentionGradBlock,
+};
+
+}  // namespace elastiform::cpu::ELASTIFORM_ISA

@@ -1,0 +1,104 @@
+// Files mapped read-only into memory: mmap on POSIX, MapViewOfFile on Windows.
+#include "io/mapping.h"
+
+#include <cerrno>
+#include <cstring>
+
+#include "core/error.h"
+#include "core/memory.h"
+
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+namespace elastiform {
+namespace {
+
+[[noreturn]] void reject(const std::string& path, const std::string& reason) {
+  throw Error(ErrorCode::InvalidFile, "[mapFile] " + path + ": " + reason);
+}
+
+#ifdef _WIN32
+
+struct Handle {
+  HANDLE value = nullptr;
+  ~Handle() {
+    if (value && value != INVALID_HANDLE_VALUE) CloseHandle(value);
+  }
+};
+
+std::string lastError() {
+  return "Windows error " + std::to_string(GetLastError());
+}
+
+void* map(const std::string& path, size_t& bytes) {
+  const int length = MultiByteToWideChar(CP_UTF8, 0, path.c_str(), -1, nullptr, 0);
+  std::wstring wide(static_cast<size_t>(length), L'\0');
+  MultiByteToWideChar(CP_UTF8, 0, path.c_str(), -1, wide.data(), length);
+  Handle file{CreateFileW(wide.c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr, OPEN_EXISTING,
+                          FILE_ATTRIBUTE_NORMAL, nullptr)};
+  if (file.value == INVALID_HANDLE_VALUE) reject(path, lastError());
+  LARGE_INTEGER size;
+  if (GetFileType(file.value) != FILE_TYPE_DISK || !GetFileSizeEx(file.value, &size)) reject(path, "not a regular file");
+  if (size.QuadPart == 0) reject(path, "the file is empty");
+  Handle mapping{CreateFileMappingW(file.value, nullptr, PAGE_READONLY, 0, 0, nullptr)};
+  if (!mapping.value) reject(path, lastError());
+  void* data = MapViewOfFile(mapping.value, FILE_MAP_READ, 0, 0, 0);
+  if (!data) reject(path, lastError());
+  bytes = static_cast<size_t>(size.QuadPart);
+  return data;
+}
+
+void unmap(void* data, size_t) { UnmapViewOfFile(data); }
+
+#else
+
+struct Descriptor {
+  int value;
+  ~Descriptor() {
+    if (value >= 0) close(value);
+  }
+};
+
+void* map(const std::string& path, size_t& bytes) {
+  // O_NONBLOCK: opening a FIFO must not wait for its other end.
+  const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+  if (file.value < 0) reject(path, std::strerror(errno));
+  struct stat status;
+  if (fstat(file.value, &status) != 0) reject(path, std::strerror(errno));
+  if (!S_ISREG(status.st_mode)) reject(path, "not a regular file");
+  if (status.st_size == 0) reject(path, "the file is empty");
+  bytes = static_cast<size_t>(status.st_size);
+  void* data = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file.value, 0);
+  if (data == MAP_FAILED) reject(path, std::strerror(errno));
+  return data;
+}
+
+void unmap(void* data, size_t bytes) { munmap(data, bytes); }
+
+#endif
+
+}  // namespace
+
+std::shared_ptr<Storage> mapFile(const std::string& path) {
+  auto storage = std::make_shared<Storage>();
+  size_t bytes = 0;
+  void* data = map(path, bytes);
+  storage->data = static_cast<uint8_t*>(data);
+  storage->bytes = bytes;
+  memoryCounters().mappedBytes += static_cast<int64_t>(bytes);
+  storage->release = [data, bytes] {
+    unmap(data, bytes);
+    memoryCounters().mappedBytes -= static_cast<int64_t>(bytes);
+  };
+  return storage;
+}
+
+}  // namespace elastiform

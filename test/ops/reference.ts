@@ -1,0 +1,529 @@
+// Every op computed plainly in float64, by name: the reference that kernels and gradients are compared with.
+
+/** A tensor of a reference run: row-major; integers are held as floats. */
+export interface Value {
+  readonly shape: readonly number[];
+  readonly data: Float64Array;
+}
+
+export const f64 = (shape: readonly number[], data?: ArrayLike<number>): Value => ({
+  shape,
+  data: data ? Float64Array.from(data) : new Float64Array(shape.reduce((a, b) => a * b, 1)),
+});
+
+/** `sizes`: the shapes of the outputs; NaN for a size that the op produces. */
+export type Reference = (
+  inputs: (Value | null)[],
+  attrs: readonly number[],
+  sizes: readonly (readonly number[] | null)[],
+) => (Value | null)[];
+
+type Fn = (x: number) => number;
+
+const sigmoid: Fn = (x) => 1 / (1 + Math.exp(-x));
+const softplus: Fn = (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
+
+/** erf by the series with positive terms only. */
+const erf: Fn = (x) => {
+  if (Math.abs(x) > 6) return Math.sign(x);
+  let term = x;
+  let sum = x;
+  for (let n = 1; n < 300; ++n) {
+    term *= (2 * x * x) / (2 * n + 1);
+    sum += term;
+  }
+  return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
+};
+
+const act: readonly Fn[] = [
+  (x) => x,
+  (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+  (x) => 0.5 * x * (1 + erf(x / Math.SQRT2)),
+  (x) => x * sigmoid(x),
+  (x) => Math.max(x, 0),
+];
+
+const actGrad: readonly Fn[] = [
+  () => 1,
+  (x) => {
+    const c = Math.sqrt(2 / Math.PI);
+    const t = Math.tanh(c * (x + 0.044715 * x ** 3));
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x);
+  },
+  (x) => 0.5 * (1 + erf(x / Math.SQRT2)) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI),
+  (x) => sigmoid(x) * (1 + x * (1 - sigmoid(x))),
+  (x) => (x > 0 ? 1 : 0),
+];
+
+const map = (x: Value, fn: (value: number, i: number) => number): Value => f64(x.shape, Array.from(x.data, fn));
+const rowOf = (rows: Value | null, r: number): number => (rows ? rows.data[r] : r);
+const count = (rows: Value | null, x: Value): number => (rows ? rows.data.length : x.shape[0]);
+
+/** `y[m,n] = bias[n] + sum over k of x[rows[m],k] w[n,k]`, n below `width`, w possibly larger. */
+function product(x: Value, w: Value, bias: Value | null, rows: Value | null, width: number): Value {
+  const [m, k, stride] = [count(rows, x), x.shape[1], w.shape[1]];
+  const y = f64([m, width]);
+  for (let i = 0; i < m; ++i) {
+    for (let n = 0; n < width; ++n) {
+      let sum = bias ? bias.data[n] : 0;
+      for (let j = 0; j < k; ++j) sum += x.data[rowOf(rows, i) * k + j] * w.data[n * stride + j];
+      y.data[i * width + n] = sum;
+    }
+  }
+  return y;
+}
+
+/** `dy w`, of which the first `width` columns. */
+function transposed(dy: Value, w: Value, rows: Value | null, width: number): Value {
+  const [m, n, stride] = [count(rows, dy), dy.shape[1], w.shape[1]];
+  const dx = f64([m, width]);
+  for (let i = 0; i < m; ++i) {
+    for (let j = 0; j < n; ++j) {
+      const d = dy.data[rowOf(rows, i) * n + j];
+      for (let k = 0; k < width; ++k) dx.data[i * width + k] += d * w.data[j * stride + k];
+    }
+  }
+  return dx;
+}
+
+function norm(x: Value, rows: Value | null, eps: number, centre: boolean) {
+  const [m, d] = [count(rows, x), x.shape[1]];
+  const mean = f64([m]);
+  const rstd = f64([m]);
+  for (let r = 0; r < m; ++r) {
+    const row = x.data.subarray(rowOf(rows, r) * d, (rowOf(rows, r) + 1) * d);
+    if (centre) mean.data[r] = row.reduce((a, b) => a + b, 0) / d;
+    let square = 0;
+    for (const value of row) square += (value - mean.data[r]) ** 2;
+    rstd.data[r] = 1 / Math.sqrt(square / d + eps);
+  }
+  return { m, d, mean, rstd };
+}
+
+function normGrad(dy: Value, x: Value, weight: Value, mean: Value | null, rstd: Value, rows: Value | null) {
+  const [m, d] = [count(rows, x), x.shape[1]];
+  const dx = f64([m, d]);
+  const dweight = f64([d]);
+  const dbias = f64([d]);
+  for (let r = 0; r < m; ++r) {
+    const s = rstd.data[r];
+    const hat = Array.from({ length: d }, (_, i) => (x.data[rowOf(rows, r) * d + i] - (mean ? mean.data[r] : 0)) * s);
+    const g = hat.map((_, i) => dy.data[r * d + i] * weight.data[i]);
+    const a = mean ? g.reduce((sum, v) => sum + v, 0) / d : 0;
+    const b = g.reduce((sum, v, i) => sum + v * hat[i], 0) / d;
+    for (let i = 0; i < d; ++i) {
+      dx.data[r * d + i] = s * (g[i] - a - hat[i] * b);
+      dweight.data[i] += dy.data[r * d + i] * hat[i];
+      dbias.data[i] += dy.data[r * d + i];
+    }
+  }
+  return { dx, dweight, dbias };
+}
+
+interface Heads {
+  heads: number;
+  kvHeads: number;
+  dh: number;
+}
+
+const headsOf = (q: Value, heads: number, kvHeads: number): Heads => ({ heads, kvHeads, dh: q.shape[1] / heads });
+
+/** Probabilities of query row `i` of head `h` over key rows `from..to` and their log-sum-exp. */
+function scores(
+  q: Value,
+  k: Value,
+  { heads, kvHeads, dh }: Heads,
+  h: number,
+  i: number,
+  from: number,
+  to: number,
+  scale: number,
+) {
+  const kv = Math.floor(h / (heads / kvHeads));
+  const s: number[] = [];
+  for (let j = from; j < to; ++j) {
+    let sum = 0;
+    for (let d = 0; d < dh; ++d) sum += q.data[(i * heads + h) * dh + d] * k.data[(j * kvHeads + kv) * dh + d];
+    s.push(sum * scale);
+  }
+  const top = Math.max(...s);
+  const lse = top + Math.log(s.reduce((sum, v) => sum + Math.exp(v - top), 0));
+  return { kv, p: s.map((v) => Math.exp(v - lse)), lse };
+}
+
+function segments(offsets: Value): [number, number][] {
+  return Array.from(offsets.data.slice(1), (end, s) => [offsets.data[s], end]);
+}
+
+function logSoftmax(logits: ArrayLike<number>): number[] {
+  const values = Array.from(logits);
+  const top = Math.max(...values);
+  const lse = top + Math.log(values.reduce((sum, v) => sum + Math.exp(v - top), 0));
+  return values.map((v) => v - lse);
+}
+
+const argmax = (values: readonly number[]): number => values.indexOf(Math.max(...values));
+
+function selected(z: Value, offsets: Value, choose: (rows: number[], segment: number) => number[]): Value[] {
+  const rows: number[] = [];
+  const rowOffsets = [0];
+  segments(offsets).forEach(([from, to], s) => {
+    rows.push(
+      ...choose(
+        Array.from({ length: to - from }, (_, i) => from + i),
+        s,
+      ),
+    );
+    rowOffsets.push(rows.length);
+  });
+  void z;
+  return [f64([rows.length], rows), f64(offsets.shape, rowOffsets)];
+}
+
+/** The references by op name. Operands that an op writes to are changed in place. */
+export const references: Readonly<Record<string, Reference>> = {
+  embedding([table, ids]) {
+    const d = table!.shape[1];
+    return [
+      f64(
+        [ids!.data.length, d],
+        Array.from(ids!.data).flatMap((id) => [...table!.data.subarray(id * d, (id + 1) * d)]),
+      ),
+    ];
+  },
+  embedding_grad([dy, ids], _, [size]) {
+    const y = f64(size!);
+    const d = size![1];
+    ids!.data.forEach((id, r) => {
+      for (let i = 0; i < d; ++i) y.data[id * d + i] += dy!.data[r * d + i];
+    });
+    return [y];
+  },
+
+  zeros: (_, __, [size]) => [f64(size!)],
+  add: ([a, b]) => [map(a!, (v, i) => v + b!.data[i])],
+  scale: ([x, s], [factor]) => [map(x!, (v) => v * factor * (s ? s.data[0] : 1))],
+  activation: ([x], [kind]) => [map(x!, (v) => act[kind](v))],
+  activation_grad: ([dy, x], [kind]) => [map(x!, (v, i) => dy!.data[i] * actGrad[kind](v))],
+  gated_activation: ([g, u], [kind]) => [map(g!, (v, i) => act[kind](v) * u!.data[i])],
+  gated_activation_grad: ([dy, g, u], [kind]) => [
+    map(g!, (v, i) => dy!.data[i] * u!.data[i] * actGrad[kind](v)),
+    map(g!, (v, i) => dy!.data[i] * act[kind](v)),
+  ],
+
+  gather_rows([x, rows]) {
+    const d = x!.shape[1];
+    const y = f64([rows!.data.length, d]);
+    rows!.data.forEach((n, r) => {
+      y.data.set(x!.data.subarray(n * d, (n + 1) * d), r * d);
+    });
+    return [y];
+  },
+  gather_ids: ([x, rows]) => [
+    f64(
+      rows!.shape,
+      Array.from(rows!.data, (n) => x!.data[n]),
+    ),
+  ],
+  scatter_add([acc, x, rows]) {
+    const d = x!.shape[1];
+    const y = f64(acc!.shape, acc!.data);
+    rows!.data.forEach((n, r) => {
+      for (let i = 0; i < d; ++i) y.data[n * d + i] += x!.data[r * d + i];
+    });
+    return [y];
+  },
+  sum_rows([x, rows, gate]) {
+    const d = x!.shape[1];
+    const y = f64([d]);
+    for (let r = 0; r < count(rows, x!); ++r) {
+      for (let i = 0; i < d; ++i) y.data[i] += (gate ? gate.data[r] : 1) * x!.data[rowOf(rows, r) * d + i];
+    }
+    return [y];
+  },
+  dot: ([a, b]) => [f64([1], [a!.data.reduce((sum, v, i) => sum + v * b!.data[i], 0)])],
+
+  rms_norm([x, weight, rows], [eps]) {
+    const { m, d, rstd } = norm(x!, rows, eps, false);
+    const y = f64([m, d]);
+    for (let r = 0; r < m; ++r) {
+      for (let i = 0; i < d; ++i) y.data[r * d + i] = x!.data[rowOf(rows, r) * d + i] * rstd.data[r] * weight!.data[i];
+    }
+    return [y, rstd];
+  },
+  rms_norm_grad([dy, x, weight, rstd, rows]) {
+    const { dx, dweight } = normGrad(dy!, x!, weight!, null, rstd!, rows);
+    return [dx, dweight];
+  },
+  layer_norm([x, weight, bias, rows], [eps]) {
+    const { m, d, mean, rstd } = norm(x!, rows, eps, true);
+    const y = f64([m, d]);
+    for (let r = 0; r < m; ++r) {
+      for (let i = 0; i < d; ++i) {
+        const hat = (x!.data[rowOf(rows, r) * d + i] - mean.data[r]) * rstd.data[r];
+        y.data[r * d + i] = hat * weight!.data[i] + (bias ? bias.data[i] : 0);
+      }
+    }
+    return [y, mean, rstd];
+  },
+  layer_norm_grad([dy, x, weight, mean, rstd, rows]) {
+    const { dx, dweight, dbias } = normGrad(dy!, x!, weight!, mean, rstd!, rows);
+    return [dx, dweight, dbias];
+  },
+
+  linear([x, w, bias, rows], [kind], [size]) {
+    const pre = product(x!, w!, bias, rows, size![1]);
+    return [map(pre, (v) => act[kind](v)), pre];
+  },
+  linear_gated([x, wg, wu, bg, bu, rows], [kind], [size]) {
+    const g = product(x!, wg!, bg, rows, size![1]);
+    const u = product(x!, wu!, bu, rows, size![1]);
+    return [map(g, (v, i) => act[kind](v) * u.data[i]), g, u];
+  },
+  linear_add([residual, x, w, bias, rows, gate]) {
+    const d = residual!.shape[1];
+    const update = product(x!, w!, bias, null, d);
+    const y = f64(residual!.shape, residual!.data);
+    for (let r = 0; r < x!.shape[0]; ++r) {
+      for (let i = 0; i < d; ++i) y.data[rowOf(rows, r) * d + i] += (gate ? gate.data[r] : 1) * update.data[r * d + i];
+    }
+    return [y];
+  },
+  linear_dx([dy, w, acc], _, [size]) {
+    return [map(transposed(dy!, w!, null, size![1]), (v, i) => v + (acc ? acc.data[i] : 0))];
+  },
+  linear_add_grad([dy, x, w, bias, rows, gate], _, [size, gateSize]) {
+    const k = size![1];
+    const d = dy!.shape[1];
+    const t = transposed(dy!, w!, rows, k);
+    const dgate = gateSize && f64(gateSize);
+    for (let r = 0; dgate && r < gateSize[0]; ++r) {
+      for (let i = 0; i < k; ++i) dgate.data[r] += x!.data[r * k + i] * t.data[r * k + i];
+      for (let i = 0; bias && i < d; ++i) dgate.data[r] += dy!.data[rowOf(rows, r) * d + i] * bias.data[i];
+    }
+    return [map(t, (v, i) => v * (gate ? gate.data[Math.floor(i / k)] : 1)), dgate];
+  },
+  linear_dw([dy, x, dyrows, xrows, gate], _, [size]) {
+    const [n, k] = size!;
+    const dw = f64([n, k]);
+    for (let r = 0; r < count(dyrows, dy!); ++r) {
+      for (let i = 0; i < n; ++i) {
+        const d = (gate ? gate.data[r] : 1) * dy!.data[rowOf(dyrows, r) * n + i];
+        for (let j = 0; j < k; ++j) dw.data[i * k + j] += d * x!.data[rowOf(xrows, r) * k + j];
+      }
+    }
+    return [dw];
+  },
+
+  rope([x, positions, invFreq], [headDim, sign, magnitude]) {
+    const y = f64(x!.shape, x!.data);
+    const [rows, d] = x!.shape;
+    const pairs = invFreq!.data.length;
+    for (let r = 0; r < rows; ++r) {
+      for (let head = 0; head < d; head += headDim) {
+        for (let i = 0; i < pairs; ++i) {
+          const angle = sign * positions!.data[r] * invFreq!.data[i];
+          const at = r * d + head + i;
+          const [a, b] = [x!.data[at], x!.data[at + pairs]];
+          y.data[at] = magnitude * (a * Math.cos(angle) - b * Math.sin(angle));
+          y.data[at + pairs] = magnitude * (b * Math.cos(angle) + a * Math.sin(angle));
+        }
+      }
+    }
+    return [y];
+  },
+
+  attention([q, k, v, offsets], [heads, kvHeads, causal, scale]) {
+    const layout = headsOf(q!, heads, kvHeads);
+    const { dh } = layout;
+    const y = f64(q!.shape);
+    const lse = f64([q!.shape[0], heads]);
+    for (const [from, to] of segments(offsets!)) {
+      for (let i = from; i < to; ++i) {
+        for (let h = 0; h < heads; ++h) {
+          const s = scores(q!, k!, layout, h, i, from, causal ? i + 1 : to, scale);
+          lse.data[i * heads + h] = s.lse;
+          s.p.forEach((p, j) => {
+            for (let d = 0; d < dh; ++d) {
+              y.data[(i * heads + h) * dh + d] += p * v!.data[((from + j) * kvHeads + s.kv) * dh + d];
+            }
+          });
+        }
+      }
+    }
+    return [y, lse];
+  },
+  attention_grad([dy, q, k, v, , , offsets], [heads, kvHeads, causal, scale]) {
+    const layout = headsOf(q!, heads, kvHeads);
+    const { dh } = layout;
+    const [dq, dk, dv] = [f64(q!.shape), f64(k!.shape), f64(v!.shape)];
+    for (const [from, to] of segments(offsets!)) {
+      for (let i = from; i < to; ++i) {
+        for (let h = 0; h < heads; ++h) {
+          const { p, kv } = scores(q!, k!, layout, h, i, from, causal ? i + 1 : to, scale);
+          const at = (i * heads + h) * dh;
+          const dp = p.map((_, j) => {
+            let sum = 0;
+            for (let d = 0; d < dh; ++d) sum += dy!.data[at + d] * v!.data[((from + j) * kvHeads + kv) * dh + d];
+            return sum;
+          });
+          const mean = p.reduce((sum, value, j) => sum + value * dp[j], 0);
+          p.forEach((value, j) => {
+            const ds = value * (dp[j] - mean) * scale;
+            const other = ((from + j) * kvHeads + kv) * dh;
+            for (let d = 0; d < dh; ++d) {
+              dq.data[at + d] += ds * k!.data[other + d];
+              dk.data[other + d] += ds * q!.data[at + d];
+              dv.data[other + d] += value * dy!.data[at + d];
+            }
+          });
+        }
+      }
+    }
+    return [dq, dk, dv];
+  },
+  attention_cached([q, k, v, offsets, lengths, cacheK, cacheV], [heads, kvHeads, scale]) {
+    const layout = headsOf(q!, heads, kvHeads);
+    const { dh } = layout;
+    const [, capacity, c] = cacheK!.shape;
+    const y = f64(q!.shape);
+    segments(offsets!).forEach(([from, to], s) => {
+      const past = lengths!.data[s];
+      for (let i = from; i < to; ++i) {
+        const at = (s * capacity + past + i - from) * c;
+        cacheK!.data.set(k!.data.subarray(i * c, (i + 1) * c), at);
+        cacheV!.data.set(v!.data.subarray(i * c, (i + 1) * c), at);
+      }
+      for (let i = from; i < to; ++i) {
+        for (let h = 0; h < heads; ++h) {
+          const start = s * capacity;
+          const { p, kv } = scores(q!, cacheK!, layout, h, i, start, start + past + i - from + 1, scale);
+          p.forEach((value, j) => {
+            for (let d = 0; d < dh; ++d) {
+              y.data[(i * heads + h) * dh + d] += value * cacheV!.data[((start + j) * kvHeads + kv) * dh + d];
+            }
+          });
+        }
+      }
+      lengths!.data[s] += to - from;
+    });
+    return [y];
+  },
+
+  route_topk([z, offsets, capacity]) {
+    return selected(z!, offsets!, (rows, s) => {
+      const k = Math.min(rows.length, Math.max(0, Math.ceil(Math.fround(capacity!.data[s]) * rows.length - 1e-6)));
+      const best = [...rows].sort((a, b) => z!.data[b] - z!.data[a] || a - b).slice(0, k);
+      return best.sort((a, b) => a - b);
+    });
+  },
+  route_threshold: ([z, offsets, threshold]) =>
+    selected(z!, offsets!, (rows, s) => rows.filter((r) => z!.data[r] > threshold!.data[s])),
+  gate([z, rows], [mode]) {
+    return [
+      f64(
+        rows!.shape,
+        Array.from(rows!.data, (n) => (mode === 0 ? 1 : mode * sigmoid(z!.data[n]))),
+      ),
+    ];
+  },
+  gate_grad([dg, z, rows], [mode]) {
+    const dz = f64(z!.shape);
+    rows!.data.forEach((n, r) => {
+      const s = sigmoid(z!.data[n]);
+      dz.data[n] = dg!.data[r] * (mode === 0 ? 1 - s : mode * s * (1 - s));
+    });
+    return [dz];
+  },
+  topk_bce([z, rows]) {
+    const chosen = new Set(rows!.data);
+    const sum = Array.from(z!.data, (v, i) => softplus(v) - (chosen.has(i) ? v : 0)).reduce((a, b) => a + b, 0);
+    return [f64([1], [sum / z!.data.length])];
+  },
+  topk_bce_grad([dloss, z, rows]) {
+    const chosen = new Set(rows!.data);
+    return [map(z!, (v, i) => (dloss!.data[0] * (sigmoid(v) - (chosen.has(i) ? 1 : 0))) / z!.data.length)];
+  },
+
+  distill_kl([hs, ht, w, weight, targets]) {
+    const [r, k] = hs!.shape;
+    const v = w!.shape[0];
+    const [row, dh, agree, ce] = [f64([r]), f64(hs!.shape), f64([r]), f64([r])];
+    const student = product(hs!, w!, null, null, v);
+    const teacher = product(ht!, w!, null, null, v);
+    for (let i = 0; i < r; ++i) {
+      const ls = logSoftmax(student.data.subarray(i * v, (i + 1) * v));
+      const lt = logSoftmax(teacher.data.subarray(i * v, (i + 1) * v));
+      agree.data[i] = argmax(ls) === argmax(lt) ? 1 : 0;
+      if (targets && targets.data[i] >= 0) ce.data[i] = -ls[targets.data[i]];
+      for (let j = 0; j < v; ++j) {
+        row.data[i] += Math.exp(lt[j]) * (lt[j] - ls[j]);
+        const d = weight!.data[i] * (Math.exp(ls[j]) - Math.exp(lt[j]));
+        for (let c = 0; c < k; ++c) dh.data[i * k + c] += d * w!.data[j * w!.shape[1] + c];
+      }
+    }
+    const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
+    return [f64([1], [loss]), row, dh, agree, targets && ce];
+  },
+  cross_entropy([h, w, targets, weight]) {
+    const [r, k] = h!.shape;
+    const v = w!.shape[0];
+    const [row, dh, dw, correct] = [f64([r]), f64(h!.shape), f64([v, k]), f64([r])];
+    const logits = product(h!, w!, null, null, v);
+    for (let i = 0; i < r; ++i) {
+      const target = targets!.data[i];
+      if (target < 0) continue;
+      const l = logSoftmax(logits.data.subarray(i * v, (i + 1) * v));
+      row.data[i] = -l[target];
+      correct.data[i] = argmax(l) === target ? 1 : 0;
+      for (let j = 0; j < v; ++j) {
+        const d = weight!.data[i] * (Math.exp(l[j]) - (j === target ? 1 : 0));
+        for (let c = 0; c < k; ++c) {
+          dh.data[i * k + c] += d * w!.data[j * w!.shape[1] + c];
+          dw.data[j * k + c] += d * h!.data[i * k + c];
+        }
+      }
+    }
+    const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
+    return [f64([1], [loss]), row, dh, dw, correct];
+  },
+
+  accumulate([state, x], [offset]) {
+    x!.data.forEach((value, i) => {
+      state!.data[offset + i] += value;
+    });
+    return [];
+  },
+  adamw([p, g, m, v, hyper], [decayCount]) {
+    const [lr, beta1, beta2, eps, decay, clip, c1, c2] = hyper!.data;
+    const norm = Math.hypot(...g!.data);
+    if (Number.isFinite(norm)) {
+      const factor = clip > 0 && norm > clip ? clip / norm : 1;
+      g!.data.forEach((value, i) => {
+        const grad = value * factor;
+        m!.data[i] = beta1 * m!.data[i] + (1 - beta1) * grad;
+        v!.data[i] = beta2 * v!.data[i] + (1 - beta2) * grad * grad;
+        if (i < decayCount) p!.data[i] -= lr * decay * p!.data[i];
+        p!.data[i] -= (lr * (m!.data[i] / c1)) / (Math.sqrt(v!.data[i] / c2) + eps);
+      });
+    }
+    g!.data.fill(0);
+    return [f64([1], [norm])];
+  },
+
+  /** Greedy rows only: how a random number becomes an id is tested by the frequencies it gives. */
+  sample([logits]) {
+    const [s, v] = logits!.shape;
+    const rows = Array.from({ length: s }, (_, i) => logSoftmax(logits!.data.subarray(i * v, (i + 1) * v)));
+    return [
+      f64(
+        [s],
+        rows.map((row) => argmax(row)),
+      ),
+      f64(
+        [s],
+        rows.map((row) => Math.max(...row)),
+      ),
+    ];
+  },
+};
