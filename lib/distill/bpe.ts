@@ -174,7 +174,15 @@ class Pairs {
 
 /** Writes tokenizer.json and tokenizer_config.json. Encoding with special tokens puts `<|endoftext|>` in front. */
 export async function writeBpe(dir: string, vocabulary: BpeVocabulary, maxPositions: number): Promise<void> {
-  const special = { id: 0, content: endOfText, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
+  const special = {
+    id: 0,
+    content: endOfText,
+    single_word: false,
+    lstrip: false,
+    rstrip: false,
+    normalized: false,
+    special: true,
+  };
   const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
   const tokenizer = {
     version: '1.0',

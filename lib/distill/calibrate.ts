@@ -1,8 +1,8 @@
 // Calibration: quantiles of every router's logits at each capacity of a grid, and a check of what the thresholds pass.
 import { type Calibration, type ElasticPolicy, routerPlaces, thresholds } from '../elastic/policy.js';
+import { batchRun } from './batches.js';
 import type { Batch, TokenData } from './data.js';
 import type { TrainEvent } from './events.js';
-import { batchRun } from './batches.js';
 import { capacityFeeds, type DistillModel, logitsProgram, thresholdFeeds, thresholdProgram } from './steps.js';
 
 const points = 65;
@@ -44,7 +44,8 @@ export async function calibrate(
         for (const id of ids) logits.get(id)!.set(outputs[id] as Float32Array, at);
         at += batch.ids.length;
       }
-      for (const id of ids) fillQuantiles(logits.get(id)!.sort(), quantiles.get(id)!.subarray(row * points, (row + 1) * points));
+      for (const id of ids)
+        fillQuantiles(logits.get(id)!.sort(), quantiles.get(id)!.subarray(row * points, (row + 1) * points));
     }
   } finally {
     program.dispose();

@@ -42,20 +42,31 @@ async function syncDirectory(path: string): Promise<void> {
 }
 
 /** Writes a checkpoint and removes the oldest beyond `keep`, never the best. Returns its directory. */
-export async function saveCheckpoint(out: string, trainable: Trainable, state: TrainerState, keep: number): Promise<string> {
+export async function saveCheckpoint(
+  out: string,
+  trainable: Trainable,
+  state: TrainerState,
+  keep: number,
+): Promise<string> {
   const parent = directory(out);
   const target = join(parent, stepName(state.step));
   const partial = `${target}.partial`;
   await rm(partial, { recursive: true, force: true });
   await mkdir(partial, { recursive: true });
   const flat = (data: Float32Array) => ({ dtype: 'f32' as const, shape: [data.length], data });
-  const files = { trainable: join(partial, 'trainable.safetensors'), optimizer: join(partial, 'optimizer.safetensors') };
+  const files = {
+    trainable: join(partial, 'trainable.safetensors'),
+    optimizer: join(partial, 'optimizer.safetensors'),
+  };
   try {
     const values = trainable.values();
     await writeSafetensors(
       files.trainable,
       Object.fromEntries(
-        trainable.plan.parameters.map((p) => [p.name, { dtype: 'f32', shape: [...p.shape], data: values.get(p.name)! }]),
+        trainable.plan.parameters.map((p) => [
+          p.name,
+          { dtype: 'f32', shape: [...p.shape], data: values.get(p.name)! },
+        ]),
       ),
     );
     await writeSafetensors(files.optimizer, {
@@ -118,7 +129,9 @@ export async function loadCheckpoint(
   const load = async (name: 'trainable' | 'optimizer'): Promise<(tensor: string, size: number) => Float32Array> => {
     const file = join(dir, `${name}.safetensors`);
     if ((await sha256File(file)) !== sha256?.[name]) {
-      throw new InvalidDataError(`[resume] ${file} does not match the hash in state.json: it was changed or is damaged; delete ${dir}`);
+      throw new InvalidDataError(
+        `[resume] ${file} does not match the hash in state.json: it was changed or is damaged; delete ${dir}`,
+      );
     }
     const opened = openSafetensors(file);
     return (tensor, size) => {

@@ -44,11 +44,15 @@ export async function readDocuments(source: DataSource): Promise<string[]> {
 function checkSource(source: DataSource): void {
   const keys = { text: ['files'], jsonl: ['files', 'field'], documents: ['documents'] }[source?.kind];
   if (!keys) {
-    throw new InvalidArgumentError(`[data] kind must be 'text', 'jsonl' or 'documents', got ${JSON.stringify(source?.kind)}`);
+    throw new InvalidArgumentError(
+      `[data] kind must be 'text', 'jsonl' or 'documents', got ${JSON.stringify(source?.kind)}`,
+    );
   }
   for (const key of Object.keys(source)) {
     if (key !== 'kind' && !keys.includes(key)) {
-      throw new InvalidArgumentError(`[data] unknown key '${key}' for kind '${source.kind}'; it takes ${keys.join(', ')}`);
+      throw new InvalidArgumentError(
+        `[data] unknown key '${key}' for kind '${source.kind}'; it takes ${keys.join(', ')}`,
+      );
     }
   }
   const list = source.kind === 'documents' ? source.documents : [source.files].flat();
@@ -102,7 +106,8 @@ export function splitHeldOut(
   share: number,
   seed: number,
 ): { train: string[]; heldOut: string[] } {
-  if (!(share > 0 && share < 1)) throw new InvalidArgumentError(`[data] held-out share must be in (0, 1), got ${share}`);
+  if (!(share > 0 && share < 1))
+    throw new InvalidArgumentError(`[data] held-out share must be in (0, 1), got ${share}`);
   if (documents.length === 1) {
     const text = documents[0];
     const middle = Math.round(text.length * (1 - share));
@@ -162,7 +167,11 @@ export class TokenData {
 
   /** Identifies the data for a resumed run: SHA-256 of the tokens and the segment length. */
   sha256(): string {
-    return createHash('sha256').update(this.tokens).update(this.documents).update(`${this.sequenceLength}`).digest('hex');
+    return createHash('sha256')
+      .update(this.tokens)
+      .update(this.documents)
+      .update(`${this.sequenceLength}`)
+      .digest('hex');
   }
 
   /**

@@ -12,21 +12,14 @@ import { specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { Engine } from '../native/index.js';
-import { calibrate } from './calibrate.js';
 import { batchRun, trainingTexts, wholeEpoch } from './batches.js';
+import { calibrate } from './calibrate.js';
 import { type DataSource, TokenData } from './data.js';
 import type { TrainConfig, TrainResult } from './events.js';
 import { Random } from './random.js';
-import {
-  capacityFeeds,
-  type DistillModel,
-  evalProgram,
-  type LossWeights,
-  routerPlan,
-  trainProgram,
-} from './steps.js';
-import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
+import { capacityFeeds, type DistillModel, evalProgram, type LossWeights, routerPlan, trainProgram } from './steps.js';
 import { Trainable } from './trainable.js';
+import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
 
 export type LossTerm =
   /** Forward KL from the full model's next-token distribution to the routed model's. */
@@ -75,7 +68,9 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   }
   const elastic = await readElastic(config.plan);
   if (!elastic) {
-    throw new InvalidArgumentError(`[distill] ${config.plan} has no routers to train; make a plan with \`elastiform elastify\``);
+    throw new InvalidArgumentError(
+      `[distill] ${config.plan} has no routers to train; make a plan with \`elastiform elastify\``,
+    );
   }
   const { policy } = elastic;
   const configPath = join(config.plan, 'config.json');
@@ -102,7 +97,11 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
     const model: DistillModel = {
       spec,
       weights: loaded.weights,
-      policy, trainable, engine, batchTokens: resolved.batchTokens };
+      policy,
+      trainable,
+      engine,
+      batchTokens: resolved.batchTokens,
+    };
     using step = trainProgram(model, losses, config.gradCheckpointing ?? false);
     using measure = evalProgram(model);
     const task: Task = {
@@ -159,12 +158,19 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   });
 }
 
-function lossWeights(terms: readonly LossTerm[] = [{ kind: 'kl', weight: 1 }, { kind: 'topk-bce', weight: 0.1 }]): LossWeights {
+function lossWeights(
+  terms: readonly LossTerm[] = [
+    { kind: 'kl', weight: 1 },
+    { kind: 'topk-bce', weight: 0.1 },
+  ],
+): LossWeights {
   const weights: LossWeights = { kl: 0, topkBce: 0 };
   for (const term of terms) {
     checkKeys('distill', 'key of a loss term', term, ['kind', 'weight']);
     if (term.kind !== 'kl' && term.kind !== 'topk-bce') {
-      throw new InvalidArgumentError(`[distill] a loss must be kl or topk-bce, got ${JSON.stringify((term as LossTerm).kind)}`);
+      throw new InvalidArgumentError(
+        `[distill] a loss must be kl or topk-bce, got ${JSON.stringify((term as LossTerm).kind)}`,
+      );
     }
     if (!(Number.isFinite(term.weight) && term.weight > 0)) {
       throw new InvalidArgumentError(`[distill] the weight of ${term.kind} must be positive, got ${term.weight}`);
@@ -177,7 +183,9 @@ function lossWeights(terms: readonly LossTerm[] = [{ kind: 'kl', weight: 1 }, { 
 
 /** KL and agreement with the full model by top-k at three capacities of the trained range; the metric is the mean KL. */
 function evaluator(program: ReturnType<typeof evalProgram>, policy: ElasticPolicy, data: TokenData, rows: number) {
-  const shares = [policy.capacity.attn, policy.capacity.mlp].every((r) => !r || r[0] === r[1]) ? [0.5] : [0.25, 0.5, 0.75];
+  const shares = [policy.capacity.attn, policy.capacity.mlp].every((r) => !r || r[0] === r[1])
+    ? [0.5]
+    : [0.25, 0.5, 0.75];
   return async (signal?: AbortSignal) => {
     const levels: Record<string, Record<string, number>> = {};
     for (const share of shares) {

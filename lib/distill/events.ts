@@ -56,7 +56,8 @@ export interface TrainConfig {
   log?: { everySteps?: number };
   /** 'auto' continues from the newest checkpoint in `out`; false starts anew and deletes them. */
   resume?: 'auto' | false;
-  onEvent?: (event: TrainEvent) => undefined | 'stop' | void | Promise<undefined | 'stop' | void>;
+  /** Awaited; returning (a promise of) 'stop' ends the run as an early stop does. */
+  onEvent?: (event: TrainEvent) => unknown;
   /** Stops after saving; the result says `stopped: 'signal'`. */
   signal?: AbortSignal;
 }

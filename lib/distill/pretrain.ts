@@ -8,24 +8,17 @@ import { type TensorData, writeSafetensors } from '../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import { decoder, finalNorm } from '../model/decoder.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
-import {
-  bindWeights,
-  type DecoderTensors,
-  type DecoderWeights,
-  exportWeights,
-  initialWeights,
-  parameterPlan,
-  weightsOfFlat,
-} from '../model/weights.js';
+import { exportWeights, initialWeights, parameterPlan, weightsByName } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { Engine } from '../native/index.js';
+import { batchInputs, batchRun, trainingTexts, wholeEpoch } from './batches.js';
 import { trainBpe, writeBpe } from './bpe.js';
 import { newestCheckpoint } from './checkpoints.js';
 import { type Batch, type DataSource, TokenData } from './data.js';
 import type { TrainConfig, TrainResult } from './events.js';
-import { batchInputs, batchRun, trainingTexts, wholeEpoch } from './batches.js';
-import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
+import { Random } from './random.js';
 import { Trainable } from './trainable.js';
+import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
 
 export interface PretrainConfig extends TrainConfig {
   /** Content of a config.json of a supported architecture; `vocab_size` and token ids are filled in when absent. */
@@ -84,12 +77,12 @@ export async function pretrain(config: PretrainConfig): Promise<TrainResult> {
 
     using engine = new Engine();
     using trainable = new Trainable(parameterPlan(spec));
-    trainable.params.write(initialWeights(spec, resolved.seed));
-    using loaded = weightsOfFlat(spec, trainable.params);
-    const build = (grads: boolean) =>
-      lossProgram(spec, loaded.weights, grads ? trainable : null, engine, resolved.batchTokens, config.gradCheckpointing ?? false);
-    using step = build(true);
-    using measure = build(false);
+    const random = new Random(resolved.seed, 'initial weights');
+    trainable.params.write(initialWeights(spec, () => random.normal()));
+    const { batchTokens } = resolved;
+    const recompute = config.gradCheckpointing ?? false;
+    using step = lossProgram(spec, trainable, engine, { batchTokens, train: true, recompute });
+    using measure = lossProgram(spec, trainable, engine, { batchTokens, train: false });
     const task: Task = {
       api: 'pretrain',
       engine,
@@ -137,7 +130,8 @@ async function prepareTokenizer(config: PretrainConfig, texts: readonly string[]
       // Loading checks the files before they are copied.
       await loadTokenizer(tokenizer);
       for (const name of tokenizerFiles) {
-        if (existsSync(join(tokenizer, name))) await writeFileAtomic(join(out, name), await readFile(join(tokenizer, name)));
+        if (existsSync(join(tokenizer, name)))
+          await writeFileAtomic(join(out, name), await readFile(join(tokenizer, name)));
       }
     } else {
       if (typeof tokenizer !== 'object' || tokenizer === null) {
@@ -165,18 +159,19 @@ function completeConfig(model: Record<string, unknown>, tokenizer: Tokenizer): R
 
 /**
  * Weighted cross-entropy of a batch: outputs `loss` and `accuracy`, sums over rows weighted by the feed `weight`. With
- * `trainable`, adds the gradient of the loss to its `grads`.
+ * `train` it adds the gradient of the loss to `trainable.grads`; `recompute` then keeps block inputs only.
+ *
+ * @param trainable parameters of `parameterPlan(spec)`
  */
 export function lossProgram(
   spec: ModelSpec,
-  tensors: DecoderTensors,
-  trainable: Trainable | null,
+  trainable: Trainable,
   engine: Engine,
-  batchTokens: number,
-  recompute: boolean,
+  { batchTokens, train, recompute = false }: { batchTokens: number; train: boolean; recompute?: boolean },
 ): Program {
   const graph = new Graph();
-  const weights = bindWeights(graph, tensors);
+  const node = (name: string) => graph.state(trainable.view(name), name);
+  const weights = weightsByName(spec, node);
   const { rows, segments: _, ...inputs } = batchInputs(graph, batchTokens);
   const x = decoder(graph, spec, weights, inputs, undefined, { recompute });
   const weight = graph.feed('weight', 'f32', [rows]);
@@ -186,10 +181,7 @@ export function lossProgram(
   );
   graph.output('loss', loss);
   graph.output('accuracy', dot(correct, weight));
-  if (trainable) {
-    const nodes = namedWeights(weights);
-    trainable.accumulateGradients(graph, loss, (name) => nodes.get(name)!);
-  }
+  if (train) trainable.accumulateGradients(graph, loss, node);
   return Program.compile(graph, engine);
 }
 
@@ -204,22 +196,6 @@ export function lossRun(batch: Batch, weight: number) {
       weight: Float32Array.from(batch.targets, (target) => (target >= 0 ? weight : 0)),
     },
   };
-}
-
-/** Every weight by the name it has in a parameter plan; a tied head is the embedding. */
-export function namedWeights<T>(weights: DecoderWeights<T>): Map<string, T> {
-  const named = new Map<string, T>([['embed', weights.embed]]);
-  if (weights.positions !== undefined) named.set('positions', weights.positions);
-  const affine = (name: string, { weight, bias }: { weight: T; bias?: T }) => {
-    named.set(`${name}.weight`, weight);
-    if (bias !== undefined) named.set(`${name}.bias`, bias);
-  };
-  weights.layers.forEach((layer, i) => {
-    for (const [part, value] of Object.entries(layer)) if (value) affine(`layers.${i}.${part}`, value);
-  });
-  affine('finalNorm', weights.finalNorm);
-  if (weights.head !== weights.embed) named.set('head', weights.head);
-  return named;
 }
 
 async function writeModel(
@@ -241,7 +217,10 @@ async function writeModel(
         );
   await writeSafetensors(join(out, 'model.safetensors'), stored, { format: 'pt' });
   const torchDtype = saveAs === 'f32' ? 'float32' : 'bfloat16';
-  await writeFileAtomic(join(out, 'config.json'), `${JSON.stringify({ ...config, torch_dtype: torchDtype }, null, 2)}\n`);
+  await writeFileAtomic(
+    join(out, 'config.json'),
+    `${JSON.stringify({ ...config, torch_dtype: torchDtype }, null, 2)}\n`,
+  );
 }
 
 /** The nearest bfloat16 of each value, ties to even. */

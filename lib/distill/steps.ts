@@ -1,5 +1,5 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
-import { routerId, type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
+import { type ElasticPolicy, routerId, routerPlaces } from '../elastic/policy.js';
 import { capacityFeed, inferenceSelector, type RouterNodes, thresholdFeed, trainingSelector } from '../elastic/rows.js';
 import { add, distillKl, dot, Graph, type Node, Program, scale, topkBce } from '../graph/index.js';
 import { decoder, finalNorm } from '../model/decoder.js';
@@ -35,7 +35,13 @@ export function routerPlan(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hi
   const decayCount = ids.length * hidden;
   return {
     parameters: [
-      ...ids.map((id, i) => ({ name: `${id}.weight`, shape: [1, hidden], offset: i * hidden, size: hidden, decay: true })),
+      ...ids.map((id, i) => ({
+        name: `${id}.weight`,
+        shape: [1, hidden],
+        offset: i * hidden,
+        size: hidden,
+        decay: true,
+      })),
       ...ids.map((id, i) => ({ name: `${id}.bias`, shape: [1], offset: decayCount + i, size: 1, decay: false })),
     ],
     size: decayCount + ids.length,
@@ -44,7 +50,10 @@ export function routerPlan(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hi
 }
 
 /** Capacity feeds: for each place, one value per segment. */
-export function capacityFeeds(segments: number, of: (place: Place, segment: number) => number): Record<string, Float32Array> {
+export function capacityFeeds(
+  segments: number,
+  of: (place: Place, segment: number) => number,
+): Record<string, Float32Array> {
   return Object.fromEntries(
     places.map((place) => [capacityFeed(place), Float32Array.from({ length: segments }, (_, s) => of(place, s))]),
   );
@@ -130,7 +139,10 @@ export function thresholdProgram(model: DistillModel): Program {
 }
 
 /** Threshold feeds: every router's threshold for every segment. */
-export function thresholdFeeds(thresholds: ReadonlyMap<string, number>, segments: number): Record<string, Float32Array> {
+export function thresholdFeeds(
+  thresholds: ReadonlyMap<string, number>,
+  segments: number,
+): Record<string, Float32Array> {
   return Object.fromEntries(
     [...thresholds].map(([id, value]) => [thresholdFeed(id), new Float32Array(segments).fill(value)]),
   );

@@ -5,7 +5,13 @@ import { adamw, Graph, Program } from '../graph/index.js';
 import { lockDirectory, writeFileAtomic } from '../io/files.js';
 import { ElastiformError, InvalidArgumentError } from '../native/errors.js';
 import { type Engine, loadAddon } from '../native/index.js';
-import { clearCheckpoints, loadCheckpoint, newestCheckpoint, saveCheckpoint, type TrainerState } from './checkpoints.js';
+import {
+  clearCheckpoints,
+  loadCheckpoint,
+  newestCheckpoint,
+  saveCheckpoint,
+  type TrainerState,
+} from './checkpoints.js';
 import type { Batch, TokenData } from './data.js';
 import type { TrainConfig, TrainEvent, WarningCode } from './events.js';
 import type { Trainable } from './trainable.js';
@@ -35,7 +41,10 @@ export interface Task {
    * Adds the gradient of a micro-batch to `trainable.grads`. Every loss row weighs 1/total, so that the terms of a
    * step's micro-batches (`loss` among them) add up to the step's.
    */
-  micro(batch: Batch, at: { step: number; index: number; total: number; signal?: AbortSignal }): Promise<Record<string, number>>;
+  micro(
+    batch: Batch,
+    at: { step: number; index: number; total: number; signal?: AbortSignal },
+  ): Promise<Record<string, number>>;
   /** Measures the held-out data; the metric is better when lower. */
   evaluate?(signal?: AbortSignal): Promise<{ levels: Record<string, Record<string, number>>; metric: number }>;
 }
@@ -72,7 +81,15 @@ export function checkKeys(api: string, name: string, object: object, known: read
 export function checkConfig(api: string, config: TrainConfig, own: readonly string[]): void {
   checkKeys(api, 'option', config, [...own, ...trainKeys]);
   const { optimizer = {}, earlyStop, log = {} } = config;
-  checkKeys(api, 'optimizer option', optimizer, ['lr', 'betas', 'eps', 'weightDecay', 'gradClip', 'schedule', 'warmup']);
+  checkKeys(api, 'optimizer option', optimizer, [
+    'lr',
+    'betas',
+    'eps',
+    'weightDecay',
+    'gradClip',
+    'schedule',
+    'warmup',
+  ]);
   checkKeys(api, 'earlyStop option', earlyStop ?? {}, ['patience', 'minDelta']);
   checkKeys(api, 'log option', log, ['everySteps']);
   const check = (name: string, value: unknown, ok: (v: number) => boolean, expected: string) => {
@@ -106,7 +123,9 @@ export function checkConfig(api: string, config: TrainConfig, own: readonly stri
   check('optimizer.gradClip', optimizer.gradClip, notNegative, 'zero or more');
   check('optimizer.warmup', optimizer.warmup, (v) => Number.isInteger(v) && v >= 0, 'an integer of zero or more');
   if (!['cosine', 'linear', 'constant', undefined].includes(optimizer.schedule)) {
-    throw new InvalidArgumentError(`[${api}] optimizer.schedule must be cosine, linear or constant, got ${optimizer.schedule}`);
+    throw new InvalidArgumentError(
+      `[${api}] optimizer.schedule must be cosine, linear or constant, got ${optimizer.schedule}`,
+    );
   }
   if (config.resume !== undefined && config.resume !== 'auto' && config.resume !== false) {
     throw new InvalidArgumentError(`[${api}] resume must be 'auto' or false, got ${String(config.resume)}`);
@@ -237,7 +256,8 @@ export async function train(
   const evaluate = async (): Promise<void> => {
     if (!task.evaluate) return;
     const { levels, metric } = await task.evaluate(signal);
-    const best = Number.isFinite(metric) && (!state.best || metric < state.best.metric - (config.earlyStop?.minDelta ?? 0));
+    const best =
+      Number.isFinite(metric) && (!state.best || metric < state.best.metric - (config.earlyStop?.minDelta ?? 0));
     if (best) state.best = { step: state.step, metric };
     state.stale = best ? 0 : state.stale + 1;
     await emit({ type: 'eval', step: state.step, levels, best });
@@ -263,7 +283,10 @@ export async function train(
         batches.push(next.batch);
         cursor = next.cursor;
       }
-      const total = Math.max(batches.reduce((sum, batch) => sum + task.lossRows(batch), 0), 1);
+      const total = Math.max(
+        batches.reduce((sum, batch) => sum + task.lossRows(batch), 0),
+        1,
+      );
       const terms: Record<string, number> = {};
       for (const [index, batch] of batches.entries()) {
         const part = await task.micro(batch, { step: state.step, index, total, signal });

@@ -97,7 +97,8 @@ export function resolveBudget(
     return explicit(level.spec, spec, policy, at, level.name);
   }
   if (typeof budget === 'number') {
-    if (!(budget > 0 && budget < 1)) throw new InvalidArgumentError(`[budget] a budget must be in (0, 1], got ${budget}`);
+    if (!(budget > 0 && budget < 1))
+      throw new InvalidArgumentError(`[budget] a budget must be in (0, 1], got ${budget}`);
     const routed = needRouters(policy, budget);
     const c = solveCapacity(spec, routed, budget, at);
     if (c === null) {
@@ -146,17 +147,22 @@ function explicit(
   level: string | null,
 ): OperatingPoint {
   for (const key of Object.keys(wanted)) {
-    if (key !== 'tokenCapacity') throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there is tokenCapacity`);
+    if (key !== 'tokenCapacity')
+      throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there is tokenCapacity`);
   }
   const capacity = { attn: 1, mlp: 1 };
   for (const [place, value] of Object.entries(wanted.tokenCapacity ?? {})) {
     if (!places.includes(place as Place)) {
-      throw new InvalidArgumentError(`[budget] unknown place '${place}' in tokenCapacity; it takes ${places.join(', ')}`);
+      throw new InvalidArgumentError(
+        `[budget] unknown place '${place}' in tokenCapacity; it takes ${places.join(', ')}`,
+      );
     }
     if (value === undefined) continue;
     checkCapacity('budget', `tokenCapacity.${place}`, value);
     if (value < 1 && !needRouters(policy, { spec: wanted }).tokens[place as Place]) {
-      throw new InvalidArgumentError(`[budget] tokenCapacity.${place} is ${value}, but ${place} has no routers in this model`);
+      throw new InvalidArgumentError(
+        `[budget] tokenCapacity.${place} is ${value}, but ${place} has no routers in this model`,
+      );
     }
     capacity[place as Place] = value;
   }

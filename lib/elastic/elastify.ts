@@ -64,7 +64,8 @@ export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidde
     const value = chosen[place];
     if (value === undefined) continue;
     const range: Range = typeof value === 'number' ? [value, value] : value;
-    const good = Array.isArray(range) && range.length === 2 && range.every((c) => typeof c === 'number' && c > 0 && c <= 1);
+    const good =
+      Array.isArray(range) && range.length === 2 && range.every((c) => typeof c === 'number' && c > 0 && c <= 1);
     if (!good) fail(`tokens.${place}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
     if (range[0] > range[1]) fail(`tokens.${place}: the capacity range must ascend, got ${JSON.stringify(value)}`);
     tokens[place] = { layers };
@@ -83,12 +84,17 @@ export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidde
   };
 }
 
-function layersOf(which: 'all' | 'even' | readonly number[], count: number, fail: (message: string) => never): number[] {
+function layersOf(
+  which: 'all' | 'even' | readonly number[],
+  count: number,
+  fail: (message: string) => never,
+): number[] {
   const all = Array.from({ length: count }, (_, i) => i);
   if (which === 'all') return all;
   // The first layer stays dense: every token's embedding is processed at least once.
   if (which === 'even') return count === 1 ? all : all.filter((i) => i % 2 === 1);
-  if (!Array.isArray(which) || which.length === 0) fail(`layers must be 'all', 'even' or a list, got ${JSON.stringify(which)}`);
+  if (!Array.isArray(which) || which.length === 0)
+    fail(`layers must be 'all', 'even' or a list, got ${JSON.stringify(which)}`);
   const sorted = [...new Set(which as readonly number[])].sort((a, b) => a - b);
   for (const layer of sorted) {
     if (!Number.isInteger(layer) || layer < 0 || layer >= count) {
@@ -168,7 +174,10 @@ async function moveInto(temporary: string, out: string): Promise<void> {
     await rename(temporary, out);
   } catch (cause) {
     if (existsSync(aside) && !existsSync(out)) await rename(aside, out);
-    throw new FileSystemError(`[elastify] cannot write ${out}: ${(cause as Error).message}; another process may be writing it`, cause);
+    throw new FileSystemError(
+      `[elastify] cannot write ${out}: ${(cause as Error).message}; another process may be writing it`,
+      cause,
+    );
   } finally {
     await rm(aside, { recursive: true, force: true });
   }

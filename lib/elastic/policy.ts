@@ -1,6 +1,7 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
-import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
+
 import { type Place, places } from '../model/select.js';
+import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
 export type GateMode = 'straight-through' | 'raw' | 'two-sigma';
@@ -252,7 +253,8 @@ export function policyFromJson(
     base: {
       name: read.string(base.name_or_path, 'base.name_or_path'),
       weightsSha256: read.string(base.weights_sha256, 'base.weights_sha256'),
-      tokenizerSha256: base.tokenizer_sha256 === null ? null : read.string(base.tokenizer_sha256, 'base.tokenizer_sha256'),
+      tokenizerSha256:
+        base.tokenizer_sha256 === null ? null : read.string(base.tokenizer_sha256, 'base.tokenizer_sha256'),
     },
     hidden: model.hidden,
     layers: model.layers,
@@ -270,7 +272,8 @@ export function policyFromJson(
     read.known(router, `routers[${i}].`, ['id', 'kind', 'in', 'hidden', 'out', 'act', 'tensors']);
     const id = read.string(router.id, `routers[${i}].id`);
     if (router.kind !== 'token') read.fail(`routers[${i}].kind`, '"token"', router.kind);
-    if (router.in !== model.hidden) read.fail(`routers[${i}].in`, `${model.hidden}, the model's hidden size`, router.in);
+    if (router.in !== model.hidden)
+      read.fail(`routers[${i}].in`, `${model.hidden}, the model's hidden size`, router.in);
     if (router.hidden !== 0) read.fail(`routers[${i}].hidden`, '0 (a linear router)', router.hidden);
     if (router.out !== 1) read.fail(`routers[${i}].out`, '1', router.out);
     if (router.act !== 'sigmoid') read.fail(`routers[${i}].act`, '"sigmoid"', router.act);
@@ -328,7 +331,8 @@ function readLevels(read: Reader, json: unknown): Level[] {
       for (const place of places) {
         const c = capacity[place];
         if (c === undefined) continue;
-        if (typeof c !== 'number' || !(c > 0 && c <= 1)) read.fail(`${key}.spec.tokenCapacity.${place}`, 'in (0, 1]', c);
+        if (typeof c !== 'number' || !(c > 0 && c <= 1))
+          read.fail(`${key}.spec.tokenCapacity.${place}`, 'in (0, 1]', c);
         spec.tokenCapacity[place] = c as number;
       }
     }
@@ -352,7 +356,9 @@ class Reader {
   ) {}
 
   fail(key: string, expected: string, got: unknown): never {
-    throw new InvalidDataError(`[elastic] ${this.file}: ${key || 'the file'} must be ${expected}, got ${JSON.stringify(got)}`);
+    throw new InvalidDataError(
+      `[elastic] ${this.file}: ${key || 'the file'} must be ${expected}, got ${JSON.stringify(got)}`,
+    );
   }
   object(value: unknown, key: string): Json {
     if (typeof value !== 'object' || value === null || Array.isArray(value)) this.fail(key, 'an object', value);

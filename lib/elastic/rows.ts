@@ -48,7 +48,7 @@ export function trainingSelector(
   segments: Dim | number,
 ): Selector & { readonly routed: readonly RoutedPlace[] } {
   const routed: RoutedPlace[] = [];
-  const capacity = perPlace((place) => graph.feed(capacityFeed(place), 'f32', [segments]));
+  const capacity = (place: Place) => graph.feed(capacityFeed(place), 'f32', [segments]);
   return {
     routed,
     runs: () => true,
@@ -98,7 +98,7 @@ export function randomSelector(
   rows: Dim | number,
   segments: Dim | number,
 ): Selector {
-  const capacity = perPlace((place) => graph.feed(capacityFeed(place), 'f32', [segments]));
+  const capacity = (place: Place) => graph.feed(capacityFeed(place), 'f32', [segments]);
   return {
     runs: () => true,
     rows(s: SubLayer): RowSelection | null {
@@ -127,12 +127,3 @@ export function routerNodes(
 
 /** Ids of the routers of a policy, for callers that feed one value per router. */
 export const routerIds = (policy: ElasticPolicy): string[] => routerPlaces(policy).map((r) => r.id);
-
-function perPlace(create: (place: Place) => Node): (place: Place) => Node {
-  const made = new Map<Place, Node>();
-  return (place) => {
-    let node = made.get(place);
-    if (!node) made.set(place, (node = create(place)));
-    return node;
-  };
-}

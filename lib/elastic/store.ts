@@ -17,7 +17,15 @@ const weightsFile = /^model(-\d+-of-\d+)?\.safetensors$|^model\.safetensors\.ind
 /** What a base checkpoint may bring along besides weights. */
 const companions = new Set([
   ...['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'],
-  ...['added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'LICENSE', 'LICENSE.txt'],
+  ...[
+    'added_tokens.json',
+    'vocab.json',
+    'merges.txt',
+    'tokenizer.model',
+    'chat_template.jinja',
+    'LICENSE',
+    'LICENSE.txt',
+  ],
 ]);
 
 /** Routers and policy of an elastic directory. */
@@ -40,7 +48,8 @@ export function baseFiles(dir: string): string[] {
   }
   const files = names.filter((name) => companions.has(name) || weightsFile.test(name)).sort();
   if (!files.includes('config.json')) throw new InvalidFileError(`[elastic] ${dir} has no config.json`);
-  if (!files.some((name) => name.endsWith('.safetensors'))) throw new InvalidFileError(`[elastic] ${dir} has no model weights`);
+  if (!files.some((name) => name.endsWith('.safetensors')))
+    throw new InvalidFileError(`[elastic] ${dir} has no model weights`);
   return files;
 }
 
@@ -72,7 +81,9 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
   const manifestPath = join(dir, manifestFile);
   if (!existsSync(configPath) && !existsSync(manifestPath)) return null;
   if (!existsSync(manifestPath)) {
-    throw new InvalidFileError(`[elastic] ${dir} has ${elasticConfigFile} but no ${manifestFile}: it was never completed; write it again`);
+    throw new InvalidFileError(
+      `[elastic] ${dir} has ${elasticConfigFile} but no ${manifestFile}: it was never completed; write it again`,
+    );
   }
   const warnings: string[] = [];
   const files = await readManifest(manifestPath, warnings);
@@ -83,7 +94,9 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
     const path = join(dir, name);
     if (!existsSync(path)) throw new InvalidFileError(`[elastic] ${path} is missing; ${manifestFile} lists it`);
     if ((await sha256File(path)) !== expected) {
-      throw new InvalidFileError(`[elastic] ${path} does not have the SHA-256 listed in ${manifestFile}: it was changed or is damaged`);
+      throw new InvalidFileError(
+        `[elastic] ${path} does not have the SHA-256 listed in ${manifestFile}: it was changed or is damaged`,
+      );
     }
   }
   const spec = specFromConfig(await readJson(join(dir, 'config.json')), join(dir, 'config.json'));
@@ -108,7 +121,8 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
   if (version !== 1) bad(`manifest_version must be 1, got ${JSON.stringify(version)}`);
   if (typeof files !== 'object' || files === null) bad('files must be an object');
   for (const [name, hash] of Object.entries(files as object)) {
-    if (basename(name) !== name || name === '..' || name === '.') bad(`${JSON.stringify(name)} is not a plain file name`);
+    if (basename(name) !== name || name === '..' || name === '.')
+      bad(`${JSON.stringify(name)} is not a plain file name`);
     if (typeof hash !== 'string' || !/^[0-9a-f]{64}$/.test(hash)) bad(`the hash of ${name} is not a SHA-256`);
   }
   for (const key of Object.keys(rest)) {
@@ -131,7 +145,8 @@ function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPoli
       throw new InvalidDataError(`[elastic] ${file}: ${name} must be F32[${shape}], got ${info.dtype}[${info.shape}]`);
     }
     const data = opened.tensor(name).readFloat();
-    if (!data.every(Number.isFinite)) throw new InvalidDataError(`[elastic] ${file}: ${name} holds values that are not finite`);
+    if (!data.every(Number.isFinite))
+      throw new InvalidDataError(`[elastic] ${file}: ${name} holds values that are not finite`);
     return data;
   };
   for (const { id } of routerPlaces(policy)) {
@@ -207,7 +222,13 @@ async function takeOver(from: string, to: string): Promise<void> {
   const partial = `${to}.partial`;
   try {
     await rm(partial, { force: true });
-    if (await stat(to).then(async (s) => s.ino === (await stat(source)).ino, () => false)) return;
+    if (
+      await stat(to).then(
+        async (s) => s.ino === (await stat(source)).ino,
+        () => false,
+      )
+    )
+      return;
     await link(source, partial).catch(() => copyFile(source, partial));
     await rename(partial, to);
   } catch (cause) {

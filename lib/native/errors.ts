@@ -8,7 +8,11 @@ export type ErrorCode =
   | 'OutOfMemory'
   | 'Aborted'
   | 'Disposed'
-  | 'Internal';
+  | 'Internal'
+  /** The file system refused (lib/io). */
+  | 'FileSystem'
+  /** Training has no finite loss any more (lib/distill). */
+  | 'Diverged';
 
 /** Base of every error this package throws on purpose; `code` says which kind without `instanceof`. */
 export class ElastiformError extends Error {
@@ -78,7 +82,10 @@ export class InternalError extends ElastiformError {
   }
 }
 
-const classes: Record<ErrorCode, new (message: string, options?: ErrorOptions) => ElastiformError> = {
+/** Codes that the addon throws. */
+type NativeCode = Exclude<ErrorCode, 'FileSystem' | 'Diverged'>;
+
+const classes: Record<NativeCode, new (message: string, options?: ErrorOptions) => ElastiformError> = {
   InvalidArgument: InvalidArgumentError,
   InvalidProgram: InvalidProgramError,
   InvalidFile: InvalidFileError,
@@ -94,7 +101,7 @@ export function fromNative(error: unknown): unknown {
   if (!(error instanceof Error) || error instanceof ElastiformError) return error;
   const code = (error as { code?: unknown }).code;
   if (typeof code !== 'string' || !Object.hasOwn(classes, code)) return error;
-  return new classes[code as ErrorCode](error.message);
+  return new classes[code as NativeCode](error.message);
 }
 
 /** Calls into the addon; what it throws comes out typed. */

@@ -198,7 +198,7 @@ Napi::Value stopAll(const Napi::CallbackInfo& call) {
 
 }  // namespace
 
-static Napi::Object init(Napi::Env env, Napi::Object exports) {
+Napi::Object init(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData;
   env.SetInstanceData(data);
   env.AddCleanupHook([external = data->external] { external->open = false; });
@@ -217,4 +217,5 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
 
 }  // namespace elastiform::addon
 
-NODE_API_MODULE(elastiform, elastiform::addon::init)
+static Napi::Object initModule(Napi::Env env, Napi::Object exports) { return elastiform::addon::init(env, exports); }
+NODE_API_MODULE(elastiform, initModule)
