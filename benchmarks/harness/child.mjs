@@ -52,11 +52,16 @@ export class Child {
     });
   }
 
+  kill() {
+    this.#process.kill('SIGKILL');
+  }
+
+  /** Lets the process end by itself, within five seconds. */
   async stop() {
     if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
     const ended = new Promise((resolve) => this.#process.once('exit', resolve));
     this.#process.stdin.end();
-    const timer = setTimeout(() => this.#process.kill('SIGKILL'), 5000);
+    const timer = setTimeout(() => this.kill(), 5000);
     await ended;
     clearTimeout(timer);
   }

@@ -17,7 +17,9 @@ export function machineFacts() {
     const field = (name) => new RegExp(`^${name}\\s*:\\s*(.*)$`, 'm').exec(info)?.[1];
     facts.cpuFamilyModel = `${field('cpu family')}/${field('model')}`;
     const flags = new Set((field('flags') ?? '').split(' '));
-    facts.instructionSets = ['avx2', 'fma', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16'].filter((f) => flags.has(f));
+    facts.instructionSets = ['avx2', 'fma', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16'].filter((f) =>
+      flags.has(f),
+    );
     facts.hypervisor = flags.has('hypervisor');
   }
   return facts;

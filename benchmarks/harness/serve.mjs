@@ -31,8 +31,7 @@ export async function batch(targetMs, body) {
 }
 
 /** Float32Array to base64, for one reply. */
-export const encode = (values) =>
-  Buffer.from(values.buffer, values.byteOffset, values.byteLength).toString('base64');
+export const encode = (values) => Buffer.from(values.buffer, values.byteOffset, values.byteLength).toString('base64');
 
 /** Resident memory of this process in bytes: peak since `resetPeak`, and now split into anonymous and file pages. */
 export function memory() {

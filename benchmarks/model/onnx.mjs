@@ -34,8 +34,7 @@ function float(field, value) {
 }
 
 function attribute(name, value) {
-  const [type, encoded] =
-    value instanceof Float32Array ? [1, float(2, value[0])] : [2, integer(3, value)];
+  const [type, encoded] = value instanceof Float32Array ? [1, float(2, value[0])] : [2, integer(3, value)];
   return message(5, text(1, name), encoded, integer(20, type));
 }
 
@@ -72,7 +71,7 @@ function externalTensor(name, entry) {
 
 function int64Tensor(name, values, dims) {
   const raw = Buffer.alloc(8 * values.length);
-  values.forEach((v, i) => raw.writeBigInt64LE(BigInt(v), 8 * i));
+  for (const [i, v] of values.entries()) raw.writeBigInt64LE(BigInt(v), 8 * i);
   return message(5, ...dims.map((d) => integer(1, d)), integer(2, INT64), text(8, name), bytes(9, raw));
 }
 
@@ -89,12 +88,9 @@ export function writeOnnx(dir, shape = SHAPE) {
   add('Gather', ['transformer.wte.weight', 'input_ids'], ['token_embedding']);
   add('Gather', ['transformer.wpe.weight', 'position_ids'], ['position_embedding']);
   add('Add', ['token_embedding', 'position_embedding'], ['x.0']);
-  add(
-    'LayerNormalization',
-    ['x.0', 'transformer.h.0.ln_1.weight', 'transformer.h.0.ln_1.bias'],
-    ['h.0.normed1'],
-    { epsilon },
-  );
+  add('LayerNormalization', ['x.0', 'transformer.h.0.ln_1.weight', 'transformer.h.0.ln_1.bias'], ['h.0.normed1'], {
+    epsilon,
+  });
   // y = x + (branch + bias), normed = norm(y): one fused operator.
   const skipNorm = (branch, skip, norm, bias, normed, sum) =>
     add(

@@ -19,7 +19,11 @@ async function step(ids, start) {
   const feeds = {
     ...cacheIn,
     input_ids: new ort.Tensor('int64', BigInt64Array.from(ids, BigInt), [count]),
-    position_ids: new ort.Tensor('int64', BigInt64Array.from(ids, (_, i) => BigInt(start + i)), [count]),
+    position_ids: new ort.Tensor(
+      'int64',
+      BigInt64Array.from(ids, (_, i) => BigInt(start + i)),
+      [count],
+    ),
     seqlens_k: int32(start + count - 1),
     total_length: int32(start + count),
   };
@@ -40,7 +44,12 @@ await serve({
     for (let i = 0; i < layers; i++) {
       for (const kind of ['key', 'value']) {
         // The same memory as input and output: new rows are appended, nothing is copied.
-        const tensor = new ort.Tensor('float32', new Float32Array(heads * context * headDim), [1, heads, context, headDim]);
+        const tensor = new ort.Tensor('float32', new Float32Array(heads * context * headDim), [
+          1,
+          heads,
+          context,
+          headDim,
+        ]);
         cacheIn[`past_${kind}.${i}`] = tensor;
         outputs[`present_${kind}.${i}`] = tensor;
       }

@@ -113,13 +113,13 @@ await serve({
       );
       products.push({ program: upProgram, copies, feeds: { x, kept: Int32Array.of(0) } });
       const downProgram = productProgram(copies, 0, (graph, i) =>
-        linearAdd(
-          graph.feed('x', 'f32', [rows, hidden]),
-          graph.feed('h', 'f32', [rows, width]),
-          graph.weight(down[i]),
-        ),
+        linearAdd(graph.feed('x', 'f32', [rows, hidden]), graph.feed('h', 'f32', [rows, width]), graph.weight(down[i])),
       );
-      products.push({ program: downProgram, copies, feeds: { x, h: random(rows * width, 97, 1), kept: Int32Array.of(0) } });
+      products.push({
+        program: downProgram,
+        copies,
+        feeds: { x, h: random(rows * width, 97, 1), kept: Int32Array.of(0) },
+      });
     }
     return facts();
   },

@@ -142,9 +142,12 @@ export async function runCommand(command: Command, args: readonly string[]): Pro
       print: (text) => process.stdout.write(text),
     });
   } catch (error) {
+    if (controller.signal.aborted) {
+      process.stderr.write('elastiform: interrupted\n');
+      return exitCodes.interrupted;
+    }
     reportError(error);
-    if (error instanceof UsageError) return exitCodes.usage;
-    return controller.signal.aborted ? exitCodes.interrupted : exitCodes.failed;
+    return error instanceof UsageError ? exitCodes.usage : exitCodes.failed;
   } finally {
     process.off('SIGINT', interrupt);
     process.off('SIGTERM', interrupt);
@@ -169,7 +172,9 @@ function parse(command: Command, args: readonly string[]) {
   const given = parsed.positionals.length;
   if (!parsed.values.help && (given < least || given > most)) {
     const wanted = most === 0 ? 'no arguments' : command.positionals;
-    throw new UsageError(`[cli] ${command.name} takes ${wanted}, got ${given === 0 ? 'none' : parsed.positionals.join(' ')}`);
+    throw new UsageError(
+      `[cli] ${command.name} takes ${wanted}, got ${given === 0 ? 'none' : parsed.positionals.join(' ')}`,
+    );
   }
   return parsed;
 }

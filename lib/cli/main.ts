@@ -5,13 +5,22 @@ import { type Command, exitCodes, reportError, runCommand, UsageError } from './
 
 // Commands are imported when they are called: help and errors come at once.
 const commands: Readonly<Record<string, { summary: string; load: () => Promise<Command> }>> = {
-  doctor: { summary: 'show which binary is loaded and what it can use', load: async () => (await import('./doctor.js')).doctor },
+  doctor: {
+    summary: 'show which binary is loaded and what it can use',
+    load: async () => (await import('./doctor.js')).doctor,
+  },
   inspect: { summary: 'show what is in a model directory', load: async () => (await import('./inspect.js')).inspect },
   elastify: { summary: 'attach routers to a model', load: async () => (await import('./elastify.js')).elastifyCommand },
-  distill: { summary: 'train the routers by self-distillation', load: async () => (await import('./distill.js')).distillCommand },
+  distill: {
+    summary: 'train the routers by self-distillation',
+    load: async () => (await import('./distill.js')).distillCommand,
+  },
   eval: { summary: 'measure quality and speed at budgets', load: async () => (await import('./eval.js')).evalCommand },
   generate: { summary: 'generate text at a budget', load: async () => (await import('./generate.js')).generateCommand },
-  pretrain: { summary: 'train a small model from scratch', load: async () => (await import('./pretrain.js')).pretrainCommand },
+  pretrain: {
+    summary: 'train a small model from scratch',
+    load: async () => (await import('./pretrain.js')).pretrainCommand,
+  },
 };
 
 async function main(args: readonly string[]): Promise<number> {

@@ -38,7 +38,7 @@ export async function calibrate(
         const { dims, feeds } = batchRun(batch);
         const { outputs } = await program.run({
           dims,
-          feeds: { ...feeds, ...capacityFeeds(dims.segments, () => capacity) },
+          feeds: { ...feeds, ...capacityFeeds(policy, dims.segments, () => capacity) },
           signal,
         });
         for (const id of ids) logits.get(id)!.set(outputs[id] as Float32Array, at);

@@ -126,7 +126,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
           dims,
           feeds: {
             ...feeds,
-            ...capacityFeeds(dims.segments, (place, s) => {
+            ...capacityFeeds(policy, dims.segments, (place, s) => {
               const [low, high] = policy.capacity[place] ?? [1, 1];
               return low + (high - low) * draws[s];
             }),
@@ -200,7 +200,7 @@ function evaluator(program: ReturnType<typeof evalProgram>, policy: ElasticPolic
           dims,
           feeds: {
             ...feeds,
-            ...capacityFeeds(dims.segments, capacity),
+            ...capacityFeeds(policy, dims.segments, capacity),
             weight: new Float32Array(dims.rows).fill(1 / data.tokenCount),
           },
           signal,

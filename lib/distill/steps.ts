@@ -49,13 +49,15 @@ export function routerPlan(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hi
   };
 }
 
-/** Capacity feeds: for each place, one value per segment. */
+/** Capacity feeds: for each routed place, one value per segment. */
 export function capacityFeeds(
+  policy: Pick<ElasticPolicy, 'tokens'>,
   segments: number,
   of: (place: Place, segment: number) => number,
 ): Record<string, Float32Array> {
+  const routed = places.filter((place) => policy.tokens[place]);
   return Object.fromEntries(
-    places.map((place) => [capacityFeed(place), Float32Array.from({ length: segments }, (_, s) => of(place, s))]),
+    routed.map((place) => [capacityFeed(place), Float32Array.from({ length: segments }, (_, s) => of(place, s))]),
   );
 }
 
@@ -91,11 +93,12 @@ function divergence(graph: Graph, model: DistillModel, recompute: boolean) {
 export function trainProgram(model: DistillModel, losses: LossWeights, recompute: boolean): Program {
   const graph = new Graph();
   const { kl, routed } = divergence(graph, model, recompute);
+  const share = graph.feed('share', 'f32', [1]);
   let loss: Node = scale(kl, losses.kl);
   if (losses.topkBce > 0) {
     const bce = graph.tag('auxiliary', () => {
       const sum = routed.map((r) => topkBce(r.detached, r.rows)).reduce((a, b) => add(a, b));
-      return scale(sum, 1 / routed.length, graph.feed('share', 'f32', [1]));
+      return scale(sum, 1 / routed.length, share);
     });
     graph.output('bce', bce);
     loss = add(loss, scale(bce, losses.topkBce));

@@ -1,6 +1,5 @@
 // Caches of keys and values, and the programs bound to them: one set per generation under way, reused afterwards.
-import type { Graph } from '../graph/index.js';
-import { Program } from '../graph/index.js';
+import type { Graph, Program } from '../graph/index.js';
 import type { KvCache } from '../model/blocks.js';
 import { Tensor } from '../native/index.js';
 import type { Network } from './network.js';

@@ -25,7 +25,8 @@ export class ComputeMeter {
 
   /** Mean share of rows that entered each sub-layer. */
   layersRun(): { attn: Float32Array; mlp: Float32Array } {
-    const share = (entered: Float64Array): Float32Array => Float32Array.from(entered, (n) => (this.rows > 0 ? n / this.rows : 0));
+    const share = (entered: Float64Array): Float32Array =>
+      Float32Array.from(entered, (n) => (this.rows > 0 ? n / this.rows : 0));
     return { attn: share(this.#entered.attn), mlp: share(this.#entered.mlp) };
   }
 }

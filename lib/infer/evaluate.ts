@@ -25,7 +25,8 @@ import { philox, seedLimit } from './random.js';
 import { bootstrap, type Measured, median, type Sums } from './statistics.js';
 
 export type Baseline = 'random' | 'drop';
-export type Method = 'routed' | Baseline;
+/** 'full' is the backbone, which any budget of 1 runs. */
+export type Method = 'full' | 'routed' | Baseline;
 
 /** A text, or token ids with the size of the text they stand for when it is known. */
 export type EvalDocument = string | { ids: readonly number[]; bytes?: number };
@@ -135,12 +136,19 @@ class Evaluation {
 
   constructor(network: Network, options: EvalOptions) {
     const { budgets = ['full'], baselines = [], sequenceLength, batchTokens = 2048, limit, seed = 0 } = options;
-    checkNumber('evaluate', 'sequenceLength', sequenceLength, (n) => positiveInteger(n) && n >= 2, 'an integer of at least 2');
+    checkNumber(
+      'evaluate',
+      'sequenceLength',
+      sequenceLength,
+      (n) => positiveInteger(n) && n >= 2,
+      'an integer of at least 2',
+    );
     checkNumber('evaluate', 'batchTokens', batchTokens, positiveInteger, 'a positive integer');
     checkNumber('evaluate', 'limit', limit, positiveInteger, 'a positive integer');
     checkNumber('evaluate', 'seed', seed, (s) => naturalNumber(s) && s < seedLimit, 'an integer in [0, 2^32)');
     const unknown = baselines.find((b) => b !== 'random' && b !== 'drop');
-    if (unknown) throw new InvalidArgumentError(`[evaluate] baselines must be 'random' or 'drop', got '${String(unknown)}'`);
+    if (unknown)
+      throw new InvalidArgumentError(`[evaluate] baselines must be 'random' or 'drop', got '${String(unknown)}'`);
     if (budgets.length === 0) throw new InvalidArgumentError('[evaluate] budgets must not be empty');
     this.#network = network;
     this.#options = options;
@@ -159,7 +167,9 @@ class Evaluation {
       if (options.calibration) calibration = cut(network, options.calibration, this.#length, 'calibration');
       else {
         if (sequences.length < 2) {
-          throw new InvalidDataError("[evaluate] 'drop' needs calibration data: the data is a single sequence and cannot be split");
+          throw new InvalidDataError(
+            "[evaluate] 'drop' needs calibration data: the data is a single sequence and cannot be split",
+          );
         }
         const most = Math.max(1, Math.floor(sequences.length / 10));
         calibration = sequences.slice(-most);
@@ -190,14 +200,23 @@ class Evaluation {
     for (const budget of budgets) {
       const point = this.#resolve(budget);
       if (point.full) {
-        levels.push(await this.#level('routed', budget, full, () => selectEverything, () => ({})));
+        levels.push(
+          await this.#level(
+            'full',
+            budget,
+            full,
+            () => selectEverything,
+            () => ({}),
+          ),
+        );
         continue;
       }
       const feeds = (batch: Batch): Record<string, TypedArray> => {
         const entries = [...point.thresholds].map(([id, t]) => [thresholdFeed(id), filled(batch.sequences.length, t)]);
         return Object.fromEntries(entries) as Record<string, TypedArray>;
       };
-      const routedSelector: SelectorFactory = (graph, _rows, segments) => budgetSelector(graph, this.#network, true, segments);
+      const routedSelector: SelectorFactory = (graph, _rows, segments) =>
+        budgetSelector(graph, this.#network, true, segments);
       const measured = await this.#compare(routedSelector, feeds);
       const routed = await this.#level('routed', budget, measured, routedSelector, feeds);
       levels.push(routed);
@@ -279,14 +298,22 @@ class Evaluation {
     };
     const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments);
     const feeds = (batch: Batch, index: number): Record<string, TypedArray> => ({
-      ...Object.fromEntries(routedPlaces(policy).map((p) => [capacityFeed(p), filled(batch.sequences.length, capacity(p))])),
-      ...Object.fromEntries(routerIds(policy).map((id, r) => [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length)])),
+      ...Object.fromEntries(
+        routedPlaces(policy).map((p) => [capacityFeed(p), filled(batch.sequences.length, capacity(p))]),
+      ),
+      ...Object.fromEntries(
+        routerIds(policy).map((id, r) => [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length)]),
+      ),
     });
     const measured = await this.#compare(selector, feeds);
     return { result: await this.#level('random', budget, measured, selector, feeds), sums: measured.sums };
   }
 
-  async #drop(budget: Budget, ratio: number, order: readonly DropStep[]): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
+  async #drop(
+    budget: Budget,
+    ratio: number,
+    order: readonly DropStep[],
+  ): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
     // Nearest not below the routed model's compute: the baseline never gets less.
     const steps = order.filter((step) => step.ratio >= ratio);
     const dropped = steps.at(-1)?.dropped ?? [];
@@ -306,7 +333,11 @@ class Evaluation {
       let best: { id: string; kl: number; ratio: number } | null = null;
       for (const id of left) {
         const dropped = new Set([...order.at(-1)!.dropped, id]);
-        const { meter, sums } = await this.#compare(() => droppedSelector(dropped), () => ({}), this.#calibration);
+        const { meter, sums } = await this.#compare(
+          () => droppedSelector(dropped),
+          () => ({}),
+          this.#calibration,
+        );
         const kl = sum(sums, (s) => s.kl);
         if (!best || kl < best.kl) best = { id, kl, ratio: this.#ratio(meter, this.#calibration) };
       }
@@ -388,12 +419,14 @@ interface DropStep {
 function cut(network: Network, documents: readonly EvalDocument[], length: number, name: string): Sequence[] {
   const { tokenizer, spec } = network;
   const sequences: Sequence[] = [];
-  if (!Array.isArray(documents)) throw new InvalidArgumentError(`[evaluate] ${name} must be a list of texts or token ids`);
+  if (!Array.isArray(documents))
+    throw new InvalidArgumentError(`[evaluate] ${name} must be a list of texts or token ids`);
   for (const document of documents) {
     let ids: readonly number[];
     let bytes = 0;
     if (typeof document === 'string') {
-      if (!tokenizer) throw new InvalidArgumentError('[evaluate] texts need a tokenizer, and this model has no tokenizer.json');
+      if (!tokenizer)
+        throw new InvalidArgumentError('[evaluate] texts need a tokenizer, and this model has no tokenizer.json');
       ids = tokenizer.encode(document);
       bytes = Buffer.byteLength(document);
     } else {
@@ -402,7 +435,9 @@ function cut(network: Network, documents: readonly EvalDocument[], length: numbe
     }
     const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= spec.vocab);
     if (bad !== undefined) {
-      throw new InvalidDataError(`[evaluate] ${name} has token id ${bad}; the model's vocabulary ends at ${spec.vocab - 1}`);
+      throw new InvalidDataError(
+        `[evaluate] ${name} has token id ${bad}; the model's vocabulary ends at ${spec.vocab - 1}`,
+      );
     }
     const bos = tokenizer?.bosId ?? null;
     const begins = bos !== null && ids[0] === bos;
@@ -458,9 +493,19 @@ const base = ({ ids, positions, offsets }: Batch) => ({ ids, positions, offsets 
 function perSequence(batch: Batch, rows: { ce: TypedArray; kl: TypedArray | null; agree: TypedArray | null }): Sums[] {
   return batch.sequences.map((s, i) => {
     const [from, to] = [batch.offsets[i], batch.offsets[i + 1]];
-    const total = (values: TypedArray | null, otherwise: number): number =>
-      values ? values.subarray(from, to).reduce((a: number, b: number) => a + b, 0) : otherwise;
-    return { n: count(s), bytes: s.bytes, ce: total(rows.ce, 0), kl: total(rows.kl, 0), agree: total(rows.agree, count(s)) };
+    const total = (values: TypedArray | null, otherwise: number): number => {
+      if (!values) return otherwise;
+      let result = 0;
+      for (let row = from; row < to; row++) result += values[row];
+      return result;
+    };
+    return {
+      n: count(s),
+      bytes: s.bytes,
+      ce: total(rows.ce, 0),
+      kl: total(rows.kl, 0),
+      agree: total(rows.agree, count(s)),
+    };
   });
 }
 

@@ -45,7 +45,10 @@ export function generate(
   const left = new AbortController();
   const signals = [left.signal, closed, ...(options.signal ? [options.signal] : [])];
   const signal = AbortSignal.any(signals);
-  return startStream((emit) => run(network, sessions, request, emit, signal), () => left.abort());
+  return startStream(
+    (emit) => run(network, sessions, request, emit, signal),
+    () => left.abort(),
+  );
 }
 
 function check(network: Network, prompt: string | readonly number[], options: GenerateOptions): Request {
@@ -91,10 +94,13 @@ function check(network: Network, prompt: string | readonly number[], options: Ge
 export function promptIds(network: Network, prompt: string | readonly number[]): Int32Array {
   const { tokenizer, spec, startId } = network;
   if (typeof prompt === 'string' && prompt !== '' && !tokenizer) {
-    throw new InvalidArgumentError('[generate] a text prompt needs a tokenizer, and this model has no tokenizer.json; give token ids');
+    throw new InvalidArgumentError(
+      '[generate] a text prompt needs a tokenizer, and this model has no tokenizer.json; give token ids',
+    );
   }
   const ids = typeof prompt === 'string' ? (tokenizer?.encode(prompt) ?? []) : prompt;
-  if (!Array.isArray(ids)) throw new InvalidArgumentError('[generate] the prompt must be a text or a list of token ids');
+  if (!Array.isArray(ids))
+    throw new InvalidArgumentError('[generate] the prompt must be a text or a list of token ids');
   ids.forEach((id, i) => {
     if (!Number.isInteger(id) || id < 0 || id >= spec.vocab) {
       throw new InvalidArgumentError(
@@ -104,7 +110,9 @@ export function promptIds(network: Network, prompt: string | readonly number[]):
   });
   if (ids.length > 0) return Int32Array.from(ids);
   if (startId === null) {
-    throw new InvalidArgumentError('[generate] the prompt is empty and the model has neither a BOS nor an EOS token to start from');
+    throw new InvalidArgumentError(
+      '[generate] the prompt is empty and the model has neither a BOS nor an EOS token to start from',
+    );
   }
   return Int32Array.of(startId);
 }

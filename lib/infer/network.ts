@@ -132,7 +132,9 @@ function specialIds(
     const list = [value].flat();
     for (const id of list) {
       if (!Number.isInteger(id) || (id as number) < 0 || (id as number) >= spec.vocab) {
-        throw new InvalidFileError(`[loadModel] ${file}: ${key} must be token ids below ${spec.vocab}, got ${JSON.stringify(value)}`);
+        throw new InvalidFileError(
+          `[loadModel] ${file}: ${key} must be token ids below ${spec.vocab}, got ${JSON.stringify(value)}`,
+        );
       }
     }
     return list as number[];

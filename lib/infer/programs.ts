@@ -1,14 +1,6 @@
 // The programs inference runs: next token with caches, and whole sequences without.
 import { inferenceSelector, routerNodes } from '../elastic/rows.js';
-import {
-  crossEntropy,
-  type Dim,
-  distillKl,
-  Graph,
-  type Node,
-  Program,
-  sample,
-} from '../graph/index.js';
+import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
 import { bindWeights, type DecoderNodes } from '../model/weights.js';

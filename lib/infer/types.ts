@@ -1,6 +1,7 @@
 // What calls that run a model take and return.
-import type { ElasticSpec, Level } from '../elastic/policy.js';
+
 import type { Budget } from '../elastic/budget.js';
+import type { ElasticSpec, Level } from '../elastic/policy.js';
 
 export type { Budget, ElasticSpec, Level };
 

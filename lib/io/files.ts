@@ -59,7 +59,7 @@ export async function replaceFile(path: string, write: (handle: FileHandle) => P
     await rename(temporary, path);
     await syncDirectory(dirname(path));
   } catch (error) {
-    await rm(temporary, { force: true });
+    await rm(temporary, { force: true }).catch(() => {});
     throw fileSystemError('write', path, error);
   }
 }
@@ -131,30 +131,53 @@ export const LOCK_FILE = '.elastiform.lock';
 export async function lockDirectory(directory: string): Promise<DirectoryLock> {
   const path = join(directory, LOCK_FILE);
   const own = JSON.stringify({ pid: process.pid, host: hostname(), id: randomBytes(8).toString('hex') });
-  // Twice: the second attempt follows the removal of a dead process's lock.
-  for (let attempt = 0; attempt < 2; attempt++) {
-    try {
-      const handle = await open(path, 'wx');
+  try {
+    if (await createExclusive(path, own)) return directoryLock(path, own);
+    if (isStale(await readLock(path))) {
+      // Several processes may find the same dead lock. The one that creates this file looks again, and replaces it.
+      const takeover = `${path}.takeover`;
+      if (!(await createExclusive(takeover, own))) throw heldError(directory, takeover, await readLock(takeover));
       try {
-        await handle.writeFile(own);
+        if (isStale(await readLock(path))) {
+          await writeFileAtomic(path, own);
+          return directoryLock(path, own);
+        }
       } finally {
-        await handle.close();
+        await rm(takeover, { force: true });
       }
-      return directoryLock(path, own);
-    } catch (error) {
-      if (systemCode(error) !== 'EEXIST') throw fileSystemError('lock', directory, error);
     }
-    const held = await readFile(path, 'utf8').catch(() => '');
-    if (!isStale(held)) throw heldError(directory, path, held);
-    await removeStale(path, held);
+  } catch (error) {
+    throw fileSystemError('lock', directory, error);
   }
-  throw heldError(directory, path, await readFile(path, 'utf8').catch(() => ''));
+  throw heldError(directory, path, await readLock(path));
 }
+
+// Whether the file was not there before.
+async function createExclusive(path: string, text: string): Promise<boolean> {
+  let handle: FileHandle;
+  try {
+    handle = await open(path, 'wx');
+  } catch (error) {
+    if (systemCode(error) === 'EEXIST') return false;
+    throw error;
+  }
+  try {
+    await handle.writeFile(text);
+  } catch (error) {
+    await rm(path, { force: true });
+    throw error;
+  } finally {
+    await handle.close();
+  }
+  return true;
+}
+
+const readLock = (path: string) => readFile(path, 'utf8').catch(() => '');
 
 function directoryLock(path: string, own: string): DirectoryLock {
   const release = async () => {
     // Somebody who removed our lock by hand may hold the directory now.
-    if ((await readFile(path, 'utf8').catch(() => '')) === own) await rm(path, { force: true });
+    if ((await readLock(path)) === own) await rm(path, { force: true });
   };
   return { release, [Symbol.asyncDispose]: release };
 }
@@ -177,20 +200,6 @@ function isStale(text: string): boolean {
   } catch (error) {
     return systemCode(error) === 'ESRCH';
   }
-}
-
-// Two processes may find the same stale lock: who renames first wins, and who then renames the winner's new lock
-// instead puts it back.
-async function removeStale(path: string, stale: string): Promise<void> {
-  const aside = `${path}.${process.pid}.${randomBytes(4).toString('hex')}.tmp`;
-  try {
-    await rename(path, aside);
-  } catch (error) {
-    if (systemCode(error) === 'ENOENT') return;
-    throw fileSystemError('lock', dirname(path), error);
-  }
-  if ((await readFile(aside, 'utf8')) === stale) await rm(aside);
-  else await rename(aside, path);
 }
 
 function heldError(directory: string, path: string, text: string): FileSystemError {

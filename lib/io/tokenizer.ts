@@ -46,6 +46,7 @@ interface Backend {
   get_added_tokens_decoder(): Map<number, { special: boolean }>;
 }
 
+const MODEL_TYPES = ['BPE', 'Unigram', 'WordPiece'];
 const MAX_ID = 1 << 24;
 // Tokens of context that decide how the next one decodes.
 const CONTEXT = 8;
@@ -112,17 +113,16 @@ class DirectoryTokenizer implements Tokenizer {
     // Ids whose text is out already (they give the new ones their context), and then all ids since.
     let before = context.filter((id) => !this.#special.has(id)).slice(-CONTEXT);
     let pending: number[] = [];
-    // Text the pending ids add. A replacement character at the end of the context is a character cut in two.
-    const added = () => {
-      const known = this.decode(before).replace(/\uFFFD+$/, '');
-      return this.decode([...before, ...pending]).slice(known.length);
-    };
+    // Text the pending ids add. A replacement character at the end of what came before is a character cut in two.
+    const known = () => this.decode(before).replace(/\uFFFD+$/, '');
+    const added = () => this.decode([...before, ...pending]).slice(known().length);
     return {
       push: (id) => {
         pending.push(id);
         const text = added();
         if (text === '' || text.endsWith('\uFFFD')) return '';
-        before = pending;
+        // The next window begins with a whole character.
+        before = known() === this.decode(before) ? pending : [...before, ...pending];
         pending = [];
         return text;
       },
@@ -149,6 +149,9 @@ function build(path: string, json: unknown, config: Record<string, unknown>): Ba
   const { added_tokens: added = [], model } = json;
   if (!Array.isArray(added) || !added.every((t) => isObject(t) && isId(t.id) && typeof t.content === 'string')) {
     throw fail('added_tokens is not a list of tokens with id and content');
+  }
+  if (model.type !== undefined && !MODEL_TYPES.includes(model.type as string)) {
+    throw fail(`model.type must be one of ${MODEL_TYPES.join(', ')}, got ${JSON.stringify(model.type)}`);
   }
   // Unigram models list [token, score] pairs, whose ids are their places.
   const vocab = model.vocab;

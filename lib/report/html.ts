@@ -60,7 +60,9 @@ function trainingChart(data: ReportData): string {
     title: 'Distillation loss',
     xLabel: 'step',
     yLabel: 'loss',
-    series: [{ name: 'training loss', points: data.training.points.map((p) => ({ x: p.step, y: p.loss })), plain: true }],
+    series: [
+      { name: 'training loss', points: data.training.points.map((p) => ({ x: p.step, y: p.loss })), plain: true },
+    ],
     height: 320,
   });
 }
@@ -97,7 +99,9 @@ export function levelsCsv(levels: readonly LevelResult[]): string {
       l.budget,
       l.ratio,
       l.share,
-      ...[l.perplexity, l.bitsPerByte, l.kl, l.agreement].flatMap((m) => (m ? [m.value, m.low, m.high] : [null, null, null])),
+      ...[l.perplexity, l.bitsPerByte, l.kl, l.agreement].flatMap((m) =>
+        m ? [m.value, m.low, m.high] : [null, null, null],
+      ),
       l.tokensPerSecond,
     ]),
   );
@@ -108,7 +112,10 @@ export function reportHtml(data: ReportData): string {
   const { model, elastic, training, evaluation } = data;
   const facts: [string, string][] = [
     ['Model', `${model.name} (${model.architecture}, ${count(model.parameters)} parameters, ${model.layers} layers)`],
-    ['Trained', `${count(elastic.trainable)} router parameters, ${percent(elastic.share, 3)} of the model; ${elastic.places}`],
+    [
+      'Trained',
+      `${count(elastic.trainable)} router parameters, ${percent(elastic.share, 3)} of the model; ${elastic.places}`,
+    ],
     ['Training', `${count(training.steps)} steps, ${count(training.tokens)} tokens, ${training.seconds.toFixed(0)} s`],
     ['Evaluated on', `${evaluation.data}: ${count(evaluation.tokens)} tokens in ${evaluation.sequences} sequences`],
     ['Machine', data.machine],
@@ -181,7 +188,16 @@ function summary(data: ReportData): string {
 }
 
 function table(levels: readonly LevelResult[]): string {
-  const head = ['method', 'budget', 'FLOPs', 'perplexity', 'bits per byte', 'KL to full', 'top-1 agreement', 'tokens/s'];
+  const head = [
+    'method',
+    'budget',
+    'FLOPs',
+    'perplexity',
+    'bits per byte',
+    'KL to full',
+    'top-1 agreement',
+    'tokens/s',
+  ];
   const body = levels.map((l) => [
     escapeXml(methodNames[l.method]),
     String(l.budget),

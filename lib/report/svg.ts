@@ -65,7 +65,9 @@ export function lineChart(o: LineChartOptions): string {
   const box = { left: 68, right: width - 20, top: 78, bottom: height - 52 };
   const points = o.series.flatMap((s) => s.points).filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y));
   const log = o.yScale === 'log';
-  const ys = points.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]).filter((y) => Number.isFinite(y) && (!log || y > 0));
+  const ys = points
+    .flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y])
+    .filter((y) => Number.isFinite(y) && (!log || y > 0));
   const xAxis = linearAxis(
     points.map((p) => p.x),
     box.left,
@@ -105,7 +107,9 @@ export function lineChart(o: LineChartOptions): string {
       if (p.low !== undefined && p.high !== undefined && (!log || p.low > 0)) {
         const low = num(yAxis.at(p.low));
         const high = num(yAxis.at(p.high));
-        parts.push(`<path class="l l${colour}" d="M${x} ${low}V${high}M${num(x - 4)} ${low}h8M${num(x - 4)} ${high}h8"/>`);
+        parts.push(
+          `<path class="l l${colour}" d="M${x} ${low}V${high}M${num(x - 4)} ${low}h8M${num(x - 4)} ${high}h8"/>`,
+        );
       }
       const tip = p.note === undefined ? '' : `<title>${escapeXml(p.note)}</title>`;
       parts.push(marker(i, x, num(yAxis.at(p.y)), tip));
@@ -152,7 +156,9 @@ export function heatMap(o: HeatMapOptions): string {
   const height = top + o.rows.length * rowHeight + 20;
   const parts: string[] = [];
   o.columns.forEach((name, c) => {
-    parts.push(`<text x="${num(left + (c + 0.5) * cell)}" y="${top - 10}" text-anchor="middle">${escapeXml(name)}</text>`);
+    parts.push(
+      `<text x="${num(left + (c + 0.5) * cell)}" y="${top - 10}" text-anchor="middle">${escapeXml(name)}</text>`,
+    );
   });
   o.rows.forEach((row, r) => {
     const y = top + r * rowHeight;
@@ -181,9 +187,8 @@ export function escapeXml(text: string): string {
     .replace(unprintable, '\ufffd');
 }
 
-// Characters XML 1.0 forbids, lone surrogates included: generated text may hold any of them.
-// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is being removed
-const unprintable = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+// What XML 1.0 forbids, lone surrogates included: generated text may hold any of it.
+const unprintable = /(?![\t\n\r])[\p{Cc}\p{Cs}\ufffe\uffff]/gu;
 
 function svg(width: number, height: number, title: string, parts: readonly string[]): string {
   const name = escapeXml(title);
@@ -227,7 +232,8 @@ function logAxis(values: readonly number[], from: number, to: number): Axis {
   const last = Math.max(first + 1, Math.ceil(Math.log10(high) - 1e-9));
   const ticks: number[] = [];
   const steps = last - first > 3 ? [1] : [1, 2, 5];
-  for (let e = first; e <= last; e++) for (const m of e === last ? [1] : steps) ticks.push(Number((m * 10 ** e).toPrecision(3)));
+  for (let e = first; e <= last; e++)
+    for (const m of e === last ? [1] : steps) ticks.push(Number((m * 10 ** e).toPrecision(3)));
   return { ticks, at: (v) => from + ((Math.log10(v) - first) / (last - first)) * (to - from) };
 }
 

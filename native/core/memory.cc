@@ -6,6 +6,10 @@
 
 #include "core/error.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace elastiform {
 
 // Leaked: engine threads may still free memory while static objects are being destroyed.
@@ -24,9 +28,18 @@ AlignedBuffer::AlignedBuffer(size_t bytes, bool zeroed, const char* purpose) {
   }
   data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw_) + kAlignment - 1) & ~(kAlignment - 1));
   bytes_ = bytes;
+#if defined(__SANITIZE_ADDRESS__)
+  // The padding behind the last byte would hide a kernel that writes past its operand.
+  __asan_poison_memory_region(data_ + bytes, static_cast<uint8_t*>(raw_) + padded - (data_ + bytes));
+#endif
 }
 
-AlignedBuffer::~AlignedBuffer() { std::free(raw_); }
+AlignedBuffer::~AlignedBuffer() {
+#if defined(__SANITIZE_ADDRESS__)
+  if (raw_) __asan_unpoison_memory_region(raw_, bytes_ + kAlignment);
+#endif
+  std::free(raw_);
+}
 
 void AlignedBuffer::swap(AlignedBuffer& other) noexcept {
   std::swap(raw_, other.raw_);

@@ -123,7 +123,10 @@ struct Rotation {
   Rotation(DType packAs, int64_t N, int64_t K, std::mt19937& random) {
     const int64_t bytes = N * K * static_cast<int64_t>(dtypeSize(packAs));
     const int64_t count = std::clamp<int64_t>((int64_t{160} << 20) / bytes, 1, 20);
-    for (int64_t i = 0; i < count; ++i) copies.push_back(makeWeight(packAs, N, K, random));
+    for (int64_t i = 0; i < count; ++i) {
+      copies.push_back(makeWeight(packAs, N, K, random));
+      weightB(viewOf(*copies.back()));
+    }
   }
   MatrixB next() {
     turn = (turn + 1) % copies.size();

@@ -5,7 +5,7 @@ import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 
 const require = createRequire(import.meta.url);
-const out = process.argv[2] ?? 'build/tiny-model';
+const out = process.argv[2] ?? 'runs/tiny-model';
 const mobyRepeats = 3; // 1.2 MB of novel beside 10.8 MB of speeches: repeated so that the model learns both voices
 
 /** Text files of a dataset package, sorted by name. */

@@ -123,7 +123,7 @@ describe('a file from elsewhere', () => {
 
 describe('a corrupt file', () => {
   const cases: [string, () => void, string][] = [
-    ['is empty', () => writeFileSync(path, ''), ''],
+    ['is empty', () => writeFileSync(path, ''), 'the file is empty'],
     ['ends in the length', () => writeFileSync(path, 'abc'), 'truncated: 3 bytes'],
     ['ends in the header', () => store('{}', 0, 50n), 'truncated: the header claims 50 bytes, 2 follow'],
     ['claims a huge header', () => store('{}', 0, 0xffffffffffffffffn), 'the header claims 18446744073709551615 bytes'],

@@ -12,7 +12,7 @@ const llama = {
   vocab_size: 512,
 };
 const gpt2 = { model_type: 'gpt2', n_embd: 48, n_head: 3, n_layer: 3, vocab_size: 100 };
-const read = (config: object) => specFromConfig(config, 'dir/config.json');
+const read = (config: object) => specFromConfig(JSON.parse(JSON.stringify(config)), 'dir/config.json');
 
 describe('specFromConfig', () => {
   it('has the defaults of transformers', () => {

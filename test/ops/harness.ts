@@ -47,6 +47,13 @@ export function random(seed: number): () => number {
 const sizeOf = (size: Size): number => (typeof size === 'number' ? size : size[1]);
 export const elements = (shape: readonly Size[]): number => shape.reduce<number>((n, size) => n * sizeOf(size), 1);
 
+/** Where every segment starts, and the end: `[0, a, a + b, ...]`. */
+export function offsetsOf(lengths: readonly number[]): number[] {
+  const offsets = [0];
+  for (const length of lengths) offsets.push(offsets[offsets.length - 1] + length);
+  return offsets;
+}
+
 /** Makers of random inputs; every value is exact in the dtype it is stored in. */
 export function inputs(seed: number) {
   const next = random(seed);

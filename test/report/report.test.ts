@@ -1,6 +1,15 @@
 // Charts and the HTML report are well-formed and self-contained, whatever text they show.
 import { expect, test } from 'vitest';
-import { barChart, heatMap, type LevelResult, levelsCsv, lineChart, type ReportData, reportHtml, toCsv } from '../../lib/report/index.js';
+import {
+  barChart,
+  heatMap,
+  type LevelResult,
+  levelsCsv,
+  lineChart,
+  type ReportData,
+  reportHtml,
+  toCsv,
+} from '../../lib/report/index.js';
 
 const void_ = new Set(['meta', 'br', 'img', 'link', 'hr']);
 
@@ -43,7 +52,13 @@ test('line chart: markup, intervals, legend, hostile text', () => {
     xLabel: hostile,
     yLabel: 'y',
     series: [
-      { name: hostile, points: [{ x: 1, y: 2, low: 1, high: 3, note: hostile }, { x: 0.5, y: 4 }] },
+      {
+        name: hostile,
+        points: [
+          { x: 1, y: 2, low: 1, high: 3, note: hostile },
+          { x: 0.5, y: 4 },
+        ],
+      },
       { name: 'curve', points: [{ x: 0.1, y: 1 }], plain: true },
       { name: 'empty', points: [] },
     ],
@@ -54,7 +69,19 @@ test('line chart: markup, intervals, legend, hostile text', () => {
 });
 
 test.each(['linear', 'log'] as const)('line chart survives odd data on a %s axis', (yScale) => {
-  for (const points of [[], [{ x: 0, y: 0 }], [{ x: 1, y: Number.NaN }], [{ x: 1, y: 5 }, { x: 1, y: 5 }], [{ x: -1e9, y: 1e-9 }, { x: 1e9, y: 1e9 }]]) {
+  for (const points of [
+    [],
+    [{ x: 0, y: 0 }],
+    [{ x: 1, y: Number.NaN }],
+    [
+      { x: 1, y: 5 },
+      { x: 1, y: 5 },
+    ],
+    [
+      { x: -1e9, y: 1e-9 },
+      { x: 1e9, y: 1e9 },
+    ],
+  ]) {
     const chart = lineChart({ title: 't', xLabel: 'x', yLabel: 'y', series: [{ name: 's', points }], yScale });
     checkMarkup(chart);
     expect(chart).not.toMatch(/NaN|Infinity|undefined/);
@@ -63,7 +90,14 @@ test.each(['linear', 'log'] as const)('line chart survives odd data on a %s axis
 
 test('bar chart and heat map', () => {
   for (const chart of [
-    barChart({ title: 't', xLabel: 'x', bars: [{ name: hostile, value: 3 }, { name: 'zero', value: 0 }] }),
+    barChart({
+      title: 't',
+      xLabel: 'x',
+      bars: [
+        { name: hostile, value: 3 },
+        { name: 'zero', value: 0 },
+      ],
+    }),
     barChart({ title: 't', xLabel: 'x', bars: [] }),
     heatMap({ title: 't', columns: ['a', 'b'], rows: [{ name: 'r', values: [0.25, null] }] }),
   ]) {
@@ -80,7 +114,15 @@ test('the report is one self-contained page', () => {
     machine: 'test',
     model: { name: 'tiny', architecture: 'llama', parameters: 1000, layers: 2, hidden: 8 },
     elastic: { trainable: 18, share: 0.018, places: 'attention and FFN of every layer' },
-    training: { steps: 2, tokens: 100, seconds: 1, points: [{ step: 1, loss: 1 }, { step: 2, loss: 0.5 }] },
+    training: {
+      steps: 2,
+      tokens: 100,
+      seconds: 1,
+      points: [
+        { step: 1, loss: 1 },
+        { step: 2, loss: 0.5 },
+      ],
+    },
     evaluation: {
       data: 'text',
       tokens: 100,
@@ -101,5 +143,13 @@ test('the report is one self-contained page', () => {
 });
 
 test('CSV quotes what it must', () => {
-  expect(toCsv(['a', 'b'], [['x,y', 'say "hi"'], [null, 1.5]])).toBe('a,b\r\n"x,y","say ""hi"""\r\n,1.5\r\n');
+  expect(
+    toCsv(
+      ['a', 'b'],
+      [
+        ['x,y', 'say "hi"'],
+        [null, 1.5],
+      ],
+    ),
+  ).toBe('a,b\r\n"x,y","say ""hi"""\r\n,1.5\r\n');
 });

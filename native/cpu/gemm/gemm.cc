@@ -36,13 +36,31 @@ PackedWeight::~PackedWeight() {
 
 namespace cpu {
 
-const KernelTable& kernels() {
+namespace {
+
+const KernelTable* tableOf(Isa wanted) {
 #if defined(__x86_64__) || defined(_M_X64)
-  static const KernelTable& table = *forIsa(&portable::kernelTable, &avx2::kernelTable, &avx512::kernelTable);
+  if (wanted == Isa::Avx512) return &avx512::kernelTable;
+  if (wanted == Isa::Avx2) return &avx2::kernelTable;
 #else
-  static const KernelTable& table = portable::kernelTable;
+  static_cast<void>(wanted);
 #endif
-  return table;
+  return &portable::kernelTable;
+}
+
+const KernelTable*& activeTable() {
+  static const KernelTable* active = tableOf(isa());
+  return active;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *activeTable(); }
+
+bool useKernels(Isa wanted) {
+  if (wanted > isaAvailable()) return false;
+  activeTable() = tableOf(wanted);
+  return true;
 }
 
 namespace {

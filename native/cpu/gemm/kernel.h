@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/gemm/gemm.h"
+#include "cpu/isa.h"
 
 namespace elastiform::cpu {
 
@@ -77,5 +78,8 @@ extern const KernelTable kernelTable;
 
 // The table of the instruction set in use.
 const KernelTable& kernels();
+// Switches to another instruction set, for tests: false when the machine lacks it. Weights packed before must not be
+// used after.
+bool useKernels(Isa isa);
 
 }  // namespace elastiform::cpu

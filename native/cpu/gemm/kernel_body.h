@@ -386,7 +386,6 @@ float fmaPeak(int64_t steps) {
   for (int i = 0; i < kChains; ++i) c[i] = splat(static_cast<float>(i));
   Vec x = splat(0.5f), y = splat(1.0f);
   for (int64_t s = 0; s < steps; ++s) {
-    asm volatile("" : "+m"(steps));
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) c[i] = fma(c[i], x, y);
   }

@@ -1,0 +1,35 @@
+// `elastiform distill`: trains the routers of a plan by self-distillation.
+import { type DistillConfig, distill } from '../distill/distill.js';
+import { type Command, UsageError } from './command.js';
+import { dataSource } from './data.js';
+import { dtypes } from './shared.js';
+import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';
+
+export const distillCommand: Command = {
+  name: 'distill',
+  summary: 'Train the routers of a plan so that the routed model imitates its own full self. Ctrl-C saves.',
+  positionals: '[plan]',
+  flags: {
+    ...trainingFlags,
+    dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the frozen weights while training' },
+  },
+  example: 'elastiform distill runs/plan --data train.txt --held-out 0.05 --steps 400 --out runs/tiny',
+  async run(context) {
+    const { flags, positionals } = context;
+    const config = await readConfig(flags);
+    const data = await dataSource(context, 'data');
+    const evalData = await dataSource(context, 'eval-data');
+    const dtype = flags.choice('dtype', dtypes);
+    const merged = {
+      ...trainingOptions(flags, config),
+      ...(positionals[0] !== undefined && { plan: positionals[0] }),
+      ...(data && { data }),
+      ...(evalData && { evalData }),
+      ...(dtype && { dtype }),
+    } as unknown as DistillConfig;
+    if (merged.plan === undefined)
+      throw new UsageError('[cli] the plan to train is missing: elastiform distill <plan>');
+    if (merged.data === undefined) throw new UsageError('[cli] the training data is missing: give --data');
+    return runTraining(context, 'distill', (hooks) => distill({ ...merged, ...hooks }));
+  },
+};

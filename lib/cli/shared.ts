@@ -1,0 +1,39 @@
+// Flags and conversions that several commands share.
+import type { Budget } from '../elastic/budget.js';
+import type { LoadOptions } from '../infer/types.js';
+import { type CommandContext, UsageError } from './command.js';
+
+export const dtypes = ['f32', 'bf16', 'f16'] as const;
+
+/** Flags of commands that load a model. */
+export const loadFlags = {
+  dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the weights (default: as in the checkpoint)' },
+  threads: { type: 'string', value: 'N', help: 'threads of the kernels (default: all cores)' },
+} as const;
+
+export function loadOptions({ flags, signal }: CommandContext): LoadOptions {
+  const dtype = flags.choice('dtype', dtypes);
+  const threads = flags.integer('threads', { min: 1 });
+  return { ...(dtype ? { dtype } : {}), ...(threads ? { threads } : {}), signal };
+}
+
+/** `0.7`, `full` or the name of a level. */
+export function parseBudget(text: string): Budget {
+  const value = Number(text);
+  if (text.trim() === '' || Number.isNaN(value)) return text;
+  if (!(value > 0 && value <= 1))
+    throw new UsageError(`[cli] a budget must be in (0, 1], full or a level, got '${text}'`);
+  return value;
+}
+
+/** Token ids, separated by commas. */
+export function parseIds(text: string): number[] {
+  if (text.trim() === '') return [];
+  return text.split(',').map((part) => {
+    if (!/^\s*\d+\s*$/.test(part))
+      throw new UsageError(`[cli] --ids must be token ids separated by commas, got '${text}'`);
+    return Number(part);
+  });
+}
+
+export const percent = (share: number, digits = 1): string => `${(share * 100).toFixed(digits)} %`;

@@ -1,0 +1,122 @@
+// What the training commands share: flags over a configuration file, progress, the outcome.
+import type { TrainConfig, TrainEvent, TrainResult } from '../distill/events.js';
+import { readJson } from '../io/files.js';
+import { type CommandContext, exitCodes, type FlagReader, UsageError } from './command.js';
+import { dataFlags } from './data.js';
+import { Progress } from './progress.js';
+
+/** Flags of both kinds of training; each overrides its counterpart in the configuration file. */
+export const trainingFlags = {
+  config: {
+    type: 'string',
+    short: 'c',
+    value: 'FILE',
+    help: 'JSON file with the options of the API; flags override it',
+  },
+  out: { type: 'string', short: 'o', value: 'DIR', help: 'directory to write' },
+  ...dataFlags,
+  'eval-data': {
+    type: 'string',
+    value: 'FILE,...',
+    help: 'held-out files: evaluated while training, the best is kept',
+  },
+  'held-out': { type: 'string', value: 'SHARE', help: 'share of --data to hold out instead' },
+  steps: { type: 'string', value: 'N', help: 'optimizer steps' },
+  lr: { type: 'string', value: 'RATE', help: 'peak learning rate' },
+  'batch-tokens': { type: 'string', value: 'N', help: 'tokens of one batch' },
+  'sequence-length': { type: 'string', value: 'N', help: 'longest sequence in tokens' },
+  seed: { type: 'string', value: 'N', help: 'seed of the data order and of every random choice' },
+  resume: { type: 'string', value: 'auto|never', help: 'continue from the newest checkpoint in --out (default: auto)' },
+} as const;
+
+/** The content of the --config file, or an empty object. */
+export async function readConfig(flags: FlagReader): Promise<Record<string, unknown>> {
+  const file = flags.string('config');
+  if (file === undefined) return {};
+  const json = await readJson(file);
+  if (typeof json !== 'object' || json === null || Array.isArray(json)) {
+    throw new UsageError(`[cli] ${file} must hold a JSON object`);
+  }
+  return json as Record<string, unknown>;
+}
+
+/** Options of the API that flags give. */
+export function trainingOptions(flags: FlagReader, config: Record<string, unknown>): Record<string, unknown> {
+  const lr = flags.number('lr');
+  const resume = flags.choice('resume', ['auto', 'never']);
+  const steps = flags.integer('steps', { min: 1 });
+  const options: Record<string, unknown> = {
+    out: flags.string('out'),
+    steps,
+    heldOut: flags.number('held-out'),
+    batchTokens: flags.integer('batch-tokens', { min: 1 }),
+    sequenceLength: flags.integer('sequence-length', { min: 2 }),
+    seed: flags.integer('seed'),
+    optimizer: lr === undefined ? undefined : { ...(config.optimizer as object | undefined), lr },
+    resume: resume === undefined ? undefined : resume === 'auto' ? 'auto' : false,
+  };
+  const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
+  const merged: Record<string, unknown> = { ...config, ...given };
+  // --steps replaces the file's epochs, and --held-out its held-out files.
+  if (steps !== undefined) delete merged.epochs;
+  if (merged.out === undefined) throw new UsageError('[cli] the directory to write is missing: give --out');
+  return merged;
+}
+
+/** Runs a training with progress on stderr and reports how it ended. */
+export async function runTraining(
+  context: CommandContext,
+  label: string,
+  start: (hooks: Pick<TrainConfig, 'onEvent' | 'signal'>) => Promise<TrainResult>,
+): Promise<number> {
+  const reporter = trainingReporter(label);
+  let result: TrainResult;
+  try {
+    result = await start({ onEvent: reporter.event, signal: context.signal });
+  } finally {
+    reporter.finish();
+  }
+  const { step, best, stopped } = result;
+  if (context.json) context.printJson({ ...result, last: reporter.last() });
+  else {
+    const bestText = best ? `, best ${best.metric.toFixed(4)} at step ${best.step}` : '';
+    const how = { done: 'done', early: 'stopped early', signal: 'interrupted and saved; run it again to continue' }[
+      stopped
+    ];
+    context.print(`${result.dir}: ${step} steps${bestText} (${how})\n`);
+  }
+  return stopped === 'signal' ? exitCodes.interrupted : exitCodes.ok;
+}
+
+export interface TrainingReporter {
+  event(event: TrainEvent): undefined;
+  finish(): void;
+  /** The last step reported. */
+  last(): Extract<TrainEvent, { type: 'step' }> | null;
+}
+
+export function trainingReporter(label: string): TrainingReporter {
+  const progress = new Progress(label);
+  let last: Extract<TrainEvent, { type: 'step' }> | null = null;
+  let quality = '';
+  return {
+    event(event) {
+      if (event.type === 'step') {
+        last = event;
+        const facts = [`loss ${event.loss.toFixed(4)}`, ...(quality ? [quality] : [])];
+        facts.push(`${Math.round(event.tokensPerSecond).toLocaleString('en-US')} tokens/s`);
+        progress.update({ done: event.step, total: event.of, facts });
+      } else if (event.type === 'eval') {
+        const [name, values] = Object.entries(event.levels).at(-1) ?? ['', {}];
+        const [metric, value] = Object.entries(values)[0] ?? ['', 0];
+        quality = `${name} ${metric} ${value.toFixed(4)}`;
+      } else if (event.type === 'warn') {
+        progress.finish();
+        process.stderr.write(`warning: ${event.message}\n`);
+      }
+      return undefined;
+    },
+    finish: () => progress.finish(),
+    last: () => last,
+  };
+}

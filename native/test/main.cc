@@ -1,0 +1,22 @@
+// Runs the native tests: `elastiform_tests [runtime|gemm|kernels]...`, all of them without arguments.
+#include <cstring>
+
+#include "test/test.h"
+
+int main(int argc, char** argv) {
+  using namespace elastiform::test;
+  const struct {
+    const char* name;
+    int (*run)();
+  } tests[] = {{"runtime", testRuntime}, {"gemm", testGemm}, {"kernels", testKernels}};
+  int failures = 0;
+  for (const auto& test : tests) {
+    bool wanted = argc == 1;
+    for (int i = 1; i < argc; ++i) wanted = wanted || std::strcmp(argv[i], test.name) == 0;
+    if (!wanted) continue;
+    const int failed = test.run();
+    std::printf("%s: %s\n", test.name, failed == 0 ? "passed" : "FAILED");
+    failures += failed;
+  }
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,42 @@
+// embedding and its gradient.
+import { expect, test } from 'vitest';
+import { embedding } from '../../lib/graph/index.js';
+import { type DType, Tensor } from '../../lib/native/index.js';
+import { type Case, cases, failure, inputs } from './harness.js';
+
+cases('embedding', [
+  ...(['f32', 'bf16', 'f16'] as DType[]).map((dtype): Case => {
+    const make = inputs(1);
+    return {
+      name: `${dtype} table`,
+      inputs: { table: make.weight(dtype, 33, 17), ids: make.ids(33, ['R', 9]) },
+      build: ({ table, ids }) => ({ y: embedding(table, ids) }),
+    };
+  }),
+  ...(
+    [
+      [1, 1, 1],
+      [3, 17, 33],
+      [33, 3, 17],
+      [7, 5, 0],
+    ] as const
+  ).map(([v, d, r]): Case => {
+    const make = inputs(v);
+    return {
+      name: `${r} ids of ${v} rows of ${d}`,
+      inputs: { table: make.param(v, d), ids: make.ids(v, ['R', r]) },
+      build: ({ table, ids }) => ({ y: embedding(table, ids) }),
+      wrt: ['table'],
+    };
+  }),
+]);
+
+test('an id past the vocabulary, or a negative one, is InvalidData', async () => {
+  using table = Tensor.fromData('f32', [5, 2], new Float32Array(10));
+  for (const id of [5, -1, 0x7fffffff, -0x80000000]) {
+    const feeds = { ids: Int32Array.of(0, id) };
+    const error = await failure((g) => g.output('y', embedding(g.weight(table), g.feed('ids', 'i32', [2]))), { feeds });
+    expect(error).toMatchObject({ code: 'InvalidData' });
+    expect(error.message).toContain('embedding');
+  }
+});

@@ -1,0 +1,77 @@
+// rms_norm and layer_norm, over all rows and over selected rows.
+import { layerNorm, rmsNorm } from '../../lib/graph/index.js';
+import { type Case, cases, inputs } from './harness.js';
+
+const shapes = [
+  [1, 1, null],
+  [3, 17, null],
+  [33, 3, null],
+  [17, 33, 5],
+  [5, 8, 0],
+  [9, 64, 9],
+] as const;
+
+cases('rms_norm', [
+  ...shapes.map(([n, d, r]): Case => {
+    const make = inputs(n);
+    return {
+      name: r === null ? `[${n},${d}]` : `${r} of [${n},${d}]`,
+      inputs: {
+        x: make.f32(['N', n], d),
+        weight: make.param(d),
+        ...(r === null ? {} : { rows: make.rows('R', r, n) }),
+      },
+      build: ({ x, weight, rows }) => ({ y: rmsNorm(x, weight, { eps: 1e-5, rows }) }),
+      wrt: ['x', 'weight'],
+    };
+  }),
+  {
+    name: 'bf16 weight',
+    inputs: { x: inputs(1).f32(['N', 3], 19), weight: inputs(2).weight('bf16', 19) },
+    build: ({ x, weight }) => ({ y: rmsNorm(x, weight, { eps: 1e-6 }) }),
+    wrt: ['x'],
+  },
+  {
+    name: 'a row of zeros',
+    inputs: { x: inputs(1).values(Array(8).fill(0), ['N', 1], 8), weight: inputs(2).weight('f16', 8) },
+    build: ({ x, weight }) => ({ y: rmsNorm(x, weight, { eps: 1e-5 }) }),
+  },
+]);
+
+cases('layer_norm', [
+  ...shapes
+    // One feature has no variance: its gradient is 0 times a large factor.
+    .filter(([, d]) => d > 1)
+    .flatMap(([n, d, r]) =>
+      [true, false].map((biased): Case => {
+        const make = inputs(n + 1);
+        return {
+          name: `${r === null ? '' : `${r} of `}[${n},${d}]${biased ? ' with bias' : ''}`,
+          inputs: {
+            x: make.f32(['N', n], d),
+            weight: make.param(d),
+            ...(biased ? { bias: make.param(d) } : {}),
+            ...(r === null ? {} : { rows: make.rows('R', r, n) }),
+          },
+          build: ({ x, weight, bias, rows }) => ({ y: layerNorm(x, weight, bias ?? null, { eps: 1e-5, rows }) }),
+          wrt: biased ? ['x', 'weight', 'bias'] : ['x', 'weight'],
+        };
+      }),
+    ),
+  {
+    name: 'a large mean',
+    inputs: {
+      x: inputs(3).values(
+        inputs(3)
+          .f32(2, 64)
+          .data.map((v) => v + 1000),
+        ['N', 2],
+        64,
+      ),
+      weight: inputs(4).weight('f32', 64),
+      bias: inputs(5).weight('bf16', 64),
+    },
+    build: ({ x, weight, bias }) => ({ y: layerNorm(x, weight, bias, { eps: 1e-5 }) }),
+    tolerance: 2e-4,
+  },
+]);

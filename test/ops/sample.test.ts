@@ -1,0 +1,91 @@
+// sample: greedy choice, and the frequencies of temperature, top-k and top-p.
+import { expect, test } from 'vitest';
+import { Graph } from '../../lib/graph/graph.js';
+import { Program, sample } from '../../lib/graph/index.js';
+import { type Case, cases, failure, inputs, testEngine } from './harness.js';
+
+cases(
+  'sample',
+  (
+    [
+      [1, 1],
+      [3, 17],
+      [5, 1000],
+      [0, 4],
+    ] as const
+  ).map(([s, v]): Case => {
+    const make = inputs(v);
+    return {
+      name: `greedy, ${s} rows of ${v}`,
+      inputs: {
+        logits: make.f32(['S', s], v),
+        params: make.values(Array.from({ length: s }, () => [0, 0, 1, make.next()]).flat(), ['S', s], 4),
+      },
+      build: ({ logits, params }) => ({ ...sample(logits, params) }),
+    };
+  }),
+);
+
+/** Ids and log-probabilities of `draws` evenly spread random numbers. */
+async function draw(logits: readonly number[], draws: number, temperature: number, topK: number, topP: number) {
+  const g = new Graph();
+  const { ids, logprob } = sample(g.feed('logits', 'f32', [draws, logits.length]), g.feed('params', 'f32', [draws, 4]));
+  g.output('ids', ids);
+  g.output('logprob', logprob);
+  using program = Program.compile(g, testEngine());
+  const each = Array.from({ length: draws }, (_, i) => i);
+  const { outputs } = await program.run({
+    feeds: {
+      logits: Float32Array.from(each.flatMap(() => logits)),
+      params: Float32Array.from(each.flatMap((i) => [temperature, topK, topP, (i + 0.5) / draws])),
+    },
+  });
+  const counts = logits.map(() => 0);
+  for (const id of outputs.ids) counts[id]++;
+  return { ids: outputs.ids, logprob: outputs.logprob, frequencies: counts.map((count) => count / draws) };
+}
+
+const softmax = (logits: readonly number[]): number[] => {
+  const e = logits.map((v) => Math.exp(v - Math.max(...logits)));
+  const sum = e.reduce((a, b) => a + b, 0);
+  return e.map((v) => v / sum);
+};
+
+/** Softmax of `logits / temperature` over the ids that `keep` accepts. */
+const expected = (logits: readonly number[], temperature: number, keep: (id: number) => boolean) =>
+  softmax(logits.map((v, id) => (keep(id) ? v / temperature : Number.NEGATIVE_INFINITY)));
+
+const logits = [0.5, 2, -1, 1.25, 0, -3, 1.75];
+const draws = 4000;
+
+test.each([
+  ['temperature 1', 1, 0, 1, () => true],
+  ['temperature 0.5', 0.5, 0, 1, () => true],
+  ['temperature 2, top-k 3', 2, 3, 1, (id: number) => [1, 6, 3].includes(id)],
+  // Probabilities, descending: 0.36 0.28 0.17 ...: the first two are not enough for 0.7.
+  ['top-p 0.7', 1, 0, 0.7, (id: number) => [1, 6, 3].includes(id)],
+  ['top-k 1', 1, 1, 1, (id: number) => id === 1],
+  ['top-k past the vocabulary', 1, 100, 1, () => true],
+] as const)('%s', async (_, temperature, topK, topP, keep) => {
+  const { frequencies, ids, logprob } = await draw(logits, draws, temperature, topK, topP);
+  expected(logits, temperature, keep).forEach((p, id) => {
+    expect(Math.abs(frequencies[id] - p), `id ${id}: ${frequencies[id]}, ${p}`).toBeLessThan(2 / draws + 1e-5);
+  });
+  const p = softmax(logits);
+  for (let i = 0; i < draws; i += 97) expect(logprob[i]).toBeCloseTo(Math.log(p[ids[i]]), 5);
+});
+
+test('greedy takes the lowest of equal logits', async () => {
+  const { ids } = await draw([1, 3, 3, 2], 3, 0, 0, 1);
+  expect([...ids]).toEqual([1, 1, 1]);
+});
+
+test('NaN logits and parameters out of range are InvalidData', async () => {
+  const run = (values: number[], params: number[]) =>
+    failure((g) => g.output('ids', sample(g.feed('l', 'f32', [1, 3]), g.feed('p', 'f32', [1, 4])).ids), {
+      feeds: { l: Float32Array.from(values), p: Float32Array.from(params) },
+    });
+  expect(await run([1, Number.NaN, 2], [1, 0, 1, 0.5])).toMatchObject({ code: 'InvalidData' });
+  expect(await run([1, 1, 2], [-1, 0, 1, 0.5])).toMatchObject({ code: 'InvalidData' });
+  expect(await run([1, 1, 2], [1, 0, 1, Number.NaN])).toMatchObject({ code: 'InvalidData' });
+});
