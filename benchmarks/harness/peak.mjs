@@ -16,7 +16,7 @@ function run(program, args, options = {}) {
 export function buildPeak(cache) {
   const dir = path.join(cache, 'native');
   fs.mkdirSync(dir, { recursive: true });
-  run('cmake', ['-S', root, '-B', dir, '-DCMAKE_BUILD_TYPE=Release', '-DELASTIFORM_TESTS=ON']);
+  run('cmake', ['-S', root, '-B', dir, '-DCMAKE_BUILD_TYPE=Release', '-DELASTIFORM_BENCH=ON']);
   run('cmake', ['--build', dir, '--config', 'Release', '--target', 'elastiform_gemm_bench', '--parallel', '2']);
   const names = ['elastiform_gemm_bench', 'Release/elastiform_gemm_bench.exe', 'elastiform_gemm_bench.exe'];
   return names.map((name) => path.join(dir, name)).find((file) => fs.existsSync(file));

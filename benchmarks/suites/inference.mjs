@@ -48,9 +48,10 @@ export async function inference({ start, peers, threads, rounds, dir, only, log 
     const data = { prompt: PROMPT, steps: STEPS, agreement };
     for (const phase of ['prefill', 'decode']) {
       if (!only.has(phase)) continue;
-      const contestants = Object.entries(children).map(([key, child]) => ({ key, child, command: phase, args: text }));
+      const args = phase === 'prefill' ? { prompt: text.prompt } : text;
+      const contestants = Object.entries(children).map(([key, child]) => ({ key, child, command: phase, args }));
       log(`inference: warming up ${phase}`);
-      for (const c of contestants) await c.child.ask(phase, { ...text, batchMs: 0 });
+      for (const c of contestants) await c.child.ask(phase, { ...args, batchMs: 0 });
       log(`inference: ${phase}`);
       data[phase] = await roundRobin(contestants, rounds, 0);
     }

@@ -49,7 +49,7 @@ export function baseFiles(dir: string): string[] {
   const files = names.filter((name) => companions.has(name) || weightsFile.test(name)).sort();
   if (!files.includes('config.json')) throw new InvalidFileError(`[elastic] ${dir} has no config.json`);
   if (!files.some((name) => name.endsWith('.safetensors')))
-    throw new InvalidFileError(`[elastic] ${dir} has no model weights`);
+    throw new InvalidFileError(`[elastic] ${dir} has no model.safetensors and no shards of one`);
   return files;
 }
 

@@ -79,7 +79,7 @@ export class Graph {
   readonly #lastWrite = new Map<Node, Step>();
 
   /**
-   * A size that the caller sets at each run, from 0 to `bound`. The same name gives the same dim.
+   * A size that the caller sets at each run, from 1 to `bound`. The same name gives the same dim.
    *
    * @throws InvalidArgumentError when the bound is not a positive integer or the name is taken with another bound.
    */

@@ -130,8 +130,8 @@ export class Program implements Disposable {
 function currentSize(dim: Dim, values: Record<string, number>): number {
   const value = values[dim.name];
   if (value === undefined) throw new InvalidArgumentError(`[run] dim ${dim.name} is missing`);
-  if (!Number.isInteger(value) || value < 0 || value > dim.bound) {
-    throw new InvalidArgumentError(`[run] dim ${dim.name} must be an integer from 0 to ${dim.bound}, got ${value}`);
+  if (!Number.isInteger(value) || value < 1 || value > dim.bound) {
+    throw new InvalidArgumentError(`[run] dim ${dim.name} must be an integer from 1 to ${dim.bound}, got ${value}`);
   }
   return value;
 }

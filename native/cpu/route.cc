@@ -29,6 +29,14 @@ void checkPerSegment(const char* op, const TensorView& values, int64_t segments)
   }
 }
 
+// The output of a produced dim has room for the bound of that dim, which may be less than all rows.
+void checkRoom(const char* op, const TensorView& rows, int64_t count) {
+  if (count > rows.dim(0)) {
+    fail(ErrorCode::InvalidData, "[%s] more rows are selected than the bound %lld of their dim", op,
+         static_cast<long long>(rows.dim(0)));
+  }
+}
+
 double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
 
 }  // namespace
@@ -60,6 +68,7 @@ void routeTopk(const KernelArgs& args) {
     // 1e-6 forgives the rounding of a capacity such as 0.1 to f32.
     const double wanted = std::ceil(static_cast<double>(capacity[s]) * length - 1e-6);
     const int32_t k = static_cast<int32_t>(std::clamp(wanted, 0.0, static_cast<double>(length)));
+    checkRoom(op, args.out[0], int64_t{count} + k);
     if (k == length) {
       for (int32_t i = 0; i < length; ++i) rows[count++] = start + i;
     } else if (k > 0) {
@@ -96,7 +105,9 @@ void routeThreshold(const KernelArgs& args) {
   for (int64_t s = 0; s < segments; ++s) {
     const bool all = threshold[s] == -INFINITY;  // even rows whose score is minus infinity
     for (int32_t i = offsets[s]; i < offsets[s + 1]; ++i) {
-      if (all || z[i] > threshold[s]) rows[count++] = i;
+      if (!all && !(z[i] > threshold[s])) continue;
+      checkRoom(op, args.out[0], int64_t{count} + 1);
+      rows[count++] = i;
     }
     rowOffsets[s + 1] = count;
   }

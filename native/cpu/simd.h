@@ -4,10 +4,10 @@
 // puts everything in `namespace elastiform::cpu::ELASTIFORM_ISA`; three files, compiled with their own flags,
 //     #define ELASTIFORM_ISA avx512        // and ELASTIFORM_ISA_LANES 16; avx2 and 8; portable and 4
 //     #include "cpu/x_kernel.h"
-// instantiate it, and the table of functions of one of them is picked at run time (isa.h). Such headers must not call inline functions or
-// templates from elsewhere that the compiler might emit out of line (std::vector, std::function, dtype.h): the linker
-// keeps one copy of each, and could keep the one with instructions the machine lacks. Everything here is `static` and
-// forced inline.
+// instantiate it, and the table of functions of one of them is picked at run time (isa.h). Such headers must not call
+// inline functions or templates from elsewhere that the compiler might emit out of line (std::vector, std::function,
+// dtype.h): the linker keeps one copy of each, and could keep the one with instructions the machine lacks. Everything
+// here is `static` and forced inline.
 //
 // Element i of every result depends on element i of the operands only, so a tail computed with loadPartial has the
 // bits of a full vector. NaN goes through every function; infinities give the mathematical limits.

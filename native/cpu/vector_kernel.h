@@ -61,6 +61,27 @@ static void gatedActivationGradVector(int act, const float* dy, const float* g, 
 
 // ---- reductions: lanes and their folding depend on n only
 
+template <int Distance, int... I>
+ELASTIFORM_INLINE Vec turned(Vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ Distance)...);
+}
+
+// Folds lanes at half the width, a quarter, ... onto each other; the result is in every lane.
+template <int Distance, typename F>
+ELASTIFORM_INLINE Vec fold(Vec v, const F& f) {
+  if constexpr (Distance == 0) {
+    return v;
+  } else {
+    return fold<Distance / 2>(f(v, turned<Distance>(v, std::make_integer_sequence<int, kLanes>{})), f);
+  }
+}
+ELASTIFORM_INLINE Vec sumOfLanes(Vec v) {
+  return fold<kLanes / 2>(v, [](Vec a, Vec b) { return a + b; });
+}
+ELASTIFORM_INLINE Vec maxOfLanes(Vec v) {
+  return fold<kLanes / 2>(v, [](Vec a, Vec b) { return max(a, b); });
+}
+
 // Sum of f(operands[i]) in four vectors of partial sums. f must give 0 where all its operands are 0.
 template <typename F, typename... X>
 ELASTIFORM_INLINE float sumOf(int64_t n, const F& f, const X*... x) {
@@ -74,7 +95,7 @@ ELASTIFORM_INLINE float sumOf(int64_t n, const F& f, const X*... x) {
   }
   for (; i + kLanes <= n; i += kLanes) s0 += f(load(x + i)...);
   if (i < n) s1 += f(loadPartial(x + i, n - i)...);
-  return sum((s0 + s1) + (s2 + s3));
+  return sumOfLanes((s0 + s1) + (s2 + s3))[0];
 }
 
 // Products and sums in double, in 16 partial sums whatever the instruction set.
@@ -326,10 +347,18 @@ ELASTIFORM_INLINE void transpose(Vec* v) {
 
 constexpr int64_t roundUp(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// out[d, j] = x[j, d] for d < width, j < count <= kKeyTile; rows of kKeyTile, zero to the next whole vector.
-static void packTransposed(const float* x, int64_t stride, int64_t count, int64_t width, float* out) {
+// out[d, j] = x[j, d] for d < width, j < count <= kKeyTile; rows of kKeyTile, zero to the next whole vector. On the way
+// asks for the same elements of the arrays `soon` (null: none), which are needed a tile later.
+static void packTransposed(const float* x, int64_t stride, int64_t count, int64_t width, float* out,
+                           const float* soonK = nullptr, const float* soonV = nullptr) {
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t d = 0; d < width; d += kLanes) {
+      if (soonK && d % 16 == 0) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          __builtin_prefetch(soonK + (j + i) * stride + d, 0, 2);
+          __builtin_prefetch(soonV + (j + i) * stride + d, 0, 2);
+        }
+      }
       const int64_t columns = width - d < kLanes ? width - d : kLanes;
       Vec block[kLanes];
       if (columns == kLanes && j + kLanes <= count) {
@@ -372,12 +401,13 @@ static int64_t attentionScratchSize(int64_t headDim, int64_t rows) {
 // The tile of keys [first, first + count) for one kv head. q and y: [rows, padded], y unnormalised; largest and
 // total: the running maximum of a row's scores and the sum of their exponentials around it.
 static void attentionTile(const AttentionBlock& t, const float* keys, const float* values, int64_t first, int64_t count,
-                          const float* q, float* y, float* largest, float* total, float* work) {
+                          const float* q, float* y, float* largest, float* total, float* work, bool fetchAhead) {
   const int64_t width = t.headDim, padded = roundUp(width), vecs = padded / kLanes;
   float* scores = work;                        // [kQueryRows, kKeyTile]
   float* kt = scores + kQueryRows * kKeyTile;  // [width, kKeyTile]
   float* packedV = kt + padded * kKeyTile;     // [kKeyTile, padded]
-  packTransposed(keys, t.kvStride, count, width, kt);
+  packTransposed(keys, t.kvStride, count, width, kt, fetchAhead ? keys + kKeyTile * t.kvStride : nullptr,
+                 fetchAhead ? values + kKeyTile * t.kvStride : nullptr);
   // Values are read once by every register tile of rows: copying them pays from the second tile on.
   const bool packV = t.rows > kTileRows || width != padded;
   if (packV) {
@@ -405,7 +435,7 @@ static void attentionTile(const AttentionBlock& t, const float* keys, const floa
       for (int64_t j = own; j < seenVecs * kLanes; ++j) row[j] = -INFINITY;
       Vec best = load(row);
       for (int64_t j = 1; j < seenVecs; ++j) best = max(best, load(row + j * kLanes));
-      const float tileBest = maxElement(best), before = largest[r + i];
+      const float tileBest = maxOfLanes(best)[0], before = largest[r + i];
       now[i] = tileBest > before ? tileBest : before;
       factors[i] = before - now[i];
     }
@@ -419,7 +449,7 @@ static void attentionTile(const AttentionBlock& t, const float* keys, const floa
         sums += p;
       }
       const float factor = factors[i];
-      total[r + i] = total[r + i] * factor + sum(sums);
+      total[r + i] = total[r + i] * factor + sumOfLanes(sums)[0];
       largest[r + i] = now[i];
       if (factor != 1.0f) {
         float* to = y + (r + i) * padded;
@@ -451,26 +481,15 @@ static void attentionBlock(const AttentionBlock& t) {
     }
   }
   const int64_t end = t.causal ? t.cached + (t.firstRow + t.rows - 1) / t.group + 1 : t.keys;
-  const bool fetchAhead = t.rows <= kTileRows;  // decoding: memory is the limit
   // Keys outside, heads inside: a long cache is read from end to end.
   for (int64_t first = 0; first < end; first += kKeyTile) {
     const int64_t count = end - first < kKeyTile ? end - first : kKeyTile;
+    // Decoding: memory is the limit.
+    const bool fetchAhead = t.rows <= kTileRows && first + 2 * kKeyTile <= end;
     for (int64_t head = 0; head < t.kvHeads; ++head) {
-      if (fetchAhead) {
-        // This head's share of the rows of the next tile, whole.
-        int64_t from = first + kKeyTile + kKeyTile * head / t.kvHeads;
-        int64_t to = first + kKeyTile + kKeyTile * (head + 1) / t.kvHeads;
-        if (to > end) to = end;
-        for (; from < to; ++from) {
-          for (int64_t d = 0; d < t.kvHeads * width; d += 16) {
-            __builtin_prefetch(t.k + from * t.kvStride + d, 0, 2);
-            __builtin_prefetch(t.v + from * t.kvStride + d, 0, 2);
-          }
-        }
-      }
       const int64_t at = head * t.rows, key = first * t.kvStride + head * width;
       attentionTile(t, t.k + key, t.v + key, first, count, q + at * padded, y + at * padded, largest + at, total + at,
-                    work);
+                    work, fetchAhead);
     }
   }
   for (int64_t head = 0; head < t.kvHeads; ++head) {

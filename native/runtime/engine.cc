@@ -81,7 +81,7 @@ uint8_t* Workspace::arena(int64_t bytes) {
 void* Workspace::scratch(size_t bytes) {
   constexpr size_t kSmallest = 1 << 16;
   const size_t available = blocks_.empty() ? 0 : blocks_.back().bytes() - used_;
-  if (bytes > available) {
+  if (blocks_.empty() || bytes > available) {
     blocks_.emplace_back(std::max(bytes, kSmallest), false, "the scratch of a kernel");
     account(static_cast<int64_t>(blocks_.back().bytes()));
     used_ = 0;

@@ -215,7 +215,7 @@ void testProducts() {
   for (int round = 0; round < 150; ++round) {
     int64_t M = extent(), N = extent(), K = round % 17 == 0 ? 0 : extent();
     if (round % 9 == 0) M = pick(200, 1300);
-    while (M * N * K > 4'000'000) (coin() ? M : coin() ? N : K) /= 2;
+    while (M * N * K > 1'000'000) (coin() ? M : coin() ? N : K) /= 2;
     M = std::max<int64_t>(M, 1), N = std::max<int64_t>(N, 1);
     // The weight is at least as large as the product: prefixes.
     Weight w(N + (coin() ? pick(0, 70) : 0), K + (coin() ? pick(0, 70) : 0) + (K == 0));

@@ -115,7 +115,7 @@ struct Op {
   std::vector<double> attr;
   std::vector<int> alias = {};  // {output, input}: the output takes over that operand's memory
   int64_t produced[4] = {};
-  Counters counters;
+  Counters counters = {};
 
   void once() {
     std::vector<TensorView> inViews, outViews;

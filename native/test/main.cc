@@ -1,10 +1,13 @@
 // Runs the native tests: `elastiform_tests [runtime|gemm|kernels]...`, all of them without arguments.
+#include <cstdio>
 #include <cstring>
 
-#include "test/test.h"
+// Each prints the checks that fail and returns their number.
+int testRuntime();
+int testGemm();
+int testKernels();
 
 int main(int argc, char** argv) {
-  using namespace elastiform::test;
   const struct {
     const char* name;
     int (*run)();

@@ -527,9 +527,10 @@ int testMapping() {
 
 }  // namespace
 
+}  // namespace elastiform::test
+
 int testRuntime() {
+  using namespace elastiform::test;
   return testPool() + testSignatures() + testBadEncodings() + testBadPrograms() + testMemoryPlan() + testRuns() +
          testEngine() + testScratch() + testMapping();
 }
-
-}  // namespace elastiform::test

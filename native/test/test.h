@@ -8,11 +8,6 @@
 
 namespace elastiform::test {
 
-// Each returns the number of failed checks.
-int testRuntime();
-int testGemm();
-int testKernels();
-
 #define CHECK(condition)                                                          \
   do {                                                                            \
     if (!(condition)) {                                                           \

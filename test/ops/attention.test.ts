@@ -13,7 +13,6 @@ cases(
       [5, 3, 8, 4],
       [17, 2, 6, 2],
       [3, 2, 64, 32],
-      [0, 1, 4, 2],
     ] as const
   ).flatMap(([r, heads, dh, pairs]) =>
     [1, 1.3].map((magnitude): Case => {
@@ -38,7 +37,6 @@ const layouts = [
   { lengths: [5, 9], heads: 4, kvHeads: 2, dh: 8 },
   { lengths: [33], heads: 3, kvHeads: 1, dh: 17 },
   { lengths: [70, 3], heads: 2, kvHeads: 1, dh: 16 },
-  { lengths: [0], heads: 1, kvHeads: 1, dh: 4 },
 ];
 
 cases(

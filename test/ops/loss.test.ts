@@ -10,7 +10,6 @@ const sizes = [
   [33, 65, 3],
   [70, 33, 8],
   [5, 600, 17],
-  [0, 5, 4],
 ] as const;
 
 /** Targets below `v`, every third missing. */

@@ -233,7 +233,7 @@ class Run {
     const int64_t panels = block.panel1 - block.panel0, size = panels * kc * table_.columns;
     for (int i = 0; i < p_.count; ++i, to += size) {
       table_.packB(*p_.b[i], p_.N, block.panel0 * table_.columns, panels, k0, kc, to);
-      roundTo(p_.b[i]->roundTo, to, size);
+      if (p_.b[i]->roundTo != p_.b[i]->dtype) roundTo(p_.b[i]->roundTo, to, size);
     }
   }
 
@@ -403,13 +403,14 @@ MatrixB weightB(const TensorView& w) {
   Tensor& tensor = *w.tensor;
   const std::lock_guard<std::mutex> lock(tensor.packMutex);
   if (!tensor.packed) tensor.packed = pack(w, tensor);
+  b.roundTo = tensor.packAs;
   b.packed = tensor.packed.get();
   return b;
 }
 
 MatrixB weightTransposedB(const TensorView& w) {
   MatrixB b{w.data, w.dtype, w.strides[1], w.strides[0]};
-  if (packable(w) && w.tensor->packAs != w.dtype) b.roundTo = w.tensor->packAs;
+  if (packable(w)) b.roundTo = w.tensor->packAs;
   return b;
 }
 

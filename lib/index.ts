@@ -1,0 +1,43 @@
+// The public API of elastiform.
+export type { DataSource } from './distill/data.js';
+export { type DistillConfig, distill, type LossTerm } from './distill/distill.js';
+export type { OptimizerConfig, TrainConfig, TrainEvent, TrainResult } from './distill/events.js';
+export { type PretrainConfig, pretrain } from './distill/pretrain.js';
+export { DivergedError } from './distill/trainer.js';
+export type { Budget, OperatingPoint } from './elastic/budget.js';
+export {
+  type ElasticPlan,
+  type ElastiformerRecipe,
+  elastify,
+  type Recipe,
+  type TrainCapacity,
+} from './elastic/elastify.js';
+export type { ElasticSpec, GateMode, Level } from './elastic/policy.js';
+export {
+  type Baseline,
+  type EvalDocument,
+  type EvalLevel,
+  type EvalOptions,
+  type EvalReport,
+  evaluate,
+} from './infer/evaluate.js';
+export { type ElasticModel, loadModel } from './infer/model.js';
+export { getRuntime } from './infer/runtime.js';
+export type { Measured } from './infer/statistics.js';
+export type {
+  ComputeReport,
+  Dtype,
+  FinishReason,
+  GenerateChunk,
+  GenerateOptions,
+  GenerateStream,
+  LoadOptions,
+  ModelInfo,
+  Sampling,
+  ScoreResult,
+  Usage,
+} from './infer/types.js';
+export { FileSystemError } from './io/files.js';
+export type { NativeInfo } from './native/addon.js';
+export * from './native/errors.js';
+export { agreementChart, levelsCsv, lineChart, qualityChart, type ReportData, reportHtml } from './report/index.js';
