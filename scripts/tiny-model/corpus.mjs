@@ -30,7 +30,9 @@ function excerpt(keep, length) {
   const some = (texts, n) => texts.filter((_, i) => i % Math.max(1, Math.floor(texts.length / n)) === 0).slice(0, n);
   const picked = [...some(speeches.filter(keep), 12), ...some(moby.filter(keep), 12)];
   const each = Math.floor(length / picked.length);
-  return picked.map((text) => (text.length <= each ? text : text.slice(0, text.lastIndexOf(' ', each)))).join('<|endoftext|>');
+  return picked
+    .map((text) => (text.length <= each ? text : text.slice(0, text.lastIndexOf(' ', each))))
+    .join('<|endoftext|>');
 }
 
 mkdirSync(out, { recursive: true });

@@ -20,7 +20,7 @@ const threads = loadAddon().info().threads;
 
 beforeAll(async () => {
   await tinyModel(model);
-  await elastify(model, { kind: 'elastiformer' }, { out: plan });
+  await elastify(model, { kind: 'elastiformer', gate: 'raw' }, { out: plan });
 });
 afterAll(() => loadAddon().setThreads(threads));
 
@@ -205,7 +205,7 @@ describe('refusals', () => {
     [{ data: { kind: 'documents', documents: [] } }, /InvalidData: \[data\] the data set is empty/],
     [{ evalData: { kind: 'documents', documents: ['a'] }, heldOut: 0.1 }, /evalData or heldOut, not both/],
   ])('of %j', async (change, message) => {
-    expect(await refused(change)).toMatch(message);
+    expect(await refused(change as Record<string, unknown>)).toMatch(message);
   });
 
   it('of an output directory that another run holds', async () => {
