@@ -85,6 +85,8 @@ for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => process.exi
 
 const context = {
   ...settings,
+  // Turns that other programs disturbed are repeated so often at most.
+  repeats: quick ? 0 : 6,
   peers,
   log,
   cache: CACHE,

@@ -4,7 +4,6 @@ import os from 'node:os';
 
 const TICK_MS = 10; // USER_HZ is 100 on every Linux architecture Node runs on
 export const FOREIGN_LIMIT = 0.08;
-const RETRIES = 6;
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -48,28 +47,33 @@ export function summary(values) {
 
 /**
  * Times `contestants` ({ key, child, command, args }) in `rounds` rounds of rotated order. A turn during which other
- * processes used more than 8 % of the machine is repeated; after six repeats its quietest try counts and the turn is
- * recorded as disturbed. Returns key -> { median, min, max, samples, disturbed } in milliseconds.
+ * processes used more than 8 % of the machine is repeated, up to `repeats` times; then its quietest try counts and the
+ * turn is recorded as disturbed. Returns key -> { median, min, max, samples } in milliseconds, with the
+ * foreign share of the machine at each sample and the number of disturbed ones.
  */
-export async function roundRobin(contestants, rounds, batchMs) {
+export async function roundRobin(contestants, { rounds, repeats, batchMs = 0 }) {
   const pids = [...new Set(contestants.map((c) => c.child.pid))];
   const times = new Map(contestants.map((c) => [c.key, []]));
-  const disturbed = new Map(contestants.map((c) => [c.key, 0]));
+  const foreign = new Map(contestants.map((c) => [c.key, []]));
   for (let round = 0; round < rounds; round++) {
     for (let turn = 0; turn < contestants.length; turn++) {
       const c = contestants[(turn + round) % contestants.length];
       let best = null;
-      for (let attempt = 0; attempt <= RETRIES; attempt++) {
+      for (let attempt = 0; attempt <= repeats; attempt++) {
         await sleep(30); // thread pools of the others stop spinning
         const seen = await watched(pids, () => c.child.ask(c.command, { ...c.args, batchMs }));
         if (best === null || seen.foreign < best.foreign) best = seen;
         if (best.foreign === null || best.foreign <= FOREIGN_LIMIT) break;
       }
-      if (best.foreign !== null && best.foreign > FOREIGN_LIMIT) disturbed.set(c.key, disturbed.get(c.key) + 1);
+      foreign.get(c.key).push(best.foreign);
       times.get(c.key).push(best.result.ms);
     }
   }
   return Object.fromEntries(
-    contestants.map(({ key }) => [key, { ...summary(times.get(key)), disturbed: disturbed.get(key) }]),
+    contestants.map(({ key }) => {
+      const shares = foreign.get(key);
+      const disturbed = shares.filter((share) => share !== null && share > FOREIGN_LIMIT).length;
+      return [key, { ...summary(times.get(key)), foreign: shares, disturbed }];
+    }),
   );
 }

@@ -17,7 +17,7 @@ const SHAPES = [
 const SLICES = { rows: 512, hidden: 768, ffn: 3072, widths: [3072, 1536, 768, 384] };
 const COPIES = 8; // weights used in turn: 75 MB of the largest shape, more than the caches hold
 
-export async function gemm({ start, peers, threads, rounds, quick, cache, log }) {
+export async function gemm({ start, peers, threads, rounds, repeats, quick, cache, log }) {
   log('gemm: building the peak program');
   const peakProgram = buildPeak(cache);
   const shapes = quick ? SHAPES.slice(0, 2) : SHAPES;
@@ -49,7 +49,7 @@ export async function gemm({ start, peers, threads, rounds, quick, cache, log })
           });
         }
       }
-      const times = await roundRobin(contestants, rounds, batchMs);
+      const times = await roundRobin(contestants, { rounds, repeats, batchMs });
       const torchBest = torch ? Math.min(times['torch in-out'].median, times['torch out-in'].median) : null;
       const gflops = (ms) => (2e-6 * m * k * n) / ms;
       rows.push({
@@ -69,7 +69,7 @@ export async function gemm({ start, peers, threads, rounds, quick, cache, log })
         args: { index: shapes.length + 2 * i + j },
       })),
     );
-    const times = await roundRobin(contestants, rounds, batchMs);
+    const times = await roundRobin(contestants, { rounds, repeats, batchMs });
     peaks.push(measurePeak(peakProgram).gflops);
     // The peak is the machine's: the most that was seen, not the least.
     const peak = { gflops: Math.max(...peaks), seen: summary(peaks) };

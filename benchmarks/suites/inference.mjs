@@ -11,7 +11,7 @@ const STEPS = 16;
 const TOLERANCE = { 'elastiform bf16': 0.1, 'node-llama-cpp': 0.02 };
 const DEFAULT_TOLERANCE = 1e-3;
 
-export async function inference({ start, peers, threads, rounds, dir, only, log }) {
+export async function inference({ start, peers, threads, rounds, repeats, dir, only, log }) {
   const ids = [...tokens(PROMPT + STEPS, SHAPE.vocab, 7)];
   const text = { prompt: ids.slice(0, PROMPT), next: ids.slice(PROMPT) };
   const children = {};
@@ -53,7 +53,7 @@ export async function inference({ start, peers, threads, rounds, dir, only, log 
       log(`inference: warming up ${phase}`);
       for (const c of contestants) await c.child.ask(phase, { ...args, batchMs: 0 });
       log(`inference: ${phase}`);
-      data[phase] = await roundRobin(contestants, rounds, 0);
+      data[phase] = await roundRobin(contestants, { rounds, repeats });
     }
 
     const ratio = (phase, name, to = 'elastiform') =>

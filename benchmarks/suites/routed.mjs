@@ -4,7 +4,7 @@ import { milliseconds, number, table, target } from '../harness/report.mjs';
 
 const ROWS = 512;
 
-export async function routed({ start, threads, rounds, quick, dir, log }) {
+export async function routed({ start, threads, rounds, repeats, quick, dir, log }) {
   const child = start('elastiform', 'ours.mjs');
   try {
     const libraries = { elastiform: await child.ask('routed', { dir, threads, rows: ROWS }) };
@@ -19,7 +19,7 @@ export async function routed({ start, threads, rounds, quick, dir, log }) {
       }));
       const flops = {};
       for (const c of contestants) flops[c.key] = (await child.ask('routedRun', { ...c.args, batchMs: 0 })).flops;
-      const times = await roundRobin(contestants, rounds, quick ? 0 : 500);
+      const times = await roundRobin(contestants, { rounds, repeats, batchMs: quick ? 0 : 500 });
       data[what] = {
         milliseconds: times,
         flops,

@@ -1,8 +1,9 @@
 // elastiform's self-distillation: its own training loop, held between steps so that the coordinator can time them.
 import fs from 'node:fs';
 import path from 'node:path';
+import { batchRun } from '../../dist/distill/batches.js';
 import { TokenData } from '../../dist/distill/data.js';
-import { batchRun, capacityFeeds, routerPlan, trainProgram } from '../../dist/distill/steps.js';
+import { capacityFeeds, routerPlan, trainProgram } from '../../dist/distill/steps.js';
 import { Trainable } from '../../dist/distill/trainable.js';
 import { resolveConfig, train } from '../../dist/distill/trainer.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
@@ -32,14 +33,14 @@ function runStep(batch, total, signal) {
     dims,
     feeds: {
       ...feeds,
-      ...capacityFeeds(dims.segments, () => settings.capacity),
+      ...capacityFeeds(settings.policy, dims.segments, () => settings.capacity),
       weight: new Float32Array(dims.rows).fill(1 / total),
     },
     signal,
   });
 }
 
-// Starts the loop of `elastiform distill`; every step event waits for `release`.
+// Starts the loop of `elastiform distill`; every step waits for `release`.
 function startTraining({ spec, engine, rows, lr, scratch }) {
   const documents = Array.from({ length: 64 }, (_, i) => [...tokens(rows, spec.vocab, 100 + i)]);
   const data = TokenData.fromIds(documents, rows, 0);
@@ -55,6 +56,12 @@ function startTraining({ spec, engine, rows, lr, scratch }) {
     data,
     { batchTokens: rows, lr, weightDecay: 0 },
   );
+  let go;
+  const hold = () => {
+    go = new Promise((resolve) => {
+      release = resolve;
+    });
+  };
   const task = {
     api: 'distill',
     engine,
@@ -63,23 +70,16 @@ function startTraining({ spec, engine, rows, lr, scratch }) {
     identity: {},
     lossRows: (batch) => batch.ids.length,
     async micro(batch, { total, signal }) {
+      await go;
       const { outputs } = await runStep(batch, total, signal);
       return Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, value[0]]));
     },
   };
-  let go = new Promise((resolve) => {
-    release = resolve;
-  });
-  task.micro = ((micro) => async (batch, at) => {
-    await go;
-    return micro(batch, at);
-  })(task.micro);
+  hold();
   train(task, config, scratch, {
     onEvent: (event) => {
       if (event.type !== 'step') return;
-      go = new Promise((resolve) => {
-        release = resolve;
-      });
+      hold();
       reached.resolve(event.loss);
     },
   }).catch((error) => reached?.reject(error));
@@ -101,8 +101,8 @@ await serve({
     const engine = new Engine();
     const policy = policyOf({ kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity } }, spec);
     trainable = new Trainable(routerPlan(policy));
-    settings = { capacity };
-    step = trainProgram({ spec, weights, policy, trainable, engine, batchTokens: rows }, { kl: 1, topkBce: 0 }, false);
+    settings = { policy, capacity };
+    step = trainProgram({ spec, weights, policy, trainable, engine, batchTokens: rows }, { kl: 1, topkBce: 0 });
     fs.mkdirSync(scratch, { recursive: true });
     process.on('exit', () => fs.rmSync(scratch, { recursive: true, force: true }));
     startTraining({ spec, engine, rows, lr, scratch });

@@ -8,6 +8,7 @@ import { distill } from '../distill/distill.js';
 import { elastify } from '../elastic/elastify.js';
 import { type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
 import { type ElasticModel, loadModel } from '../infer/model.js';
+import { median } from '../infer/statistics.js';
 import { FileSystemError } from '../io/files.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { loadAddon } from '../native/index.js';
@@ -125,7 +126,9 @@ async function runDemo(context: CommandContext, { dir, work, seconds, texts }: S
   );
 
   const training = await train(context, planDir, modelDir, texts.train, seconds);
-  say(`Trained: ${training.steps} steps, ${training.tokens} tokens in ${training.seconds.toFixed(0)} s`);
+  say(
+    `Trained: ${training.steps} steps in ${training.seconds.toFixed(0)} s, ${Math.round(training.tokensPerSecond)} tokens/s`,
+  );
   await copyFile(join(modelDir, 'metrics.jsonl'), join(work, 'metrics.jsonl'));
   for (const name of ['checkpoints', 'metrics.jsonl']) await rm(join(modelDir, name), { recursive: true, force: true });
   await rm(planDir, { recursive: true });
@@ -224,8 +227,7 @@ async function train(
   const reporter = trainingReporter('distill');
   const started = performance.now();
   const points: { step: number; loss: number }[] = [];
-  let tokens = 0;
-  let last = started;
+  const rates: number[] = [];
   const result = await distill({
     ...common,
     out,
@@ -235,15 +237,14 @@ async function train(
       reporter.event(event);
       if (event.type !== 'step') return undefined;
       points.push({ step: event.step, loss: event.loss });
-      const now = performance.now();
-      tokens += (event.tokensPerSecond * (now - last)) / 1000;
-      last = now;
+      rates.push(event.tokensPerSecond);
       // A machine that became slower must not take for ever.
-      return now - started > seconds * 1500 ? 'stop' : undefined;
+      return performance.now() - started > seconds * 1500 ? 'stop' : undefined;
     },
   }).finally(() => reporter.finish());
   if (result.stopped === 'signal') context.signal.throwIfAborted();
-  return { steps: result.step, tokens: Math.round(tokens), seconds: (performance.now() - started) / 1000, points };
+  const took = (performance.now() - started) / 1000;
+  return { steps: result.step, seconds: took, tokensPerSecond: median(rates), points };
 }
 
 async function generateSamples(model: ElasticModel, text: string, { signal }: CommandContext): Promise<Sample[]> {

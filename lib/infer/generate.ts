@@ -131,7 +131,6 @@ async function run(
   const started = performance.now();
   const session = sessions.acquire();
   try {
-    const program = session.program(!point.full);
     const fixed: Record<string, TypedArray> = {};
     for (const [id, threshold] of point.thresholds) fixed[thresholdFeed(id)] = Float32Array.of(threshold);
     const meter = new ComputeMeter(spec.layers);
@@ -140,7 +139,7 @@ async function run(
     const append = async (ids: Int32Array): Promise<{ token: number; logprob: number }> => {
       const from = meter.rows;
       const u = uniform(request.seed, sampled, samplingStream);
-      const result = await program.run({
+      const result = await session.program(!point.full).run({
         dims: { rows: ids.length },
         feeds: {
           ...fixed,
@@ -162,6 +161,7 @@ async function run(
     let prefillMs = 0;
     let reason: FinishReason = 'length';
     try {
+      signal.throwIfAborted();
       let next = { token: 0, logprob: 0 };
       const chunk = decodeRows(network);
       for (let at = 0; at < prompt.length; at += chunk) next = await append(prompt.subarray(at, at + chunk));

@@ -116,7 +116,10 @@ export function reportHtml(data: ReportData): string {
       'Trained',
       `${count(elastic.trainable)} router parameters, ${percent(elastic.share, 3)} of the model; ${elastic.places}`,
     ],
-    ['Training', `${count(training.steps)} steps, ${count(training.tokens)} tokens, ${training.seconds.toFixed(0)} s`],
+    [
+      'Training',
+      `${count(training.steps)} steps in ${training.seconds.toFixed(0)} s, ${count(Math.round(training.tokensPerSecond))} tokens/s`,
+    ],
     ['Evaluated on', `${evaluation.data}: ${count(evaluation.tokens)} tokens in ${evaluation.sequences} sequences`],
     ['Machine', data.machine],
     ['Written', `${data.created} by elastiform ${data.version}, in ${data.seconds.toFixed(0)} s`],

@@ -60,8 +60,8 @@ export interface ReportData {
   readonly elastic: { readonly trainable: number; readonly share: number; readonly places: string };
   readonly training: {
     readonly steps: number;
-    readonly tokens: number;
     readonly seconds: number;
+    readonly tokensPerSecond: number;
     readonly points: readonly TrainingPoint[];
   };
   readonly evaluation: {

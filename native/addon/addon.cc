@@ -99,20 +99,12 @@ void* typedArrayData(const Napi::TypedArray& array) {
 }
 
 TypedData typedArrayArgument(const Napi::Value& value, DType dtype, const char* what) {
-  const Napi::TypedArray array = anyTypedArray(value, what);
-  const napi_typedarray_type type = array.TypedArrayType();
-  switch (dtype) {
-    case DType::F32:
-      if (type != napi_float32_array) reject(what, "a Float32Array");
-      break;
-    case DType::I32:
-      if (type != napi_int32_array) reject(what, "an Int32Array");
-      break;
-    case DType::BF16:
-    case DType::F16:
-      if (type != napi_uint16_array) reject(what, "a Uint16Array");
-      break;
+  const bool f32 = dtype == DType::F32, i32 = dtype == DType::I32;
+  const napi_typedarray_type wanted = f32 ? napi_float32_array : i32 ? napi_int32_array : napi_uint16_array;
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != wanted) {
+    reject(what, f32 ? "a Float32Array" : i32 ? "an Int32Array" : "a Uint16Array");
   }
+  const auto array = value.As<Napi::TypedArray>();
   return {typedArrayData(array), array.ElementLength()};
 }
 

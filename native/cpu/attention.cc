@@ -202,8 +202,9 @@ void attentionCached(const KernelArgs& args) {
   for (int64_t s = 0; s < segments; ++s) {
     const int64_t added = offsets[s + 1] - offsets[s];
     if (lengths[s] < 0 || lengths[s] + added > capacity) {
-      fail(ErrorCode::InvalidData, "[%s] lengths[%lld] must be in [0, %lld] to append %lld rows to a cache of %lld, got %d",
-           op, static_cast<long long>(s), static_cast<long long>(capacity - added), static_cast<long long>(added),
+      fail(ErrorCode::InvalidData,
+           "[%s] lengths[%lld] must be in [0, %lld] to append %lld rows to a cache of %lld, got %d", op,
+           static_cast<long long>(s), static_cast<long long>(capacity - added), static_cast<long long>(added),
            static_cast<long long>(capacity), lengths[s]);
     }
   }

@@ -88,7 +88,9 @@ void forChunks(int64_t count, int64_t perChunk, const KernelArgs& args, const Bo
 }
 
 // Rows of `width` elements per chunk of about kParallelElements.
-inline int64_t rowsPerChunk(int64_t width) { return std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, width)); }
+inline int64_t rowsPerChunk(int64_t width) {
+  return std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, width));
+}
 
 // A weight vector [D] as contiguous f32: the operand itself or a converted copy in scratch; null when absent.
 inline const float* vectorF32(const KernelArgs& args, const TensorView& w) {

@@ -42,7 +42,8 @@ static void activationGradVector(int act, const float* dy, const float* x, float
 }
 
 static void gatedActivationVector(int act, const float* g, const float* u, float* y, int64_t n) {
-  withAct(static_cast<Act>(act), [&]<Act kind>() { map(n, y, [](Vec a, Vec b) { return activate<kind>(a) * b; }, g, u); });
+  withAct(static_cast<Act>(act),
+          [&]<Act kind>() { map(n, y, [](Vec a, Vec b) { return activate<kind>(a) * b; }, g, u); });
 }
 
 static void gatedActivationGradVector(int act, const float* dy, const float* g, const float* u, float* dg, float* du,

@@ -1,11 +1,15 @@
 // Measures the matrix engine against the machine: FMA peak, GFLOP/s by shape, slices, routed FFN, GEMV bandwidth.
 //
-//   elastiform_gemm_bench [--quick] [filter]      filter: only sections whose name contains it
+//   elastiform_gemm_bench [--quick] [--cpu-time] [filter]     filter: only sections whose name contains it
+//
+// --cpu-time counts the processor time of the process divided by its threads: what a machine shared with other work
+// would do alone, less what waiting costs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <memory>
 #include <random>
@@ -76,22 +80,26 @@ TensorView viewOf(Tensor& t) {
   return v;
 }
 
+bool cpuTime = false;
+
 double now() {
+  if (cpuTime) return static_cast<double>(std::clock()) / CLOCKS_PER_SEC / threadCount();
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-int rounds = 9;
-double batchSeconds = 0.03;
+double budgetSeconds = 0.5;
 
-// The best of `rounds` batch means: the machine may be shared, and what others take is not ours to report.
+// The best of many short batches: the machine may be shared, and what others take is not ours to report. A batch is
+// shorter than a scheduler's slice, so that some are left alone even on a busy machine.
 double seconds(const std::function<void()>& body) {
   body();
   double once = now();
   body();
   once = now() - once;
-  const int repeats = std::max(1, static_cast<int>(batchSeconds / std::max(once, 1e-7)));
+  const int repeats = std::max(1, static_cast<int>(1e-3 / std::max(once, 1e-7)));
   double best = 1e30;
-  for (int r = 0; r < rounds; ++r) {
+  const double end = now() + std::max(budgetSeconds, 5 * once);
+  while (now() < end) {
     const double start = now();
     for (int i = 0; i < repeats; ++i) body();
     best = std::min(best, (now() - start) / repeats);
@@ -102,7 +110,7 @@ double seconds(const std::function<void()>& body) {
 double peak(int threads) {
   setThreadCount(threads);
   const KernelTable& table = kernels();
-  constexpr int64_t steps = 2'000'000;
+  constexpr int64_t steps = 20'000;
   std::vector<float> sink(static_cast<size_t>(threads));
   const double t = seconds([&] {
     parallelFor(threads, [&](int64_t chunk, int) { sink[static_cast<size_t>(chunk)] = table.fmaPeak(steps); }, nullptr);
@@ -144,8 +152,9 @@ int main(int argc, char** argv) {
   std::string filter;
   for (int i = 1; i < argc; ++i) {
     if (!std::strcmp(argv[i], "--quick")) {
-      rounds = 3;
-      batchSeconds = 0.01;
+      budgetSeconds = 0.1;
+    } else if (!std::strcmp(argv[i], "--cpu-time")) {
+      cpuTime = true;
     } else {
       filter = argv[i];
     }

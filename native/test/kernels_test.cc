@@ -147,13 +147,18 @@ struct Op {
   void run() {
     where = name + " [" + isaName() + "]";
     for (const Value* v : out) {
-      if (v) where += " x" + std::to_string(v->view.dim(0)) + "," + std::to_string(v->view.dim(1));
+      if (!v) continue;
+      where += " ->";
+      for (int i = 0; i < v->view.rank; ++i) where += " " + std::to_string(v->view.dim(i));
     }
     std::vector<std::vector<uint8_t>> before, after;
     std::vector<Value*> all = in;
     all.insert(all.end(), out.begin(), out.end());
     const auto save = [&](std::vector<std::vector<uint8_t>>& to) {
-      for (const Value* v : all) to.push_back(v ? std::vector<uint8_t>(v->data.get(), v->data.get() + v->bytes()) : std::vector<uint8_t>{});
+      for (const Value* v : all) {
+        to.emplace_back();
+        if (v) to.back().assign(v->data.get(), v->data.get() + v->bytes());
+      }
     };
     save(before);
     try {
@@ -487,7 +492,8 @@ void testNorms() {
 // ---- rope
 
 void testRope() {
-  for (const auto& [headDim, half] : std::vector<std::pair<int64_t, int64_t>>{{2, 1}, {6, 3}, {17, 4}, {64, 32}, {100, 50}}) {
+  const std::vector<std::pair<int64_t, int64_t>> heads{{2, 1}, {6, 3}, {17, 4}, {64, 32}, {100, 50}};
+  for (const auto& [headDim, half] : heads) {
     for (const int64_t n : kRows) {
       const int64_t d = 3 * headDim;
       Ints positions(n);
@@ -706,7 +712,8 @@ void testAttention() {
 
   Value q = noise({2, 8}), k = noise({2, 4}), v = noise({2, 4}), o = ints({0, 2}), y = empty({2, 8});
   Value lse = empty({2, 2}), wrong = empty({2, 3});
-  for (const Ints& bad : {Ints{1, 2}, Ints{0, 1}, Ints{0, 3}, Ints{0, 2, 1, 2}, Ints{0, -1, 2}, Ints{0, INT32_MAX, 2}}) {
+  for (const Ints& bad :
+       {Ints{1, 2}, Ints{0, 1}, Ints{0, 3}, Ints{0, 2, 1, 2}, Ints{0, -1, 2}, Ints{0, INT32_MAX, 2}}) {
     Value b = ints(bad), lengths = ints(Ints(bad.size() - 1, 0));
     const int64_t s = static_cast<int64_t>(bad.size()) - 1;
     Value ck = noise({s, 4, 4}), cv = noise({s, 4, 4});
@@ -754,8 +761,8 @@ void testRoute() {
           Ints order;
           for (int32_t i = offsets[s]; i < offsets[s + 1]; ++i) order.push_back(i);
           std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return z.f32()[a] > z.f32()[b]; });
-          order.resize(static_cast<size_t>(
-              std::clamp(std::ceil(static_cast<double>(capacity.f32()[s]) * lengths[s] - 1e-6), 0.0, 1.0 * lengths[s])));
+          const double k = std::ceil(static_cast<double>(capacity.f32()[s]) * lengths[s] - 1e-6);
+          order.resize(static_cast<size_t>(std::clamp(k, 0.0, 1.0 * lengths[s])));
           std::sort(order.begin(), order.end());
           want.insert(want.end(), order.begin(), order.end());
           wantOffsets.push_back(static_cast<int32_t>(want.size()));
@@ -955,7 +962,14 @@ void testSample() {
   }
   Value logits = noise({1, 4}), ids = make(DType::I32, {1}), logprob = empty({1});
   for (const std::vector<float>& bad : std::vector<std::vector<float>>{
-           {-1, 0, 1, 0}, {NAN, 0, 1, 0}, {1, -1, 1, 0}, {1, 1.5f, 1, 0}, {1, 0, 1.5f, 0}, {1, 0, -1, 0}, {1, 0, 1, 1}, {1, 0, 1, NAN}}) {
+           {-1, 0, 1, 0},
+           {NAN, 0, 1, 0},
+           {1, -1, 1, 0},
+           {1, 1.5f, 1, 0},
+           {1, 0, 1.5f, 0},
+           {1, 0, -1, 0},
+           {1, 0, 1, 1},
+           {1, 0, 1, NAN}}) {
     Value params = make(DType::F32, {1, 4});
     std::copy(bad.begin(), bad.end(), params.f32());
     Op{"sample", {&logits, &params}, {&ids, &logprob}, {}}.throws(ErrorCode::InvalidData, "params");

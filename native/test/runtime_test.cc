@@ -166,7 +166,7 @@ int testBadEncodings() {
   BAD("tensor 0: dim 0 is no dim", code[20] = 0);
   BAD("tensor 0: a feed cannot have a dim that an op produces", code[17] = 3);
   BAD("may hold more than", code[7] = code[9] = 0x7fffffff);
-  BAD("only 1 bound tensors were given", code[14] = 1);
+  BAD("tensor 1: only 0 bound tensors were given", tensors.clear());
   BAD("0 bound tensors wanted, got 1", code[21] = 2);
   BAD("tensor 1: dtype must be f32 as bound, got bf16", code[22] = 1);
   BAD("tensor 1: rank must be 2 as bound, got 1", code[23] = 1; code[25] = -1);
@@ -183,8 +183,8 @@ int testBadEncodings() {
   BAD("step 0 (linear): x must be a tensor in [0, 3) or -1, got 3", code[41] = 3);
   BAD("step 0 (linear): x (tensor 2) is read before it is written", code[41] = 2);
   BAD("step 0 (linear): y must be a temporary or an output, got a feed", code[45] = 0);
-  BAD("step 0 (linear): y (tensor 2) is written twice", code[46] = 2);
-  BAD("step 0 (linear): y[1] must be N", code[46] = 2; code[45] = 2; code[33] = 2; code[32] = 1);
+  BAD("step 0 (linear): pre (tensor 2) is written twice", code[46] = 2);
+  BAD("step 0 (linear): w[0] must be at least N = 4, got 3", code[32] = 1);
   return failures;
 }
 

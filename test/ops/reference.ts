@@ -164,7 +164,7 @@ function logSoftmax(logits: ArrayLike<number>): number[] {
 
 const argmax = (values: readonly number[]): number => values.indexOf(Math.max(...values));
 
-function selected(z: Value, offsets: Value, choose: (rows: number[], segment: number) => number[]): Value[] {
+function selected(offsets: Value, choose: (rows: number[], segment: number) => number[]): Value[] {
   const rows: number[] = [];
   const rowOffsets = [0];
   segments(offsets).forEach(([from, to], s) => {
@@ -176,7 +176,6 @@ function selected(z: Value, offsets: Value, choose: (rows: number[], segment: nu
     );
     rowOffsets.push(rows.length);
   });
-  void z;
   return [f64([rows.length], rows), f64(offsets.shape, rowOffsets)];
 }
 
@@ -411,14 +410,14 @@ export const references: Readonly<Record<string, Reference>> = {
   },
 
   route_topk([z, offsets, capacity]) {
-    return selected(z!, offsets!, (rows, s) => {
+    return selected(offsets!, (rows, s) => {
       const k = Math.min(rows.length, Math.max(0, Math.ceil(Math.fround(capacity!.data[s]) * rows.length - 1e-6)));
       const best = [...rows].sort((a, b) => z!.data[b] - z!.data[a] || a - b).slice(0, k);
       return best.sort((a, b) => a - b);
     });
   },
   route_threshold: ([z, offsets, threshold]) =>
-    selected(z!, offsets!, (rows, s) => rows.filter((r) => z!.data[r] > threshold!.data[s])),
+    selected(offsets!, (rows, s) => rows.filter((r) => z!.data[r] > threshold!.data[s])),
   gate([z, rows], [mode]) {
     return [
       f64(

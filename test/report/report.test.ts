@@ -116,8 +116,8 @@ test('the report is one self-contained page', () => {
     elastic: { trainable: 18, share: 0.018, places: 'attention and FFN of every layer' },
     training: {
       steps: 2,
-      tokens: 100,
       seconds: 1,
+      tokensPerSecond: 100,
       points: [
         { step: 1, loss: 1 },
         { step: 2, loss: 0.5 },

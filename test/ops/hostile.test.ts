@@ -1,0 +1,91 @@
+// Row indices that are out of range, descending or repeated: every op that takes them answers with InvalidData.
+import { describe, expect, test } from 'vitest';
+import { Graph } from '../../lib/graph/graph.js';
+import {
+  gate,
+  gatherIds,
+  gatherRows,
+  gradients,
+  layerNorm,
+  linear,
+  linearAdd,
+  linearDw,
+  linearGated,
+  type Node,
+  Program,
+  rmsNorm,
+  scatterAdd,
+  sumRows,
+  topkBce,
+} from '../../lib/graph/index.js';
+import { Tensor } from '../../lib/native/index.js';
+import { failure, testEngine } from './harness.js';
+
+const [n, d] = [5, 4];
+
+interface Nodes {
+  x: Node;
+  /** f32 [2, d]. */
+  part: Node;
+  z: Node;
+  ids: Node;
+  w: Node;
+  gain: Node;
+  rows: Node;
+}
+
+const builders: Record<string, (nodes: Nodes) => Node> = {
+  gather_rows: ({ x, rows }) => gatherRows(x, rows),
+  gather_ids: ({ ids, rows }) => gatherIds(ids, rows),
+  scatter_add: ({ x, part, rows }) => scatterAdd(x, part, rows),
+  sum_rows: ({ x, rows }) => sumRows(x, rows),
+  rms_norm: ({ x, gain, rows }) => rmsNorm(x, gain, { eps: 1e-5, rows }),
+  layer_norm: ({ x, gain, rows }) => layerNorm(x, gain, null, { eps: 1e-5, rows }),
+  linear: ({ x, w, rows }) => linear(x, w, { rows }),
+  linear_gated: ({ x, w, rows }) => linearGated(x, w, w, { act: 'silu', rows }),
+  linear_add: ({ x, part, w, rows }) => linearAdd(x, part, w, { rows }),
+  linear_dw: ({ x, part, rows }) => linearDw(x, part, { dyrows: rows }),
+  gate: ({ z, rows }) => gate(z, rows, 1),
+  topk_bce: ({ z, rows }) => topkBce(z, rows),
+  // Gradients whose forward step does not run: only they see the rows.
+  gate_grad: ({ z, rows }) => gradients(gate(z, rows, 1), [z], { seed: z.graph.feed('pair', 'f32', [2]) })[0],
+  topk_bce_grad: ({ z, rows }) => gradients(topkBce(z, rows), [z])[0],
+};
+
+describe.each(Object.entries(builders))('%s', (op, build) => {
+  test.each([[[0, n]], [[-1, 0]], [[3, 1]], [[2, 2]], [[0, 0x7fffffff]], [[-0x80000000, 0]]])(
+    'rows %j',
+    async (rows) => {
+      using w = Tensor.fromData('f32', [d, d], new Float32Array(d * d));
+      using gain = Tensor.fromData('f32', [d], new Float32Array(d));
+      const compile = (g: Graph) =>
+        g.output(
+          'y',
+          build({
+            x: g.feed('x', 'f32', [n, d]),
+            part: g.feed('part', 'f32', [2, d]),
+            z: g.feed('z', 'f32', [n, 1]),
+            ids: g.feed('ids', 'i32', [n]),
+            w: g.weight(w),
+            gain: g.weight(gain),
+            rows: g.feed('rows', 'i32', [2]),
+          }),
+        );
+      const feeds = {
+        x: new Float32Array(n * d),
+        part: new Float32Array(2 * d),
+        z: new Float32Array(n),
+        ids: new Int32Array(n),
+        ...(op === 'gate_grad' ? { pair: new Float32Array(2) } : {}),
+      };
+      const error = await failure(compile, { feeds: { ...feeds, rows: Int32Array.from(rows) } });
+      expect(error).toMatchObject({ code: 'InvalidData' });
+      expect(error.message).toContain(`[${op}]`);
+      // The engine goes on.
+      const g = new Graph();
+      compile(g);
+      using program = Program.compile(g, testEngine());
+      await expect(program.run({ feeds: { ...feeds, rows: Int32Array.of(1, 4) } })).resolves.toBeDefined();
+    },
+  );
+});
