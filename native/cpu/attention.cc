@@ -37,10 +37,52 @@ void checkStatistics(const char* op, const TensorView& lse, int64_t heads) {
   }
 }
 
-// Pairs (query, key) in sight in a segment of `length` new positions after `cached` ones.
-double visiblePairs(bool causal, int64_t length, int64_t cached) {
-  const double n = static_cast<double>(length);
-  return causal ? n * (n + 1) / 2 + n * static_cast<double>(cached) : n * n;
+// The rows that are queries: those of segment s are [offsets[s], offsets[s + 1]) of q, and row i of q stands at row
+// rows[i] of the new keys (null: at row i).
+struct Queries {
+  const int32_t *offsets, *rows;
+
+  int64_t count(int64_t s) const { return offsets[s + 1] - offsets[s]; }
+};
+
+// `offsets`: of the key rows, checked.
+Queries checkedQueries(const char* op, const TensorView& rows, const TensorView& rowOffsets, const TensorView& q,
+                       const TensorView& k, const int32_t* offsets) {
+  if (!rows != !rowOffsets) {
+    fail(ErrorCode::InvalidProgram, "[%s] rows and row_offsets must be given together, got %s alone", op,
+         rows ? "rows" : "row_offsets");
+  }
+  if (!rows) {
+    if (q.dim(0) != k.dim(0)) {
+      fail(ErrorCode::InvalidProgram, "[%s] without rows q and k must have as many rows, got %lld and %lld", op,
+           static_cast<long long>(q.dim(0)), static_cast<long long>(k.dim(0)));
+    }
+    return {offsets, nullptr};
+  }
+  checkRows(op, rows.i32(), q.dim(0), k.dim(0));
+  const int64_t segments = checkOffsets(op, rowOffsets, q.dim(0), "row_offsets");
+  const Queries queries{rowOffsets.i32(), rows.i32()};
+  for (int64_t s = 0; s < segments; ++s) {
+    for (int64_t i = queries.offsets[s]; i < queries.offsets[s + 1]; ++i) {
+      if (queries.rows[i] < offsets[s] || queries.rows[i] >= offsets[s + 1]) {
+        fail(ErrorCode::InvalidData, "[%s] rows[%lld] must be in segment %lld, [%d, %d), got %d", op,
+             static_cast<long long>(i), static_cast<long long>(s), offsets[s], offsets[s + 1], queries.rows[i]);
+      }
+    }
+  }
+  return queries;
+}
+
+// Pairs (query, key) in sight in segment s, whose new rows come after `cached` ones.
+double visiblePairs(bool causal, const Queries& queries, const int32_t* offsets, int64_t s, int64_t cached) {
+  const double count = static_cast<double>(queries.count(s));
+  if (!causal) return count * (offsets[s + 1] - offsets[s]);
+  if (!queries.rows) return count * (count + 1) / 2 + count * static_cast<double>(cached);
+  double pairs = 0;
+  for (int64_t i = queries.offsets[s]; i < queries.offsets[s + 1]; ++i) {
+    pairs += static_cast<double>(cached + queries.rows[i] - offsets[s] + 1);
+  }
+  return pairs;
 }
 
 // Multiply-adds below which the calling thread does the work alone.
@@ -48,18 +90,18 @@ constexpr double kParallelWork = 131072;
 
 struct Keys {
   const float *k, *v;
-  int64_t cached;  // keys before the segment's first new position
+  int64_t cached;  // keys before the segment's first new row
 };
 
-// What attention and attention_cached have in common. keysOf(s): the keys of segment s.
+// What attention and attention_cached have in common. offsets: of the new key rows; keysOf(s): the keys of segment s.
 template <typename KeysOf>
-void attend(const KernelArgs& args, const Heads& h, const float* q, const int32_t* offsets, int64_t segments,
-            bool causal, float scale, float* y, float* lse, const KeysOf& keysOf) {
+void attend(const KernelArgs& args, const Heads& h, const float* q, const Queries& queries, const int32_t* offsets,
+            int64_t segments, bool causal, float scale, float* y, float* lse, const KeysOf& keysOf) {
   const VectorOps& vector = vectorOps();
   const int64_t queryWidth = h.heads * h.headDim;
   double pairs = 0;
   for (int64_t s = 0; s < segments; ++s) {
-    pairs += visiblePairs(causal, offsets[s + 1] - offsets[s], keysOf(s).cached);
+    pairs += visiblePairs(causal, queries, offsets, s, keysOf(s).cached);
   }
   args.counters->flops += 4.0 * h.headDim * h.heads * pairs;
   const bool parallel = pairs * h.heads * h.headDim > kParallelWork;
@@ -73,7 +115,7 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const int32_
   tasksBefore[0] = 0;
   const auto headsPerTask = [&](int64_t rows) { return rows <= kQueryRows ? together : 1; };
   for (int64_t s = 0; s < segments; ++s) {
-    const int64_t rows = (offsets[s + 1] - offsets[s]) * h.group;
+    const int64_t rows = queries.count(s) * h.group;
     const int64_t heads = headsPerTask(rows), blocks = (rows + kQueryRows - 1) / kQueryRows;
     tasksBefore[s + 1] = tasksBefore[s] + blocks * ((h.kvHeads + heads - 1) / heads);
     mostRows = std::max(mostRows, std::min(rows, kQueryRows) * heads);
@@ -86,17 +128,17 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const int32_
       // The last blocks first: under causal attention they see the most keys.
       const int64_t task = tasks - 1 - chunk;
       const int64_t s = std::upper_bound(tasksBefore, tasksBefore + segments + 1, task) - tasksBefore - 1;
-      const int64_t rows = (offsets[s + 1] - offsets[s]) * h.group, heads = headsPerTask(rows);
+      const int64_t rows = queries.count(s) * h.group, heads = headsPerTask(rows);
       const int64_t headGroups = (h.kvHeads + heads - 1) / heads, index = task - tasksBefore[s];
-      const int64_t head = index % headGroups * heads;
-      const int64_t query = offsets[s] * queryWidth + head * h.group * h.headDim;
+      const int64_t head = index % headGroups * heads, firstQuery = queries.offsets[s];
+      const int64_t query = firstQuery * queryWidth + head * h.group * h.headDim;
       const Keys keys = keysOf(s);
       AttentionBlock block;
       block.q = q + query;
       block.k = keys.k + head * h.headDim;
       block.v = keys.v + head * h.headDim;
       block.y = y + query;
-      block.lse = lse ? lse + offsets[s] * h.heads + head * h.group : nullptr;
+      block.lse = lse ? lse + firstQuery * h.heads + head * h.group : nullptr;
       block.qStride = queryWidth;
       block.kvStride = h.kvHeads * h.headDim;
       block.lseStride = h.heads;
@@ -105,8 +147,9 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const int32_
       block.kvHeads = std::min(heads, h.kvHeads - head);
       block.firstRow = index / headGroups * kQueryRows;
       block.rows = std::min(kQueryRows, rows - block.firstRow);
-      block.keys = keys.cached + rows / h.group;
-      block.cached = keys.cached;
+      block.keys = keys.cached + offsets[s + 1] - offsets[s];
+      block.stands = queries.rows ? queries.rows + firstQuery : nullptr;
+      block.shift = keys.cached - (queries.rows ? offsets[s] : 0);
       block.causal = causal;
       block.scale = scale;
       block.scratch = scratch + worker * scratchSize;
@@ -119,15 +162,16 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const int32_
 
 void attention(const KernelArgs& args) {
   const char* op = "attention";
-  const int64_t rows = args.in[0].dim(0), kvWidth = args.in[1].dim(1);
+  const int64_t kvWidth = args.in[1].dim(1);
   const Heads h = checkedHeads(args, op, args.in[0].dim(1), kvWidth);
   const bool causal = intAttribute(args, op, 2, "causal", 0, 1) != 0;
   const float scale = static_cast<float>(finiteAttribute(args, op, 3, "scale"));
   checkStatistics(op, args.out[1], h.heads);
-  const int64_t segments = checkOffsets(op, args.in[3], rows);
+  const int64_t segments = checkOffsets(op, args.in[3], args.in[1].dim(0));
   const int32_t* offsets = args.in[3].i32();
+  const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1], offsets);
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
-  attend(args, h, args.in[0].f32(), offsets, segments, causal, scale, args.out[0].f32(),
+  attend(args, h, args.in[0].f32(), queries, offsets, segments, causal, scale, args.out[0].f32(),
          args.out[1] ? args.out[1].f32() : nullptr, [&](int64_t s) {
            return Keys{k + offsets[s] * kvWidth, v + offsets[s] * kvWidth, 0};
          });
@@ -135,20 +179,20 @@ void attention(const KernelArgs& args) {
 
 void attentionGrad(const KernelArgs& args) {
   const char* op = "attention_grad";
-  const int64_t rows = args.in[1].dim(0), queryWidth = args.in[1].dim(1), kvWidth = args.in[2].dim(1);
+  const int64_t queryWidth = args.in[1].dim(1), kvWidth = args.in[2].dim(1);
   const Heads h = checkedHeads(args, op, queryWidth, kvWidth);
   const bool causal = intAttribute(args, op, 2, "causal", 0, 1) != 0;
   const float scale = static_cast<float>(finiteAttribute(args, op, 3, "scale"));
   checkStatistics(op, args.in[5], h.heads);
-  const int64_t segments = checkOffsets(op, args.in[6], rows);
+  const int64_t segments = checkOffsets(op, args.in[6], args.in[2].dim(0));
   const int32_t* offsets = args.in[6].i32();
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[1], args.in[2], offsets);
   const VectorOps& vector = vectorOps();
   double pairs = 0;
   int64_t longest = 0;
   for (int64_t s = 0; s < segments; ++s) {
-    const int64_t length = offsets[s + 1] - offsets[s];
-    pairs += visiblePairs(causal, length, 0);
-    longest = std::max(longest, length);
+    pairs += visiblePairs(causal, queries, offsets, s, 0);
+    longest = std::max(longest, queries.count(s));
   }
   args.counters->flops += 10.0 * h.headDim * h.heads * pairs;
   const bool parallel = pairs * h.heads * h.headDim > kParallelWork;
@@ -157,8 +201,8 @@ void attentionGrad(const KernelArgs& args) {
   const int64_t tasks = segments * h.kvHeads;
   forChunks(tasks, parallel ? 1 : tasks, args, [&](int64_t begin, int64_t end, int worker) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t s = task / h.kvHeads, head = task % h.kvHeads;
-      const int64_t query = offsets[s] * queryWidth + head * h.group * h.headDim;
+      const int64_t s = task / h.kvHeads, head = task % h.kvHeads, firstQuery = queries.offsets[s];
+      const int64_t query = firstQuery * queryWidth + head * h.group * h.headDim;
       const int64_t key = offsets[s] * kvWidth + head * h.headDim;
       AttentionGradBlock block;
       block.dy = args.in[0].f32() + query;
@@ -166,7 +210,7 @@ void attentionGrad(const KernelArgs& args) {
       block.k = args.in[2].f32() + key;
       block.v = args.in[3].f32() + key;
       block.y = args.in[4].f32() + query;
-      block.lse = args.in[5].f32() + offsets[s] * h.heads + head * h.group;
+      block.lse = args.in[5].f32() + firstQuery * h.heads + head * h.group;
       block.dq = args.out[0].f32() + query;
       block.dk = args.out[1].f32() + key;
       block.dv = args.out[2].f32() + key;
@@ -175,7 +219,10 @@ void attentionGrad(const KernelArgs& args) {
       block.lseStride = h.heads;
       block.headDim = h.headDim;
       block.group = h.group;
-      block.length = offsets[s + 1] - offsets[s];
+      block.positions = queries.count(s);
+      block.keys = offsets[s + 1] - offsets[s];
+      block.stands = queries.rows ? queries.rows + firstQuery : nullptr;
+      block.shift = queries.rows ? -offsets[s] : 0;
       block.causal = causal;
       block.scale = scale;
       block.scratch = scratch + worker * scratchSize;
@@ -186,11 +233,12 @@ void attentionGrad(const KernelArgs& args) {
 
 void attentionCached(const KernelArgs& args) {
   const char* op = "attention_cached";
-  const int64_t rows = args.in[0].dim(0), kvWidth = args.in[1].dim(1);
+  const int64_t kvWidth = args.in[1].dim(1);
   const Heads h = checkedHeads(args, op, args.in[0].dim(1), kvWidth);
   const float scale = static_cast<float>(finiteAttribute(args, op, 2, "scale"));
-  const int64_t segments = checkOffsets(op, args.in[3], rows);
+  const int64_t segments = checkOffsets(op, args.in[3], args.in[1].dim(0));
   const int32_t* offsets = args.in[3].i32();
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[0], args.in[1], offsets);
   const TensorView& cacheK = args.in[5];
   const TensorView& cacheV = args.in[6];
   const int64_t capacity = cacheK.dim(1);
@@ -215,9 +263,10 @@ void attentionCached(const KernelArgs& args) {
     std::memcpy(cacheK.f32() + to, k + from, bytes);
     std::memcpy(cacheV.f32() + to, v + from, bytes);
   }
-  attend(args, h, args.in[0].f32(), offsets, segments, true, scale, args.out[0].f32(), nullptr, [&](int64_t s) {
-    return Keys{cacheK.f32() + s * capacity * kvWidth, cacheV.f32() + s * capacity * kvWidth, lengths[s]};
-  });
+  attend(args, h, args.in[0].f32(), queries, offsets, segments, true, scale, args.out[0].f32(), nullptr,
+         [&](int64_t s) {
+           return Keys{cacheK.f32() + s * capacity * kvWidth, cacheV.f32() + s * capacity * kvWidth, lengths[s]};
+         });
   // Last, so that an aborted run leaves the cache as it was.
   for (int64_t s = 0; s < segments; ++s) lengths[s] += offsets[s + 1] - offsets[s];
 }

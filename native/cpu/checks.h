@@ -52,19 +52,19 @@ inline void checkIds(const char* op, const int32_t* ids, int64_t count, int64_t 
 }
 
 // Segment offsets [segments + 1]: 0 first, never falling, `rows` last. Returns the number of segments.
-inline int64_t checkOffsets(const char* op, const TensorView& offsets, int64_t rows) {
+inline int64_t checkOffsets(const char* op, const TensorView& offsets, int64_t rows, const char* name = "offsets") {
   const int64_t segments = offsets.dim(0) - 1;
-  if (segments < 0) fail(ErrorCode::InvalidProgram, "[%s] offsets must hold at least one element, got none", op);
+  if (segments < 0) fail(ErrorCode::InvalidProgram, "[%s] %s must hold at least one element, got none", op, name);
   const int32_t* o = offsets.i32();
-  if (o[0] != 0) fail(ErrorCode::InvalidData, "[%s] offsets[0] must be 0, got %d", op, o[0]);
+  if (o[0] != 0) fail(ErrorCode::InvalidData, "[%s] %s[0] must be 0, got %d", op, name, o[0]);
   for (int64_t s = 1; s <= segments; ++s) {
     if (o[s] < o[s - 1] || o[s] > rows) {
-      fail(ErrorCode::InvalidData, "[%s] offsets[%lld] must be in [%d, %lld], got %d", op, static_cast<long long>(s),
+      fail(ErrorCode::InvalidData, "[%s] %s[%lld] must be in [%d, %lld], got %d", op, name, static_cast<long long>(s),
            o[s - 1], static_cast<long long>(rows), o[s]);
     }
   }
   if (o[segments] != rows) {
-    fail(ErrorCode::InvalidData, "[%s] offsets[%lld] must be the number of rows %lld, got %d", op,
+    fail(ErrorCode::InvalidData, "[%s] %s[%lld] must be the number of rows %lld, got %d", op, name,
          static_cast<long long>(segments), static_cast<long long>(rows), o[segments]);
   }
   return segments;

@@ -28,7 +28,8 @@ struct AttentionBlock {
   int64_t headDim, group, kvHeads;
   int64_t firstRow, rows;  // rows <= kQueryRows
   int64_t keys;            // of the segment
-  int64_t cached;          // causal: position p sees keys [0, cached + p]
+  const int32_t* stands;   // causal: position p sees keys [0, shift + stands[p]], ascending; null: [0, shift + p]
+  int64_t shift;
   bool causal;
   float scale;
   float* scratch;  // attentionScratch(headDim, rows * kvHeads) floats
@@ -39,10 +40,12 @@ struct AttentionGradBlock {
   const float *dy, *q, *k, *v, *y, *lse;  // position 0 of the segment, this kv head or first head of its group
   float *dq, *dk, *dv;
   int64_t qStride, kvStride, lseStride;
-  int64_t headDim, group, length;
+  int64_t headDim, group, positions, keys;
+  const int32_t* stands;  // as in AttentionBlock
+  int64_t shift;
   bool causal;
   float scale;
-  float* scratch;  // attentionGradScratch(headDim, length * group) floats
+  float* scratch;  // attentionGradScratch(headDim, positions * group) floats
 };
 
 struct VectorOps {

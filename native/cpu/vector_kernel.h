@@ -388,6 +388,31 @@ ELASTIFORM_INLINE void packRow(const float* x, int64_t width, float factor, floa
   if (d < width) store(out + d, loadPartial(x + d, width - d) * splat(factor));
 }
 
+// ---- attention: what a query sees
+
+// The last key that query position p sees under causal attention.
+template <typename Block>
+ELASTIFORM_INLINE int64_t lastKey(const Block& t, int64_t p) {
+  return t.shift + (t.stands ? t.stands[p] : p);
+}
+
+// The first of `positions` query positions that sees the key; `positions` or more when none does.
+template <typename Block>
+static int64_t firstPosition(const Block& t, int64_t key, int64_t positions) {
+  if (!t.causal) return 0;
+  if (!t.stands) return key > t.shift ? key - t.shift : 0;
+  int64_t low = 0, high = positions;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (lastKey(t, middle) < key) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // ---- attention: forward
 //
 // Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". A row's result is
@@ -417,9 +442,10 @@ static void attentionTile(const AttentionBlock& t, const float* keys, const floa
   const float* v = packV ? packedV : values;
   const int64_t vStride = packV ? padded : t.kvStride;
   const auto visible = [&](int64_t r) {  // keys of this tile that row r sees; more than count means all
-    return (t.causal ? t.cached + (t.firstRow + r) / t.group + 1 : t.keys) - first;
+    return (t.causal ? lastKey(t, (t.firstRow + r) / t.group) + 1 : t.keys) - first;
   };
-  int64_t start = t.causal ? (first - t.cached) * t.group - t.firstRow : 0;  // rows before it see none of the tile
+  const int64_t positions = (t.firstRow + t.rows - 1) / t.group + 1;
+  int64_t start = firstPosition(t, first, positions) * t.group - t.firstRow;  // rows before it see none of the tile
   if (start < 0) start = 0;
   for (int64_t r = start; r < t.rows; r += kTileRows) {
     const int64_t rows = t.rows - r < kTileRows ? t.rows - r : kTileRows;
@@ -481,7 +507,7 @@ static void attentionBlock(const AttentionBlock& t) {
       total[at] = 0;
     }
   }
-  const int64_t end = t.causal ? t.cached + (t.firstRow + t.rows - 1) / t.group + 1 : t.keys;
+  const int64_t end = t.causal ? lastKey(t, (t.firstRow + t.rows - 1) / t.group) + 1 : t.keys;
   // Keys outside, heads inside: a long cache is read from end to end.
   for (int64_t first = 0; first < end; first += kKeyTile) {
     const int64_t count = end - first < kKeyTile ? end - first : kKeyTile;
@@ -515,7 +541,7 @@ static int64_t attentionGradScratchSize(int64_t headDim, int64_t rows) {
 }
 
 static void attentionGradBlock(const AttentionGradBlock& t) {
-  const int64_t width = t.headDim, padded = roundUp(width), vecs = padded / kLanes, total = t.length * t.group;
+  const int64_t width = t.headDim, padded = roundUp(width), vecs = padded / kLanes, total = t.positions * t.group;
   float* delta = t.scratch;                       // [total]
   float* kt = delta + roundUp(total);             // [width, kKeyTile]
   float* vt = kt + padded * kKeyTile;             // [width, kKeyTile]
@@ -533,14 +559,14 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
     delta[row] = sumOf(width, [](Vec a, Vec b) { return a * b; }, t.dy + at, t.y + at);
     memset(t.dq + at, 0, width * sizeof(float));
   }
-  for (int64_t first = 0; first < t.length; first += kKeyTile) {
-    const int64_t count = t.length - first < kKeyTile ? t.length - first : kKeyTile;
+  for (int64_t first = 0; first < t.keys; first += kKeyTile) {
+    const int64_t count = t.keys - first < kKeyTile ? t.keys - first : kKeyTile;
     packTransposed(t.k + first * t.kvStride, t.kvStride, count, width, kt);
     packTransposed(t.v + first * t.kvStride, t.kvStride, count, width, vt);
     for (int64_t j = 0; j < count; ++j) packRow(t.k + (first + j) * t.kvStride, width, 1.0f, k + j * padded);
     memset(dk, 0, count * padded * sizeof(float));
     memset(dv, 0, count * padded * sizeof(float));
-    for (int64_t r0 = t.causal ? first * t.group : 0; r0 < total; r0 += kQueryRows) {
+    for (int64_t r0 = firstPosition(t, first, t.positions) * t.group; r0 < total; r0 += kQueryRows) {
       const int64_t blockRows = total - r0 < kQueryRows ? total - r0 : kQueryRows;
       for (int64_t r = 0; r < blockRows; ++r) {
         packRow(t.q + queryAt(r0 + r), width, t.scale, q + r * padded);
@@ -548,7 +574,7 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
       }
       for (int64_t r = 0; r < blockRows; r += kTileRows) {
         const int64_t rows = blockRows - r < kTileRows ? blockRows - r : kTileRows;
-        int64_t seen = t.causal ? (r0 + r + rows - 1) / t.group + 1 - first : count;
+        int64_t seen = t.causal ? lastKey(t, (r0 + r + rows - 1) / t.group) + 1 - first : count;
         if (seen > count) seen = count;
         const int64_t seenVecs = (seen + kLanes - 1) / kLanes;
         multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, probs + r * kKeyTile, kKeyTile, false);
@@ -562,7 +588,7 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
             store(p + j * kLanes, weight);
             store(s + j * kLanes, weight * (load(s + j * kLanes) - d));
           }
-          int64_t own = t.causal ? position + 1 - first : count;
+          int64_t own = t.causal ? lastKey(t, position) + 1 - first : count;
           if (own > count) own = count;
           for (int64_t j = own; j < count; ++j) p[j] = s[j] = 0.0f;
         }
@@ -571,7 +597,8 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
       }
       for (int64_t j = 0; j < count; j += kTileRows) {
         const int64_t keys = count - j < kTileRows ? count - j : kTileRows;
-        int64_t start = t.causal ? (first + j) * t.group - r0 : 0;  // rows before it see none of these keys
+        // Rows before it see none of these keys.
+        int64_t start = firstPosition(t, first + j, t.positions) * t.group - r0;
         if (start < 0) start = 0;
         if (start >= blockRows) break;
         multiply(keys, vecs, blockRows - start, probs + start * kKeyTile + j, 1, kKeyTile, dy + start * padded, padded,

@@ -56,15 +56,15 @@ const std::vector<OpDef>& opDefs() {
       // positions and attention
       {"rope", "x:f32[R,D] positions:i32[R] inv_freq:w[F] -> y:f32[R,D]", {"head_dim", "sign", "magnitude"}, 0},
       {"attention",
-       "q:f32[R,Q] k:f32[R,C] v:f32[R,C] offsets:i32[O] -> y:f32[R,Q] lse?:f32[R,H]",
+       "q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q] lse?:f32[R,H]",
        {"heads", "kv_heads", "causal", "scale"}},
       {"attention_grad",
-       "dy:f32[R,Q] q:f32[R,Q] k:f32[R,C] v:f32[R,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] -> dq:f32[R,Q] "
-       "dk:f32[R,C] dv:f32[R,C]",
+       "dy:f32[R,Q] q:f32[R,Q] k:f32[N,C] v:f32[N,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] rows?:i32[R] "
+       "row_offsets?:i32[O] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]",
        {"heads", "kv_heads", "causal", "scale"}},
       {"attention_cached",
-       "q:f32[R,Q] k:f32[R,C] v:f32[R,C] offsets:i32[O] lengths!:i32[S] cache_k!:f32[S,T,C] cache_v!:f32[S,T,C] -> "
-       "y:f32[R,Q]",
+       "q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] lengths!:i32[S] cache_k!:f32[S,T,C] cache_v!:f32[S,T,C] "
+       "rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q]",
        {"heads", "kv_heads", "scale"}},
       // routing
       {"route_topk", "z:f32[N,1] offsets:i32[O] capacity:f32[S] -> rows:i32[+R] row_offsets:i32[O]", {}},

@@ -68,15 +68,35 @@ std::vector<Encoded> corpus() {
     w.step("embedding", {table, ids}, {x});
     w.step("rope", {x, positions, frequencies}, {rotated}, {2, 1, 1});
     w.step("linear", {x, wk, -1, -1}, {key, -1}, {0});
-    w.step("attention", {rotated, key, key, offsets}, {full, lse}, {2, 1, 1, 0.7});
-    w.step("attention_grad", {x, rotated, key, key, full, lse, offsets},
+    w.step("attention", {rotated, key, key, offsets, -1, -1}, {full, lse}, {2, 1, 1, 0.7});
+    w.step("attention_grad", {x, rotated, key, key, full, lse, offsets, -1, -1},
            {w.output({r, q}), w.output({r, c}), w.output({r, c})}, {2, 1, 1, 0.7});
-    w.step("attention_cached", {rotated, key, key, offsets, lengths, k, values}, {y}, {2, 1, 0.7});
+    w.step("attention_cached", {rotated, key, key, offsets, lengths, k, values, -1, -1}, {y}, {2, 1, 0.7});
     const int logits = w.temp({s, v}), rows = w.feedIds({s}), picked = w.temp({s, q});
     w.step("gather_rows", {y, rows}, {picked});
     w.step("linear", {picked, head, -1, -1}, {logits, -1}, {0});
     w.step("sample", {logits, params}, {w.tensor(TensorKind::Output, DType::I32, {s}), w.output({s})});
     w.step("embedding_grad", {y, ids}, {w.output({v, q})});
+    programs.push_back(encode(w));
+  }
+  {  // attention of the rows that a router selects
+    ProgramWriter w;
+    const int n = w.dim(DimKind::Set, 5), r = w.dim(DimKind::Produced, 5), o = w.constant(3), s = w.constant(2);
+    const int q = w.constant(4), c = w.constant(2), h = w.constant(2), one = w.constant(1);
+    const int x = w.feed({n, q}), key = w.feed({n, c}), z = w.feed({n, one}), threshold = w.feed({s});
+    const int offsets = w.feedIds({o});
+    const int lengths = w.bound(DType::I32, {2}, true), k = w.bound(DType::F32, {2, 7, 2}, true);
+    const int values = w.bound(DType::F32, {2, 7, 2}, true);
+    const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
+    const int rowOffsets = w.tensor(TensorKind::Temp, DType::I32, {o});
+    const int queries = w.temp({r, q}), y = w.temp({r, q}), lse = w.temp({r, h});
+    w.step("route_threshold", {z, offsets, threshold}, {rows, rowOffsets});
+    w.step("gather_rows", {x, rows}, {queries});
+    w.step("attention", {queries, key, key, offsets, rows, rowOffsets}, {y, lse}, {2, 1, 1, 0.7});
+    w.step("attention_grad", {queries, queries, key, key, y, lse, offsets, rows, rowOffsets},
+           {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7});
+    w.step("attention_cached", {queries, key, key, offsets, lengths, k, values, rows, rowOffsets}, {w.output({r, q})},
+           {2, 1, 0.7});
     programs.push_back(encode(w));
   }
   {  // losses, their gradients, and the optimizer
@@ -112,8 +132,8 @@ std::vector<Encoded> corpus() {
 class Fuzzer {
  public:
   explicit Fuzzer(uint64_t seed) : random_(seed), corpus_(corpus()) {
-    // The third program is invalid on purpose up to here; without its bad step it must be accepted like the others.
-    dropStep(corpus_[2], "linear_dx");
+    // The last program is invalid on purpose up to here; without its bad step it must be accepted like the others.
+    dropStep(corpus_.back(), "linear_dx");
     for (const Encoded& program : corpus_) build(program);
   }
 

@@ -17,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
+#include "runtime/signature.h"
 
 using namespace elastiform;
 using namespace elastiform::cpu;
@@ -111,7 +112,7 @@ Ints offsetsOf(const Ints& lengths) {
 
 struct Op {
   std::string name;
-  std::vector<Value*> in, out;  // null: absent
+  std::vector<Value*> in, out;  // null: absent, as are inputs left out at the end
   std::vector<double> attr;
   std::vector<int> alias = {};  // {output, input}: the output takes over that operand's memory
   int64_t produced[4] = {};
@@ -120,6 +121,7 @@ struct Op {
   void once() {
     std::vector<TensorView> inViews, outViews;
     for (const Value* v : in) inViews.push_back(v ? v->view : TensorView{});
+    inViews.resize(std::max(inViews.size(), signatureOf(findOp(name)).inputs.size()));
     for (const Value* v : out) outViews.push_back(v ? v->view : TensorView{});
     if (!alias.empty()) outViews[alias[0]].data = inViews[alias[1]].data;
     std::vector<void*> arena;
@@ -599,6 +601,32 @@ AttentionGrads attentionGradReference(const Doubles& dy, const Doubles& q, const
   return g;
 }
 
+// Some rows of every segment: none, a third, two thirds or all of them.
+struct Selection {
+  Ints rows, offsets{0};
+
+  explicit Selection(const Ints& segments) {
+    for (size_t s = 0; s + 1 < segments.size(); ++s) {
+      const int64_t share = below(4);
+      for (int32_t i = segments[s]; i < segments[s + 1]; ++i) {
+        if (below(3) < share) rows.push_back(i);
+      }
+      offsets.push_back(static_cast<int32_t>(rows.size()));
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+
+  Value of(Value& x) const {
+    const int64_t width = x.view.dim(1);
+    Value y = make(DType::F32, {count(), width});
+    for (int64_t r = 0; r < count(); ++r) std::copy_n(x.f32() + rows[r] * width, width, y.f32() + r * width);
+    return y;
+  }
+};
+
+bool sameBits(Value& a, Value& b) { return a.bytes() == b.bytes() && !std::memcmp(a.f32(), b.f32(), a.bytes()); }
+
 void testAttention() {
   const std::vector<Ints> batches{{}, {0}, {1}, {2, 0, 1}, {7, 3}, {64}, {65, 48, 1}, {130, 20}};
   for (const auto& [heads, kvHeads] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {4, 2}, {12, 1}, {3, 3}}) {
@@ -641,6 +669,40 @@ void testAttention() {
             near(dv, slope([&](const Doubles& x) { return loss(DQ, DK, x); }, DV), 5e-5, "dv by differences");
           }
 
+          // When only some rows are queries, each gets the bits it got among all; the gradients of keys are those of a
+          // dy that is zero at the other rows.
+          {
+            const Selection selection(offsets);
+            const int64_t count = selection.count();
+            Value at = ints(selection.rows), starts = ints(selection.offsets), sq = selection.of(q);
+            Value sy = empty({count, Q}), slse = empty({count, heads});
+            Op some{"attention", {&sq, &k, &v, &o, &at, &starts}, {&sy, &slse}, attr};
+            some.run();
+            Value wantY = selection.of(y), wantLses = selection.of(lse);
+            expect(sameBits(sy, wantY) && sameBits(slse, wantLses), "a query differs from what it was among all rows");
+            double seen = 0;
+            for (size_t s = 0; s < lengths.size(); ++s) {
+              for (int32_t i = selection.offsets[s]; i < selection.offsets[s + 1]; ++i) {
+                seen += causal ? selection.rows[i] - offsets[s] + 1 : lengths[s];
+              }
+            }
+            expect(some.counters.flops == 4 * headDim * heads * seen, "flops of some queries");
+
+            Value sdy = selection.of(dy), sdq = empty({count, Q}), sdk = empty({rows, C}), sdv = empty({rows, C});
+            Op someGrad{"attention_grad", {&sdy, &sq, &k, &v, &sy, &slse, &o, &at, &starts}, {&sdq, &sdk, &sdv}, attr};
+            someGrad.run();
+            Value wantDq = selection.of(dq), rest = make(DType::F32, {rows, Q});
+            expect(sameBits(sdq, wantDq), "dq of a query differs from what it was among all rows");
+            for (int64_t r = 0; r < count; ++r) {
+              std::copy_n(sdy.f32() + r * Q, Q, rest.f32() + selection.rows[r] * Q);
+            }
+            Value otherDq = empty({rows, Q}), otherDk = empty({rows, C}), otherDv = empty({rows, C});
+            Op{"attention_grad", {&rest, &q, &k, &v, &y, &lse, &o}, {&otherDq, &otherDk, &otherDv}, attr}.run();
+            expect(sdk.doubles() == otherDk.doubles(), "dk of some queries");
+            expect(sdv.doubles() == otherDv.doubles(), "dv of some queries");
+            expect(someGrad.counters.flops == 10 * headDim * heads * seen, "flops of the gradient of some queries");
+          }
+
           // The first segment alone has the bits it had in the batch.
           if (lengths.size() > 1 && lengths[0] > 0) {
             const int64_t n = lengths[0];
@@ -677,9 +739,19 @@ void testAttention() {
                 std::copy_n(k.f32() + from * C, counts[s] * C, pk.f32() + to * C);
                 std::copy_n(v.f32() + from * C, counts[s] * C, pv.f32() + to * C);
               }
+              const Selection selection(partOffsets);
+              Value at = ints(selection.rows), starts = ints(selection.offsets), sq = selection.of(pq);
+              Value sy = empty({selection.count(), Q}), sCached = ints(Ints(cached.i32(), cached.i32() + segments));
+              Value sK = make(DType::F32, {segments, capacity, C}), sV = make(DType::F32, {segments, capacity, C});
+              std::memcpy(sK.f32(), cacheK.f32(), sK.bytes());
+              std::memcpy(sV.f32(), cacheV.f32(), sV.bytes());
+              Op{"attention_cached", {&sq, &pk, &pv, &po, &sCached, &sK, &sV, &at, &starts}, {&sy}, cachedAttr}.run();
               Op op{"attention_cached", {&pq, &pk, &pv, &po, &cached, &cacheK, &cacheV}, {&py}, cachedAttr};
               op.run();
               flops += op.counters.flops;
+              Value wantY = selection.of(py);
+              expect(sameBits(sy, wantY), "a cached query differs from what it was among all rows");
+              expect(sameBits(sK, cacheK) && sameBits(sV, cacheV) && sameBits(sCached, cached), "caches differ");
               for (int64_t s = 0; s < segments; ++s) {
                 const int64_t from = offsets[s] + done[s];
                 if (counts[s] > 0) {
@@ -723,6 +795,35 @@ void testAttention() {
     Op{"attention_cached", {&q, &k, &v, &b, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidData,
                                                                                        "offsets");
   }
+  // Queries: out of order, out of their segment, badly counted, or with one operand of two.
+  Value two = ints({0, 1, 2}), q1 = noise({1, 8}), y1 = empty({1, 8}), lse1 = empty({1, 2});
+  Value lengths2 = ints({0, 0}), ck2 = noise({2, 4, 4}), cv2 = noise({2, 4, 4});
+  const auto allThrow = [&](Value* rows, Value* starts, Value& query, Value& out, Value& stats, ErrorCode code,
+                            const std::string& what) {
+    const Doubles before = ck2.doubles();
+    Op{"attention", {&query, &k, &v, &two, rows, starts}, {&out, nullptr}, {2, 1, 1, 1}}.throws(code, what);
+    Op{"attention_grad", {&out, &query, &k, &v, &out, &stats, &two, rows, starts}, {&out, &k, &v}, {2, 1, 1, 1}}.throws(
+        code, what);
+    Op{"attention_cached", {&query, &k, &v, &two, &lengths2, &ck2, &cv2, rows, starts}, {&out}, {2, 1, 1}}.throws(code,
+                                                                                                                  what);
+    expect(ck2.doubles() == before && lengths2.i32()[0] == 0, what + ": the cache was written to");
+  };
+  Value all = ints({0, 1}), allStarts = ints({0, 1, 2}), second = ints({1}), secondStarts = ints({0, 0, 1});
+  for (const Ints& bad : {Ints{1, 0}, Ints{0, 0}, Ints{-1, 1}, Ints{0, 2}, Ints{0, INT32_MAX}, Ints{INT32_MIN, 1}}) {
+    Value b = ints(bad);
+    allThrow(&b, &allStarts, q, y, lse, ErrorCode::InvalidData, "rows");
+  }
+  for (const Ints& bad : {Ints{0, 2, 2}, Ints{0, 0, 2}, Ints{0, 1, 3}, Ints{1, 1, 2}, Ints{0, -1, 2}, Ints{0, 2, 1}}) {
+    Value b = ints(bad);
+    allThrow(&all, &b, q, y, lse, ErrorCode::InvalidData, "row_offsets");
+  }
+  Value firstStarts = ints({0, 1, 1});
+  allThrow(&second, &firstStarts, q1, y1, lse1, ErrorCode::InvalidData, "a row of another segment");
+  allThrow(&all, nullptr, q, y, lse, ErrorCode::InvalidProgram, "rows alone");
+  allThrow(nullptr, &allStarts, q, y, lse, ErrorCode::InvalidProgram, "row_offsets alone");
+  allThrow(nullptr, nullptr, q1, y1, lse1, ErrorCode::InvalidProgram, "fewer queries than rows");
+  Op{"attention", {&q1, &k, &v, &two, &second, &secondStarts}, {&y1, nullptr}, {2, 1, 1, 1}}.run();
+
   Value none = ints({});
   Op{"attention", {&q, &k, &v, &none}, {&y, nullptr}, {2, 1, 1, 1}}.throws(ErrorCode::InvalidProgram, "no offsets");
   Op{"attention", {&q, &k, &v, &o}, {&y, nullptr}, {3, 1, 1, 1}}.throws(ErrorCode::InvalidProgram, "heads 3");

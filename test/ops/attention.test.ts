@@ -1,7 +1,16 @@
 // rope, attention over packed segments, and attention with a cache.
-import { expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { Graph } from '../../lib/graph/graph.js';
-import { attention, attentionCached, Program, rope } from '../../lib/graph/index.js';
+import {
+  attention,
+  attentionCached,
+  gatherRows,
+  gradients,
+  Program,
+  rope,
+  routeThreshold,
+  scatterAdd,
+} from '../../lib/graph/index.js';
 import { Tensor } from '../../lib/native/index.js';
 import { type Case, cases, compare, failure, inputs, offsetsOf, testEngine } from './harness.js';
 
@@ -62,6 +71,57 @@ cases(
   ),
 );
 
+/** Whether row i of a segment is a query. */
+type Pick = (i: number, segment: number) => boolean;
+
+const picks: Record<string, Pick> = {
+  'every third row': (i) => i % 3 === 1,
+  'most rows': (i) => i % 5 !== 0,
+  'every row': () => true,
+  'one segment': (_, segment) => segment === 0,
+  'no row': () => false,
+};
+
+/** Scores of the rows, and the threshold of every segment that those picked pass. */
+function scored(lengths: readonly number[], pick: Pick): { z: number[]; threshold: number[] } {
+  const z = lengths.flatMap((length, s) => Array.from({ length }, (_, i) => (pick(i, s) ? 1 : -1)));
+  return { z, threshold: lengths.map(() => 0) };
+}
+
+cases(
+  'attention of selected rows',
+  layouts.flatMap(({ lengths, heads, kvHeads, dh }) =>
+    // Long segments with one pick: their finite differences take long.
+    Object.keys(picks)
+      .slice(0, lengths[0] < 10 ? undefined : 1)
+      .flatMap((pick) =>
+        [true, false].map((causal): Case => {
+          const n = lengths.reduce((a, b) => a + b, 0);
+          const make = inputs(n);
+          const { z, threshold } = scored(lengths, picks[pick]);
+          return {
+            name: `${pick} of segments ${lengths}, ${heads}/${kvHeads} heads of ${dh}, ${causal ? 'causal' : 'full'}`,
+            inputs: {
+              q: make.f32(['N', n], heads * dh),
+              k: make.f32(['N', n], kvHeads * dh),
+              v: make.f32(['N', n], kvHeads * dh),
+              offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
+              z: make.values(z, ['N', n], 1),
+              threshold: make.values(threshold, ['S', lengths.length]),
+            },
+            build: ({ q, k, v, offsets, z, threshold }) => {
+              const selected = routeThreshold(z, offsets, threshold);
+              const options = { heads, kvHeads, causal, scale: 1 / Math.sqrt(dh), selected };
+              const y = attention(gatherRows(q, selected.rows), k, v, offsets, options);
+              return { y: scatterAdd(q, y, selected.rows) };
+            },
+            wrt: ['q', 'k', 'v'],
+          };
+        }),
+      ),
+  ),
+);
+
 cases('attention', [
   {
     name: 'large scores',
@@ -116,6 +176,120 @@ cases(
     };
   }),
 );
+
+cases(
+  'attention_cached of selected rows',
+  (
+    [
+      [[1], [0], 4, 'every row'],
+      [[3, 0, 2], [2, 5, 0], 5, 'every third row'],
+      [[17], [16], 40, 'most rows'],
+      [[4, 1, 1], [0, 7, 3], 8, 'one segment'],
+      [[5, 70], [3, 61], 140, 'every third row'],
+      [[2, 3], [1, 0], 5, 'no row'],
+    ] as const
+  ).map(([fresh, past, capacity, pick]): Case => {
+    const [heads, kvHeads, dh] = [4, 2, 6];
+    const n = fresh.reduce<number>((a, b) => a + b, 0);
+    const make = inputs(n + capacity);
+    const cache = make.f32(past.length, capacity, kvHeads * dh).data;
+    const { z, threshold } = scored(fresh, picks[pick]);
+    return {
+      name: `${pick} of new ${fresh} after ${past} of ${capacity}`,
+      inputs: {
+        q: make.f32(['N', n], heads * dh),
+        k: make.f32(['N', n], kvHeads * dh),
+        v: make.f32(['N', n], kvHeads * dh),
+        offsets: make.i32(offsetsOf(fresh), ['O', fresh.length + 1]),
+        z: make.values(z, ['N', n], 1),
+        threshold: make.values(threshold, ['S', fresh.length]),
+        lengths: make.state('i32', past, past.length),
+        cacheK: make.state('f32', cache, past.length, capacity, kvHeads * dh),
+        cacheV: make.state('f32', [...cache].reverse(), past.length, capacity, kvHeads * dh),
+      },
+      build: ({ q, k, v, offsets, z, threshold, lengths, cacheK, cacheV }) => {
+        const selected = routeThreshold(z, offsets, threshold);
+        const queries = gatherRows(q, selected.rows);
+        const options = { heads, kvHeads, scale: 0.4, selected };
+        return { y: attentionCached(queries, k, v, offsets, lengths, cacheK, cacheV, options) };
+      },
+    };
+  }),
+);
+
+test('a selected query gets the bits and counts the pairs that it has among all rows', async () => {
+  const [lengths, heads, kvHeads, dh] = [[150, 0, 67], 6, 2, 20];
+  const n = lengths.reduce((a, b) => a + b, 0);
+  const make = inputs(11);
+  const offsets = offsetsOf(lengths);
+  const [q, k, v] = [heads, kvHeads, kvHeads].map((h) => Float32Array.from(make.f32(n, h * dh).data));
+  for (const causal of [true, false]) {
+    for (const [name, pick] of Object.entries(picks)) {
+      const { z, threshold } = scored(lengths, pick);
+      const g = new Graph();
+      const [all, keys, values] = [
+        g.feed('q', 'f32', [n, heads * dh]),
+        g.feed('k', 'f32', [n, kvHeads * dh]),
+        g.feed('v', 'f32', [n, kvHeads * dh]),
+      ];
+      const segments = g.feed('offsets', 'i32', [lengths.length + 1]);
+      const selected = routeThreshold(
+        g.feed('z', 'f32', [n, 1]),
+        segments,
+        g.feed('threshold', 'f32', [lengths.length]),
+      );
+      const options = { heads, kvHeads, causal, scale: 0.7 };
+      const some = g.tag('some', () =>
+        attention(gatherRows(all, selected.rows), keys, values, segments, { ...options, selected }),
+      );
+      g.output('some', some);
+      g.output('expected', gatherRows(attention(all, keys, values, segments, options), selected.rows));
+      using program = Program.compile(g, testEngine());
+      const { outputs, counters } = await program.run({
+        feeds: {
+          ...{ q, k, v },
+          offsets: Int32Array.from(offsets),
+          z: Float32Array.from(z),
+          threshold: Float32Array.from(threshold),
+        },
+      });
+      expect(outputs.some, `${name}, causal ${causal}`).toEqual(outputs.expected);
+      let pairs = 0;
+      lengths.forEach((length, s) => {
+        for (let i = 0; i < length; ++i) if (pick(i, s)) pairs += causal ? i + 1 : length;
+      });
+      expect(counters.some.flops, name).toBe(4 * dh * heads * pairs);
+    }
+  }
+});
+
+test('keys that no query sees have gradients of exactly zero', async () => {
+  const [n, d] = [70, 8];
+  const g = new Graph();
+  const [q, k, v] = [g.feed('q', 'f32', [2, d]), g.feed('k', 'f32', [n, d]), g.feed('v', 'f32', [n, d])];
+  const selected = { rows: g.feed('rows', 'i32', [2]), offsets: g.feed('starts', 'i32', [3]) };
+  const options = { heads: 2, kvHeads: 2, causal: true, scale: 1, selected };
+  const y = attention(q, k, v, g.feed('offsets', 'i32', [3]), options);
+  gradients(y, [k, v], { seed: y }).forEach((node, i) => {
+    g.output(`d${i}`, node);
+  });
+  using program = Program.compile(g, testEngine());
+  const make = inputs(3);
+  const { outputs } = await program.run({
+    feeds: {
+      q: Float32Array.from(make.f32(2, d).data),
+      k: Float32Array.from(make.f32(n, d).data),
+      v: Float32Array.from(make.f32(n, d).data),
+      offsets: Int32Array.of(0, 68, n),
+      rows: Int32Array.of(1, 4),
+      starts: Int32Array.of(0, 2, 2),
+    },
+  });
+  for (const gradient of [outputs.d0, outputs.d1]) {
+    expect(gradient.slice(0, 5 * d).every((value) => value !== 0)).toBe(true);
+    expect(gradient.slice(5 * d).every((value) => value === 0)).toBe(true);
+  }
+});
 
 test('feeding rows one by one gives what attention gives at once', async () => {
   const [rows, heads, kvHeads, dh] = [7, 2, 1, 8];
@@ -180,6 +354,74 @@ test('bad offsets are InvalidData', async () => {
     expect(error, `${offsets}`).toMatchObject({ code: 'InvalidData' });
     expect(error.message).toContain('attention');
   }
+});
+
+describe.each(['attention', 'attention_cached'])('%s: selected rows', (op) => {
+  const [heads, kvHeads, scale] = [1, 1, 1];
+  const run = async (n: number, offsets: readonly number[], rows: readonly number[], starts: readonly number[]) => {
+    const [lengths, cacheK, cacheV] = [
+      Tensor.alloc('i32', [2]),
+      Tensor.alloc('f32', [2, n, 2]),
+      Tensor.alloc('f32', [2, n, 2]),
+    ];
+    const error = await failure(
+      (g) => {
+        const q = g.feed('q', 'f32', [rows.length, 2]);
+        const [k, v] = ['k', 'v'].map((name) => g.feed(name, 'f32', [n, 2]));
+        const selected = { rows: g.feed('rows', 'i32', [rows.length]), offsets: g.feed('starts', 'i32', [3]) };
+        const segments = g.feed('offsets', 'i32', [3]);
+        if (op === 'attention_cached') {
+          const caches = [g.state(lengths), g.state(cacheK), g.state(cacheV)] as const;
+          g.output('y', attentionCached(q, k, v, segments, ...caches, { heads, kvHeads, scale, selected }));
+        } else {
+          g.output('y', attention(q, k, v, segments, { heads, kvHeads, causal: true, scale, selected }));
+        }
+      },
+      {
+        feeds: {
+          q: new Float32Array(rows.length * 2),
+          k: new Float32Array(n * 2).fill(1),
+          v: new Float32Array(n * 2).fill(1),
+          offsets: Int32Array.from(offsets),
+          rows: Int32Array.from(rows),
+          starts: Int32Array.from(starts),
+        },
+      },
+    );
+    expect([...cacheK.read(), ...cacheV.read(), ...lengths.read()].every((value) => value === 0)).toBe(true);
+    for (const tensor of [lengths, cacheK, cacheV]) tensor.dispose();
+    return error;
+  };
+
+  test.each([
+    ['of another segment', [2, 3], [0, 1, 2], 'rows'],
+    ['before their segment', [0, 1], [0, 1, 2], 'rows'],
+    ['out of order', [3, 1], [0, 1, 2], 'rows'],
+    ['twice', [1, 1], [0, 2, 2], 'rows'],
+    ['past the end', [0, 4], [0, 1, 2], 'rows'],
+    ['negative', [-1, 2], [0, 1, 2], 'rows'],
+    ['huge', [0, 0x7fffffff], [0, 1, 2], 'rows'],
+    ['not all counted', [0, 2], [0, 1, 1], 'row_offsets'],
+    ['counted beyond', [0, 2], [0, 1, 3], 'row_offsets'],
+    ['counted backwards', [0, 2], [0, 2, 1], 'row_offsets'],
+    ['counted from one', [0, 2], [1, 1, 2], 'row_offsets'],
+  ])('%s', async (_, rows, starts, operand) => {
+    const error = await run(4, [0, 2, 4], rows, starts);
+    expect(error).toMatchObject({ code: 'InvalidData' });
+    expect(error.message).toContain(operand);
+    expect(error.message).toContain(`[${op}]`);
+  });
+});
+
+test('q and k of different rows need a selection', async () => {
+  const error = await failure((g) => {
+    const [q, k] = [g.feed('q', 'f32', [3, 2]), g.feed('k', 'f32', [4, 2])];
+    attention(q, k, k, g.feed('offsets', 'i32', [2]), { heads: 1, kvHeads: 1, causal: true, scale: 1 });
+  });
+  expect(error).toMatchObject({ code: 'InvalidArgument' });
+  expect(error.message).toBe(
+    '[attention] q and k must have the same rows unless some are selected, got q:[3,2] k:[4,2]',
+  );
 });
 
 test('heads that do not fit are named', async () => {

@@ -99,6 +99,16 @@ cases('no rows', [
     },
     ['x', 'w', 'w2'],
   ),
+  empty(
+    'attention of no queries',
+    ({ x, segments, w, w2, b }, rows, offsets) => {
+      const [q, k, v] = [linear(x, w, { rows }), linear(x, w2), linear(x, w, { bias: b })];
+      const selected = { rows, offsets };
+      const y = attention(q, k, v, segments, { heads: 2, kvHeads: 2, causal: false, scale: 1, selected });
+      return { y: linearAdd(x, y, w2, { rows }) };
+    },
+    ['x', 'w', 'w2', 'b'],
+  ),
   empty('topk_bce', ({ z }, rows) => ({ loss: topkBce(z, rows) }), ['z']),
   empty(
     'losses',

@@ -155,6 +155,16 @@ function segments(offsets: Value): [number, number][] {
   return Array.from(offsets.data.slice(1), (end, s) => [offsets.data[s], end]);
 }
 
+/** Per segment: its key rows `[from, to)` and its queries with the row each stands at. */
+function queries(offsets: Value, rows: Value | null, rowOffsets: Value | null) {
+  const parts = segments(rowOffsets ?? offsets);
+  return segments(offsets).map(([from, to], s) => {
+    const [first, last] = parts[s];
+    const standing = Array.from({ length: last - first }, (_, i) => ({ i: first + i, row: rowOf(rows, first + i) }));
+    return { from, to, standing };
+  });
+}
+
 function logSoftmax(logits: ArrayLike<number>): number[] {
   const values = Array.from(logits);
   const top = Math.max(...values);
@@ -332,15 +342,15 @@ export const references: Readonly<Record<string, Reference>> = {
     return [y];
   },
 
-  attention([q, k, v, offsets], [heads, kvHeads, causal, scale]) {
+  attention([q, k, v, offsets, rows, rowOffsets], [heads, kvHeads, causal, scale]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const y = f64(q!.shape);
     const lse = f64([q!.shape[0], heads]);
-    for (const [from, to] of segments(offsets!)) {
-      for (let i = from; i < to; ++i) {
+    for (const { from, to, standing } of queries(offsets!, rows, rowOffsets)) {
+      for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const s = scores(q!, k!, layout, h, i, from, causal ? i + 1 : to, scale);
+          const s = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, scale);
           lse.data[i * heads + h] = s.lse;
           s.p.forEach((p, j) => {
             for (let d = 0; d < dh; ++d) {
@@ -352,14 +362,14 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [y, lse];
   },
-  attention_grad([dy, q, k, v, , , offsets], [heads, kvHeads, causal, scale]) {
+  attention_grad([dy, q, k, v, , , offsets, rows, rowOffsets], [heads, kvHeads, causal, scale]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const [dq, dk, dv] = [f64(q!.shape), f64(k!.shape), f64(v!.shape)];
-    for (const [from, to] of segments(offsets!)) {
-      for (let i = from; i < to; ++i) {
+    for (const { from, to, standing } of queries(offsets!, rows, rowOffsets)) {
+      for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const { p, kv } = scores(q!, k!, layout, h, i, from, causal ? i + 1 : to, scale);
+          const { p, kv } = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, scale);
           const at = (i * heads + h) * dh;
           const dp = p.map((_, j) => {
             let sum = 0;
@@ -381,22 +391,22 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [dq, dk, dv];
   },
-  attention_cached([q, k, v, offsets, lengths, cacheK, cacheV], [heads, kvHeads, scale]) {
+  attention_cached([q, k, v, offsets, lengths, cacheK, cacheV, rows, rowOffsets], [heads, kvHeads, scale]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const [, capacity, c] = cacheK!.shape;
     const y = f64(q!.shape);
-    segments(offsets!).forEach(([from, to], s) => {
+    queries(offsets!, rows, rowOffsets).forEach(({ from, to, standing }, s) => {
       const past = lengths!.data[s];
       for (let i = from; i < to; ++i) {
         const at = (s * capacity + past + i - from) * c;
         cacheK!.data.set(k!.data.subarray(i * c, (i + 1) * c), at);
         cacheV!.data.set(v!.data.subarray(i * c, (i + 1) * c), at);
       }
-      for (let i = from; i < to; ++i) {
+      for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
           const start = s * capacity;
-          const { p, kv } = scores(q!, cacheK!, layout, h, i, start, start + past + i - from + 1, scale);
+          const { p, kv } = scores(q!, cacheK!, layout, h, i, start, start + past + row - from + 1, scale);
           p.forEach((value, j) => {
             for (let d = 0; d < dh; ++d) {
               y.data[(i * heads + h) * dh + d] += value * cacheV!.data[((start + j) * kvHeads + kv) * dh + d];
