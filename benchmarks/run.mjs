@@ -16,10 +16,12 @@ import { inference } from './suites/inference.mjs';
 import { routed } from './suites/routed.mjs';
 import { training } from './suites/train.mjs';
 
-const BENCHMARKS = ['gemm', 'prefill', 'decode', 'routed', 'train'];
+const SUITES = { gemm, inference, routed, train: training };
+const NAMES = Object.keys(SUITES);
+const FORMAT = 2; // of the results file
 const HELP = `npm run bench -- [options]
 
-  --only LIST    comma-separated: ${BENCHMARKS.join(', ')} (default: all)
+  --only LIST    comma-separated: ${NAMES.join(', ')} (default: all); the others keep the day's results
   --rounds N     rounds of every timing (default: 9; 5 for train)
   --quick        2 rounds of short batches, fewer cases: checks that everything runs, times nothing
   --threads N    default: all cores that this process may use
@@ -46,9 +48,9 @@ function options() {
       throw new Error(`--${name} must be a positive integer, got ${values[name]}`);
     return value;
   };
-  const only = new Set(values.only?.split(',') ?? BENCHMARKS);
+  const only = new Set(values.only?.split(',') ?? NAMES);
   for (const name of only) {
-    if (!BENCHMARKS.includes(name)) throw new Error(`--only takes ${BENCHMARKS.join(', ')}, got ${name}`);
+    if (!NAMES.includes(name)) throw new Error(`--only takes ${NAMES.join(', ')}, got ${name}`);
   }
   return {
     only,
@@ -97,63 +99,65 @@ const context = {
     return child;
   },
 };
-const rounds = (many) => settings.rounds ?? (quick ? 2 : many);
-const suites = {
-  gemm: only.has('gemm') && (() => gemm({ ...context, rounds: rounds(9) })),
-  inference: (only.has('prefill') || only.has('decode')) && (() => inference({ ...context, rounds: rounds(9) })),
-  routed: only.has('routed') && (() => routed({ ...context, rounds: rounds(9) })),
-  train: only.has('train') && (() => training({ ...context, rounds: rounds(5) })),
-};
 
+const started = new Date().toISOString();
+const machine = machineFacts();
+const cpu = machine.cpu
+  .toLowerCase()
+  .replaceAll(/[^a-z0-9]+/g, '-')
+  .replaceAll(/^-|-$/g, '');
+const folder = quick ? CACHE : path.join(import.meta.dirname, 'results');
+const base = path.join(folder, `${cpu}-${started.slice(0, 10)}`);
+
+/** Suites measured earlier today, with as many threads on such a machine, that this run does not repeat. */
+function earlierSuites() {
+  if (!fs.existsSync(`${base}.json`)) return {};
+  const earlier = JSON.parse(fs.readFileSync(`${base}.json`, 'utf8'));
+  if (earlier.format !== FORMAT || earlier.threads !== threads) return {};
+  if (JSON.stringify(earlier.machine) !== JSON.stringify(machine)) return {};
+  return earlier.suites;
+}
+
+const fresh = {};
+for (const name of NAMES) {
+  if (!only.has(name)) continue;
+  const facts = { started: new Date().toISOString(), commit: commit() };
+  try {
+    const rounds = settings.rounds ?? (quick ? 2 : name === 'train' ? 5 : 9);
+    const { libraries, data, text, targets } = await SUITES[name]({ ...context, rounds });
+    fresh[name] = { ...facts, libraries, ...data, targets, text };
+  } catch (error) {
+    process.exitCode = 1;
+    fresh[name] = { ...facts, error: error.message, targets: [], text: `failed: ${error.message}` };
+    log(`${name} failed: ${error.stack}`);
+  }
+}
+const measured = { ...earlierSuites(), ...fresh };
 const results = {
-  format: 1,
-  started: new Date().toISOString(),
-  commit: commit(),
-  machine: machineFacts(),
+  format: FORMAT,
+  machine,
   threads,
   quick,
   rules: { foreignLoadLimit: FOREIGN_LIMIT, statistic: 'median of rounds, rotated order, one process per library' },
   model: { name: 'GPT-2 small shape, random weights', seed: SEED, ...SHAPE },
   missing: Object.fromEntries(Object.entries(peers).flatMap(([name, p]) => (p.missing ? [[name, p.missing]] : []))),
-  suites: {},
-  targets: [],
+  suites: Object.fromEntries(NAMES.filter((name) => name in measured).map((name) => [name, measured[name]])),
 };
-const texts = [];
-for (const [name, run] of Object.entries(suites)) {
-  if (!run) continue;
-  try {
-    const { libraries, data, text, targets } = await run();
-    results.suites[name] = { libraries, ...data };
-    results.targets.push(...targets);
-    texts.push(`## ${name}\n\n${text}`);
-  } catch (error) {
-    process.exitCode = 1;
-    results.suites[name] = { error: error.message };
-    texts.push(`## ${name}\n\nfailed: ${error.message}`);
-    log(`${name} failed: ${error.stack}`);
-  }
-}
-results.finished = new Date().toISOString();
 
 const disturbed = JSON.stringify(results.suites).match(/"disturbed":[1-9]/g)?.length ?? 0;
+const targets = Object.values(results.suites).flatMap((suite) => suite.targets);
 const report = [
-  `# ${results.machine.cpu}, ${threads} threads, ${results.started.slice(0, 10)}`,
+  `# ${machine.cpu}, ${threads} threads, ${started.slice(0, 10)}`,
   ...(quick ? ['This was a quick run: its numbers mean nothing.'] : []),
-  ...texts,
-  `## Targets\n\n${targetTable(results.targets)}`,
+  `## Targets\n\n${targetTable(targets)}`,
+  ...Object.entries(results.suites).map(([name, suite]) => `## ${name}\n\n${suite.text}`),
   disturbed > 0
     ? `${disturbed} timings hold turns during which other programs used the machine.`
     : 'No turn was disturbed by other programs.',
 ].join('\n\n');
 console.log(`\n${report}\n`);
 
-const cpu = results.machine.cpu
-  .toLowerCase()
-  .replaceAll(/[^a-z0-9]+/g, '-')
-  .replaceAll(/^-|-$/g, '');
-const base = `${cpu}-${results.started.slice(0, 10)}`;
-const folder = quick ? CACHE : path.join(import.meta.dirname, 'results');
 fs.mkdirSync(folder, { recursive: true });
-fs.writeFileSync(path.join(folder, `${base}.json`), `${JSON.stringify(results, null, 1)}\n`);
-fs.writeFileSync(path.join(folder, `${base}.md`), `${report}\n`);
-log(`written to ${path.relative(process.cwd(), path.join(folder, base))}.json and .md`);
+fs.writeFileSync(`${base}.json`, `${JSON.stringify(results, null, 1)}\n`);
+fs.writeFileSync(`${base}.md`, `${report}\n`);
+log(`written to ${path.relative(process.cwd(), base)}.json and .md`);

@@ -45,6 +45,11 @@ export function summary(values) {
   return { median: median(values), min: Math.min(...values), max: Math.max(...values), samples: values };
 }
 
+/** One call of each contestant: weights get packed, caches and threads get made. */
+export async function warmUp(contestants) {
+  for (const c of contestants) await c.child.ask(c.command, { ...c.args, batchMs: 0 });
+}
+
 /**
  * Times `contestants` ({ key, child, command, args }) in `rounds` rounds of rotated order. A turn during which other
  * processes used more than 8 % of the machine is repeated, up to `repeats` times; then its quietest try counts and the

@@ -9,10 +9,8 @@ const root = path.join(path.dirname(fileURLToPath(import.meta.url)), '..');
 const npmPeer = (name) => fs.existsSync(path.join(root, 'node_modules', name, 'package.json'));
 
 function findPython() {
-  for (const program of [process.env.ELASTIFORM_BENCH_PYTHON, 'python3'].filter(Boolean)) {
-    if (spawnSync(program, ['-c', 'import torch'], { stdio: 'ignore' }).status === 0) return program;
-  }
-  return null;
+  const program = process.env.ELASTIFORM_BENCH_PYTHON || 'python3';
+  return spawnSync(program, ['-c', 'import torch'], { stdio: 'ignore' }).status === 0 ? program : null;
 }
 
 /** Peers by name: how to start one (`file`, `options` of Child), or null and the way to install it. */

@@ -1,6 +1,6 @@
 // Matrix products: ours against torch and the machine's peak, and what a prefix of a feed-forward layer's width costs.
 
-import { roundRobin, summary } from '../harness/measure.mjs';
+import { roundRobin, summary, warmUp } from '../harness/measure.mjs';
 import { buildPeak, measurePeak } from '../harness/peak.mjs';
 import { number, table, target } from '../harness/report.mjs';
 
@@ -49,6 +49,7 @@ export async function gemm({ start, peers, threads, rounds, repeats, quick, cach
           });
         }
       }
+      await warmUp(contestants);
       const times = await roundRobin(contestants, { rounds, repeats, batchMs });
       const torchBest = torch ? Math.min(times['torch in-out'].median, times['torch out-in'].median) : null;
       const gflops = (ms) => (2e-6 * m * k * n) / ms;
@@ -69,6 +70,7 @@ export async function gemm({ start, peers, threads, rounds, repeats, quick, cach
         args: { index: shapes.length + 2 * i + j },
       })),
     );
+    await warmUp(contestants);
     const times = await roundRobin(contestants, { rounds, repeats, batchMs });
     peaks.push(measurePeak(peakProgram).gflops);
     // The peak is the machine's: the most that was seen, not the least.

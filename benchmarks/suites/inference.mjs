@@ -1,6 +1,6 @@
 // Prefill and decode of the whole model, against every peer, after checking that all compute the same logits.
 import { decode, largestDifference, logSoftmax } from '../harness/compare.mjs';
-import { roundRobin } from '../harness/measure.mjs';
+import { roundRobin, warmUp } from '../harness/measure.mjs';
 import { milliseconds, number, table, target } from '../harness/report.mjs';
 import { tokens } from '../model/random.mjs';
 import { SHAPE } from '../model/shape.mjs';
@@ -11,7 +11,7 @@ const STEPS = 16;
 const TOLERANCE = { 'elastiform bf16': 0.1, 'node-llama-cpp': 0.02 };
 const DEFAULT_TOLERANCE = 1e-3;
 
-export async function inference({ start, peers, threads, rounds, repeats, dir, only, log }) {
+export async function inference({ start, peers, threads, rounds, repeats, dir, log }) {
   const ids = [...tokens(PROMPT + STEPS, SHAPE.vocab, 7)];
   const text = { prompt: ids.slice(0, PROMPT), next: ids.slice(PROMPT) };
   const children = {};
@@ -24,7 +24,17 @@ export async function inference({ start, peers, threads, rounds, repeats, dir, o
     };
     await join('elastiform', 'ours.mjs', {}, { dtype: 'f32' });
     await join('elastiform bf16', 'ours.mjs', {}, { dtype: 'bf16' });
-    for (const [name, peer] of Object.entries(peers)) if (peer.file) await join(name, peer.file, peer.options);
+    for (const [name, peer] of Object.entries(peers)) {
+      if (!peer.file) continue;
+      try {
+        await join(name, peer.file, peer.options);
+      } catch (error) {
+        log(`${name} does not load and will not be compared: ${error.message}`);
+        libraries[name] = { error: error.message };
+        await children[name].stop();
+        delete children[name];
+      }
+    }
 
     log('inference: comparing logits');
     const logits = {};
@@ -47,11 +57,10 @@ export async function inference({ start, peers, threads, rounds, repeats, dir, o
 
     const data = { prompt: PROMPT, steps: STEPS, agreement };
     for (const phase of ['prefill', 'decode']) {
-      if (!only.has(phase)) continue;
       const args = phase === 'prefill' ? { prompt: text.prompt } : text;
       const contestants = Object.entries(children).map(([key, child]) => ({ key, child, command: phase, args }));
       log(`inference: warming up ${phase}`);
-      for (const c of contestants) await c.child.ask(phase, { ...args, batchMs: 0 });
+      await warmUp(contestants);
       log(`inference: ${phase}`);
       data[phase] = await roundRobin(contestants, { rounds, repeats });
     }
