@@ -81,6 +81,7 @@ Kernel findKernel(const std::string& name) {
       {"gate_grad", gateGrad},
       {"topk_bce", topkBce},
       {"topk_bce_grad", topkBceGrad},
+      {"topk_credit", topkCredit},
       {"distill_kl", distillKl},
       {"cross_entropy", crossEntropy},
       {"accumulate", accumulate},

@@ -54,6 +54,7 @@ void gate(const KernelArgs&);
 void gateGrad(const KernelArgs&);
 void topkBce(const KernelArgs&);
 void topkBceGrad(const KernelArgs&);
+void topkCredit(const KernelArgs&);
 // loss.cc (on gemm/)
 void distillKl(const KernelArgs&);
 void crossEntropy(const KernelArgs&);

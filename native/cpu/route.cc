@@ -1,8 +1,11 @@
-// Routing: which rows a sub-layer processes, their gates, and the auxiliary loss that lets inference decide causally.
+// Routing: which rows a sub-layer processes, their gates, the auxiliary loss that lets inference decide causally, and
+// the gradient of scores through the choice itself.
 #include <cstring>
+#include <functional>
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
+#include "cpu/vector.h"
 
 namespace elastiform::cpu {
 
@@ -37,7 +40,48 @@ void checkRoom(const char* op, const TensorView& rows, int64_t count) {
   }
 }
 
+// row_offsets [segments + 1]: 0 first, at most all rows of every segment.
+void checkRowOffsets(const char* op, const int32_t* rowOffsets, const int32_t* offsets, int64_t segments) {
+  if (rowOffsets[0] != 0) {
+    fail(ErrorCode::InvalidData, "[%s] row_offsets[0] must be 0, got %d", op, rowOffsets[0]);
+  }
+  for (int64_t s = 0; s < segments; ++s) {
+    const int64_t low = rowOffsets[s], high = low + offsets[s + 1] - offsets[s];
+    if (rowOffsets[s + 1] < low || rowOffsets[s + 1] > high) {
+      fail(ErrorCode::InvalidData, "[%s] row_offsets[%lld] must be in [%lld, %lld], got %d", op,
+           static_cast<long long>(s + 1), static_cast<long long>(low), static_cast<long long>(high), rowOffsets[s + 1]);
+    }
+  }
+}
+
 double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+
+// One segment of topk_credit, 0 < k < length. credit: first-order change of the loss when a row enters, overwritten;
+// sorted: [length]. With e = credit / mean |credit| and tau halfway between the k-th and the next largest score, dz is
+// the gradient of sum e sigmoid(z - tau) while tau moves with z so that sum sigmoid(z - tau) stays.
+void creditSegment(const float* z, const float* weight, int64_t length, int64_t k, double* credit, float* sorted,
+                   float* dz) {
+  std::fill_n(dz, length, 0.0f);
+  double magnitude = 0;
+  for (int64_t i = 0; i < length; ++i) magnitude += std::fabs(credit[i]);
+  magnitude /= static_cast<double>(length);
+  std::copy_n(z, length, sorted);
+  std::nth_element(sorted, sorted + (k - 1), sorted + length, std::greater<float>());
+  const double next = *std::max_element(sorted + k, sorted + length);
+  const double tau = (static_cast<double>(sorted[k - 1]) + next) / 2;
+  if (magnitude == 0 || !std::isfinite(tau)) return;
+  const auto slope = [&](int64_t i) { return sigmoid(z[i] - tau) * sigmoid(tau - z[i]); };
+  double slopes = 0, sum = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    const double g = slope(i);
+    credit[i] /= magnitude;
+    slopes += g;
+    sum += credit[i] * g;
+  }
+  if (slopes == 0) return;
+  const double mean = sum / slopes;
+  for (int64_t i = 0; i < length; ++i) dz[i] = static_cast<float>(weight[i] * (credit[i] - mean) * slope(i));
+}
 
 }  // namespace
 
@@ -170,6 +214,35 @@ void topkBceGrad(const KernelArgs& args) {
     const double slope = selected ? -sigmoid(-static_cast<double>(z[i])) : sigmoid(z[i]);
     dz[i] = static_cast<float>(dloss * slope / static_cast<double>(total));
     r += selected;
+  }
+}
+
+void topkCredit(const KernelArgs& args) {
+  const char* op = "topk_credit";
+  const int64_t total = args.in[0].dim(0), width = args.in[0].dim(1);
+  const float *dy = args.in[0].f32(), *before = args.in[1].f32(), *after = args.in[2].f32();
+  const float *z = args.in[3].f32(), *weight = args.in[6].f32();
+  float* dz = args.out[0].f32();
+  const int64_t segments = checkOffsets(op, args.in[4], total);
+  const int32_t *offsets = args.in[4].i32(), *rowOffsets = args.in[5].i32();
+  checkRowOffsets(op, rowOffsets, offsets, segments);
+  checkScores(op, z, total);
+  const VectorOps& vector = vectorOps();
+  double* credit = args.scratch<double>(std::max<int64_t>(total, 1));
+  forChunks(total, rowsPerChunk(3 * width), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i * width;
+      credit[i] = vector.dot(dy + row, after + row, width) - vector.dot(dy + row, before + row, width);
+    }
+  });
+  float* sorted = args.scratch<float>(std::max<int64_t>(total, 1));
+  for (int64_t s = 0; s < segments; ++s) {
+    const int64_t start = offsets[s], length = offsets[s + 1] - start, k = rowOffsets[s + 1] - rowOffsets[s];
+    if (k > 0 && k < length) {
+      creditSegment(z + start, weight + start, length, k, credit + start, sorted, dz + start);
+    } else {
+      std::fill_n(dz + start, length, 0.0f);
+    }
   }
 }
 

@@ -73,6 +73,10 @@ const std::vector<OpDef>& opDefs() {
       {"gate_grad", "dg:f32[R] z:f32[N,1] rows:i32[R] -> dz:f32[N,1]", {"mode"}},
       {"topk_bce", "z:f32[N,1] rows:i32[R] -> loss:f32[1]", {}},
       {"topk_bce_grad", "dloss:f32[1] z:f32[N,1] rows:i32[R] -> dz:f32[N,1]", {}},
+      {"topk_credit",
+       "dy:f32[N,D] before:f32[N,D] after:f32[N,D] z:f32[N,1] offsets:i32[O] row_offsets:i32[O] weight:f32[N] -> "
+       "dz:f32[N,1]",
+       {}},
       // losses (chunked over rows: full logits never exist)
       {"distill_kl",
        "hs:f32[R,K] ht:f32[R,K] w:w[V,K<] weight:f32[R] targets?:i32[R] -> loss:f32[1] row?:f32[R] "

@@ -79,12 +79,12 @@ std::vector<Encoded> corpus() {
     w.step("embedding_grad", {y, ids}, {w.output({v, q})});
     programs.push_back(encode(w));
   }
-  {  // attention of the rows that a router selects
+  {  // attention of the rows that a router selects, and what its scores learn from that
     ProgramWriter w;
     const int n = w.dim(DimKind::Set, 5), r = w.dim(DimKind::Produced, 5), o = w.constant(3), s = w.constant(2);
     const int q = w.constant(4), c = w.constant(2), h = w.constant(2), one = w.constant(1);
     const int x = w.feed({n, q}), key = w.feed({n, c}), z = w.feed({n, one}), threshold = w.feed({s});
-    const int offsets = w.feedIds({o});
+    const int offsets = w.feedIds({o}), after = w.feed({n, q}), weight = w.feed({n});
     const int lengths = w.bound(DType::I32, {2}, true), k = w.bound(DType::F32, {2, 7, 2}, true);
     const int values = w.bound(DType::F32, {2, 7, 2}, true);
     const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
@@ -97,6 +97,7 @@ std::vector<Encoded> corpus() {
            {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7});
     w.step("attention_cached", {queries, key, key, offsets, lengths, k, values, rows, rowOffsets}, {w.output({r, q})},
            {2, 1, 0.7});
+    w.step("topk_credit", {x, x, after, z, offsets, rowOffsets, weight}, {w.output({n, one})});
     programs.push_back(encode(w));
   }
   {  // losses, their gradients, and the optimizer

@@ -846,6 +846,48 @@ void testAttention() {
 
 // ---- routing
 
+void testCredit() {
+  for (const Ints& lengths : {Ints{}, Ints{0}, Ints{1}, Ints{7, 0, 64}, Ints{100, 17, 3}, Ints{500}}) {
+    for (const int64_t width : {1, 17, 300}) {
+      const Ints offsets = offsetsOf(lengths);
+      const int64_t n = offsets.back();
+      Ints counts;
+      for (const int32_t length : lengths) counts.push_back(static_cast<int32_t>(below(length + 1)));
+      const Ints starts = offsetsOf(counts);
+      Value dy = noise({n, width}), from = noise({n, width}), to = noise({n, width}), z = noise({n, 1}, 3);
+      Value weight = noise({n}), o = ints(offsets), ro = ints(starts), dz = empty({n, 1});
+      const Doubles DY = dy.doubles(), A = from.doubles(), B = to.doubles(), Z = z.doubles(), W = weight.doubles();
+      Doubles want(n, 0.0);
+      for (size_t s = 0; s < lengths.size(); ++s) {
+        const int64_t first = offsets[s], length = lengths[s], k = counts[s];
+        if (k == 0 || k == length) continue;
+        Doubles sorted(Z.begin() + first, Z.begin() + first + length), e(length, 0.0), g(length);
+        std::sort(sorted.rbegin(), sorted.rend());
+        const double tau = (sorted[k - 1] + sorted[k]) / 2;
+        double mean = 0, total = 0, size = 0;
+        for (int64_t i = 0; i < length; ++i) {
+          for (int64_t c = (first + i) * width; c < (first + i + 1) * width; ++c) e[i] += DY[c] * (B[c] - A[c]);
+          size += std::fabs(e[i]) / static_cast<double>(length);
+          g[i] = 1 / (2 + 2 * std::cosh(Z[first + i] - tau));
+          total += g[i];
+          mean += e[i] * g[i];
+        }
+        for (int64_t i = 0; i < length; ++i) want[first + i] = W[first + i] * (e[i] - mean / total) / size * g[i];
+      }
+      Op{"topk_credit", {&dy, &from, &to, &z, &o, &ro, &weight}, {&dz}, {}}.run();
+      near(dz, want, 1e-6, "dz");
+    }
+  }
+  Value x = noise({3, 2}), z = noise({3, 1}), weight = noise({3}), o = ints({0, 3}), dz = empty({3, 1});
+  for (const Ints& bad : {Ints{0, 4}, Ints{1, 2}, Ints{0, -1}, Ints{0, INT32_MAX}, Ints{INT32_MIN, 0}}) {
+    Value b = ints(bad);
+    Op{"topk_credit", {&x, &x, &x, &z, &o, &b, &weight}, {&dz}, {}}.throws(ErrorCode::InvalidData, "row_offsets");
+    Op{"topk_credit", {&x, &x, &x, &z, &b, &o, &weight}, {&dz}, {}}.throws(ErrorCode::InvalidData, "offsets");
+  }
+  z.f32()[1] = NAN;
+  Op{"topk_credit", {&x, &x, &x, &z, &o, &o, &weight}, {&dz}, {}}.throws(ErrorCode::InvalidData, "NaN score");
+}
+
 void testRoute() {
   for (const Ints& lengths : {Ints{}, Ints{0}, Ints{1}, Ints{7, 0, 64}, Ints{100, 17, 3}, Ints{2000}}) {
     for (const bool ties : {false, true}) {
@@ -921,6 +963,7 @@ void testRoute() {
       }
     }
   }
+  testCredit();
   Value z = noise({4, 1}), o = ints({0, 4}), rows = make(DType::I32, {4}), rowOffsets = make(DType::I32, {2});
   for (const float bad : {-0.1f, 1.5f, NAN, INFINITY}) {
     Value c = floats({bad});

@@ -453,6 +453,31 @@ export const references: Readonly<Record<string, Reference>> = {
     const chosen = new Set(rows!.data);
     return [map(z!, (v, i) => (dloss!.data[0] * (sigmoid(v) - (chosen.has(i) ? 1 : 0))) / z!.data.length)];
   },
+  topk_credit([dy, before, after, z, offsets, rowOffsets, weight]) {
+    const d = dy!.shape[1];
+    const dz = f64(z!.shape);
+    segments(offsets!).forEach(([from, to], s) => {
+      const rows = Array.from({ length: to - from }, (_, i) => from + i);
+      const k = rowOffsets!.data[s + 1] - rowOffsets!.data[s];
+      if (k <= 0 || k >= rows.length) return;
+      const a = rows.map((r) => {
+        let sum = 0;
+        for (let i = r * d; i < (r + 1) * d; ++i) sum += dy!.data[i] * (after!.data[i] - before!.data[i]);
+        return sum;
+      });
+      const size = a.reduce((sum, value) => sum + Math.abs(value), 0) / rows.length;
+      const order = rows.map((r) => z!.data[r]).sort((x, y) => y - x);
+      const tau = (order[k - 1] + order[k]) / 2;
+      const g = rows.map((r) => sigmoid(z!.data[r] - tau) * sigmoid(tau - z!.data[r]));
+      const total = g.reduce((sum, value) => sum + value, 0);
+      if (size === 0 || !(total > 0)) return;
+      const mean = a.reduce((sum, value, i) => sum + (value / size) * g[i], 0) / total;
+      rows.forEach((r, i) => {
+        dz.data[r] = weight!.data[r] * (a[i] / size - mean) * g[i];
+      });
+    });
+    return [dz];
+  },
 
   distill_kl([hs, ht, w, weight, targets]) {
     const [r, k] = hs!.shape;

@@ -2,8 +2,17 @@
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
 import { Graph } from '../../lib/graph/graph.js';
-import { dot, gate, gatherRows, Program, routeThreshold, routeTopk, topkBce } from '../../lib/graph/index.js';
-import { type Case, cases, checkNative, failure, inputs, offsetsOf, testEngine } from './harness.js';
+import {
+  dot,
+  gate,
+  gatherRows,
+  Program,
+  routeThreshold,
+  routeTopk,
+  topkBce,
+  topkCredit,
+} from '../../lib/graph/index.js';
+import { type Case, cases, checkNative, compare, failure, inputs, offsetsOf, testEngine } from './harness.js';
 import { f64 } from './reference.js';
 
 function routed(op: typeof routeTopk, seed: number, lengths: readonly number[], perSegment: readonly number[]): Case {
@@ -114,6 +123,143 @@ cases(
     };
   }),
 );
+
+/** `counts[s]` rows of segment s were selected. */
+function credit(seed: number, d: number, lengths: readonly number[], counts: readonly number[], spread = 3): Case {
+  const make = inputs(seed);
+  const n = lengths.reduce((a, b) => a + b, 0);
+  return {
+    name: `${counts} of segments ${lengths}, ${d} features, scores to ${spread}`,
+    inputs: {
+      dy: make.f32(['N', n], d),
+      before: make.f32(['N', n], d),
+      after: make.f32(['N', n], d),
+      z: make.values(
+        make.f32(n, 1).data.map((v) => v * spread),
+        ['N', n],
+        1,
+      ),
+      offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
+      rowOffsets: make.i32(offsetsOf(counts), ['O', lengths.length + 1]),
+      weight: make.f32(['N', n]),
+    },
+    build: ({ dy, before, after, z, offsets, rowOffsets, weight }) => ({
+      dz: topkCredit(dy, before, after, z, offsets, rowOffsets, weight),
+    }),
+  };
+}
+
+cases('topk_credit', [
+  credit(1, 1, [1], [1]),
+  credit(2, 1, [2], [1]),
+  credit(3, 3, [17, 0, 33], [4, 0, 32]),
+  credit(4, 17, [9, 10, 11], [0, 10, 1]),
+  credit(5, 33, [64, 1, 5], [32, 0, 4], 40),
+  // Enough rows for several threads.
+  credit(6, 600, [150, 67], [75, 20], 8),
+  {
+    name: 'ties at the threshold',
+    inputs: {
+      ...credit(7, 4, [6], [3]).inputs,
+      z: inputs(0).values([1, 2, 1, 1, 0, 1], ['N', 6], 1),
+    },
+    build: credit(7, 4, [6], [3]).build,
+  },
+]);
+
+interface CreditData {
+  z: readonly number[];
+  /** What every row changes in the loss: dy is 1 and before 0. */
+  change: readonly number[];
+  offsets?: readonly number[];
+  starts: readonly number[];
+}
+
+async function runCredit({ z, change, offsets = [0, z.length], starts }: CreditData): Promise<number[]> {
+  const n = z.length;
+  const g = new Graph();
+  const rows = (name: string) => g.feed(name, 'f32', [n, 1]);
+  const [segments, rowOffsets] = ['offsets', 'starts'].map((name) => g.feed(name, 'i32', [offsets.length]));
+  const weight = g.feed('weight', 'f32', [n]);
+  g.output('dz', topkCredit(rows('dy'), rows('before'), rows('after'), rows('z'), segments, rowOffsets, weight));
+  using program = Program.compile(g, testEngine());
+  const ones = new Float32Array(n).fill(1);
+  const { outputs } = await program.run({
+    feeds: {
+      dy: ones,
+      before: new Float32Array(n),
+      after: Float32Array.from(change),
+      z: Float32Array.from(z),
+      offsets: Int32Array.from(offsets),
+      starts: Int32Array.from(starts),
+      weight: ones,
+    },
+  });
+  return [...outputs.dz];
+}
+
+test('topk_credit is the gradient of a soft top-k that keeps its number of rows', async () => {
+  const make = inputs(21);
+  const [n, k] = [23, 7];
+  const z = Array.from({ length: n }, () => Math.fround(6 * make.next() - 3));
+  const change = Array.from({ length: n }, () => Math.fround(2 * make.next() - 1));
+  const size = change.reduce((sum, value) => sum + Math.abs(value), 0) / n;
+  const sigmoid = (x: number) => 1 / (1 + Math.exp(-x));
+  const kept = (scores: readonly number[], tau: number) => scores.reduce((sum, v) => sum + sigmoid(v - tau), 0);
+  const order = [...z].sort((a, b) => b - a);
+  const count = kept(z, (order[k - 1] + order[k]) / 2);
+  const value = (scores: readonly number[]) => {
+    let [low, high] = [-20, 20];
+    for (let i = 0; i < 100; ++i) {
+      const middle = (low + high) / 2;
+      if (kept(scores, middle) > count) low = middle;
+      else high = middle;
+    }
+    return scores.reduce((sum, v, i) => sum + (change[i] / size) * sigmoid(v - low), 0);
+  };
+  const dz = await runCredit({ z, change, starts: [0, k] });
+  const h = 1e-4;
+  const slopes = z.map((v, i) => (value(z.with(i, v + h)) - value(z.with(i, v - h))) / (2 * h));
+  compare(dz, slopes, 1e-6, 'dz');
+});
+
+test('topk_credit is zero where there is nothing to learn', async () => {
+  const change = [1, -1, 2, 3];
+  const none = [0, 0, 0, 0];
+  expect(await runCredit({ z: [1, 2, 3, 4], change: none, starts: [0, 2] })).toEqual(none);
+  // Every slope underflows, or the threshold is infinite.
+  expect(await runCredit({ z: [2000, -2000, 2000, -2000], change, starts: [0, 2] })).toEqual(none);
+  for (const z of [
+    [Number.POSITIVE_INFINITY, 0, 1, 2],
+    [Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY],
+  ]) {
+    expect(await runCredit({ z, change, starts: [0, 1] })).toEqual(none);
+  }
+  // An infinite score away from the threshold is out of its reach.
+  const dz = await runCredit({ z: [Number.POSITIVE_INFINITY, 0, 1, 2], change, starts: [0, 2] });
+  expect(Math.abs(dz[0])).toBe(0);
+  expect(dz.slice(1).every((v) => Number.isFinite(v) && v !== 0)).toBe(true);
+});
+
+test('topk_credit: NaN scores and row counts that do not fit are InvalidData', async () => {
+  const good: CreditData = { z: [1, 2, 3, 4], change: [1, 2, 3, 4], offsets: [0, 2, 4], starts: [0, 1, 2] };
+  await expect(runCredit(good)).resolves.toHaveLength(4);
+  for (const bad of [
+    { z: [1, Number.NaN, 3, 4] },
+    { starts: [1, 1, 2] },
+    { starts: [0, 3, 4] },
+    { starts: [0, 2, 1] },
+    { starts: [0, 1, 4] },
+    { starts: [0, -1, 0] },
+    { starts: [0, 0, 0x7fffffff] },
+    { offsets: [0, 3, 2] },
+    { offsets: [0, 2, 5] },
+  ]) {
+    const run = runCredit({ ...good, ...bad });
+    await expect(run, JSON.stringify(bad)).rejects.toMatchObject({ code: 'InvalidData' });
+    await expect(run).rejects.toThrow('[topk_credit]');
+  }
+});
 
 const route = (z: readonly number[], perSegment: number, op = routeTopk) =>
   failure(

@@ -28,7 +28,7 @@ export { type CrossEntropy, crossEntropy, type DistillKl, distillKl } from './lo
 export { layerNorm, type NormOptions, rmsNorm } from './norm.js';
 export { accumulate, adamw } from './optimizer.js';
 export { type RopeOptions, rope } from './rope.js';
-export { type GateModeCode, gate, type Routed, routeThreshold, routeTopk, topkBce } from './routing.js';
+export { type GateModeCode, gate, type Routed, routeThreshold, routeTopk, topkBce, topkCredit } from './routing.js';
 export { dot, gatherIds, gatherRows, scatterAdd, sumRows } from './rows.js';
 export { sample } from './sample.js';
 

@@ -1,4 +1,4 @@
-// Routing: which rows of every segment enter a sub-layer, their gates, and the loss that makes a router causal.
+// Routing: which rows of every segment enter a sub-layer, their gates, and what trains the router.
 import { InvalidArgumentError } from '../../native/errors.js';
 import { boundOf } from '../dims.js';
 import type { Node } from '../graph.js';
@@ -71,4 +71,40 @@ const topkBceGradOp = defineOp('topk_bce_grad', 'dloss:f32[1] z:f32[N,1] rows:i3
  */
 export function topkBce(z: Node, rows: Node): Node {
   return topkBceOp.apply([z, rows])[0]!;
+}
+
+const topkCreditOp = defineOp(
+  'topk_credit',
+  'dy:f32[N,D] before:f32[N,D] after:f32[N,D] z:f32[N,1] offsets:i32[O] row_offsets:i32[O] weight:f32[N] -> ' +
+    'dz:f32[N,1]',
+);
+
+/**
+ * Straight-through estimate of the gradient of router scores through the choice of rows itself: what `routeTopk` has no
+ * gradient for. `dy . (after - before)` is the first-order change of the loss when a row enters; scaled to a mean
+ * magnitude of 1 per segment, it is the slope with which a soft top-k, a sigmoid around the threshold that keeps the
+ * same number of rows, moves the scores. Rows near the threshold move most, and what one gains the others lose.
+ *
+ * A segment gets zeros when none or all of its rows were selected, when no row changes the loss, and where the sigmoid
+ * is flat everywhere (scores so far from the threshold that every slope underflows).
+ *
+ * @param dy f32 [N, D], gradient of the loss with respect to the output of the sub-layer.
+ * @param before f32 [N, D], the output when a row does not enter.
+ * @param after f32 [N, D], the output when it does.
+ * @param z f32 [N, 1], scores; NaN is InvalidData.
+ * @param offsets i32 [S + 1] of the N rows.
+ * @param rowOffsets i32 [S + 1]: `rowOffsets[s + 1] - rowOffsets[s]` rows of segment s were selected.
+ * @param weight f32 [N], factor of every row's gradient.
+ * @returns f32 [N, 1]; no gradient flows through it.
+ */
+export function topkCredit(
+  dy: Node,
+  before: Node,
+  after: Node,
+  z: Node,
+  offsets: Node,
+  rowOffsets: Node,
+  weight: Node,
+): Node {
+  return topkCreditOp.apply([dy, before, after, z, offsets, rowOffsets, weight])[0]!;
 }
