@@ -33,7 +33,6 @@ const budgets = [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4];
 const defaultSeconds = 75;
 const probeSteps = 4;
 const evaluatedTokens = 8192;
-const learningRate = 1e-2;
 const seed = 1;
 
 export const demo: Command = {
@@ -202,30 +201,32 @@ async function train(
     data: { kind: 'documents', documents } as const,
     batchTokens: 1024,
     sequenceLength: 256,
-    optimizer: { lr: learningRate },
     seed,
     resume: false,
     signal: context.signal,
   } as const;
   const probe = `${out}-probe`;
   let rate = 0;
-  const probed = await distill({
+  const enough = new AbortController();
+  await distill({
     ...common,
     out: probe,
-    steps: probeSteps,
-    saveEvery: probeSteps,
-    calibrationTokens: 1,
+    steps: probeSteps + 1,
+    signal: AbortSignal.any([context.signal, enough.signal]),
     onEvent: (event) => {
-      if (event.type === 'step') rate = Math.max(rate, event.tokensPerSecond);
-      return undefined;
+      if (event.type !== 'step') return;
+      rate = Math.max(rate, event.tokensPerSecond);
+      // Stopped, not finished: it is not calibrated.
+      if (event.step === probeSteps) enough.abort();
     },
   });
   await rm(probe, { recursive: true, force: true });
-  if (probed.stopped === 'signal') context.signal.throwIfAborted();
+  context.signal.throwIfAborted();
   const steps = Math.max(20, Math.round((seconds * rate) / common.batchTokens));
 
   const reporter = trainingReporter('distill');
-  const started = performance.now();
+  let started = performance.now();
+  let ended = started;
   const points: { step: number; loss: number }[] = [];
   const rates: number[] = [];
   const result = await distill({
@@ -235,15 +236,17 @@ async function train(
     saveEvery: steps,
     onEvent: (event) => {
       reporter.event(event);
+      if (event.type === 'measure' && event.what === 'sensitivity') started = performance.now();
       if (event.type !== 'step') return undefined;
+      ended = performance.now();
       points.push({ step: event.step, loss: event.loss });
       rates.push(event.tokensPerSecond);
       // A machine that became slower must not take for ever.
-      return performance.now() - started > seconds * 1500 ? 'stop' : undefined;
+      return ended - started > seconds * 1500 ? 'stop' : undefined;
     },
   }).finally(() => reporter.finish());
   if (result.stopped === 'signal') context.signal.throwIfAborted();
-  const took = (performance.now() - started) / 1000;
+  const took = (ended - started) / 1000;
   return { steps: result.step, seconds: took, tokensPerSecond: median(rates), points };
 }
 
@@ -301,7 +304,7 @@ function notes({ sequenceLength }: EvalReport): string[] {
   return [
     'FLOPs are counted by the kernels from the rows they really ran, routers included; the loss of the evaluation is not counted.',
     'The elastic model chooses tokens causally, by thresholds calibrated on training text, as generation does; the share it achieves on other text may differ a little from the share asked for.',
-    'The random baseline gets the same mean share of tokens per place, chosen afresh for every batch. The dropping baseline leaves out whole sub-layers, in the order that hurts least on training text, and never gets less compute than the elastic model. Neither is trained.',
+    'The random baseline gets the same share of tokens in every sub-layer, chosen afresh for every batch: it shows what the choice of tokens is worth. The dropping baseline leaves out whole sub-layers, in the order that hurts least on training text; of the two such models around the compute in question each gets a share of the sequences, so that the mean is the same. Neither is trained.',
     `Speed is the median of repeated prefills of packed sequences of ${sequenceLength} tokens on the machine named above.`,
     'Intervals are 95 %, from a bootstrap over sequences. The generated text was drawn with a fixed seed, not chosen.',
   ];

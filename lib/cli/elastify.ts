@@ -1,6 +1,6 @@
 // `elastiform elastify`: attaches untrained routers to a model.
 import { type ElastiformerRecipe, elastify, type TrainCapacity } from '../elastic/elastify.js';
-import { gateModes } from '../elastic/policy.js';
+import { attentionKeys, gateModes } from '../elastic/policy.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { percent } from './shared.js';
 
@@ -13,6 +13,11 @@ export const elastifyCommand: Command = {
     attn: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train attention for (default: 0.3:1)' },
     mlp: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train the FFN for (default: 0.3:1)' },
     layers: { type: 'string', value: 'all|even|0,1,...', help: 'layers to route (default: all)' },
+    keys: {
+      type: 'string',
+      value: attentionKeys.join('|'),
+      help: 'rows that routed attention attends to (default: all)',
+    },
     gate: { type: 'string', value: 'MODE', help: `${gateModes.join(', ')} (default: straight-through)` },
   },
   example: 'elastiform elastify models/tiny --out runs/plan --mlp 0.3:1',
@@ -22,11 +27,13 @@ export const elastifyCommand: Command = {
     const attn = capacity(flags, 'attn');
     const mlp = capacity(flags, 'mlp');
     const layers = flags.string('layers');
+    const keys = flags.choice('keys', attentionKeys);
     const gate = flags.choice('gate', gateModes);
     const recipe: ElastiformerRecipe = {
       kind: 'elastiformer',
       ...(attn !== undefined || mlp !== undefined ? { tokens: { ...(attn && { attn }), ...(mlp && { mlp }) } } : {}),
       ...(layers === undefined ? {} : { layers: layers === 'all' || layers === 'even' ? layers : layerIds(layers) }),
+      ...(keys ? { keys } : {}),
       ...(gate ? { gate } : {}),
     };
     const plan = await elastify(positionals[0], recipe, { out });

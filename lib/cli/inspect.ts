@@ -1,4 +1,5 @@
 // `elastiform inspect`: what is in a model directory.
+import { meanCapacity } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
 import { Checkpoint } from '../io/safetensors.js';
 import type { Command } from './command.js';
@@ -49,8 +50,8 @@ export const inspect: Command = {
           ...info.levels.map((level) => [
             level.name,
             level.flopsRatio === undefined ? '' : percent(level.flopsRatio),
-            percent(level.spec.tokenCapacity?.attn ?? 1),
-            percent(level.spec.tokenCapacity?.mlp ?? 1),
+            percent(meanCapacity(level.spec.tokenCapacity?.attn ?? 1)),
+            percent(meanCapacity(level.spec.tokenCapacity?.mlp ?? 1)),
           ]),
         ]),
       );

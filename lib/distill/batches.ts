@@ -34,6 +34,19 @@ export function* wholeEpoch(data: TokenData, rows: number): Generator<Batch> {
   }
 }
 
+/** Shuffled batches of the data until they hold `tokens`, or all of it. */
+export function firstBatches(data: TokenData, rows: number, tokens: number, seed: number): Batch[] {
+  const batches: Batch[] = [];
+  let cursor = { epoch: 0, segment: 0 };
+  for (let count = 0; count < tokens && cursor.epoch === 0; ) {
+    const next = data.next(cursor, rows, seed);
+    batches.push(next.batch);
+    count += next.batch.ids.length;
+    cursor = next.cursor;
+  }
+  return batches;
+}
+
 /**
  * Reads the training and held-out documents of a config: `evalData`, else the share `heldOut` of the data, else none.
  * Errors: those of readDocuments and splitHeldOut; InvalidArgumentError when both are given.

@@ -1,85 +1,96 @@
-// Calibration: quantiles of every router's logits at each capacity of a grid, and a check of what the thresholds pass.
-import { type Calibration, type ElasticPolicy, routerPlaces, thresholds } from '../elastic/policy.js';
-import { batchRun } from './batches.js';
+// Calibration: the path along which compute is taken away, quantiles of router logits on it, and a check of thresholds.
+import { flopsRatio } from '../elastic/budget.js';
+import { type Calibration, meanCapacity, routerPlaces, thresholds } from '../elastic/policy.js';
+import { allocationPath } from './allocate.js';
+import { batchRun, firstBatches } from './batches.js';
 import type { Batch, TokenData } from './data.js';
 import type { TrainEvent } from './events.js';
+import type { DivergenceProbe } from './probe.js';
 import { capacityFeeds, type DistillModel, logitsProgram, thresholdFeeds, thresholdProgram } from './steps.js';
 
 const points = 65;
-/** Capacities calibrated of a range. */
+/** Mean capacities at which quantiles are taken. */
 const gridSize = 8;
+/** The path goes on down to this part of the least capacity trained for. */
+const reach = 0.5;
+/** Routers whose logits spread less tell no tokens apart. */
+const leastSpread = 1e-6;
 /** A router whose share of rows is further than this from its capacity is reported. */
 const tolerance = 0.1;
 
 type Warning = Extract<TrainEvent, { type: 'warn' }>;
 
 /**
- * Runs about `tokens` tokens of the data at each capacity and keeps the quantiles of every router's logits.
- * Returns the calibration and warnings about routers that tell no tokens apart or miss their capacity by a lot.
+ * Finds the path on the probe's batches, then runs about `tokens` tokens of the data at mean capacities along it and keeps
+ * the quantiles of every router's logits. Returns the calibration and warnings about routers that tell no tokens apart,
+ * which stay at full capacity on the path, or miss their capacity by a lot.
  */
 export async function calibrate(
   model: DistillModel,
+  probe: DivergenceProbe,
   data: TokenData,
-  { tokens, seed, signal }: { tokens: number; seed: number; signal?: AbortSignal },
+  {
+    tokens,
+    seed,
+    signal,
+    onProgress,
+  }: { tokens: number; seed: number; signal?: AbortSignal; onProgress?: (done: number, total: number) => unknown },
 ): Promise<{ calibration: Calibration; warnings: Warning[] }> {
-  const { policy } = model;
-  const batches = takeBatches(data, model.batchTokens, tokens, seed);
+  const { policy, spec } = model;
+  const batches = firstBatches(data, model.batchTokens, tokens, seed);
   const ids = routerPlaces(policy).map((r) => r.id);
-  const capacities = capacityGrid(policy);
-  const quantiles = new Map(ids.map((id) => [id, new Float32Array(capacities.length * points)]));
   const count = batches.reduce((sum, batch) => sum + batch.ids.length, 0);
+  const length = typicalLength(batches);
 
-  const program = logitsProgram(model);
-  try {
-    for (const [row, capacity] of capacities.entries()) {
-      const logits = new Map(ids.map((id) => [id, new Float32Array(count)]));
-      let at = 0;
-      for (const batch of batches) {
-        const { dims, feeds } = batchRun(batch);
-        const { outputs } = await program.run({
-          dims,
-          feeds: { ...feeds, ...capacityFeeds(policy, dims.segments, () => capacity) },
-          signal,
-        });
-        for (const id of ids) logits.get(id)!.set(outputs[id] as Float32Array, at);
-        at += batch.ids.length;
-      }
-      for (const id of ids)
-        fillQuantiles(logits.get(id)!.sort(), quantiles.get(id)!.subarray(row * points, (row + 1) * points));
+  using program = logitsProgram(model);
+  /** Logits of every router, sorted, with all at these capacities. */
+  const sortedLogits = async (capacities: readonly number[]): Promise<Map<string, Float32Array>> => {
+    const logits = new Map(ids.map((id) => [id, new Float32Array(count)]));
+    let at = 0;
+    for (const batch of batches) {
+      const { dims, feeds } = batchRun(batch);
+      const { outputs } = await program.run({
+        dims,
+        feeds: { ...feeds, ...capacityFeeds(policy, dims.segments, (router) => capacities[router]) },
+        signal,
+      });
+      for (const id of ids) logits.get(id)!.set(outputs[id] as Float32Array, at);
+      at += batch.ids.length;
     }
-  } finally {
-    program.dispose();
-  }
-  const calibration: Calibration = {
-    capacities,
-    points,
-    tokens: count,
-    sequenceLength: typicalLength(batches),
-    quantiles,
+    for (const values of logits.values()) values.sort();
+    return logits;
   };
-  const warnings = [...collapsed(calibration), ...(await offTarget(model, calibration, batches, signal))];
+
+  const collapsed = new Set(
+    [...(await sortedLogits(ids.map(() => 1)))].filter(([, z]) => z[count - 1] - z[0] < leastSpread).map(([id]) => id),
+  );
+  const lowest = routerPlaces(policy).map(({ place }) => reach * policy.capacity[place]![0]);
+  const path = await allocationPath(probe, spec, policy, (id) => !collapsed.has(id), {
+    length,
+    least: flopsRatio(spec, policy, lowest, length),
+    signal,
+    onProgress,
+  });
+
+  const last = meanCapacity(path.at(-1)!);
+  const capacities = [...new Set(Array.from({ length: gridSize }, (_, i) => last + ((1 - last) * i) / (gridSize - 1)))];
+  const quantiles = new Map(ids.map((id) => [id, new Float32Array(capacities.length * points)]));
+  for (const [row, mean] of capacities.entries()) {
+    for (const [id, sorted] of await sortedLogits(onPath(path, mean)))
+      fillQuantiles(sorted, quantiles.get(id)!.subarray(row * points, (row + 1) * points));
+  }
+  const calibration: Calibration = { path, capacities, points, tokens: count, sequenceLength: length, quantiles };
+  const warnings = [...collapse(collapsed), ...(await offTarget(model, calibration, batches, signal))];
   return { calibration, warnings };
 }
 
-/** Capacities to calibrate at: over the range that any place was trained for, ascending. */
-function capacityGrid(policy: ElasticPolicy): number[] {
-  const ranges = [policy.capacity.attn, policy.capacity.mlp].filter((range) => range !== undefined);
-  const low = Math.min(...ranges.map((range) => range[0]));
-  const high = Math.max(...ranges.map((range) => range[1]));
-  if (low === high) return [low];
-  return Array.from({ length: gridSize }, (_, i) => low + ((high - low) * i) / (gridSize - 1));
-}
-
-function takeBatches(data: TokenData, rows: number, tokens: number, seed: number): Batch[] {
-  const batches: Batch[] = [];
-  let cursor = { epoch: 0, segment: 0 };
-  for (let count = 0; count < tokens && cursor.epoch === 0; ) {
-    const next = data.next(cursor, rows, seed);
-    batches.push(next.batch);
-    count += next.batch.ids.length;
-    cursor = next.cursor;
-  }
-  return batches;
+/** Capacities of all routers on the path where their mean is `mean`. */
+function onPath(path: readonly (readonly number[])[], mean: number): number[] {
+  const after = path.findIndex((capacities) => meanCapacity(capacities) <= mean);
+  if (after <= 0) return [...path.at(after)!];
+  const [from, to] = [path[after - 1], path[after]];
+  const t = (meanCapacity(from) - mean) / (meanCapacity(from) - meanCapacity(to));
+  return from.map((c, i) => c + (to[i] - c) * t);
 }
 
 /** The length at which one sequence has the same attention work per token as the batches: mean over tokens. */
@@ -105,14 +116,13 @@ function fillQuantiles(sorted: Float32Array, into: Float32Array): void {
   }
 }
 
-function collapsed({ quantiles }: Calibration): Warning[] {
-  const dead = [...quantiles].filter(([, table]) => table[points - 1] - table[0] < 1e-6).map(([id]) => id);
-  if (dead.length === 0) return [];
+function collapse(dead: ReadonlySet<string>): Warning[] {
+  if (dead.size === 0) return [];
   return [
     {
       type: 'warn',
       code: 'router-collapse',
-      message: `routers that score all tokens alike and so cannot choose: ${dead.join(', ')}; train longer or raise optimizer.lr`,
+      message: `routers that score all tokens alike and so cannot choose: ${[...dead].join(', ')}; train longer or raise optimizer.lr`,
     },
   ];
 }
@@ -123,25 +133,22 @@ async function offTarget(
   batches: readonly Batch[],
   signal?: AbortSignal,
 ): Promise<Warning[]> {
-  const policy = { ...model.policy, calibration };
-  const capacity = calibration.capacities[Math.floor((calibration.capacities.length - 1) / 2)];
-  const wanted = thresholds(policy, { attn: capacity, mlp: capacity });
+  const { policy } = model;
+  const capacities = onPath(calibration.path, calibration.capacities[Math.floor(calibration.capacities.length / 2)]);
+  const wanted = thresholds(policy, calibration, capacities);
   const passed = new Map([...wanted.keys()].map((id) => [id, 0]));
-  const program = thresholdProgram({ ...model, policy });
-  try {
-    for (const batch of batches) {
-      const { dims, feeds } = batchRun(batch);
-      const { outputs } = await program.run({
-        dims,
-        feeds: { ...feeds, ...thresholdFeeds(wanted, dims.segments) },
-        signal,
-      });
-      for (const id of passed.keys()) passed.set(id, passed.get(id)! + outputs[id].length);
-    }
-  } finally {
-    program.dispose();
+  using program = thresholdProgram(model);
+  for (const batch of batches) {
+    const { dims, feeds } = batchRun(batch);
+    const { outputs } = await program.run({
+      dims,
+      feeds: { ...feeds, ...thresholdFeeds(wanted, dims.segments) },
+      signal,
+    });
+    for (const id of passed.keys()) passed.set(id, passed.get(id)! + outputs[id].length);
   }
-  return [...passed].flatMap(([id, rows]) => {
+  return [...passed].flatMap(([id, rows], i) => {
+    const capacity = capacities[i];
     const share = rows / calibration.tokens;
     if (Math.abs(share - capacity) <= tolerance) return [];
     const message = `${id}: its threshold for capacity ${capacity.toFixed(2)} passes ${share.toFixed(2)} of the tokens`;

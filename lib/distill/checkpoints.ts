@@ -1,7 +1,7 @@
 // Training checkpoints: written whole or not at all, verified when read, the oldest removed.
-import { mkdir, open, readdir, rename, rm } from 'node:fs/promises';
+import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { readJson, sha256File, writeFileAtomic } from '../io/files.js';
+import { readJson, sha256File, syncDirectory, writeFileAtomic } from '../io/files.js';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.js';
 import { InvalidDataError } from '../native/errors.js';
 import type { Cursor } from './data.js';
@@ -30,15 +30,6 @@ const stepOf = (name: string): number | null => (/^step-\d{6,}$/.test(name) ? Nu
 async function listSteps(out: string): Promise<number[]> {
   const names = await readdir(directory(out)).catch(() => [] as string[]);
   return names.flatMap((name) => stepOf(name) ?? []).sort((a, b) => a - b);
-}
-
-async function syncDirectory(path: string): Promise<void> {
-  const handle = await open(path, 'r');
-  try {
-    await handle.sync();
-  } finally {
-    await handle.close();
-  }
 }
 
 /** Writes a checkpoint and removes the oldest beyond `keep`, never the best. Returns its directory. */

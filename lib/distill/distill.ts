@@ -8,16 +8,19 @@ import { readElastic, writeElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer } from '../io/tokenizer.js';
+import type { Place } from '../model/select.js';
 import { specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { Engine } from '../native/index.js';
-import { batchRun, trainingTexts, wholeEpoch } from './batches.js';
+import { sensitivities, shapedCapacities } from './allocate.js';
+import { batchRun, firstBatches, trainingTexts, wholeEpoch } from './batches.js';
 import { calibrate } from './calibrate.js';
 import { type DataSource, TokenData } from './data.js';
 import type { TrainConfig, TrainResult } from './events.js';
+import { DivergenceProbe } from './probe.js';
 import { Random } from './random.js';
-import { capacityFeeds, type DistillModel, evalProgram, type LossWeights, routerPlan, trainProgram } from './steps.js';
+import { capacityFeeds, type DistillModel, type LossWeights, noiseFeeds, routerPlan, trainProgram } from './steps.js';
 import { Trainable } from './trainable.js';
 import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
 
@@ -41,10 +44,12 @@ export interface DistillConfig extends TrainConfig {
   loss?: readonly LossTerm[];
   /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
-  /** Tokens measured for the thresholds, at each of up to 8 capacities; default 8192. */
+  /** Tokens measured for the thresholds, at each of 8 capacities; default 8192. */
   calibrationTokens?: number;
 }
 
+/** Tokens on which divergence is measured to divide capacities among layers. */
+const probedTokens = 2048;
 const ownKeys = ['plan', 'out', 'data', 'evalData', 'heldOut', 'loss', 'dtype', 'calibrationTokens'];
 
 /**
@@ -52,7 +57,9 @@ const ownKeys = ['plan', 'out', 'data', 'evalData', 'heldOut', 'loss', 'dtype', 
  * frozen; teacher and student share the mapped weights. The same config gives the same bits whatever the thread count,
  * and a killed run, started again, continues to the same bits.
  *
- * Capacities are drawn anew for every sequence of every step, uniformly over the plan's range, one draw for both places.
+ * A mean capacity is drawn anew for every sequence of every step, uniformly over the plan's range, one draw for both
+ * places, and divided among layers by how much the model suffers without them, which is measured first. After training the
+ * same is measured again with the routers, at finer steps: this is the path that budgets lie on.
  * Errors: InvalidArgumentError for a bad config, InvalidDataError and InvalidFileError for bad inputs, FileSystemError
  * when another process writes to `out`, DivergedError when training does not recover from NaN.
  */
@@ -85,7 +92,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   const texts = await trainingTexts('distill', config);
   const data = TokenData.tokenise(texts.train, tokenizer, sequenceLength);
   const evalData = texts.heldOut && TokenData.tokenise(texts.heldOut, tokenizer, sequenceLength);
-  const resolved = resolveConfig(config, data, { batchTokens: 2048, lr: 3e-3, weightDecay: 0 });
+  const resolved = resolveConfig(config, data, { batchTokens: 2048, lr: 2e-2, weightDecay: 0 });
 
   return withLock(config.out, async () => {
     using checkpoint = Checkpoint.open(config.plan);
@@ -102,15 +109,21 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
       engine,
       batchTokens: resolved.batchTokens,
     };
-    using step = trainProgram(model, losses, config.gradCheckpointing ?? false);
-    using measure = evalProgram(model);
+    const probed = firstBatches(data, resolved.batchTokens, probedTokens, resolved.seed);
+    using probe = new DivergenceProbe(model, probed);
+    const sensitivity = await sensitivities(probe, policy, {
+      signal: config.signal,
+      onProgress: (done, total) => config.onEvent?.({ type: 'measure', what: 'sensitivity', done, total }),
+    });
+    using held = evalData && new DivergenceProbe(model, [...wholeEpoch(evalData, resolved.batchTokens)]);
+    using step = trainProgram(model, losses, { recompute: config.gradCheckpointing ?? false, explore: true });
     const task: Task = {
       api: 'distill',
       engine,
       trainable,
       data,
       identity: {
-        method: 'self-distillation',
+        method: 'self-distillation by top-k credit',
         policy: policyToJson({ ...policy, calibration: null, levels: [] }),
         start: createHash('sha256').update(start).digest('hex'),
         losses,
@@ -121,15 +134,16 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
       async micro(batch, { step: number, index, total, signal }) {
         const { dims, feeds } = batchRun(batch);
         const random = new Random(resolved.seed, 'capacity', number * resolved.gradAccumulation + index);
-        const draws = Array.from({ length: dims.segments }, () => random.uniform());
+        const capacities = Array.from({ length: dims.segments }, () => {
+          const draw = random.uniform();
+          return shapedCapacities(sensitivity, policy, meanCapacities(policy, draw));
+        });
         const { outputs } = await step.run({
           dims,
           feeds: {
             ...feeds,
-            ...capacityFeeds(policy, dims.segments, (place, s) => {
-              const [low, high] = policy.capacity[place] ?? [1, 1];
-              return low + (high - low) * draws[s];
-            }),
+            ...capacityFeeds(policy, dims.segments, (router, s) => capacities[s][router]),
+            ...noiseFeeds(policy, dims.rows, random),
             weight: new Float32Array(dims.rows).fill(1 / total),
             share: Float32Array.of(dims.rows / total),
           },
@@ -137,20 +151,21 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         });
         return Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, value[0]]));
       },
-      ...(evalData && { evaluate: evaluator(measure, policy, evalData, resolved.batchTokens) }),
+      ...(held && { evaluate: evaluator(held, policy, sensitivity) }),
     };
     const result = await train(task, resolved, config.out, config);
     if (result.stopped !== 'signal') {
-      const { calibration, warnings } = await calibrate(model, data, {
+      const { calibration, warnings } = await calibrate(model, probe, data, {
         tokens: calibrationTokens,
         seed: resolved.seed,
         signal: config.signal,
+        onProgress: (done, total) => config.onEvent?.({ type: 'measure', what: 'allocation', done, total }),
       });
       for (const warning of warnings) await config.onEvent?.(warning);
       await writeElastic(
         config.out,
         config.plan,
-        { ...policy, calibration, levels: standardLevels(spec, policy, calibration.sequenceLength) },
+        { ...policy, calibration, levels: standardLevels(spec, policy, calibration, calibration.sequenceLength) },
         unflatten(trainable, policy),
       );
     }
@@ -181,38 +196,29 @@ function lossWeights(
   return weights;
 }
 
+/** Mean capacity of each place at a draw from 0, the low end of its range, to 1, the high end. */
+function meanCapacities({ capacity }: ElasticPolicy, draw: number): Record<Place, number> {
+  const mean = (place: Place) => {
+    const [low, high] = capacity[place] ?? [1, 1];
+    return low + (high - low) * draw;
+  };
+  return { attn: mean('attn'), mlp: mean('mlp') };
+}
+
 /** KL and agreement with the full model by top-k at three capacities of the trained range; the metric is the mean KL. */
-function evaluator(program: ReturnType<typeof evalProgram>, policy: ElasticPolicy, data: TokenData, rows: number) {
-  const shares = [policy.capacity.attn, policy.capacity.mlp].every((r) => !r || r[0] === r[1])
-    ? [0.5]
-    : [0.25, 0.5, 0.75];
+function evaluator(probe: DivergenceProbe, policy: ElasticPolicy, sensitivity: readonly number[]) {
+  const fixed = Object.values(policy.capacity).every(([low, high]) => low === high);
   return async (signal?: AbortSignal) => {
     const levels: Record<string, Record<string, number>> = {};
-    for (const share of shares) {
-      const capacity = (place: 'attn' | 'mlp') => {
-        const [low, high] = policy.capacity[place] ?? [1, 1];
-        return low + (high - low) * share;
-      };
-      const sum = { kl: 0, agree: 0 };
-      for (const batch of wholeEpoch(data, rows)) {
-        const { dims, feeds } = batchRun(batch);
-        const { outputs } = await program.run({
-          dims,
-          feeds: {
-            ...feeds,
-            ...capacityFeeds(policy, dims.segments, capacity),
-            weight: new Float32Array(dims.rows).fill(1 / data.tokenCount),
-          },
-          signal,
-        });
-        sum.kl += outputs.kl[0];
-        sum.agree += outputs.agree[0];
-      }
-      const routed = policy.tokens.attn ? capacity('attn') : capacity('mlp');
-      levels[`capacity ${routed.toFixed(2)}`] = { kl: sum.kl, top1_agreement: sum.agree };
+    let sum = 0;
+    const draws = fixed ? [0.5] : [0.25, 0.5, 0.75];
+    for (const draw of draws) {
+      const mean = meanCapacities(policy, draw);
+      const { kl, agree } = await probe.measure(shapedCapacities(sensitivity, policy, mean), signal);
+      levels[`capacity ${Math.min(mean.attn, mean.mlp).toFixed(2)}`] = { kl, top1_agreement: agree };
+      sum += kl;
     }
-    const kls = Object.values(levels).map((level) => level.kl);
-    return { levels, metric: kls.reduce((a, b) => a + b, 0) / kls.length };
+    return { levels, metric: sum / draws.length };
   };
 }
 

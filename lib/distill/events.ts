@@ -16,6 +16,8 @@ export type TrainEvent =
       etaSeconds: number;
     }
   | { type: 'eval'; step: number; levels: Record<string, Record<string, number>>; best: boolean }
+  /** Before and after training: how much of a measurement is done. */
+  | { type: 'measure'; what: 'sensitivity' | 'allocation'; done: number; total: number }
   | { type: 'save'; step: number; dir: string }
   | { type: 'warn'; code: WarningCode; message: string };
 

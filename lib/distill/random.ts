@@ -1,34 +1,22 @@
-// Counter-based randomness: every draw follows from (seed, purpose, counter), so a resumed run needs no generator state.
+// Randomness of training: every draw follows from (seed, purpose, counter), so a resumed run needs no generator state.
 import { createHash } from 'node:crypto';
+import { philox } from '../infer/random.js';
 
-/** A small generator (sfc32) for one purpose at one point of a run. */
+/** A generator for one purpose at one point of a run: a stream of Philox numbers. */
 export class Random {
-  private a: number;
-  private b: number;
-  private c: number;
-  private d = 1;
+  private readonly key: number;
+  private readonly stream: number;
+  private drawn = 0;
 
   constructor(seed: number, purpose: string, counter = 0) {
     const digest = createHash('sha256').update(`${seed}/${purpose}/${counter}`).digest();
-    this.a = digest.readInt32LE(0);
-    this.b = digest.readInt32LE(4);
-    this.c = digest.readInt32LE(8);
-    for (let i = 0; i < 12; i++) this.uint32();
-  }
-
-  private uint32(): number {
-    const t = (((this.a + this.b) | 0) + this.d) | 0;
-    this.d = (this.d + 1) | 0;
-    this.a = this.b ^ (this.b >>> 9);
-    this.b = (this.c + (this.c << 3)) | 0;
-    this.c = (this.c << 21) | (this.c >>> 11);
-    this.c = (this.c + t) | 0;
-    return t >>> 0;
+    this.key = digest.readUInt32LE(0);
+    this.stream = digest.readUInt32LE(4);
   }
 
   /** Uniform in [0, 1). */
   uniform(): number {
-    return this.uint32() / 2 ** 32;
+    return philox(this.drawn++, this.stream, this.key)[0] / 2 ** 32;
   }
 
   /** Uniform integer in [0, n). */

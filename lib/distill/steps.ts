@@ -1,13 +1,34 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
 import { type ElasticPolicy, routerId, routerPlaces } from '../elastic/policy.js';
-import { capacityFeed, inferenceSelector, type RouterNodes, thresholdFeed, trainingSelector } from '../elastic/rows.js';
-import { add, distillKl, dot, Graph, type Node, Program, scale, topkBce } from '../graph/index.js';
+import {
+  capacityFeed,
+  inferenceSelector,
+  noiseFeed,
+  type RoutedPlace,
+  type RouterNodes,
+  thresholdFeed,
+  trainingSelector,
+} from '../elastic/rows.js';
+import {
+  add,
+  distillKl,
+  dot,
+  Graph,
+  gradients,
+  type Node,
+  Program,
+  scale,
+  stopGradient,
+  topkBce,
+  topkCredit,
+} from '../graph/index.js';
 import { decoder, finalNorm } from '../model/decoder.js';
-import { type Place, places } from '../model/select.js';
+import { selectEverything } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { bindWeights, type DecoderTensors, type ParameterPlan } from '../model/weights.js';
 import type { Engine } from '../native/index.js';
 import { batchInputs } from './batches.js';
+import type { Random } from './random.js';
 import type { Trainable } from './trainable.js';
 
 /** What the programs of one distillation are built from. */
@@ -49,15 +70,33 @@ export function routerPlan(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hi
   };
 }
 
-/** Capacity feeds: for each routed place, one value per segment. */
+/** Capacity feeds: a share of rows for every router, in the order of execution, and segment. */
 export function capacityFeeds(
-  policy: Pick<ElasticPolicy, 'tokens'>,
+  policy: ElasticPolicy,
   segments: number,
-  of: (place: Place, segment: number) => number,
+  of: (router: number, segment: number) => number,
 ): Record<string, Float32Array> {
-  const routed = places.filter((place) => policy.tokens[place]);
   return Object.fromEntries(
-    routed.map((place) => [capacityFeed(place), Float32Array.from({ length: segments }, (_, s) => of(place, s))]),
+    routerPlaces(policy).map(({ id }, r) => [
+      capacityFeed(id),
+      Float32Array.from({ length: segments }, (_, s) => of(r, s)),
+    ]),
+  );
+}
+
+/**
+ * Exploration: standard logistic noise for every router and row, so that a row enters with about the probability
+ * sigmoid(logit - threshold). Without it routers of zeros would choose the first rows of every sequence, and later the
+ * same ones again and again, and what the others are worth would never be seen.
+ */
+export function noiseFeeds(policy: ElasticPolicy, rows: number, random: Random): Record<string, Float32Array> {
+  const draw = () => {
+    // Inside (0, 1), so that the logarithm is finite.
+    const u = (random.uniform() + 2 ** -33) / (1 + 2 ** -32);
+    return Math.log(u / (1 - u));
+  };
+  return Object.fromEntries(
+    routerPlaces(policy).map(({ id }) => [noiseFeed(id), Float32Array.from({ length: rows }, draw)]),
   );
 }
 
@@ -66,52 +105,109 @@ function routerNodes(graph: Graph, trainable: Trainable): (id: string) => Router
   return (id) => ({ weight: node(`${id}.weight`), bias: node(`${id}.bias`) });
 }
 
-/** Teacher, student and their divergence. Outputs `kl` and `agree`: sums over rows weighted by the feed `weight`. */
-function divergence(graph: Graph, model: DistillModel, recompute: boolean) {
-  const { spec, policy, trainable } = model;
-  const weights = bindWeights(graph, model.weights);
-  const { rows, segments, ...inputs } = batchInputs(graph, model.batchTokens);
-  // The teacher comes first, so what both compute alike (the start of the model) is counted as its own.
-  const teacher = decoder(graph, spec, weights, inputs, undefined, { tagPrefix: 'teacher/' });
-  const ht = graph.tag('teacher/head', () => finalNorm(spec, weights, teacher));
-  const selector = trainingSelector(graph, policy, routerNodes(graph, trainable), segments);
-  const student = decoder(graph, spec, weights, inputs, selector, { recompute });
-  const weight = graph.feed('weight', 'f32', [rows]);
-  const { loss: kl, agree } = graph.tag('head', () =>
-    distillKl(finalNorm(spec, weights, student), ht, weights.head, weight),
+/**
+ * The gradient of the divergence `kl` with respect to routers whose gates are straight-through, as a loss to be
+ * differentiated: sum over routers and rows of logit times credit. At gate value 1 the derivative of the loss by the gate
+ * says nothing about a row left out; its credit is what its output would change, and the teacher has computed that output
+ * (before and after the sub-layer, in `teacher`).
+ */
+function credited(
+  kl: Node,
+  routed: readonly RoutedPlace[],
+  student: readonly Node[],
+  teacher: readonly Node[],
+  offsets: Node,
+  weight: Node,
+): Node {
+  const after = (r: RoutedPlace) => 2 * r.layer + (r.place === 'attn' ? 1 : 2);
+  const dys = gradients(
+    kl,
+    routed.map((r) => student[after(r)]),
   );
-  graph.output('kl', kl);
-  graph.output('agree', dot(agree, weight));
-  return { kl, routed: selector.routed };
+  return routed
+    .map((r, i) => {
+      const [from, to] = [teacher[after(r) - 1], teacher[after(r)]];
+      return dot(r.detached, stopGradient(topkCredit(dys[i], from, to, r.z, offsets, r.offsets, weight)));
+    })
+    .reduce((a, b) => add(a, b));
 }
 
 /**
  * One micro-batch of training: adds the gradients of `kl weight * KL + bce weight * mean over routers of BCE` to
  * `trainable.grads`. Feeds besides the batch: `weight` f32 [rows], `share` f32 [1] (this micro-batch's part of the
- * step's rows), capacities. Outputs `loss`, `kl`, `agree` and, when it has a weight, `bce`.
+ * step's rows), capacities, and with `explore` noise. Outputs `loss`, `kl`, `agree` and, when it has a weight, `bce`.
  */
-export function trainProgram(model: DistillModel, losses: LossWeights, recompute: boolean): Program {
+export function trainProgram(
+  model: DistillModel,
+  losses: LossWeights,
+  { recompute = false, explore = false }: { recompute?: boolean; explore?: boolean } = {},
+): Program {
+  const { spec, policy, trainable } = model;
   const graph = new Graph();
-  const { kl, routed } = divergence(graph, model, recompute);
+  const weights = bindWeights(graph, model.weights);
+  const { rows, segments, ...inputs } = batchInputs(graph, model.batchTokens);
+  const [teacherResiduals, residuals]: [Node[], Node[]] = [[], []];
+  // The teacher comes first, so what both compute alike (the start of the model) is counted as its own.
+  const teacher = decoder(graph, spec, weights, inputs, selectEverything, {
+    tagPrefix: 'teacher/',
+    residuals: teacherResiduals,
+  });
+  const ht = graph.tag('teacher/head', () => finalNorm(spec, weights, teacher));
+  const selector = trainingSelector(graph, policy, routerNodes(graph, trainable), segments, { explore });
+  const student = decoder(graph, spec, weights, inputs, selector, { recompute, residuals });
+  const { routed } = selector;
+  const weight = graph.feed('weight', 'f32', [rows]);
   const share = graph.feed('share', 'f32', [1]);
-  let loss: Node = scale(kl, losses.kl);
+  const { loss: kl, agree } = graph.tag('head', () =>
+    distillKl(finalNorm(spec, weights, student), ht, weights.head, weight),
+  );
+  graph.output('kl', kl);
+  graph.output('agree', dot(agree, weight));
+  let loss = scale(kl, losses.kl);
+  let objective = loss;
+  if (policy.gate === 'straight-through') {
+    objective = graph.tag('routers', () =>
+      scale(credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight), losses.kl),
+    );
+  }
   if (losses.topkBce > 0) {
-    const bce = graph.tag('auxiliary', () => {
+    const bce = graph.tag('routers', () => {
       const sum = routed.map((r) => topkBce(r.detached, r.rows)).reduce((a, b) => add(a, b));
       return scale(sum, 1 / routed.length, share);
     });
     graph.output('bce', bce);
     loss = add(loss, scale(bce, losses.topkBce));
+    objective = add(objective, scale(bce, losses.topkBce));
   }
   graph.output('loss', loss);
-  model.trainable.accumulateGradients(graph, loss, (name) => graph.state(model.trainable.view(name)));
+  trainable.accumulateGradients(graph, objective, (name) => graph.state(trainable.view(name)));
   return Program.compile(graph, model.engine);
 }
 
-/** The divergence alone: outputs `kl` and `agree`, routed by top-k at the capacities fed. */
-export function evalProgram(model: DistillModel): Program {
+/** The full model. Output `hidden` f32 [rows, hidden], after the final norm. */
+export function teacherProgram(model: DistillModel): Program {
   const graph = new Graph();
-  divergence(graph, model, false);
+  const weights = bindWeights(graph, model.weights);
+  const { rows: _, segments: __, ...inputs } = batchInputs(graph, model.batchTokens);
+  graph.output('hidden', finalNorm(model.spec, weights, decoder(graph, model.spec, weights, inputs)));
+  return Program.compile(graph, model.engine);
+}
+
+/**
+ * The routed model against the `hidden` of teacherProgram, fed as `teacher` f32 [rows, hidden]. Routed by top-k at the
+ * capacities fed. Outputs `kl` and `agree`: sums over rows weighted by the feed `weight` f32 [rows].
+ */
+export function evalProgram(model: DistillModel): Program {
+  const { spec } = model;
+  const graph = new Graph();
+  const weights = bindWeights(graph, model.weights);
+  const { rows, segments, ...inputs } = batchInputs(graph, model.batchTokens);
+  const selector = trainingSelector(graph, model.policy, routerNodes(graph, model.trainable), segments);
+  const student = finalNorm(spec, weights, decoder(graph, spec, weights, inputs, selector));
+  const weight = graph.feed('weight', 'f32', [rows]);
+  const { loss, agree } = distillKl(student, graph.feed('teacher', 'f32', [rows, spec.hidden]), weights.head, weight);
+  graph.output('kl', loss);
+  graph.output('agree', dot(agree, weight));
   return Program.compile(graph, model.engine);
 }
 

@@ -1,9 +1,21 @@
-// From a budget to capacities: solves the cost model for the share of tokens every routed sub-layer may take.
-import { attentionFlops, feedForwardFlops, headFlops } from '../model/flops.js';
+// From a budget to capacities and thresholds: finds the point of the calibrated path that costs what may be spent.
+import { attentionFlops, feedForwardFlops, forwardFlops, keyValueFlops } from '../model/flops.js';
 import { type Place, places } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { checkCapacity, type ElasticPolicy, type ElasticSpec, type Level, thresholds } from './policy.js';
+import {
+  type Calibration,
+  type ElasticPolicy,
+  type ElasticSpec,
+  isTokenCapacity,
+  type Level,
+  meanCapacity,
+  routerCapacities,
+  routerPlaces,
+  type TokenCapacity,
+  thresholds,
+  tokenCapacityRule,
+} from './policy.js';
 
 /**
  * What a call may spend: a share of the full model's FLOPs in (0, 1], 'full', the name of a level, or explicit settings.
@@ -16,7 +28,7 @@ export interface OperatingPoint {
   level: string | null;
   /** Settings that differ from full. */
   spec: ElasticSpec;
-  /** Share of tokens per place; 1 where a place is not routed. */
+  /** Mean share of tokens over the routed layers of each place; 1 where none is routed. */
   capacity: { attn: number; mlp: number };
   /** No routing at all: the plain backbone runs. */
   full: boolean;
@@ -28,51 +40,56 @@ export interface OperatingPoint {
   why: string;
 }
 
-/** Below this capacity a budget counts as out of reach; explicit settings may go lower. */
-export const leastCapacity = 0.05;
+type Routing = Pick<ElasticPolicy, 'tokens' | 'layers'>;
 
-type Routing = Pick<ElasticPolicy, 'tokens'>;
-type Capacity = { attn: number; mlp: number };
-
-/** FLOPs of one sub-layer when `rows` rows of a sequence enter it; fractional rows are an expectation. */
-function subLayerFlops(spec: ModelSpec, place: Place, rows: number): number {
-  return place === 'attn' ? attentionFlops(spec, [rows]) : feedForwardFlops(spec, rows);
+/** Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, its router included. */
+function routedFlops(spec: ModelSpec, policy: Routing, place: Place, c: number, length: number): number {
+  const router = 2 * length * spec.hidden;
+  if (place === 'mlp') return router + feedForwardFlops(spec, c * length);
+  if (policy.tokens.attn!.keys === 'selected') return router + attentionFlops(spec, [c * length]);
+  return router + c * attentionFlops(spec, [length]) + (1 - c) * keyValueFlops(spec, length);
 }
 
 /**
  * Expected FLOPs of one sequence of `length` tokens with every token's logits, routers included, over those of the full
- * model. Capacity 1 in every place still pays for routers, so the ratio may pass 1 a little.
+ * model. Capacity 1 everywhere still pays for routers, so the ratio may pass 1 a little.
+ *
+ * @param capacities one per router, in the order of execution
  */
-export function flopsRatio(spec: ModelSpec, policy: Routing, capacity: Capacity, length: number): number {
-  let full = headFlops(spec, length);
-  let routed = full;
-  for (const place of places) {
-    const layers = policy.tokens[place]?.layers.length ?? 0;
-    const dense = subLayerFlops(spec, place, length);
-    const router = 2 * length * spec.hidden;
-    full += spec.layers * dense;
-    routed += (spec.layers - layers) * dense + layers * (subLayerFlops(spec, place, capacity[place] * length) + router);
-  }
-  return routed / full;
+export function flopsRatio(spec: ModelSpec, policy: Routing, capacities: readonly number[], length: number): number {
+  const { perLayer, total } = forwardFlops(spec, [length]);
+  const saved = routerPlaces(policy).map(
+    ({ place }, i) => perLayer[place] - routedFlops(spec, policy, place, capacities[i], length),
+  );
+  return (total - saved.reduce((a, b) => a + b, 0)) / total;
 }
 
-/** The one capacity for all routed places that costs the share `ratio`, or null when it would be below leastCapacity. */
-function solveCapacity(spec: ModelSpec, policy: Routing, ratio: number, length: number): number | null {
-  const cost = (c: number) => flopsRatio(spec, policy, { attn: c, mlp: c }, length);
-  if (cost(leastCapacity) > ratio) return null;
-  let low = leastCapacity;
+/** The point of the path that costs the share `ratio` at `length` tokens, or null when it costs less than the last. */
+function solvePath(
+  spec: ModelSpec,
+  policy: Routing,
+  { path }: Pick<Calibration, 'path'>,
+  ratio: number,
+  length: number,
+): number[] | null {
+  const cost = (capacities: readonly number[]) => flopsRatio(spec, policy, capacities, length);
+  // The cost falls along the path.
+  const after = path.findIndex((capacities) => cost(capacities) <= ratio);
+  if (after < 0) return null;
+  if (after === 0) return [...path[0]];
+  const between = (t: number) => path[after - 1].map((c, i) => c + (path[after][i] - c) * t);
+  let low = 0;
   let high = 1;
-  // The cost ascends with the capacity.
   for (let i = 0; i < 50; i++) {
     const middle = (low + high) / 2;
-    if (cost(middle) <= ratio) low = middle;
-    else high = middle;
+    if (cost(between(middle)) <= ratio) high = middle;
+    else low = middle;
   }
-  return low;
+  return between(high);
 }
 
 /**
- * Resolves a budget. A number becomes one capacity for all routed sub-layers.
+ * Resolves a budget. A number becomes the point of the calibrated path that costs this share.
  *
  * @param policy null for a plain checkpoint, which has only the full budget.
  * @param length tokens of the sequences the share is meant for: attention's part of the cost grows with it. Default: the
@@ -100,14 +117,15 @@ export function resolveBudget(
     if (!(budget > 0 && budget < 1))
       throw new InvalidArgumentError(`[budget] a budget must be in (0, 1], got ${budget}`);
     const routed = needRouters(policy, budget);
-    const c = solveCapacity(spec, routed, budget, at);
-    if (c === null) {
-      const floor = flopsRatio(spec, routed, { attn: leastCapacity, mlp: leastCapacity }, at);
+    const calibration = needCalibration(routed);
+    const capacities = solvePath(spec, routed, calibration, budget, at);
+    if (!capacities) {
+      const floor = flopsRatio(spec, routed, calibration.path.at(-1)!, at);
       throw new InvalidArgumentError(
-        `[budget] budget ${budget} cannot be reached: what is not routed takes ${floor.toFixed(3)} of the FLOPs at ${at} tokens; ask for ${(Math.ceil(floor * 100) / 100).toFixed(2)} or more`,
+        `[budget] budget ${budget} cannot be reached: this model was calibrated down to ${floor.toFixed(3)} of the FLOPs at ${at} tokens; ask for ${(Math.ceil(floor * 100) / 100).toFixed(2)} or more`,
       );
     }
-    return routedPoint({ attn: routed.tokens.attn ? c : 1, mlp: routed.tokens.mlp ? c : 1 }, spec, routed, at, null);
+    return routedPoint(placeCapacities(routed, capacities), spec, routed, at, null);
   }
   if (typeof budget === 'object' && budget !== null) {
     const unknown = Object.keys(budget).find((key) => key !== 'spec');
@@ -132,6 +150,13 @@ function fullPoint(level: string | null): OperatingPoint {
   };
 }
 
+function needCalibration({ calibration }: ElasticPolicy): Calibration {
+  if (calibration) return calibration;
+  throw new InvalidArgumentError(
+    '[budget] this model has routers that were never trained, so only budget 1 runs; train them with `elastiform distill`',
+  );
+}
+
 function needRouters(policy: ElasticPolicy | null, what: unknown): ElasticPolicy {
   if (policy) return policy;
   throw new InvalidArgumentError(
@@ -150,7 +175,7 @@ function explicit(
     if (key !== 'tokenCapacity')
       throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there is tokenCapacity`);
   }
-  const capacity = { attn: 1, mlp: 1 };
+  const capacity: Shares = {};
   for (const [place, value] of Object.entries(wanted.tokenCapacity ?? {})) {
     if (!places.includes(place as Place)) {
       throw new InvalidArgumentError(
@@ -158,60 +183,79 @@ function explicit(
       );
     }
     if (value === undefined) continue;
-    checkCapacity('budget', `tokenCapacity.${place}`, value);
-    if (value < 1 && !needRouters(policy, { spec: wanted }).tokens[place as Place]) {
+    const layers = policy?.tokens[place as Place]?.layers.length ?? 0;
+    if (!isTokenCapacity(value, layers)) {
       throw new InvalidArgumentError(
-        `[budget] tokenCapacity.${place} is ${value}, but ${place} has no routers in this model`,
+        `[budget] tokenCapacity.${place} must be ${tokenCapacityRule(layers)}, got ${JSON.stringify(value)}`,
+      );
+    }
+    if (isFull(value)) continue;
+    if (!needRouters(policy, { spec: wanted }).tokens[place as Place]) {
+      throw new InvalidArgumentError(
+        `[budget] tokenCapacity.${place} is ${JSON.stringify(value)}, but ${place} has no routers in this model`,
       );
     }
     capacity[place as Place] = value;
   }
-  if (capacity.attn === 1 && capacity.mlp === 1) return fullPoint(level);
+  if (Object.keys(capacity).length === 0) return fullPoint(level);
   return routedPoint(capacity, spec, needRouters(policy, { spec: wanted }), length, level);
 }
 
+type Shares = { attn?: TokenCapacity; mlp?: TokenCapacity };
+
+const isFull = (share: TokenCapacity): boolean => [share].flat().every((c) => c === 1);
+
+/** Capacities of all routers as shares per place. */
+function placeCapacities(policy: Routing, capacities: readonly number[]): Shares {
+  const shares: Shares = {};
+  for (const place of places) {
+    if (policy.tokens[place]) shares[place] = capacities.filter((_, i) => routerPlaces(policy)[i].place === place);
+  }
+  return shares;
+}
+
 function routedPoint(
-  capacity: Capacity,
+  tokenCapacity: Shares,
   spec: ModelSpec,
   policy: ElasticPolicy,
   length: number,
   level: string | null,
 ): OperatingPoint {
-  const tokenCapacity: { attn?: number; mlp?: number } = {};
-  const notes: string[] = [];
-  for (const place of places) {
-    if (capacity[place] === 1) continue;
-    tokenCapacity[place] = capacity[place];
+  const capacities = routerCapacities(policy, tokenCapacity);
+  const mean = { attn: meanCapacity(tokenCapacity.attn ?? 1), mlp: meanCapacity(tokenCapacity.mlp ?? 1) };
+  const notes = places.flatMap((place) => {
+    if (mean[place] === 1) return [];
     const low = policy.capacity[place]?.[0] ?? 1;
-    notes.push(
-      `${(capacity[place] * 100).toFixed(1)} % of tokens into ${place}${capacity[place] < low ? `, below the ${low * 100} % it was trained for` : ''}`,
-    );
-  }
+    const below = mean[place] < low ? `, below the ${low * 100} % it was trained for` : '';
+    return `${(mean[place] * 100).toFixed(1)} % of tokens into ${place}${below}`;
+  });
   return {
     level,
     spec: { tokenCapacity },
-    capacity,
+    capacity: mean,
     full: false,
-    thresholds: thresholds(policy, capacity),
-    flopsRatio: flopsRatio(spec, policy, capacity, length),
+    thresholds: thresholds(policy, needCalibration(policy), capacities),
+    flopsRatio: flopsRatio(spec, policy, capacities, length),
     why: `${notes.join('; ')}, for sequences of ${length} tokens`,
   };
 }
 
-/** Levels `full` and p90 to p40 (per cent of the full FLOPs), as far as routing reaches, at sequences of `length`. */
-export function standardLevels(spec: ModelSpec, policy: Routing, length: number): Level[] {
+/** Levels `full` and p90 to p40 (per cent of the full FLOPs), as far as the path reaches, at sequences of `length`. */
+export function standardLevels(
+  spec: ModelSpec,
+  policy: Routing,
+  calibration: Pick<Calibration, 'path'>,
+  length: number,
+): Level[] {
   const levels: Level[] = [{ name: 'full', spec: {}, flopsRatio: 1 }];
   for (const percent of [90, 80, 70, 60, 50, 40]) {
-    const c = solveCapacity(spec, policy, percent / 100, length);
-    if (c === null) break;
-    const rounded = Math.round(c * 1e4) / 1e4;
-    const tokenCapacity: { attn?: number; mlp?: number } = {};
-    for (const place of places) if (policy.tokens[place]) tokenCapacity[place] = rounded;
-    const capacity = { attn: tokenCapacity.attn ?? 1, mlp: tokenCapacity.mlp ?? 1 };
+    const solved = solvePath(spec, policy, calibration, percent / 100, length);
+    if (!solved) break;
+    const capacities = solved.map((c) => Math.round(c * 1e4) / 1e4);
     levels.push({
       name: `p${percent}`,
-      spec: { tokenCapacity },
-      flopsRatio: Math.round(flopsRatio(spec, policy, capacity, length) * 1e4) / 1e4,
+      spec: { tokenCapacity: placeCapacities(policy, capacities) },
+      flopsRatio: Math.round(flopsRatio(spec, policy, capacities, length) * 1e4) / 1e4,
     });
   }
   return levels;

@@ -9,7 +9,16 @@ import { type Place, places } from '../model/select.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { type ElasticPolicy, type GateMode, gateModes, type Range, type Router, routerPlaces } from './policy.js';
+import {
+  type AttentionKeys,
+  attentionKeys,
+  type ElasticPolicy,
+  type GateMode,
+  gateModes,
+  type Range,
+  type Router,
+  routerPlaces,
+} from './policy.js';
 import { baseFiles, elasticConfigFile, hashFiles, weightsSha256, writeElastic } from './store.js';
 
 /** A capacity to train at, or a range to draw it from, uniformly for every step and sequence. */
@@ -20,6 +29,8 @@ export interface ElastiformerRecipe {
   kind: 'elastiformer';
   /** Places to route and the capacities to train at; default both places over [0.3, 1]. */
   tokens?: { attn?: TrainCapacity; mlp?: TrainCapacity };
+  /** Which rows routed attention attends to; default 'all'. 'selected' saves more and loses more. */
+  keys?: AttentionKeys;
   /** Layers to route; 'even' leaves every second one dense (1, 3, 5, ... are routed). Default 'all'. */
   layers?: 'all' | 'even' | readonly number[];
   /** Default 'straight-through': exactly the teacher at full capacity. 'raw' is the paper's. */
@@ -49,16 +60,19 @@ export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidde
   if (recipe.kind !== 'elastiformer') {
     fail(`recipe.kind must be 'elastiformer', got ${JSON.stringify((recipe as { kind?: unknown }).kind)}`);
   }
-  const { kind: _, tokens: given, layers: which = 'all', gate = 'straight-through', ...rest } = recipe;
-  for (const key of Object.keys(rest)) fail(`unknown recipe key '${key}'; elastiformer takes tokens, layers, gate`);
+  const { kind: _, tokens: given, layers: which = 'all', gate = 'straight-through', keys = 'all', ...rest } = recipe;
+  for (const key of Object.keys(rest))
+    fail(`unknown recipe key '${key}'; elastiformer takes tokens, keys, layers, gate`);
   if (!gateModes.includes(gate)) fail(`gate must be one of ${gateModes.join(', ')}, got ${JSON.stringify(gate)}`);
+  if (!attentionKeys.includes(keys))
+    fail(`keys must be one of ${attentionKeys.join(', ')}, got ${JSON.stringify(keys)}`);
   const layers = layersOf(which, spec.layers, fail);
 
   const chosen: Partial<Record<Place, TrainCapacity>> = given ?? { attn: defaultRange, mlp: defaultRange };
   for (const key of Object.keys(chosen)) {
     if (!places.includes(key as Place)) fail(`unknown place '${key}' in recipe.tokens; it takes ${places.join(', ')}`);
   }
-  const tokens: { attn?: { layers: number[] }; mlp?: { layers: number[] } } = {};
+  const tokens: ElasticPolicy['tokens'] = {};
   const capacity: { attn?: Range; mlp?: Range } = {};
   for (const place of places) {
     const value = chosen[place];
@@ -68,7 +82,8 @@ export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidde
       Array.isArray(range) && range.length === 2 && range.every((c) => typeof c === 'number' && c > 0 && c <= 1);
     if (!good) fail(`tokens.${place}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
     if (range[0] > range[1]) fail(`tokens.${place}: the capacity range must ascend, got ${JSON.stringify(value)}`);
-    tokens[place] = { layers };
+    if (place === 'attn') tokens.attn = { layers, keys };
+    else tokens.mlp = { layers };
     capacity[place] = [range[0], range[1]];
   }
   if (!tokens.attn && !tokens.mlp) fail('recipe.tokens must route attn, mlp or both');

@@ -1,16 +1,26 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 
 import { type Place, places } from '../model/select.js';
-import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
+import { InvalidDataError } from '../native/errors.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
 export type GateMode = 'straight-through' | 'raw' | 'two-sigma';
 export const gateModes: readonly GateMode[] = ['straight-through', 'raw', 'two-sigma'];
 
+/**
+ * Which rows routed attention attends to: `all` rows of the sequence have keys and values and routing saves queries, scores
+ * and output; with `selected` a row left out is no key either.
+ */
+export type AttentionKeys = 'all' | 'selected';
+export const attentionKeys: readonly AttentionKeys[] = ['all', 'selected'];
+
+/** Share of tokens: one in (0, 1] for all routed layers of a place, or one in [0, 1] for each of them, ascending. */
+export type TokenCapacity = number | readonly number[];
+
 /** Explicit settings per axis; an absent axis is full. */
 export interface ElasticSpec {
-  /** Share of tokens a routed sub-layer may process, in (0, 1]. */
-  tokenCapacity?: { attn?: number; mlp?: number };
+  /** Share of tokens that routed sub-layers process. */
+  tokenCapacity?: { attn?: TokenCapacity; mlp?: TokenCapacity };
 }
 
 export interface QualityValue {
@@ -29,11 +39,18 @@ export interface Level {
 }
 
 /**
- * Quantiles of every router's logits, measured while the model ran at each capacity of a grid: the logits a router sees
- * depend on what the routers before it dropped. `quantiles.get(id)` is [capacities.length, points], row-major, ascending
- * within a row; point j is the j/(points-1) quantile.
+ * What was measured after training: how compute is best taken away, and the logits that routers then give.
+ *
+ * `path` holds capacities of all routers in the order of execution; it starts at all 1 and every step lowers one router,
+ * the one whose tokens cost the least divergence per FLOP saved. Budgets lie on it.
+ *
+ * `quantiles.get(id)` is [capacities.length, points], row-major, ascending within a row: the quantiles of a router's
+ * logits while the model ran on the path at each mean capacity of `capacities`, since the logits a router sees depend on
+ * what the routers before it dropped. Point j is the j/(points-1) quantile.
  */
 export interface Calibration {
+  path: readonly (readonly number[])[];
+  /** Mean capacities, ascending. */
   capacities: readonly number[];
   points: number;
   /** Tokens measured at each capacity. */
@@ -54,8 +71,8 @@ export interface ElasticPolicy {
   layers: number;
   gate: GateMode;
   /** Routed layers of each place, ascending. */
-  tokens: { attn?: { layers: readonly number[] }; mlp?: { layers: readonly number[] } };
-  /** Capacities each place is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
+  tokens: { attn?: { layers: readonly number[]; keys: AttentionKeys }; mlp?: { layers: readonly number[] } };
+  /** Mean capacities each place is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
   capacity: { attn?: Range; mlp?: Range };
   /** Null until trained: a budget below full needs it. */
   calibration: Calibration | null;
@@ -91,37 +108,58 @@ export function routerPlaces(policy: Pick<ElasticPolicy, 'tokens' | 'layers'>): 
   return all;
 }
 
-/** Throws InvalidArgumentError unless `value` is a capacity: a number in (0, 1]. */
-export function checkCapacity(api: string, name: string, value: unknown): asserts value is number {
-  if (typeof value !== 'number' || !(value > 0 && value <= 1)) {
-    throw new InvalidArgumentError(`[${api}] ${name} must be in (0, 1], got ${String(value)}`);
-  }
+/** Whether a value is a share of tokens for a place with so many routed layers. */
+export function isTokenCapacity(value: unknown, layers: number): value is TokenCapacity {
+  if (!Array.isArray(value)) return typeof value === 'number' && value > 0 && value <= 1;
+  return value.length === layers && value.every((c) => typeof c === 'number' && c >= 0 && c <= 1);
 }
 
+/** The rule of isTokenCapacity in words. */
+export const tokenCapacityRule = (layers: number): string => `in (0, 1] or ${layers} numbers in [0, 1], one per layer`;
+
+/** One capacity per router, in the order of execution, from shares per place; absent places are full. */
+export function routerCapacities(
+  policy: Pick<ElasticPolicy, 'tokens' | 'layers'>,
+  { attn = 1, mlp = 1 }: { attn?: TokenCapacity; mlp?: TokenCapacity },
+): number[] {
+  return routerPlaces(policy).map(({ layer, place }) => {
+    const share = place === 'attn' ? attn : mlp;
+    return typeof share === 'number' ? share : share[policy.tokens[place]!.layers.indexOf(layer)];
+  });
+}
+
+/** Mean of capacities; 1 when there is none. */
+export const meanCapacity = (capacities: TokenCapacity): number =>
+  typeof capacities === 'number'
+    ? capacities
+    : capacities.length === 0
+      ? 1
+      : capacities.reduce((a, b) => a + b, 0) / capacities.length;
+
 /**
- * Logit threshold of each router so that it passes about the capacity of its place; full places get minus infinity.
+ * Logit threshold of each router so that it passes about its capacity; minus infinity for full ones, infinity for 0.
  * Quantiles are interpolated linearly between points and between calibrated capacities.
- * Errors: InvalidArgumentError when the policy is not calibrated and a capacity is below 1.
+ *
+ * @param capacities one per router, in the order of execution
  */
-export function thresholds(policy: ElasticPolicy, capacity: { attn: number; mlp: number }): Map<string, number> {
-  const result = new Map<string, number>();
-  const routers = routerPlaces(policy);
+export function thresholds(
+  policy: Pick<ElasticPolicy, 'tokens' | 'layers'>,
+  calibration: Calibration,
+  capacities: readonly number[],
+): Map<string, number> {
   // What dropped rows upstream is the mean capacity over routed sub-layers.
-  const mean = routers.reduce((sum, r) => sum + capacity[r.place], 0) / Math.max(routers.length, 1);
-  for (const { id, place } of routers) {
-    const c = capacity[place];
-    if (c >= 1) {
-      result.set(id, Number.NEGATIVE_INFINITY);
-      continue;
-    }
-    if (!policy.calibration) {
-      throw new InvalidArgumentError(
-        '[elastic] this model has routers that were never trained, so only budget 1 runs; train them with `elastiform distill`',
-      );
-    }
-    result.set(id, quantile(policy.calibration, id, mean, 1 - c));
-  }
-  return result;
+  const mean = meanCapacity(capacities);
+  return new Map(
+    routerPlaces(policy).map(({ id }, i) => {
+      const c = capacities[i];
+      if (c >= 1) return [id, Number.NEGATIVE_INFINITY];
+      if (c <= 0) return [id, Number.POSITIVE_INFINITY];
+      // A router that scores all tokens alike cannot choose: all pass.
+      const table = calibration.quantiles.get(id)!;
+      if (Math.max(...table) === Math.min(...table)) return [id, Number.NEGATIVE_INFINITY];
+      return [id, quantile(calibration, id, mean, 1 - c)];
+    }),
+  );
 }
 
 function quantile(calibration: Calibration, id: string, context: number, q: number): number {
@@ -157,6 +195,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
     if (!routed) continue;
     tokens[place] = {
       layers: routed.layers,
+      ...('keys' in routed ? { keys: routed.keys } : {}),
       train: 'top-k',
       train_capacity: policy.capacity[place],
       decode: 'threshold',
@@ -182,6 +221,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
       tensors: [`${id}.weight`, `${id}.bias`],
     })),
     calibration: calibration && {
+      path: calibration.path,
       capacities: calibration.capacities,
       points: calibration.points,
       tokens: calibration.tokens,
@@ -223,7 +263,7 @@ export function policyFromJson(
   const gate = root.gate as GateMode;
   if (!gateModes.includes(gate)) read.fail('gate', `one of ${gateModes.join(', ')}`, gate);
 
-  const tokens: { attn?: { layers: number[] }; mlp?: { layers: number[] } } = {};
+  const tokens: ElasticPolicy['tokens'] = {};
   const capacity: { attn?: Range; mlp?: Range } = {};
   const tokensJson = read.object(root.tokens, 'tokens');
   read.known(tokensJson, 'tokens.', places);
@@ -231,7 +271,13 @@ export function policyFromJson(
     if (tokensJson[place] === undefined) continue;
     const key = `tokens.${place}`;
     const entry = read.object(tokensJson[place], key);
-    read.known(entry, `${key}.`, ['layers', 'train', 'train_capacity', 'decode']);
+    read.known(entry, `${key}.`, [
+      'layers',
+      'train',
+      'train_capacity',
+      'decode',
+      ...(place === 'attn' ? ['keys'] : []),
+    ]);
     const layers = read.numbers(entry.layers, `${key}.layers`);
     layers.forEach((layer, i) => {
       const ascending = i === 0 || layer > layers[i - 1];
@@ -244,7 +290,12 @@ export function policyFromJson(
     if (range.length !== 2 || !(range[0] > 0 && range[0] <= range[1] && range[1] <= 1)) {
       read.fail(`${key}.train_capacity`, 'two ascending numbers in (0, 1]', range);
     }
-    tokens[place] = { layers };
+    const keys = entry.keys as AttentionKeys;
+    if (place === 'attn' && !attentionKeys.includes(keys)) {
+      read.fail(`${key}.keys`, `one of ${attentionKeys.join(', ')}`, keys);
+    }
+    if (place === 'attn') tokens.attn = { layers, keys };
+    else tokens.mlp = { layers };
     capacity[place] = [range[0], range[1]];
   }
 
@@ -287,11 +338,19 @@ export function policyFromJson(
 
   if (root.calibration !== null && root.calibration !== undefined) {
     const entry = read.object(root.calibration, 'calibration');
-    read.known(entry, 'calibration.', ['capacities', 'points', 'tokens', 'sequence_length']);
+    read.known(entry, 'calibration.', ['path', 'capacities', 'points', 'tokens', 'sequence_length']);
     const capacities = read.numbers(entry.capacities, 'calibration.capacities');
     if (capacities.length === 0 || capacities.some((c, i) => !(c > 0 && c <= 1) || (i > 0 && c <= capacities[i - 1]))) {
       read.fail('calibration.capacities', 'ascending numbers in (0, 1]', capacities);
     }
+    if (!Array.isArray(entry.path) || entry.path.length === 0) read.fail('calibration.path', 'a list', entry.path);
+    const path = (entry.path as unknown[]).map((step, i) => {
+      const key = `calibration.path[${i}]`;
+      const shares = read.numbers(step, key);
+      const ok = shares.length === expected.length && shares.every((c) => c >= 0 && c <= 1);
+      if (!ok) read.fail(key, `${expected.length} capacities in [0, 1]`, step);
+      return shares;
+    });
     const integer = (key: string, least: number, most: number): number => {
       const value = entry[key];
       if (!Number.isInteger(value) || (value as number) < least || (value as number) > most) {
@@ -300,6 +359,7 @@ export function policyFromJson(
       return value as number;
     };
     policy.calibration = {
+      path,
       capacities,
       points: integer('points', 2, 65_536),
       tokens: integer('tokens', 1, Number.MAX_SAFE_INTEGER),
@@ -307,11 +367,11 @@ export function policyFromJson(
       quantiles: new Map(),
     };
   }
-  policy.levels = readLevels(read, root.levels);
+  policy.levels = readLevels(read, policy, root.levels);
   return policy;
 }
 
-function readLevels(read: Reader, json: unknown): Level[] {
+function readLevels(read: Reader, { tokens }: ElasticPolicy, json: unknown): Level[] {
   if (!Array.isArray(json)) read.fail('levels', 'a list', json);
   const names = new Set<string>();
   return (json as unknown[]).map((entry, i) => {
@@ -331,9 +391,9 @@ function readLevels(read: Reader, json: unknown): Level[] {
       for (const place of places) {
         const c = capacity[place];
         if (c === undefined) continue;
-        if (typeof c !== 'number' || !(c > 0 && c <= 1))
-          read.fail(`${key}.spec.tokenCapacity.${place}`, 'in (0, 1]', c);
-        spec.tokenCapacity[place] = c as number;
+        const layers = tokens[place]?.layers.length ?? 0;
+        if (!isTokenCapacity(c, layers)) read.fail(`${key}.spec.tokenCapacity.${place}`, tokenCapacityRule(layers), c);
+        spec.tokenCapacity[place] = c;
       }
     }
     const result: Level = { name, spec };

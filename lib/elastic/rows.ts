@@ -1,7 +1,7 @@
 // Token routing: which rows enter a sub-layer in training, at inference, and in the two baselines.
 import type { Dim } from '../graph/dims.js';
 import type { Graph, Node } from '../graph/graph.js';
-import { gate, linear, routeThreshold, routeTopk, stopGradient } from '../graph/index.js';
+import { add, gate, linear, type Routed, routeThreshold, routeTopk, stopGradient } from '../graph/index.js';
 import type { Place, RowSelection, Selector, SubLayer } from '../model/select.js';
 import { type ElasticPolicy, type GateMode, gateModes, routerId, routerPlaces } from './policy.js';
 
@@ -20,12 +20,15 @@ export interface RoutedPlace {
   z: Node;
   /** The same logits as a function of the router only: no gradient reaches the router's input (auxiliary loss). */
   detached: Node;
-  /** Rows that entered, i32 [R]. */
+  /** Rows that entered, i32 [R], and where every segment starts among them, i32 [S + 1]. */
   rows: Node;
+  offsets: Node;
 }
 
-/** Name of the feed f32 [S] with the capacity of every segment at a place. */
-export const capacityFeed = (place: Place): string => `capacity.${place}`;
+/** Name of the feed f32 [S] with a router's capacity for every segment. */
+export const capacityFeed = (id: string): string => `capacity.${id}`;
+/** Name of the feed f32 [N, 1] with what is added to a router's logits before rows are chosen in training. */
+export const noiseFeed = (id: string): string => `noise.${id}`;
 /** Name of the feed f32 [S] with a router's logit threshold for every segment; minus infinity passes all rows. */
 export const thresholdFeed = (id: string): string => `threshold.${id}`;
 /** Name of the feed f32 [N, 1] with the scores that stand in for a router's logits in the random baseline. */
@@ -33,41 +36,52 @@ export const scoreFeed = (id: string): string => `score.${id}`;
 
 const gateMode = (mode: GateMode): 0 | 1 | 2 => gateModes.indexOf(mode) as 0 | 1 | 2;
 
+const gated = (selected: RowSelection, z: Node, mode: GateMode): RowSelection =>
+  mode === 'straight-through' ? selected : { ...selected, gate: gate(z, selected.rows, gateMode(mode)) };
+
+const routed = (policy: Pick<ElasticPolicy, 'tokens'>, s: SubLayer): boolean =>
+  policy.tokens[s.place]?.layers.includes(s.layer) ?? false;
+
+function selection(policy: Pick<ElasticPolicy, 'tokens'>, s: SubLayer, { rows, offsets }: Routed): RowSelection {
+  return { rows, offsets, ...(s.place === 'attn' && policy.tokens.attn?.keys === 'all' && { allKeys: true }) };
+}
+
 function logits(s: SubLayer, router: RouterNodes): Node {
   return linear(s.normed(), router.weight, { bias: router.bias });
 }
 
 /**
- * Top-k routing per segment, for training. Feeds `capacity.attn` and `capacity.mlp`, f32 [segments], whichever place is
- * routed. `routed` fills, in the order of execution, while the decoder is built.
+ * Top-k routing per segment, for training. Feeds `capacity.<router id>`, f32 [segments], one per router; with `explore`
+ * also `noise.<router id>`, f32 [rows, 1], which counts in choosing rows. `routed` fills, in the order of execution, while
+ * the decoder is built. A straight-through gate has the value 1 and so needs no operand; its gradient is `topkCredit`'s.
  */
 export function trainingSelector(
   graph: Graph,
   policy: ElasticPolicy,
   routers: (id: string) => RouterNodes,
   segments: Dim | number,
+  { explore = false }: { explore?: boolean } = {},
 ): Selector & { readonly routed: readonly RoutedPlace[] } {
-  const routed: RoutedPlace[] = [];
-  const capacity = (place: Place) => graph.feed(capacityFeed(place), 'f32', [segments]);
+  const all: RoutedPlace[] = [];
   return {
-    routed,
+    routed: all,
     runs: () => true,
     rows(s: SubLayer): RowSelection | null {
-      if (!policy.tokens[s.place]?.layers.includes(s.layer)) return null;
+      if (!routed(policy, s)) return null;
       const id = routerId(s.layer, s.place);
       const router = routers(id);
       const z = logits(s, router);
       const detached = linear(stopGradient(s.normed()), router.weight, { bias: router.bias });
-      const { rows, offsets } = routeTopk(z, s.offsets, capacity(s.place));
-      routed.push({ id, layer: s.layer, place: s.place, z, detached, rows });
-      return { rows, offsets, gate: gate(z, rows, gateMode(policy.gate)) };
+      const scores = explore ? add(z, graph.feed(noiseFeed(id), 'f32', z.shape)) : z;
+      const chosen = routeTopk(scores, s.offsets, graph.feed(capacityFeed(id), 'f32', [segments]));
+      all.push({ id, layer: s.layer, place: s.place, z, detached, ...chosen });
+      return gated(selection(policy, s, chosen), z, policy.gate);
     },
   };
 }
 
 /**
- * Threshold routing, causal, for inference. Feeds `threshold.<router id>`, f32 [segments], one per router. A
- * straight-through gate has the value 1 and so needs no operand here.
+ * Threshold routing, causal, for inference. Feeds `threshold.<router id>`, f32 [segments], one per router.
  */
 export function inferenceSelector(
   graph: Graph,
@@ -78,19 +92,18 @@ export function inferenceSelector(
   return {
     runs: () => true,
     rows(s: SubLayer): RowSelection | null {
-      if (!policy.tokens[s.place]?.layers.includes(s.layer)) return null;
+      if (!routed(policy, s)) return null;
       const id = routerId(s.layer, s.place);
       const z = logits(s, routers(id));
-      const { rows, offsets } = routeThreshold(z, s.offsets, graph.feed(thresholdFeed(id), 'f32', [segments]));
-      if (policy.gate === 'straight-through') return { rows, offsets };
-      return { rows, offsets, gate: gate(z, rows, gateMode(policy.gate)) };
+      const chosen = routeThreshold(z, s.offsets, graph.feed(thresholdFeed(id), 'f32', [segments]));
+      return gated(selection(policy, s, chosen), z, policy.gate);
     },
   };
 }
 
 /**
  * Baseline: the same share of rows as a router would take, chosen by scores that the caller feeds at random
- * (`score.<router id>`, f32 [rows, 1]; `capacity.<place>`, f32 [segments]).
+ * (`score.<router id>`, f32 [rows, 1]; `capacity.<router id>`, f32 [segments]).
  */
 export function randomSelector(
   graph: Graph,
@@ -98,13 +111,13 @@ export function randomSelector(
   rows: Dim | number,
   segments: Dim | number,
 ): Selector {
-  const capacity = (place: Place) => graph.feed(capacityFeed(place), 'f32', [segments]);
   return {
     runs: () => true,
     rows(s: SubLayer): RowSelection | null {
-      if (!policy.tokens[s.place]?.layers.includes(s.layer)) return null;
-      const scores = graph.feed(scoreFeed(routerId(s.layer, s.place)), 'f32', [rows, 1]);
-      return routeTopk(scores, s.offsets, capacity(s.place));
+      if (!routed(policy, s)) return null;
+      const id = routerId(s.layer, s.place);
+      const scores = graph.feed(scoreFeed(id), 'f32', [rows, 1]);
+      return selection(policy, s, routeTopk(scores, s.offsets, graph.feed(capacityFeed(id), 'f32', [segments])));
     },
   };
 }

@@ -1,6 +1,6 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
 import { type Budget, resolveBudget } from '../elastic/budget.js';
-import { type ElasticPolicy, routerId } from '../elastic/policy.js';
+import { routerId, routerPlaces } from '../elastic/policy.js';
 import { capacityFeed, droppedSelector, randomSelector, routerIds, scoreFeed, thresholdFeed } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
@@ -36,9 +36,9 @@ export interface EvalOptions {
   /** Default: 'full'. */
   budgets?: readonly Budget[];
   /**
-   * Measured at the compute of every budget below full. 'random': as many tokens enter each place, chosen at random.
-   * 'drop': whole sub-layers are left out, in the order that hurts least on calibration data; it gets at least as much
-   * compute.
+   * Measured at the compute of every budget below full. 'random': as many tokens enter each sub-layer, chosen at random.
+   * 'drop': whole sub-layers are left out, in the order that hurts least on calibration data; of the two choices around
+   * the compute each gets a share of the sequences, in expectation, so that the mean is the same.
    */
   baselines?: readonly Baseline[];
   /** What the order of 'drop' is chosen on; default: about a tenth of `data`, which is then not evaluated on. */
@@ -75,7 +75,7 @@ export interface EvalLevel {
   agreement: Measured;
   /** Prefill, median of repeated runs; null when not measured. */
   tokensPerSecond: number | null;
-  /** Sub-layers left out by 'drop'. */
+  /** Sub-layers left out by 'drop', in the smaller of its two models. */
   dropped?: string[];
   /** How much better the routed model is at the same budget, on the same sequences; positive is better. */
   routedAdvantage?: { kl: Measured; agreement: Measured };
@@ -129,6 +129,8 @@ class Evaluation {
   readonly #limits: PackedLimits;
   readonly #batches: readonly Batch[];
   readonly #calibration: readonly Batch[];
+  /** Static choices measured. */
+  readonly #static = new Map<DropStep, Promise<{ level: EvalLevel; sums: readonly Sums[] }>>();
   /** Final hidden states of the full model, per batch. */
   readonly #teacher = new Map<Batch, Float32Array>();
   #done = 0;
@@ -209,6 +211,7 @@ class Evaluation {
             () => ({}),
           ),
         );
+        this.#progress(`full at ${label(budget)}`);
         continue;
       }
       const feeds = (batch: Batch): Record<string, TypedArray> => {
@@ -219,6 +222,7 @@ class Evaluation {
         budgetSelector(graph, this.#network, true, segments);
       const measured = await this.#compare(routedSelector, feeds);
       const routed = await this.#level('routed', budget, measured, routedSelector, feeds);
+      this.#progress(`routed at ${label(budget)}`);
       levels.push(routed);
       for (const baseline of baselines) {
         const level =
@@ -292,35 +296,65 @@ class Evaluation {
 
   async #random(budget: Budget, routed: EvalLevel): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
     const policy = this.#network.policy!;
-    const capacity = (place: Place): number => {
-      const layers = policy.tokens[place]!.layers;
-      return sum(layers, (l) => routed.layersRun[place][l]) / layers.length;
-    };
     const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments);
     const feeds = (batch: Batch, index: number): Record<string, TypedArray> => ({
       ...Object.fromEntries(
-        routedPlaces(policy).map((p) => [capacityFeed(p), filled(batch.sequences.length, capacity(p))]),
+        routerPlaces(policy).map(({ id, layer, place }) => [
+          capacityFeed(id),
+          filled(batch.sequences.length, Math.min(1, routed.layersRun[place][layer])),
+        ]),
       ),
       ...Object.fromEntries(
         routerIds(policy).map((id, r) => [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length)]),
       ),
     });
     const measured = await this.#compare(selector, feeds);
-    return { result: await this.#level('random', budget, measured, selector, feeds), sums: measured.sums };
+    const result = await this.#level('random', budget, measured, selector, feeds);
+    this.#progress(`random at ${label(budget)}`);
+    return { result, sums: measured.sums };
   }
 
+  // Static choices come in steps, so the two around the routed model's compute share the sequences in expectation.
   async #drop(
     budget: Budget,
     ratio: number,
     order: readonly DropStep[],
   ): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
-    // Nearest not below the routed model's compute: the baseline never gets less.
-    const steps = order.filter((step) => step.ratio >= ratio);
-    const dropped = steps.at(-1)?.dropped ?? [];
-    const selector: SelectorFactory = () => droppedSelector(new Set(dropped));
-    const measured = await this.#compare(selector, () => ({}));
-    const result = await this.#level('drop', budget, measured, selector, () => ({}));
-    return { result: { ...result, dropped: [...dropped] }, sums: measured.sums };
+    const found = order.findIndex((step) => step.ratio <= ratio);
+    const below = found < 0 ? order.length - 1 : found;
+    const a = await this.#dropped(order[found < 0 ? below : Math.max(below - 1, 0)]);
+    const b = await this.#dropped(order[below]);
+    const t = a === b ? 0 : Math.min(Math.max((a.level.ratio - ratio) / (a.level.ratio - b.level.ratio), 0), 1);
+    const mean = (x: number, y: number): number => x + (y - x) * t;
+    const sums = a.sums.map((s, q) =>
+      Object.fromEntries(Object.entries(s).map(([key, value]) => [key, mean(value, b.sums[q][key])])),
+    );
+    const layers = (place: Place) => a.level.layersRun[place].map((x, l) => mean(x, b.level.layersRun[place][l]));
+    const [fast, slow] = [b.level.tokensPerSecond, a.level.tokensPerSecond];
+    const result: EvalLevel = {
+      ...a.level,
+      ...this.#quality(sums),
+      budget,
+      ratio: mean(a.level.ratio, b.level.ratio),
+      share: mean(a.level.share, b.level.share),
+      layersRun: { attn: layers('attn'), mlp: layers('mlp') },
+      tokensPerSecond: slow && fast && 1 / mean(1 / slow, 1 / fast),
+      dropped: [...order[below].dropped],
+    };
+    this.#progress(`drop at ${label(budget)}`);
+    return { result, sums };
+  }
+
+  /** The model without some sub-layers, measured once. */
+  #dropped(step: DropStep): Promise<{ level: EvalLevel; sums: readonly Sums[] }> {
+    const selector: SelectorFactory = () => droppedSelector(new Set(step.dropped));
+    const measure = async () => {
+      const measured = await this.#compare(selector, () => ({}));
+      return { level: await this.#level('drop', 'full', measured, selector, () => ({})), sums: measured.sums };
+    };
+    const known = this.#static.get(step) ?? measure();
+    this.#static.set(step, known);
+    return known;
   }
 
   /** Greedy: of the sub-layers that are left, drop the one after which the KL on calibration data is least. */
@@ -357,21 +391,25 @@ class Evaluation {
   ): Promise<EvalLevel> {
     const layersRun = meter.layersRun();
     const all = [...layersRun.attn, ...layersRun.mlp];
-    const statistic = (f: (t: Sums) => number): Measured => bootstrap(sums, f, this.#seed);
-    const level: EvalLevel = {
+    return {
       method,
       budget,
       ratio: this.#ratio(meter, this.#batches),
       share: sum(all, (x) => x) / all.length,
       layersRun,
+      ...this.#quality(sums),
+      tokensPerSecond: (this.#options.speed ?? true) ? await this.#speed(select, feeds) : null,
+    };
+  }
+
+  #quality(sums: readonly Sums[]): Pick<EvalLevel, 'perplexity' | 'bitsPerByte' | 'kl' | 'agreement'> {
+    const statistic = (f: (t: Sums) => number): Measured => bootstrap(sums, f, this.#seed);
+    return {
       perplexity: statistic((t) => Math.exp(t.ce / t.n)),
       bitsPerByte: sum(sums, (s) => s.bytes) > 0 ? statistic((t) => t.ce / Math.LN2 / t.bytes) : null,
       kl: statistic((t) => t.kl / t.n),
       agreement: statistic((t) => t.agree / t.n),
-      tokensPerSecond: (this.#options.speed ?? true) ? await this.#speed(select, feeds) : null,
     };
-    this.#progress(`${method} at ${typeof budget === 'object' ? JSON.stringify(budget.spec) : budget}`);
-    return level;
   }
 
   // Counted without the loss, which generation does not run; the logits of every token are added to both sides.
@@ -487,6 +525,8 @@ function pack(sequences: readonly Sequence[], rows: number): Batch[] {
   return batches;
 }
 
+const label = (budget: Budget): string => (typeof budget === 'object' ? JSON.stringify(budget.spec) : String(budget));
+
 const base = ({ ids, positions, offsets }: Batch) => ({ ids, positions, offsets });
 
 /** Without kl and agree the model is compared with itself. */
@@ -515,8 +555,6 @@ function paired(a: readonly Sums[], b: readonly Sums[]): Sums[] {
     return Object.fromEntries([...named('a', s), ...named('b', b[i])]);
   });
 }
-
-const routedPlaces = (policy: ElasticPolicy): Place[] => places.filter((p) => policy.tokens[p] !== undefined);
 
 /** Uniform scores, fresh for every batch and router. */
 function noise(seed: number, batch: number, router: number, rows: number): Float32Array {

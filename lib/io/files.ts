@@ -64,8 +64,8 @@ export async function replaceFile(path: string, write: (handle: FileHandle) => P
   }
 }
 
-// Makes a rename durable. Windows has no such call: directories cannot be opened there.
-async function syncDirectory(directory: string): Promise<void> {
+/** Makes renames in a directory durable. Windows has no such call: directories cannot be opened there. */
+export async function syncDirectory(directory: string): Promise<void> {
   if (process.platform === 'win32') return;
   const handle = await open(directory, 'r');
   try {

@@ -57,8 +57,8 @@ interface Entry {
   readonly selection: RowSelection | null;
 }
 
-// Asks the selector which rows enter. When it looked at all rows normalised, the products gather from those; otherwise
-// only the selected rows are normalised, compact.
+// Asks the selector which rows enter. When all rows normalised are needed, the products gather from those; otherwise only
+// the selected rows are normalised, compact.
 function enter(context: BlockContext, layer: number, place: Place, residual: Node, weights: Affine<Node>): Entry {
   const { spec, selector, offsets } = context;
   let all: Node | null = null;
@@ -68,7 +68,7 @@ function enter(context: BlockContext, layer: number, place: Place, residual: Nod
   };
   const selection = selector.rows({ layer, place, residual, normed, offsets });
   if (!selection) return { x: normed(), gather: null, selection };
-  if (all) return { x: all, gather: selection.rows, selection };
+  if (all || selection.allKeys) return { x: normed(), gather: selection.rows, selection };
   return { x: norm(spec, residual, weights, selection.rows), gather: null, selection };
 }
 
@@ -78,7 +78,8 @@ function leave(residual: Node, y: Node, { weight, bias }: Affine<Node>, selectio
 }
 
 /**
- * `residual + o(attention(q, k, v))` of the normalised rows; rows that do not enter are neither queries nor keys.
+ * `residual + o(attention(q, k, v))` of the normalised rows; rows that do not enter are no queries, and keys only when the
+ * selection says so.
  *
  * @param cache where keys and values of earlier runs are and those of this run go; without it, segments attend to
  *   themselves only
@@ -93,16 +94,25 @@ export function attentionBlock(
   const { graph, spec } = context;
   const { heads, kvHeads, headDim } = spec;
   const { x, gather, selection } = enter(context, layer, 'attn', residual, weights.norm1);
-  const positions = selection && spec.rope ? gatherIds(context.positions, selection.rows) : context.positions;
-  const project = ({ weight, bias }: Affine<Node>) => linear(x, weight, { bias, rows: gather });
-  const turn = (y: Node) => {
+  const project = ({ weight, bias }: Affine<Node>, rows: Node | null) => linear(x, weight, { bias, rows });
+  const turn = (y: Node, entered: RowSelection | null) => {
     if (!spec.rope) return y;
     const { invFreq } = spec.rope;
+    const positions = entered ? gatherIds(context.positions, entered.rows) : context.positions;
     return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
   };
-  const [q, k, v] = [turn(project(weights.q)), turn(project(weights.k)), project(weights.v)];
-  const offsets = selection?.offsets ?? context.offsets;
-  const options = { heads, kvHeads, scale: 1 / Math.sqrt(headDim) };
+  const keep = selection?.allKeys ?? false;
+  const [keyRows, keySelection] = keep ? [null, null] : [gather, selection];
+  const q = turn(project(weights.q, gather), selection);
+  const k = turn(project(weights.k, keyRows), keySelection);
+  const v = project(weights.v, keyRows);
+  const offsets = keySelection?.offsets ?? context.offsets;
+  const options = {
+    heads,
+    kvHeads,
+    scale: 1 / Math.sqrt(headDim),
+    ...(keep && selection && { selected: selection }),
+  };
   const y = cache
     ? attentionCached(q, k, v, offsets, cache.lengths, cache.k, cache.v, options)
     : attention(q, k, v, offsets, { ...options, causal: true });

@@ -22,6 +22,8 @@ export interface DecoderOptions {
   readonly tagPrefix?: string;
   /** Run every block again in the backward pass instead of keeping what it computed. */
   readonly recompute?: boolean;
+  /** Filled with the residual stream before the first sub-layer and after each that runs, f32 [N, D]. */
+  readonly residuals?: Node[];
 }
 
 /** The tag under which the work of a sub-layer is counted. */
@@ -38,14 +40,17 @@ export function decoder(
   weights: DecoderNodes,
   inputs: DecoderInputs,
   selector: Selector = selectEverything,
-  { tagPrefix = '', recompute = false }: DecoderOptions = {},
+  { tagPrefix = '', recompute = false, residuals = [] }: DecoderOptions = {},
 ): Node {
   const { ids, positions, offsets, caches } = inputs;
   const context: BlockContext = { graph, spec, positions, offsets, selector };
   let x = graph.tag(`${tagPrefix}embed`, () => embed(spec, weights, ids, positions));
+  residuals.push(x);
   weights.layers.forEach((layer, i) => {
     const run = (place: Place, build: () => Node) => {
-      if (selector.runs(i, place)) x = graph.tag(tagPrefix + subLayerTag(i, place), build);
+      if (!selector.runs(i, place)) return;
+      x = graph.tag(tagPrefix + subLayerTag(i, place), build);
+      residuals.push(x);
     };
     const block = () => {
       run('attn', () => attentionBlock(context, i, x, layer, caches?.[i]));

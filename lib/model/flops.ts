@@ -20,6 +20,11 @@ export function attentionFlops(spec: ModelSpec, lengths: readonly number[], cach
   return products + 4 * headDim * heads * causalPairs(lengths, cached);
 }
 
+/** FLOPs of the keys and values of `rows` rows, a part of attentionFlops. */
+export function keyValueFlops({ hidden, kvHeads, headDim }: ModelSpec, rows: number): number {
+  return 2 * rows * hidden * headDim * 2 * kvHeads;
+}
+
 /** FLOPs of one feed-forward sub-layer over `rows` rows. */
 export function feedForwardFlops({ hidden, ffn, gated }: ModelSpec, rows: number): number {
   return 2 * rows * hidden * ffn * (gated ? 3 : 2);

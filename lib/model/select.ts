@@ -11,6 +11,8 @@ export interface RowSelection {
   readonly rows: Node;
   /** Where the segments of the selected rows lie, i32 [S + 1]. */
   readonly offsets: Node;
+  /** Whether rows that do not enter attention still have keys and values; default no. */
+  readonly allKeys?: boolean;
   /** Factor of what each selected row adds to the residual stream, f32 [R]; absent: 1. */
   readonly gate?: Node;
 }

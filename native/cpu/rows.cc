@@ -69,7 +69,7 @@ void sumRows(const KernelArgs& args) {
 void dot(const KernelArgs& args) {
   const float* a = args.in[0].f32();
   const float* b = args.in[1].f32();
-  const int64_t count = args.in[0].dim(0);
+  const int64_t count = args.in[0].elements();
   const VectorOps& vector = vectorOps();
   double sum = 0;
   for (int64_t i = 0; i < count; i += kParallelElements) {

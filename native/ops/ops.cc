@@ -22,7 +22,7 @@ const std::vector<OpDef>& opDefs() {
       {"gather_ids", "x:i32[N] rows:i32[R] -> y:i32[R]", {}},
       {"scatter_add", "acc:f32[N,D] x:f32[R,D] rows:i32[R] -> y:f32[N,D]", {}, 0},
       {"sum_rows", "x:f32[N,D] rows?:i32[R] gate?:f32[R|N] -> y:f32[D]", {}},
-      {"dot", "a:f32[R] b:f32[R] -> y:f32[1]", {}},
+      {"dot", "a:f32[*X] b:f32[*X] -> y:f32[1]", {}},
       // norm
       {"rms_norm", "x:f32[N,D] weight:w[D] rows?:i32[R] -> y:f32[R|N,D] rstd?:f32[R|N]", {"eps"}},
       {"rms_norm_grad",

@@ -20,7 +20,7 @@ const threads = loadAddon().info().threads;
 
 beforeAll(async () => {
   await tinyModel(model);
-  await elastify(model, { kind: 'elastiformer', gate: 'raw' }, { out: plan });
+  await elastify(model, { kind: 'elastiformer' }, { out: plan });
 });
 afterAll(() => loadAddon().setThreads(threads));
 
@@ -160,7 +160,8 @@ describe('distill', () => {
     const out = fresh();
     await distill(config(out, { plan: raw }));
     const elastic = (await readElastic(out))!;
-    expect(elastic.policy.calibration?.capacities).toEqual([0.5]);
+    expect(elastic.policy.calibration?.path[0]).toEqual([1]);
+    expect(elastic.policy.calibration?.path.length).toBeGreaterThan(1);
     expect([...elastic.routers.values()][0].weight.some((v) => v !== 0)).toBe(true);
     const further = fresh();
     await distill(config(further, { plan: out, steps: 3 }));
@@ -234,7 +235,7 @@ describe('refusals', () => {
     await distill(config(out, { steps: 4, resume: false }));
   });
 
-  it('of weights that give no finite loss: steps are skipped with a warning, then it gives up with advice', async () => {
+  it('of weights that give no finite output', async () => {
     const broken = join(root, 'broken');
     await tinyModel(broken);
     const path = join(broken, 'model.safetensors');
@@ -248,14 +249,6 @@ describe('refusals', () => {
     writeFileSync(path, bytes);
     const out = join(root, 'broken-plan');
     await elastify(broken, { kind: 'elastiformer' }, { out });
-    const warnings: TrainEvent[] = [];
-    const message = await refused({
-      plan: out,
-      steps: 50,
-      onEvent: (e: TrainEvent) => void (e.type === 'warn' && warnings.push(e)),
-    });
-    expect(message).toMatch(/Diverged: \[distill\] training diverged: 10 steps in a row.*lower optimizer.lr/);
-    expect(warnings).toHaveLength(10);
-    expect(warnings[0]).toMatchObject({ code: 'nan-grad' });
+    expect(await refused({ plan: out })).toMatch(/InvalidData: \[distill\] without layers.0.attn.token .* is NaN/);
   });
 });

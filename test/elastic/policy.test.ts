@@ -3,14 +3,16 @@ import { describe, expect, it } from 'vitest';
 import { flopsRatio, resolveBudget, standardLevels } from '../../lib/elastic/budget.js';
 import { policyOf, type Recipe } from '../../lib/elastic/elastify.js';
 import {
+  type Calibration,
   type ElasticPolicy,
   policyFromJson,
   policyToJson,
+  routerCapacities,
   routerId,
   routerPlaces,
   thresholds,
 } from '../../lib/elastic/policy.js';
-import { forwardFlops } from '../../lib/model/flops.js';
+import { forwardFlops, keyValueFlops } from '../../lib/model/flops.js';
 import { specFromConfig } from '../../lib/model/spec.js';
 
 const spec = specFromConfig(
@@ -27,8 +29,16 @@ const spec = specFromConfig(
 );
 const base = { name: 'tiny', weightsSha256: 'a'.repeat(64), tokenizerSha256: null };
 
-function calibrated(recipe: Recipe): ElasticPolicy {
+function calibrated(recipe: Recipe): ElasticPolicy & { calibration: Calibration } {
   const policy: ElasticPolicy = { ...policyOf(recipe, spec), base };
+  // First the last router is taken away, then the first, then all go to a fifth.
+  const full = routerPlaces(policy).map(() => 1);
+  const path = [
+    full,
+    full.with(-1, 0),
+    full.with(-1, 0).with(0, 0),
+    full.map((_, i) => (i === 0 ? 0 : 0.2)).with(-1, 0),
+  ];
   // Quantiles q -> q + 10 * capacity of the grid.
   const capacities = [0.4, 0.8];
   const points = 5;
@@ -37,13 +47,14 @@ function calibrated(recipe: Recipe): ElasticPolicy {
     (_, i) => (i % points) / (points - 1) + 10 * capacities[Math.floor(i / points)],
   );
   const quantiles = new Map(routerPlaces(policy).map(({ id }) => [id, table]));
-  return { ...policy, calibration: { capacities, points, tokens: 100, sequenceLength: 64, quantiles } };
+  return { ...policy, calibration: { path, capacities, points, tokens: 100, sequenceLength: 64, quantiles } };
 }
 
 describe('recipes', () => {
   it('routes every layer in both places by default, straight through', () => {
     const policy = policyOf({ kind: 'elastiformer' }, spec);
     expect(policy).toMatchObject({ gate: 'straight-through', capacity: { attn: [0.3, 1], mlp: [0.3, 1] } });
+    expect(policy.tokens.attn?.keys).toBe('all');
     expect(routerPlaces(policy).map((r) => r.id)).toEqual(
       [0, 1, 2, 3].flatMap((i) => [routerId(i, 'attn'), routerId(i, 'mlp')]),
     );
@@ -67,6 +78,7 @@ describe('recipes', () => {
     [{ kind: 'elastiformer', layers: [4] }, /layers must be ids from 0 to 3, got 4/],
     [{ kind: 'elastiformer', layers: [] }, /layers must be/],
     [{ kind: 'elastiformer', gate: 'soft' }, /gate must be one of/],
+    [{ kind: 'elastiformer', keys: 'some' }, /keys must be one of all, selected, got "some"/],
     [null, /recipe must be an object/],
   ])('refuses %j', (recipe, message) => {
     expect(() => policyOf(recipe as never, spec)).toThrow(message);
@@ -75,7 +87,10 @@ describe('recipes', () => {
 
 describe('elastic_config.json', () => {
   const policy = calibrated({ kind: 'elastiformer', layers: [0, 2], tokens: { attn: 0.5, mlp: [0.3, 0.9] } });
-  const json = () => JSON.parse(JSON.stringify(policyToJson({ ...policy, levels: standardLevels(spec, policy, 64) })));
+  const json = () =>
+    JSON.parse(
+      JSON.stringify(policyToJson({ ...policy, levels: standardLevels(spec, policy, policy.calibration, 64) })),
+    );
 
   it('comes back as it was written', () => {
     const warnings: string[] = [];
@@ -83,7 +98,7 @@ describe('elastic_config.json', () => {
     expect(warnings).toEqual([]);
     expect({ ...read, calibration: { ...read.calibration, quantiles: policy.calibration?.quantiles } }).toEqual({
       ...policy,
-      levels: standardLevels(spec, policy, 64),
+      levels: standardLevels(spec, policy, policy.calibration, 64),
     });
   });
 
@@ -106,8 +121,23 @@ describe('elastic_config.json', () => {
     ['a capacity of 0', { tokens: { mlp: { layers: [0], train_capacity: [0, 1] } } }, /train_capacity must be/],
     [
       'a calibration without capacities',
-      { calibration: { capacities: [], points: 3, tokens: 1, sequence_length: 1 } },
+      { calibration: { path: [[1, 1, 1, 1]], capacities: [], points: 3, tokens: 1, sequence_length: 1 } },
       /capacities/,
+    ],
+    [
+      'a path of other routers',
+      { calibration: { path: [[1, 1]], capacities: [0.5], points: 3, tokens: 1, sequence_length: 1 } },
+      /calibration.path\[0\] must be 4 capacities/,
+    ],
+    [
+      'attention without a rule for keys',
+      { tokens: { attn: { layers: [0, 2], train_capacity: [0.5, 1] } } },
+      /tokens.attn.keys must be one of all, selected/,
+    ],
+    [
+      'a level for another number of layers',
+      { levels: [{ name: 'a', spec: { tokenCapacity: { mlp: [1, 0.5, 0.5] } } }] },
+      /tokenCapacity.mlp must be in \(0, 1\] or 2 numbers in \[0, 1\]/,
     ],
     [
       'levels with one name',
@@ -134,15 +164,22 @@ describe('thresholds', () => {
   const policy = calibrated({ kind: 'elastiformer' });
   const id = routerId(0, 'mlp');
 
+  const at = (attn: number, mlp: number) =>
+    thresholds(policy, policy.calibration, routerCapacities(policy, { attn, mlp }));
+
   it('are the 1 - c quantiles, interpolated between calibrated capacities', () => {
-    expect(thresholds(policy, { attn: 0.4, mlp: 0.4 }).get(id)).toBeCloseTo(4.6);
-    expect(thresholds(policy, { attn: 0.6, mlp: 0.6 }).get(id)).toBeCloseTo(6.4);
-    expect(thresholds(policy, { attn: 1, mlp: 0.6 }).get(id)).toBeCloseTo(8.4);
-    expect(thresholds(policy, { attn: 1, mlp: 0.6 }).get(routerId(0, 'attn'))).toBe(Number.NEGATIVE_INFINITY);
+    expect(at(0.4, 0.4).get(id)).toBeCloseTo(4.6);
+    expect(at(0.6, 0.6).get(id)).toBeCloseTo(6.4);
+    expect(at(1, 0.6).get(id)).toBeCloseTo(8.4);
+    expect(at(1, 0.6).get(routerId(0, 'attn'))).toBe(Number.NEGATIVE_INFINITY);
+    expect(at(1, 0).get(id)).toBe(Number.POSITIVE_INFINITY);
   });
 
-  it('need a calibration below full capacity', () => {
-    expect(() => thresholds({ ...policy, calibration: null }, { attn: 0.5, mlp: 1 })).toThrow(/never trained/);
+  it('let everything pass where a router scores all tokens alike', () => {
+    const quantiles = new Map(policy.calibration.quantiles).set(id, new Float32Array(10).fill(2));
+    const result = thresholds(policy, { ...policy.calibration, quantiles }, routerCapacities(policy, { mlp: 0.5 }));
+    expect(result.get(id)).toBe(Number.NEGATIVE_INFINITY);
+    expect(result.get(routerId(1, 'mlp'))).toBeGreaterThan(0);
   });
 });
 
@@ -154,15 +191,34 @@ describe('budgets', () => {
       const point = resolveBudget(budget, spec, policy);
       expect(point.full).toBe(false);
       expect(point.flopsRatio).toBeCloseTo(budget, 6);
-      expect(flopsRatio(spec, policy, point.capacity, 64)).toBe(point.flopsRatio);
+      expect(flopsRatio(spec, policy, routerCapacities(policy, point.spec.tokenCapacity!), 64)).toBe(point.flopsRatio);
     }
     const { total, perLayer, head } = forwardFlops(spec, [64]);
     const routers = 4 * 2 * 2 * 64 * spec.hidden;
-    expect(flopsRatio(spec, policy, { attn: 1, mlp: 1 }, 64)).toBeCloseTo((total + routers) / total, 12);
-    expect(flopsRatio(spec, policy, { attn: 1, mlp: 0.5 }, 64)).toBeCloseTo(
-      (4 * (perLayer.attn + perLayer.mlp / 2) + head + routers) / total,
-      12,
+    const at = (keys: 'all' | 'selected', attn: number, mlp: number) => {
+      const routing = calibrated({ kind: 'elastiformer', keys });
+      return flopsRatio(spec, routing, routerCapacities(routing, { attn, mlp }), 64) * total;
+    };
+    expect(at('all', 1, 1)).toBeCloseTo(total + routers, 3);
+    expect(at('all', 1, 0.5)).toBeCloseTo(4 * (perLayer.attn + perLayer.mlp / 2) + head + routers, 3);
+    // Half the queries see all keys.
+    const half = (perLayer.attn + keyValueFlops(spec, 64)) / 2;
+    expect(at('all', 0.5, 1)).toBeCloseTo(4 * (half + perLayer.mlp) + head + routers, 3);
+    expect(at('selected', 0.5, 1)).toBeCloseTo(
+      4 * (forwardFlops(spec, [32]).perLayer.attn + perLayer.mlp) + head + routers,
+      3,
     );
+  });
+
+  it('lie on the calibrated path', () => {
+    const { path } = policy.calibration;
+    const cost = path.map((capacities) => flopsRatio(spec, policy, capacities, 64));
+    const middle = resolveBudget((cost[1] + cost[2]) / 2, spec, policy);
+    expect(middle.thresholds.get(routerId(3, 'mlp'))).toBe(Number.POSITIVE_INFINITY);
+    const attn = middle.spec.tokenCapacity!.attn as number[];
+    expect(attn[0]).toBeGreaterThan(0);
+    expect(attn[0]).toBeLessThan(1);
+    expect(attn.slice(1)).toEqual([1, 1, 1]);
   });
 
   it('give the plain backbone when full', () => {
@@ -173,23 +229,32 @@ describe('budgets', () => {
   });
 
   it('take levels by name and explicit settings', () => {
-    const levels = standardLevels(spec, policy, 64);
+    const levels = standardLevels(spec, policy, policy.calibration, 64);
     const point = resolveBudget('p70', spec, { ...policy, levels });
     expect(point).toMatchObject({ level: 'p70', full: false });
     expect(point.flopsRatio).toBeCloseTo(0.7, 3);
     const half = resolveBudget({ spec: { tokenCapacity: { mlp: 0.5 } } }, spec, policy);
     expect(half.capacity).toEqual({ attn: 1, mlp: 0.5 });
     expect(half.spec).toEqual({ tokenCapacity: { mlp: 0.5 } });
+    const layers = resolveBudget({ spec: { tokenCapacity: { mlp: [1, 1, 0.5, 0] } } }, spec, policy);
+    expect(layers.capacity).toEqual({ attn: 1, mlp: 0.625 });
+    expect(layers.thresholds.get(routerId(3, 'mlp'))).toBe(Number.POSITIVE_INFINITY);
   });
 
   it.each([
     [0, /must be in \(0, 1\], got 0/],
     [2, /must be in \(0, 1\], got 2/],
     [Number.NaN, /must be in \(0, 1\]/],
-    [0.01, /cannot be reached: what is not routed takes 0\.\d+ of the FLOPs at 64 tokens; ask for 0\.\d+ or more/],
+    [
+      0.01,
+      /cannot be reached: this model was calibrated down to 0\.\d+ of the FLOPs at 64 tokens; ask for 0\.\d+ or more/,
+    ],
     ['p7', /no level is named 'p7'; there are full/],
     [{ spec: { width: 1 } }, /unknown axis 'width'/],
-    [{ spec: { tokenCapacity: { mlp: 0 } } }, /tokenCapacity.mlp must be in \(0, 1\], got 0/],
+    [
+      { spec: { tokenCapacity: { mlp: 0 } } },
+      /tokenCapacity.mlp must be in \(0, 1\] or 4 numbers in \[0, 1\], one per layer, got 0/,
+    ],
     [{ spec: { tokenCapacity: { head: 1 } } }, /unknown place 'head'/],
     [{ latencyMs: 3 }, /must be a number in/],
     [null, /must be a number in/],

@@ -18,7 +18,7 @@ import {
 import { Graph, Program } from '../../lib/graph/index.js';
 import { Checkpoint } from '../../lib/io/safetensors.js';
 import { decoder, logits } from '../../lib/model/decoder.js';
-import { places, type Selector, selectEverything } from '../../lib/model/select.js';
+import { type Selector, selectEverything } from '../../lib/model/select.js';
 import { bindWeights, loadWeights } from '../../lib/model/weights.js';
 import { Engine, Tensor, type TypedArray } from '../../lib/native/index.js';
 import { goldenDirectory, positionsOf, readSpec, readVectors } from '../model/golden.js';
@@ -29,12 +29,16 @@ beforeAll(() => {
 });
 afterAll(() => engine.dispose());
 
-describe.each(['llama', 'gpt2'])('%s', (family) => {
+describe.each([
+  ['llama', 'all'],
+  ['llama', 'selected'],
+  ['gpt2', 'all'],
+] as const)('%s, keys of %s rows', (family, keys) => {
   const directory = join(goldenDirectory, `elastiformer-${family}`);
   const spec = readSpec(directory);
-  const vectors = readVectors(join(directory, 'routed-straight-through.safetensors'));
+  const vectors = readVectors(join(directory, 'routed-straight-through-all.safetensors'));
   const policy: ElasticPolicy = {
-    ...policyOf({ kind: 'elastiformer' }, spec),
+    ...policyOf({ kind: 'elastiformer', keys }, spec),
     base: { name: family, weightsSha256: '', tokenizerSha256: null },
   };
   const rows = vectors.ids.length;
@@ -42,7 +46,7 @@ describe.each(['llama', 'gpt2'])('%s', (family) => {
   const ids = routerIds(policy);
   const filled = (value: number, n = segments) => new Float32Array(n).fill(value);
   const capacities = (value: number | Float32Array) =>
-    Object.fromEntries(places.map((p) => [capacityFeed(p), typeof value === 'number' ? filled(value) : value]));
+    Object.fromEntries(ids.map((id) => [capacityFeed(id), typeof value === 'number' ? filled(value) : value]));
   const thresholds = (value: number) => Object.fromEntries(ids.map((id) => [thresholdFeed(id), filled(value)]));
 
   /** Logits and counters with a selector; `z` are the routers' logits when it is the training one. */

@@ -38,6 +38,10 @@ function copy(): string {
 const calibrated = (): ElasticPolicy => ({
   ...policy,
   calibration: {
+    path: [
+      [1, 1, 1, 1],
+      [0, 0, 0, 0],
+    ],
     capacities: [0.5, 1],
     points: 3,
     tokens: 10,

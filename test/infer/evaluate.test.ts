@@ -89,15 +89,16 @@ describe('a tiny elastic model', () => {
       expect(routed.kl.value).toBeGreaterThan(0);
       // Top-k rounds up in every sequence, and these are short.
       expect(Math.abs(random.ratio - routed.ratio)).toBeLessThan(0.06);
-      expect(drop.ratio).toBeGreaterThanOrEqual(routed.ratio - 0.02);
+      expect(Math.abs(drop.ratio - routed.ratio)).toBeLessThan(0.005);
       const dropped = new Set(drop.dropped);
       const shares = (l: EvalLevel) => [...l.layersRun.attn].map((attn, i) => [attn, l.layersRun.mlp[i]]);
-      shares(drop).forEach(([attn, mlp], i) => {
-        expect([attn, mlp]).toEqual([
-          dropped.has(`layers.${i}.attn.token`) ? 0 : 1,
-          dropped.has(`layers.${i}.mlp.token`) ? 0 : 1,
-        ]);
-      });
+      expect(dropped.size).toBeGreaterThan(0);
+      // Two static choices share the sequences: what the larger one has too runs in full, the rest in part or not at all.
+      const parts = shares(drop).map((pair, i) =>
+        pair.map((share, p) => (dropped.has(`layers.${i}.${['attn', 'mlp'][p]}.token`) ? share : 1 - share)),
+      );
+      expect(parts.flat().filter((part) => part !== 0).length).toBeLessThanOrEqual(1);
+      expect(Math.max(...parts.flat())).toBeLessThan(1);
       for (const baseline of [random, drop]) {
         const { kl, agreement } = baseline.routedAdvantage!;
         expect(kl.value).toBeCloseTo(baseline.kl.value - routed.kl.value, 6);

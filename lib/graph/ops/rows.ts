@@ -40,14 +40,14 @@ export function sumRows(x: Node, rows: Node | null = null, gate: Node | null = n
   return sumRowsOp.apply([x, rows, gate])[0]!;
 }
 
-const dotOp = defineOp('dot', 'a:f32[R] b:f32[R] -> y:f32[1]', [], {
+const dotOp = defineOp('dot', 'a:f32[*X] b:f32[*X] -> y:f32[1]', [], {
   gradient({ inputs: [a, b], dy, needs, add }) {
     if (needs(0)) add(0, scale(b!, 1, dy));
     if (needs(1)) add(1, scale(a!, 1, dy));
   },
 });
 
-/** `sum a * b`: f32 [R] both. Returns f32 [1]. */
+/** `sum a * b`: f32 of one shape. Returns f32 [1]. */
 export function dot(a: Node, b: Node): Node {
   return dotOp.apply([a, b])[0]!;
 }
