@@ -42,8 +42,11 @@ export interface OperatingPoint {
 
 type Routing = Pick<ElasticPolicy, 'tokens' | 'layers'>;
 
-/** Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, its router included. */
+// Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, with the router that it takes
+// to choose them: none at 0 and 1.
 function routedFlops(spec: ModelSpec, policy: Routing, place: Place, c: number, length: number): number {
+  if (c <= 0) return 0;
+  if (c >= 1) return place === 'mlp' ? feedForwardFlops(spec, length) : attentionFlops(spec, [length]);
   const router = 2 * length * spec.hidden;
   if (place === 'mlp') return router + feedForwardFlops(spec, c * length);
   if (policy.tokens.attn!.keys === 'selected') return router + attentionFlops(spec, [c * length]);
@@ -52,7 +55,7 @@ function routedFlops(spec: ModelSpec, policy: Routing, place: Place, c: number, 
 
 /**
  * Expected FLOPs of one sequence of `length` tokens with every token's logits, routers included, over those of the full
- * model. Capacity 1 everywhere still pays for routers, so the ratio may pass 1 a little.
+ * model. Capacities near 1 may pass 1 a little, by the cost of routers.
  *
  * @param capacities one per router, in the order of execution
  */

@@ -82,18 +82,22 @@ export function trainingSelector(
 
 /**
  * Threshold routing, causal, for inference. Feeds `threshold.<router id>`, f32 [segments], one per router.
+ *
+ * @param known thresholds that all runs share: where one is infinite every row passes or none, so there is no router to
+ *   run, nothing to feed, and a sub-layer that none enters is left out with its keys and values. Default none.
  */
 export function inferenceSelector(
   graph: Graph,
   policy: ElasticPolicy,
   routers: (id: string) => RouterNodes,
   segments: Dim | number,
+  known: ReadonlyMap<string, number> = new Map(),
 ): Selector {
   return {
-    runs: () => true,
+    runs: (layer, place) => known.get(routerId(layer, place)) !== Number.POSITIVE_INFINITY,
     rows(s: SubLayer): RowSelection | null {
-      if (!routed(policy, s)) return null;
       const id = routerId(s.layer, s.place);
+      if (!routed(policy, s) || known.get(id) === Number.NEGATIVE_INFINITY) return null;
       const z = logits(s, routers(id));
       const chosen = routeThreshold(z, s.offsets, graph.feed(thresholdFeed(id), 'f32', [segments]));
       return gated(selection(policy, s, chosen), z, policy.gate);
@@ -103,16 +107,18 @@ export function inferenceSelector(
 
 /**
  * Baseline: the same share of rows as a router would take, chosen by scores that the caller feeds at random
- * (`score.<router id>`, f32 [rows, 1]; `capacity.<router id>`, f32 [segments]).
+ * (`score.<router id>`, f32 [rows, 1]; `capacity.<router id>`, f32 [segments]). Sub-layers in `absent`, router ids, are
+ * left out.
  */
 export function randomSelector(
   graph: Graph,
   policy: Pick<ElasticPolicy, 'tokens'>,
   rows: Dim | number,
   segments: Dim | number,
+  absent: ReadonlySet<string> = new Set(),
 ): Selector {
   return {
-    runs: () => true,
+    runs: (layer, place) => !absent.has(routerId(layer, place)),
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;
       const id = routerId(s.layer, s.place);

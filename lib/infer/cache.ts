@@ -1,9 +1,10 @@
 // Caches of keys and values, and the programs bound to them: one set per generation under way, reused afterwards.
+import type { OperatingPoint } from '../elastic/budget.js';
 import type { Graph, Program } from '../graph/index.js';
 import type { KvCache } from '../model/blocks.js';
 import { Tensor } from '../native/index.js';
 import type { Network } from './network.js';
-import { compileDecode } from './programs.js';
+import { compileDecode, ProgramCache } from './programs.js';
 
 interface LayerTensors {
   /** f32 [1, context, kvHeads * headDim] */
@@ -17,7 +18,7 @@ interface LayerTensors {
 export class Session {
   readonly #network: Network;
   readonly #layers: readonly LayerTensors[];
-  readonly #programs = new Map<boolean, Program>();
+  readonly #programs = new ProgramCache();
 
   constructor(network: Network) {
     const { spec, maxContext } = network;
@@ -39,14 +40,9 @@ export class Session {
     }));
   }
 
-  /** The program that appends rows and gives the next token, compiled when first needed. */
-  program(routed: boolean): Program {
-    let program = this.#programs.get(routed);
-    if (!program) {
-      program = compileDecode(this.#network, this, routed);
-      this.#programs.set(routed, program);
-    }
-    return program;
+  /** The program that appends rows and gives the next token at a budget. */
+  program(point: OperatingPoint): Program {
+    return this.#programs.get('decode', point, () => compileDecode(this.#network, this, point));
   }
 
   reset(): void {
@@ -54,7 +50,7 @@ export class Session {
   }
 
   dispose(): void {
-    for (const program of this.#programs.values()) program.dispose();
+    this.#programs.dispose();
     for (const { k, v, lengths } of this.#layers) {
       for (const tensor of [k, v, lengths]) tensor.dispose();
     }

@@ -1,7 +1,7 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
 import { type Budget, resolveBudget } from '../elastic/budget.js';
 import { routerId, routerPlaces } from '../elastic/policy.js';
-import { capacityFeed, droppedSelector, randomSelector, routerIds, scoreFeed, thresholdFeed } from '../elastic/rows.js';
+import { capacityFeed, droppedSelector, randomSelector, scoreFeed } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
 import { type Place, places, selectEverything } from '../model/select.js';
@@ -20,6 +20,7 @@ import {
   type PackedLimits,
   packedDims,
   type SelectorFactory,
+  thresholdFeeds,
 } from './programs.js';
 import { philox, seedLimit } from './random.js';
 import { bootstrap, type Measured, median, type Sums } from './statistics.js';
@@ -214,12 +215,9 @@ class Evaluation {
         this.#progress(`full at ${label(budget)}`);
         continue;
       }
-      const feeds = (batch: Batch): Record<string, TypedArray> => {
-        const entries = [...point.thresholds].map(([id, t]) => [thresholdFeed(id), filled(batch.sequences.length, t)]);
-        return Object.fromEntries(entries) as Record<string, TypedArray>;
-      };
+      const feeds = (batch: Batch) => thresholdFeeds(point, batch.sequences.length);
       const routedSelector: SelectorFactory = (graph, _rows, segments) =>
-        budgetSelector(graph, this.#network, true, segments);
+        budgetSelector(graph, this.#network, point, segments);
       const measured = await this.#compare(routedSelector, feeds);
       const routed = await this.#level('routed', budget, measured, routedSelector, feeds);
       this.#progress(`routed at ${label(budget)}`);
@@ -296,18 +294,17 @@ class Evaluation {
 
   async #random(budget: Budget, routed: EvalLevel): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
     const policy = this.#network.policy!;
-    const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments);
-    const feeds = (batch: Batch, index: number): Record<string, TypedArray> => ({
-      ...Object.fromEntries(
-        routerPlaces(policy).map(({ id, layer, place }) => [
-          capacityFeed(id),
-          filled(batch.sequences.length, Math.min(1, routed.layersRun[place][layer])),
+    const shares = routerPlaces(policy).map(({ id, layer, place }) => ({ id, share: routed.layersRun[place][layer] }));
+    const present = shares.filter(({ share }) => share > 0);
+    const absent = new Set(shares.filter(({ share }) => share === 0).map(({ id }) => id));
+    const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments, absent);
+    const feeds = (batch: Batch, index: number): Record<string, TypedArray> =>
+      Object.fromEntries(
+        present.flatMap(({ id, share }, r) => [
+          [capacityFeed(id), new Float32Array(batch.sequences.length).fill(Math.min(1, share))],
+          [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length)],
         ]),
-      ),
-      ...Object.fromEntries(
-        routerIds(policy).map((id, r) => [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length)]),
-      ),
-    });
+      );
     const measured = await this.#compare(selector, feeds);
     const result = await this.#level('random', budget, measured, selector, feeds);
     this.#progress(`random at ${label(budget)}`);
@@ -560,8 +557,6 @@ function paired(a: readonly Sums[], b: readonly Sums[]): Sums[] {
 function noise(seed: number, batch: number, router: number, rows: number): Float32Array {
   return Float32Array.from({ length: rows }, (_, i) => philox(i, batch * 4096 + router, seed)[0] / 2 ** 32);
 }
-
-const filled = (length: number, value: number): Float32Array => new Float32Array(length).fill(value);
 
 function sum<T>(items: readonly T[], value: (item: T) => number): number {
   return items.reduce((total, item) => total + value(item), 0);

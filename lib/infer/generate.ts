@@ -1,14 +1,13 @@
 // Generation of text: prefill in chunks, then token by token, at a budget, as a stream.
 import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
-import { thresholdFeed } from '../elastic/rows.js';
 import { forwardFlops } from '../model/flops.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import type { TypedArray } from '../native/index.js';
+
 import type { SessionPool } from './cache.js';
 import { ComputeMeter } from './compute.js';
 import type { Network } from './network.js';
 import { checkNumber, checkOptions, naturalNumber, positiveInteger } from './options.js';
-import { decodeRows } from './programs.js';
+import { decodeRows, thresholdFeeds } from './programs.js';
 import { seedLimit, uniform } from './random.js';
 import { StopFilter } from './stops.js';
 import { startStream } from './stream.js';
@@ -131,15 +130,14 @@ async function run(
   const started = performance.now();
   const session = sessions.acquire();
   try {
-    const fixed: Record<string, TypedArray> = {};
-    for (const [id, threshold] of point.thresholds) fixed[thresholdFeed(id)] = Float32Array.of(threshold);
+    const fixed = thresholdFeeds(point, 1);
     const meter = new ComputeMeter(spec.layers);
     let runs = 0;
     let sampled = 0;
     const append = async (ids: Int32Array): Promise<{ token: number; logprob: number }> => {
       const from = meter.rows;
       const u = uniform(request.seed, sampled, samplingStream);
-      const result = await session.program(!point.full).run({
+      const result = await session.program(point).run({
         dims: { rows: ids.length },
         feeds: {
           ...fixed,

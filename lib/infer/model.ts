@@ -1,6 +1,5 @@
 // A model to call: generation, scoring and logits, each at a budget.
 import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
-import { thresholdFeed } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
 import { forwardFlops } from '../model/flops.js';
 import { parameterPlan } from '../model/weights.js';
@@ -11,7 +10,7 @@ import { ComputeMeter } from './compute.js';
 import { generate, promptIds } from './generate.js';
 import { loadNetwork, type Network } from './network.js';
 import { checkOptions } from './options.js';
-import { budgetSelector, compileLogits, compileScore, packedDims } from './programs.js';
+import { budgetSelector, compileLogits, compileScore, ProgramCache, packedDims, thresholdFeeds } from './programs.js';
 import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
 
 interface CallOptions {
@@ -36,7 +35,7 @@ export class ElasticModel implements AsyncDisposable {
   /** What the model is loaded as: specification, weights, engine, tokenizer. */
   readonly network: Network;
   readonly #sessions: SessionPool;
-  readonly #programs = new Map<string, Program>();
+  readonly #programs = new ProgramCache();
   readonly #closed = new AbortController();
 
   constructor(network: Network) {
@@ -109,7 +108,7 @@ export class ElasticModel implements AsyncDisposable {
     if (this.#closed.signal.aborted) return;
     this.#closed.abort();
     this.#sessions.dispose();
-    for (const program of this.#programs.values()) program.dispose();
+    this.#programs.dispose();
     this.network.dispose();
   }
 
@@ -130,26 +129,21 @@ export class ElasticModel implements AsyncDisposable {
       throw new InvalidArgumentError(`[${api}] ${ids.length} tokens do not fit the context of ${network.maxContext}`);
     }
     const point = resolveBudget(options.budget ?? 'full', network.spec, network.policy, { length: ids.length });
-    const program = this.#program(api, !point.full);
+    const program = this.#program(api, point);
     const batch = { ids, positions: Int32Array.from(ids, (_, i) => i), offsets: Int32Array.of(0, ids.length) };
-    const feeds: Record<string, TypedArray> = { ...batch };
-    for (const [id, threshold] of point.thresholds) feeds[thresholdFeed(id)] = Float32Array.of(threshold);
+    const feeds = { ...batch, ...thresholdFeeds(point, 1) };
     const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
       program.run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
     return { ids, point, run };
   }
 
-  #program(api: 'score' | 'logits', routed: boolean): Program {
-    const key = `${api} ${routed}`;
-    let program = this.#programs.get(key);
-    if (!program) {
-      const { network } = this;
-      const compile = api === 'score' ? compileScore : compileLogits;
-      const limits = { rows: network.maxContext, segments: 1 };
-      program = compile(network, limits, (graph, _rows, segments) => budgetSelector(graph, network, routed, segments));
-      this.#programs.set(key, program);
-    }
-    return program;
+  #program(api: 'score' | 'logits', point: OperatingPoint): Program {
+    const { network } = this;
+    const compile = api === 'score' ? compileScore : compileLogits;
+    const limits = { rows: network.maxContext, segments: 1 };
+    return this.#programs.get(api, point, () =>
+      compile(network, limits, (graph, _rows, segments) => budgetSelector(graph, network, point, segments)),
+    );
   }
 
   #report(requested: Budget, point: OperatingPoint, result: RunResult, rows: number, ms: number): ComputeReport {

@@ -1,5 +1,6 @@
 // The programs inference runs: next token with caches, and whole sequences without.
-import { inferenceSelector, routerNodes } from '../elastic/rows.js';
+import type { OperatingPoint } from '../elastic/budget.js';
+import { inferenceSelector, routerNodes, thresholdFeed } from '../elastic/rows.js';
 import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
@@ -13,10 +14,50 @@ const prefillRows = 512;
 /** Rows of one run of the program of `compileDecode`. */
 export const decodeRows = (network: Network): number => Math.min(prefillRows, network.maxContext);
 
-/** The selector of a model at a budget: feeds `threshold.<router id>` when routed. */
-export function budgetSelector(graph: Graph, network: Network, routed: boolean, segments: Dim | number): Selector {
-  if (!routed) return selectEverything;
-  return inferenceSelector(graph, network.policy!, routerNodes(graph, network.routers), segments);
+/** The selector of a model at a budget: feeds `threshold.<router id>` where it is finite. */
+export function budgetSelector(
+  graph: Graph,
+  network: Network,
+  { full, thresholds }: OperatingPoint,
+  segments: Dim | number,
+): Selector {
+  if (full) return selectEverything;
+  return inferenceSelector(graph, network.policy!, routerNodes(graph, network.routers), segments, thresholds);
+}
+
+/** Values of the feeds of budgetSelector for so many segments. */
+export function thresholdFeeds({ thresholds }: OperatingPoint, segments: number): Record<string, Float32Array> {
+  const finite = [...thresholds].filter(([, threshold]) => Number.isFinite(threshold));
+  return Object.fromEntries(finite.map(([id, t]) => [thresholdFeed(id), new Float32Array(segments).fill(t)]));
+}
+
+/** Programs kept at a time: each holds memory for its longest run. */
+const keptPrograms = 4;
+
+/** Programs by what they compute, compiled when first needed; the one unused for longest makes room. */
+export class ProgramCache {
+  readonly #programs = new Map<string, Program>();
+
+  /** The program of `name` for a budget: budgets that leave out and keep whole the same sub-layers share one. */
+  get(name: string, { full, thresholds }: OperatingPoint, compile: () => Program): Program {
+    const decided = [...thresholds.values()].map((t) => (Number.isFinite(t) ? 'routed' : t < 0 ? 'whole' : 'absent'));
+    const key = full ? name : `${name} ${decided.join()}`;
+    const program = this.#programs.get(key) ?? compile();
+    this.#programs.delete(key);
+    this.#programs.set(key, program);
+    if (this.#programs.size > keptPrograms) {
+      const [oldest] = this.#programs.keys();
+      // A run under way keeps what it needs.
+      this.#programs.get(oldest)!.dispose();
+      this.#programs.delete(oldest);
+    }
+    return program;
+  }
+
+  dispose(): void {
+    for (const program of this.#programs.values()) program.dispose();
+    this.#programs.clear();
+  }
 }
 
 /**
@@ -24,7 +65,7 @@ export function budgetSelector(graph: Graph, network: Network, routed: boolean, 
  * Feeds: ids, positions i32 [rows], offsets i32 [2], last i32 [1], sampling f32 [1, 4].
  * Outputs: token i32 [1], logprob f32 [1].
  */
-export function compileDecode(network: Network, session: Session, routed: boolean): Program {
+export function compileDecode(network: Network, session: Session, point: OperatingPoint): Program {
   const graph = new Graph();
   const rows = graph.dim('rows', decodeRows(network));
   const weights = bindWeights(graph, network.weights);
@@ -34,7 +75,7 @@ export function compileDecode(network: Network, session: Session, routed: boolea
     offsets: graph.feed('offsets', 'i32', [2]),
     caches: session.bind(graph),
   };
-  const x = decoder(graph, network.spec, weights, inputs, budgetSelector(graph, network, routed, 1));
+  const x = decoder(graph, network.spec, weights, inputs, budgetSelector(graph, network, point, 1));
   sampleLast(graph, network, weights, x, graph.feed('last', 'i32', [1]), graph.feed('sampling', 'f32', [1, 4]));
   return Program.compile(graph, network.engine);
 }

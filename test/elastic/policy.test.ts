@@ -194,12 +194,14 @@ describe('budgets', () => {
       expect(flopsRatio(spec, policy, routerCapacities(policy, point.spec.tokenCapacity!), 64)).toBe(point.flopsRatio);
     }
     const { total, perLayer, head } = forwardFlops(spec, [64]);
-    const routers = 4 * 2 * 2 * 64 * spec.hidden;
+    // Routers choose, and cost, only between none and all.
+    const routers = 4 * 2 * 64 * spec.hidden;
     const at = (keys: 'all' | 'selected', attn: number, mlp: number) => {
       const routing = calibrated({ kind: 'elastiformer', keys });
       return flopsRatio(spec, routing, routerCapacities(routing, { attn, mlp }), 64) * total;
     };
-    expect(at('all', 1, 1)).toBeCloseTo(total + routers, 3);
+    expect(at('all', 1, 1)).toBeCloseTo(total, 3);
+    expect(at('all', 0, 1)).toBeCloseTo(4 * perLayer.mlp + head, 3);
     expect(at('all', 1, 0.5)).toBeCloseTo(4 * (perLayer.attn + perLayer.mlp / 2) + head + routers, 3);
     // Half the queries see all keys.
     const half = (perLayer.attn + keyValueFlops(spec, 64)) / 2;

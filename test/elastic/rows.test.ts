@@ -124,6 +124,21 @@ describe.each([
     expect(rowsRun(dropped.counters)).toEqual(ids.map((_, i) => (i === 1 || i === 2 ? 0 : rows)));
   });
 
+  it('needs no router where all rows pass or none, for the same result', async () => {
+    const known = new Map(ids.map((id, i) => [id, [Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY, 0.1][i % 3]]));
+    const fed = Object.fromEntries([...known].map(([id, t]) => [thresholdFeed(id), filled(t)]));
+    const open = await run(inference, fed);
+    const finite = [...known].filter(([, t]) => Number.isFinite(t)).map(([id]) => thresholdFeed(id));
+    const decided = await run(
+      (graph, routers) => inferenceSelector(graph, policy, routers, segments, known),
+      Object.fromEntries(finite.map((name) => [name, fed[name]])),
+    );
+    expect(decided.outputs.logits).toEqual(open.outputs.logits);
+    expect(rowsRun(decided.counters)).toEqual(rowsRun(open.counters));
+    const absent = routerPlaces(policy).filter((_, i) => i % 3 === 0);
+    for (const { layer, place } of absent) expect(decided.counters[`L${layer}.${place}`]).toBeUndefined();
+  });
+
   it('lets nothing through above every score, and then only embeds', async () => {
     const { counters } = await run(inference, thresholds(1e9));
     expect(rowsRun(counters)).toEqual(ids.map(() => 0));
