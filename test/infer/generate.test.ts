@@ -60,28 +60,6 @@ describe('an elastic model', () => {
     expect(await a.ids).toEqual(await b.ids);
   });
 
-  test('a routed generation takes the tokens of the routed forward pass and counts less compute', async () => {
-    const prompt = model.network.tokenizer!.encode('The fox fed the hen by');
-    // The budget is resolved for the length of the call, so explicit capacities are compared.
-    const spec = { tokenCapacity: { attn: 0.6, mlp: 0.5 } };
-    const stream = model.generate(prompt, { budget: { spec }, maxTokens: 12 });
-    const { compute } = await stream.usage;
-    const ids = [...prompt];
-    for (const id of await stream.ids) {
-      const logits = await model.logits(ids, { budget: { spec } });
-      const row = logits.subarray((ids.length - 1) * model.info.vocab);
-      // Other row counts may round differently: the token taken is the best up to that.
-      expect(row[argmax(row)] - row[id]).toBeLessThan(1e-4);
-      ids.push(id);
-    }
-    expect(compute.ratio).toBeLessThan(1);
-    expect(compute.effective).toEqual(spec);
-    for (const share of [...compute.layersRun.attn, ...compute.layersRun.mlp]) {
-      expect(share).toBeGreaterThanOrEqual(0);
-      expect(share).toBeLessThanOrEqual(1);
-    }
-  });
-
   test('less budget is less compute', async () => {
     const ratios: number[] = [];
     for (const budget of [1, 0.8, 0.6]) {
@@ -198,6 +176,44 @@ describe('an elastic model', () => {
     bad(() => model.generate('a', { budget: { spec: { tokenCapacity: { attn: 0 } } } }), /capacity|tokenCapacity/);
     bad(() => backbone.generate('a', { budget: 0.5 }), /has none/);
   });
+});
+
+describe.each(['all', 'selected'] as const)('with keys of %s rows', (keys) => {
+  let model: ElasticModel;
+  beforeAll(async () => {
+    model = await loadModel((await elasticDirectories({ keys })).elastic);
+  });
+  afterAll(() => model.dispose());
+
+  // The budget is resolved for the length of the call, so explicit capacities are compared.
+  test.each([{ attn: 0.6, mlp: 0.5 }, { attn: [0, 1, 0.4], mlp: [1, 0.6, 0] }, { attn: [0.5, 0, 1] }])(
+    'a routed generation takes the tokens of the routed forward pass and counts less compute: %j',
+    async (capacity) => {
+      const prompt = model.network.tokenizer!.encode('The fox fed the hen by');
+      const spec = { tokenCapacity: capacity };
+      const stream = model.generate(prompt, { budget: { spec }, maxTokens: 12 });
+      const { compute } = await stream.usage;
+      const ids = [...prompt];
+      for (const id of await stream.ids) {
+        const logits = await model.logits(ids, { budget: { spec } });
+        const row = logits.subarray((ids.length - 1) * model.info.vocab);
+        // Other row counts may round differently: the token taken is the best up to that.
+        expect(row[argmax(row)] - row[id]).toBeLessThan(1e-4);
+        ids.push(id);
+      }
+      expect(compute.ratio).toBeLessThan(1);
+      expect(compute.effective).toEqual(spec);
+      for (const place of ['attn', 'mlp'] as const) {
+        const shares = [capacity[place] ?? 1].flat();
+        compute.layersRun[place].forEach((share, layer) => {
+          const asked = shares[layer] ?? shares[0];
+          if (asked === 0 || asked === 1) expect(share).toBe(asked);
+          else expect(share).toBeGreaterThanOrEqual(0);
+          expect(share).toBeLessThanOrEqual(1);
+        });
+      }
+    },
+  );
 });
 
 test('a disposed model ends its generations and refuses new ones', async () => {
