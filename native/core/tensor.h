@@ -20,6 +20,8 @@ struct Storage {
   size_t bytes = 0;
   bool writable = false;
   std::function<void()> release;  // called once, by the destructor
+  // Where set (mapped files): the resident pages of these bytes may go; reading them brings them back.
+  std::function<void(size_t offset, size_t bytes)> evict;
   // Runs submitted and not finished that read, or write, this storage (counted for writable ones only).
   std::atomic<int> pendingReaders{0};
   std::atomic<int> pendingWriters{0};

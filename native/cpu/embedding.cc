@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cpu/checks.h"
+#include "cpu/gemm/gemm.h"
 #include "cpu/kernels.h"
 
 namespace elastiform::cpu {
@@ -39,8 +40,15 @@ void embedding(const KernelArgs& args) {
   checkIds("embedding", ids, rows, table.dim(0));
   DType rounding = DType::F32;
   if (table.tensor && dtypeSize(table.tensor->packAs) < dtypeSize(table.dtype)) rounding = table.tensor->packAs;
+  const PackedWeight* packed = packedTable(table);
   forChunks(rows, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) copyRow(table, ids[r], rounding, y + r * width);
+    for (int64_t r = begin; r < end; ++r) {
+      if (packed) {
+        readPackedRow(*packed, ids[r], width, y + r * width);
+      } else {
+        copyRow(table, ids[r], rounding, y + r * width);
+      }
+    }
   });
 }
 

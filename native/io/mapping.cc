@@ -58,6 +58,9 @@ void* map(const std::string& path, size_t& bytes) {
 
 void unmap(void* data, size_t) { UnmapViewOfFile(data); }
 
+// Windows trims the working set by itself.
+void evict(void*, size_t, size_t) {}
+
 #else
 
 struct Descriptor {
@@ -83,6 +86,13 @@ void* map(const std::string& path, size_t& bytes) {
 
 void unmap(void* data, size_t bytes) { munmap(data, bytes); }
 
+// Advice: whole pages inside [offset, offset + bytes) leave this process, not the page cache.
+void evict(void* data, size_t offset, size_t bytes) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t first = (offset + page - 1) / page * page, last = (offset + bytes) / page * page;
+  if (first < last) madvise(static_cast<uint8_t*>(data) + first, last - first, MADV_DONTNEED);
+}
+
 #endif
 
 }  // namespace
@@ -98,6 +108,7 @@ std::shared_ptr<Storage> mapFile(const std::string& path) {
     unmap(data, bytes);
     memoryCounters().mappedBytes -= static_cast<int64_t>(bytes);
   };
+  storage->evict = [data](size_t offset, size_t count) { evict(data, offset, count); };
   return storage;
 }
 

@@ -4,6 +4,7 @@
 // covers blocking, threads, gathers, prefixes and packed element types at once. Activations and losses are compared
 // with double precision.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -333,6 +334,55 @@ void testRowIndependence() {
   }
 }
 
+// Reductions that are cut into depths: blocks of C wait for the next while others are computed.
+void testDeep() {
+  const std::array<int64_t, 3> sizes[] = {{1, 70, 8193}, {3, 40, 9000}, {31, 100, 16500}, {5, 33, 16384}};
+  for (const auto& [M, N, K] : sizes) {
+    Weight writable(N, K), packed(K, N);
+    if (packed.tensor.storage->writable) packed.tensor.packAs = DType::F32;  // its values were not rounded for packing
+    writable.tensor.storage->writable = true, packed.tensor.storage->writable = false;
+    auto x = random(M * K);
+    for (Weight* w : {&writable, &packed}) {
+      if (w == &writable && w->tensor.packAs != w->tensor.dtype) continue;  // its values were rounded for packing
+      const bool transposed = w == &packed;
+      const MatrixB b = transposed ? weightTransposedB(w->view()) : weightB(w->view());
+      std::vector<float> want(static_cast<size_t>(M * N), 0.0f);
+      for (int64_t i = 0; i < M * N; ++i) {
+        float& c = want[static_cast<size_t>(i)];
+        for (int64_t k = 0; k < K; ++k) {
+          c = chain(c, x[static_cast<size_t>(i / N * K + k)], transposed ? w->at(k, i % N) : w->at(i % N, k));
+        }
+      }
+      for (const int threads : {1, 2, 5}) {
+        setThreadCount(threads);
+        std::vector<float> out(static_cast<size_t>(M * N));
+        Counters counters;
+        Scratch scratch;
+        gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
+             {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch});
+        CHECK(sameBits(out, want), "deep product wrong: %lld x %lld x %lld, transposed %d", static_cast<long long>(M),
+              static_cast<long long>(N), static_cast<long long>(K), transposed);
+      }
+    }
+  }
+}
+
+// Look-ups in a table give the same bits before and after it is packed for products.
+void testTables() {
+  for (int round = 0; round < 60; ++round) {
+    const int64_t rows = pick(1, 100), width = pick(1, 70), count = pick(1, 20);
+    Weight w(rows, width);
+    std::vector<int32_t> ids(static_cast<size_t>(count));
+    for (int32_t& id : ids) id = static_cast<int32_t>(pick(0, rows - 1));
+    std::vector<float> before(static_cast<size_t>(count * width)), after = before;
+    runOp("embedding", {w.view(), view(ids, {count})}, {view(before, {count, width})}, {});
+    weightB(w.view());
+    runOp("embedding", {w.view(), view(ids, {count})}, {view(after, {count, width})}, {});
+    CHECK(sameBits(before, after), "look-ups depend on packing: %s packed as %s", dtypeName(w.tensor.dtype),
+          dtypeName(w.tensor.packAs));
+  }
+}
+
 float rowChain(const std::vector<float>& x, int64_t row, const Weight& w, int64_t n, int64_t K) {
   float c = 0;
   for (int64_t k = 0; k < K; ++k) c = chain(c, x[static_cast<size_t>(row * K + k)], w.at(n, k));
@@ -601,6 +651,8 @@ int testGemm() {
     current = isa;
     testProducts();
     testRowIndependence();
+    testDeep();
+    testTables();
     testLinear();
     testLosses();
     testAccounting();

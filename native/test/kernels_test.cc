@@ -327,6 +327,7 @@ void testRows() {
       // A transposed view [d, 9] of the table, and rounding to the packed type.
       Value table = noise({d, vocabulary});
       Tensor owner;
+      owner.storage = std::make_shared<Storage>();
       owner.packAs = DType::BF16;
       Value view = make(DType::F32, {d, vocabulary});
       std::memcpy(view.f32(), table.f32(), table.bytes());

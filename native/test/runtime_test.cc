@@ -516,6 +516,8 @@ int testMapping() {
     const auto storage = mapFile(full);
     CHECK(storage->bytes == 10 && storage->data[3] == '3' && !storage->writable);
     CHECK(memoryCounters().mappedBytes == before + 10);
+    storage->evict(0, 10);
+    CHECK(storage->data[9] == '9');
   }
   CHECK(memoryCounters().mappedBytes == before);
   CHECK_ERROR(InvalidFile, "the file is empty", mapFile(empty));

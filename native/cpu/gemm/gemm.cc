@@ -2,6 +2,7 @@
 #include "cpu/gemm/gemm.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 #include "core/pool.h"
@@ -66,10 +67,11 @@ bool useKernels(Isa wanted) {
 namespace {
 
 constexpr int64_t kBlockK = 384;            // steps of k between visits to a tile
-constexpr int64_t kBlockRows = 256;         // rows of A that stay in the second-level cache, packed B
-constexpr int64_t kBlockRowsUnpacked = 512; // B packed on the way: more rows to each packing
+constexpr int64_t kBlockRows = 256;          // rows of A that stay in the second-level cache, packed B
+constexpr int64_t kBlockRowsUnpacked = 512;  // B packed on the way: more rows to each packing
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kPackedElements = int64_t{1} << 23;  // of A, at a time
+constexpr int64_t kDepth = 8192;             // steps of k at a time where A and the blocks of C are far larger than caches
 constexpr int64_t kPackInParallel = int64_t{1} << 15;  // elements of A
 constexpr int64_t kWidenInRegisters = 16;   // rows up to which 16-bit panels are widened in the micro-kernel
 constexpr int64_t kChunksPerThread = 6;
@@ -82,14 +84,6 @@ RowTiles rowTiles(int64_t M, int64_t most) {
   return {count, M / count, M % count};
 }
 int64_t tileStart(const RowTiles& tiles, int64_t t) { return t * tiles.size + std::min(t, tiles.longer); }
-
-void roundTo(DType dtype, float* data, int64_t count) {
-  if (dtype == DType::BF16) {
-    for (int64_t i = 0; i < count; ++i) data[i] = bf16ToFloat(floatToBf16(data[i]));
-  } else if (dtype == DType::F16) {
-    for (int64_t i = 0; i < count; ++i) data[i] = f16ToFloat(floatToF16(data[i]));
-  }
-}
 
 // A bias as contiguous f32.
 const float* biasF32(const void* bias, DType dtype, int64_t stride, int64_t N, const KernelArgs& args) {
@@ -127,27 +121,34 @@ class Run {
   Run(const Product& p, const KernelArgs& args) : p_(p), args_(args), table_(kernels()) {}
 
   void operator()() {
-    const int64_t panels = ceilDiv(p_.N, table_.columns);
     packed_ = p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed);
     const bool direct = p_.M == 1 && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
+    const int64_t depth = packed_ ? p_.K : std::min(p_.K, kDepth);
     const int64_t rowsAtOnce =
-        std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(p_.K, 1)));
-    float* store = direct ? nullptr : args_.scratch<float>(rowsAtOnce * p_.K);
+        std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(depth, 1)));
+    float* store = direct ? nullptr : args_.scratch<float>(rowsAtOnce * depth);
 
     for (base_ = 0; base_ < p_.M; base_ += rowsAtOnce) {
       const int64_t rows = std::min(rowsAtOnce, p_.M - base_);
       tiles_ = rowTiles(rows, table_.rows);
-      if (direct) {
-        packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride;
-      } else {
-        packRows(rows, store);
-        packedA_ = store;
-      }
-      multiply(rows, panels);
+      plan(rows, depth);
+      begin_ = 0;
+      do {
+        end_ = std::min(p_.K, begin_ + depth);
+        if (direct) {
+          packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride + begin_;
+        } else {
+          packRows(rows, store);
+          packedA_ = store;
+        }
+        multiply();
+        begin_ = end_;
+      } while (begin_ < p_.K);
     }
   }
 
  private:
+  // Steps [begin_, end_) of the rows at hand.
   void packRows(int64_t rows, float* store) {
     MatrixA part = *p_.a;
     if (part.rows) {
@@ -155,90 +156,129 @@ class Run {
     } else {
       part.data += base_ * part.rowStride;
     }
-    if (rows * p_.K <= kPackInParallel) {
-      table_.packA(part, tiles_, 0, tiles_.count, p_.K, store);
+    if (part.cols) {
+      part.cols += begin_;
+    } else {
+      part.data += begin_ * part.colStride;
+    }
+    if (part.colScale) part.colScale += begin_;
+    const int64_t depth = end_ - begin_;
+    if (rows * depth <= kPackInParallel) {
+      table_.packA(part, tiles_, 0, tiles_.count, depth, store);
       return;
     }
-    const int64_t perChunk = std::max<int64_t>(1, kPackInParallel / ((tiles_.size + 1) * p_.K));
+    const int64_t perChunk = std::max<int64_t>(1, kPackInParallel / ((tiles_.size + 1) * depth));
     parallelFor(ceilDiv(tiles_.count, perChunk),
                 [&](int64_t chunk, int) {
-                  table_.packA(part, tiles_, chunk * perChunk, std::min(tiles_.count, (chunk + 1) * perChunk), p_.K,
+                  table_.packA(part, tiles_, chunk * perChunk, std::min(tiles_.count, (chunk + 1) * perChunk), depth,
                                store);
                 },
                 args_.abort);
   }
 
-  void multiply(int64_t rows, int64_t panels) {
+  // Cuts C into blocks and gets memory for what workers keep.
+  void plan(int64_t rows, int64_t depth) {
+    panels_ = ceilDiv(p_.N, table_.columns);
     strip_ = 1;
     if (packed_ && tiles_.count == 1) strip_ = p_.count == 1 ? table_.stripPanels[rows] : 1;
     widen_ = packed_ && rows > kWidenInRegisters && (narrow(0) || (p_.count == 2 && narrow(1)));
     // One tile needs each panel once: no reason to leave it before the end of K.
     const int64_t kMost = packed_ && tiles_.count == 1 ? std::max<int64_t>(p_.K, 1) : kBlockK;
-    kBlocks_ = std::max<int64_t>(1, ceilDiv(p_.K, kMost));
-    kc_ = ceilDiv(p_.K, kBlocks_);
+    kc_ = ceilDiv(depth, std::max<int64_t>(1, ceilDiv(depth, kMost)));
+    if (!packed_) kc_ = ceilDiv(kc_, table_.columns) * table_.columns;  // whole blocks of MatrixB::kBlock
 
     // The grid of blocks: over N first (each panel is then read once), over M where rows or chunks demand it.
     const int64_t threads = threadCount();
-    const int64_t flops = 2 * rows * p_.N * std::max<int64_t>(p_.K, 1) * p_.count;
+    const int64_t flops = 2 * rows * p_.N * std::max<int64_t>(depth, 1) * p_.count;
     const int64_t wanted =
         std::clamp<int64_t>(flops / kChunkFlops, 1, threads == 1 ? 1 : threads * kChunksPerThread);
-    int64_t mBlocks = std::min(tiles_.count, ceilDiv(rows, packed_ ? kBlockRows : kBlockRowsUnpacked));
-    const int64_t units = ceilDiv(panels, strip_);
-    int64_t nBlocks = std::clamp<int64_t>(ceilDiv(wanted, mBlocks),
-                                          std::min(units, ceilDiv(panels * table_.columns, kBlockColumns)), units);
-    if (mBlocks * nBlocks < wanted) mBlocks = std::clamp<int64_t>(ceilDiv(wanted, nBlocks), mBlocks, tiles_.count);
-    const int64_t mostTiles = ceilDiv(tiles_.count, mBlocks), mostPanels = ceilDiv(units, nBlocks) * strip_;
+    mBlocks_ = std::min(tiles_.count, ceilDiv(rows, packed_ ? kBlockRows : kBlockRowsUnpacked));
+    units_ = ceilDiv(panels_, strip_);
+    nBlocks_ = std::clamp<int64_t>(ceilDiv(wanted, mBlocks_),
+                                   std::min(units_, ceilDiv(panels_ * table_.columns, kBlockColumns)), units_);
+    if (mBlocks_ * nBlocks_ < wanted) {
+      mBlocks_ = std::clamp<int64_t>(ceilDiv(wanted, nBlocks_), mBlocks_, tiles_.count);
+    }
+    const int64_t mostTiles = ceilDiv(tiles_.count, mBlocks_), mostPanels = ceilDiv(units_, nBlocks_) * strip_;
     const int64_t mostRows = mostTiles * (tiles_.size + (tiles_.longer ? 1 : 0));
 
-    accTile_ = table_.rows * table_.columns;
-    accBlock_ = kBlocks_ == 1 ? int64_t{strip_} * accTile_ : mostRows * mostPanels * table_.columns;
+    accBlock_ = kc_ >= p_.K ? int64_t{strip_} * table_.rows * table_.columns : mostRows * mostPanels * table_.columns;
     panelElements_ = kc_ * table_.columns;
-    const int64_t panelBuffer = packed_ ? (widen_ ? panelElements_ : 0) : mostPanels * panelElements_;
-    const int64_t perWorker = (accBlock_ + panelBuffer) * p_.count;
-    if (workerElements_ < perWorker * threads) {
-      workerElements_ = perWorker * threads;
+    panelBuffer_ = packed_ ? (widen_ ? panelElements_ : 0) : mostPanels * panelElements_;
+    // Unfinished blocks of C stay with their chunk from one depth to the next; else they are the worker's.
+    const bool kept = depth < p_.K;
+    const int64_t accs = kept ? mBlocks_ * nBlocks_ : threads;
+    accOfChunk_ = kept;
+    if (workerElements_ < (accs * accBlock_ + threads * panelBuffer_) * p_.count) {
+      workerElements_ = (accs * accBlock_ + threads * panelBuffer_) * p_.count;
       worker_ = args_.scratch<float>(workerElements_);
     }
+    panelsAt_ = accs * accBlock_ * p_.count;
+  }
 
+  void multiply() {
     const auto body = [&](int64_t chunk, int worker) {
-      const int64_t n = chunk / mBlocks, m = chunk % mBlocks;
-      const Block block{m * tiles_.count / mBlocks, (m + 1) * tiles_.count / mBlocks,
-                        std::min(panels, n * units / nBlocks * strip_),
-                        std::min(panels, (n + 1) * units / nBlocks * strip_)};
-      float* mine = worker_ + worker * perWorker;
-      multiplyBlock(block, {mine, mine + accBlock_ * p_.count});
+      const int64_t n = chunk / mBlocks_, m = chunk % mBlocks_;
+      const Block block{m * tiles_.count / mBlocks_, (m + 1) * tiles_.count / mBlocks_,
+                        std::min(panels_, n * units_ / nBlocks_ * strip_),
+                        std::min(panels_, (n + 1) * units_ / nBlocks_ * strip_)};
+      multiplyBlock(block, {worker_ + (accOfChunk_ ? chunk : worker) * accBlock_ * p_.count,
+                            worker_ + panelsAt_ + worker * panelBuffer_ * p_.count});
     };
-    if (mBlocks * nBlocks == 1) {
+    if (mBlocks_ * nBlocks_ == 1) {
       body(0, 0);
     } else {
-      parallelFor(mBlocks * nBlocks, body, args_.abort);
+      parallelFor(mBlocks_ * nBlocks_, body, args_.abort);
     }
   }
 
   bool narrow(int product) const { return p_.b[product]->packed->dtype != DType::F32; }
 
   void multiplyBlock(const Block& block, const Buffers& buffers) const {
-    for (int64_t kb = 0; kb < kBlocks_; ++kb) {
-      const int64_t k0 = kb * kc_, kc = std::min(kc_, p_.K - k0);
+    int64_t k0 = begin_;
+    do {
+      const int64_t kc = std::min(kc_, end_ - k0);
       if (!packed_) packBlock(block, k0, kc, buffers.panels);
       for (int64_t panel = block.panel0; panel < block.panel1;) {
         const int together = panel + strip_ <= block.panel1 ? strip_ : 1;
-        multiplyPanel(block, buffers, kb, k0, kc, panel, together);
+        multiplyPanel(block, buffers, k0, kc, panel, together);
         panel += together;
       }
-    }
+      k0 += kc;
+    } while (k0 < end_);
   }
 
   void packBlock(const Block& block, int64_t k0, int64_t kc, float* to) const {
     const int64_t panels = block.panel1 - block.panel0, size = panels * kc * table_.columns;
     for (int i = 0; i < p_.count; ++i, to += size) {
-      table_.packB(*p_.b[i], p_.N, block.panel0 * table_.columns, panels, k0, kc, to);
-      if (p_.b[i]->roundTo != p_.b[i]->dtype) roundTo(p_.b[i]->roundTo, to, size);
+      const MatrixB& b = *p_.b[i];
+      if (!b.packed) {
+        table_.packB(b, p_.N, block.panel0 * table_.columns, panels, k0, kc, to);
+        continue;
+      }
+      for (int64_t panel = 0; panel < panels; ++panel) {  // a gated product whose other weight is not packed
+        unpack(*b.packed, block.panel0 + panel, k0, kc, to + panel * kc * table_.columns);
+      }
     }
   }
 
+  void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t kc, float* to) const {
+    const int64_t count = kc * table_.columns;
+    const char* from = panelAt(w, panel, k0);
+    if (w.dtype == DType::F32) {
+      std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    } else {
+      table_.widen(from, w.dtype, count, to);
+    }
+  }
+
+  const char* panelAt(const PackedWeight& w, int64_t panel, int64_t k) const {
+    return static_cast<const char*>(w.data) +
+           (panel * w.K + k) * table_.columns * static_cast<int64_t>(dtypeSize(w.dtype));
+  }
+
   // All tiles of the block against one panel (or a strip of them) and one block of k.
-  void multiplyPanel(const Block& block, const Buffers& buffers, int64_t kb, int64_t k0, int64_t kc, int64_t panel,
+  void multiplyPanel(const Block& block, const Buffers& buffers, int64_t k0, int64_t kc, int64_t panel,
                      int together) const {
     const int64_t columns = table_.columns;
     const char* source[2];
@@ -253,11 +293,7 @@ class Run {
         continue;
       }
       const PackedWeight& w = *p_.b[i]->packed;
-      const int64_t size = static_cast<int64_t>(dtypeSize(w.dtype));
-      const auto at = [&](int64_t whichPanel, int64_t k) {
-        return static_cast<const char*>(w.data) + (whichPanel * w.K + k) * columns * size;
-      };
-      source[i] = at(panel, k0);
+      source[i] = panelAt(w, panel, k0);
       type[i] = static_cast<int>(w.dtype);
       panelStride[i] = w.K * columns;
       if (widen_ && w.dtype != DType::F32) {
@@ -267,9 +303,9 @@ class Run {
         type[i] = 0;
       } else if (together == 1) {
         if (panel + 1 < block.panel1) {
-          next[i] = at(panel + 1, k0);
-        } else if (kb + 1 < kBlocks_) {
-          next[i] = at(block.panel0, k0 + kc);
+          next[i] = panelAt(w, panel + 1, k0);
+        } else if (k0 + kc < end_) {
+          next[i] = panelAt(w, block.panel0, k0 + kc);
         }
       }
     }
@@ -277,21 +313,21 @@ class Run {
     const int64_t firstRow = tileStart(tiles_, block.tile0);
     const int64_t blockRows = tileStart(tiles_, block.tile1) - firstRow;
     const int64_t sharers = std::min<int64_t>(8, block.tile1 - block.tile0), share = ceilDiv(kc, sharers);
-    const bool last = kb + 1 == kBlocks_;
+    const bool last = k0 + kc == p_.K;
     for (int64_t t = block.tile0; t < block.tile1; ++t) {
       const int64_t m0 = tileStart(tiles_, t), rows = tileStart(tiles_, t + 1) - m0;
-      const float* a = packedA_ + m0 * p_.K + k0 * rows;
+      const float* a = packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
       FinishTile done{};
       for (int i = 0; i < p_.count; ++i) {
         float* acc = buffers.acc + i * accBlock_;
-        if (kBlocks_ > 1) acc += ((panel - block.panel0) * blockRows + (m0 - firstRow)) * columns;
+        if (kc_ < p_.K) acc += ((panel - block.panel0) * blockRows + (m0 - firstRow)) * columns;
         const int64_t order = t - block.tile0;
         const bool ahead = next[i] && order < sharers;
         const int64_t from = order * share;
         const int64_t prefetched = ahead ? std::max<int64_t>(0, std::min(share, kc - from)) : 0;
         const char* nextPart = ahead ? next[i] + from * columns * (type[i] == 0 ? 4 : 2) : nullptr;
         const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
-        function(kc, a, source[i], panelStride[i], acc, kb > 0, nextPart, prefetched);
+        function(kc, a, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
         done.acc[i] = acc;
         done.bias[i] = p_.bias[i];
       }
@@ -315,12 +351,16 @@ class Run {
   const KernelArgs& args_;
   const KernelTable& table_;
   bool packed_ = false, widen_ = false;
-  int64_t base_ = 0;  // first row of the rows packed now
+  int64_t base_ = 0;              // first row of the rows packed now
+  int64_t begin_ = 0, end_ = 0;   // steps of k packed now
   RowTiles tiles_{};
   const float* packedA_ = nullptr;
-  int strip_ = 1;
-  int64_t kBlocks_ = 1, kc_ = 0;
-  int64_t accTile_ = 0, accBlock_ = 0, panelElements_ = 0;
+  int64_t panels_ = 0;            // of all of N
+  int strip_ = 1;                 // panels multiplied together
+  int64_t units_ = 0;             // strips of all of N
+  int64_t mBlocks_ = 1, nBlocks_ = 1, kc_ = 0;
+  int64_t accBlock_ = 0, panelElements_ = 0, panelBuffer_ = 0, panelsAt_ = 0;
+  bool accOfChunk_ = false;
   float* worker_ = nullptr;
   int64_t workerElements_ = 0;
 };
@@ -374,6 +414,11 @@ std::shared_ptr<const PackedWeight> pack(const TensorView& view, const Tensor& w
                 }
               },
               nullptr);
+  // Forward and backward products read the copy from now on: a mapped checkpoint need not stay in memory beside it.
+  if (w.storage->evict && packed.N > 0 && packed.K > 0) {
+    const int64_t elements = (packed.N - 1) * w.strides[0] + (packed.K - 1) * w.strides[1] + 1;
+    w.storage->evict(w.byteOffset, static_cast<size_t>(elements) * dtypeSize(w.dtype));
+  }
   return result;
 }
 
@@ -403,15 +448,32 @@ MatrixB weightB(const TensorView& w) {
   Tensor& tensor = *w.tensor;
   const std::lock_guard<std::mutex> lock(tensor.packMutex);
   if (!tensor.packed) tensor.packed = pack(w, tensor);
-  b.roundTo = tensor.packAs;
   b.packed = tensor.packed.get();
   return b;
 }
 
 MatrixB weightTransposedB(const TensorView& w) {
-  MatrixB b{w.data, w.dtype, w.strides[1], w.strides[0]};
-  if (packable(w)) b.roundTo = w.tensor->packAs;
+  if (!packable(w)) return {w.data, w.dtype, w.strides[1], w.strides[0]};
+  const PackedWeight& packed = *weightB(w).packed;
+  MatrixB b{packed.data, packed.dtype, packed.columns, 1};
+  b.kBlock = packed.columns;
+  b.kBlockStride = packed.K * packed.columns;
   return b;
+}
+
+const PackedWeight* packedTable(const TensorView& table) {
+  if (!packable(table)) return nullptr;
+  Tensor& tensor = *table.tensor;
+  // Look-ups round to a narrower type of packing only; panels are rounded to any.
+  const bool same = tensor.packAs == DType::F32 || tensor.packAs == tensor.dtype ||
+                    dtypeSize(tensor.packAs) < dtypeSize(tensor.dtype);
+  const std::lock_guard<std::mutex> lock(tensor.packMutex);
+  return same ? tensor.packed.get() : nullptr;
+}
+
+void readPackedRow(const PackedWeight& packed, int64_t n, int64_t width, float* to) {
+  const int64_t columns = packed.columns, start = n / columns * packed.K * columns + n % columns;
+  for (int64_t k = 0; k < width; ++k) to[k] = loadAsFloat(packed.data, packed.dtype, start + k * columns);
 }
 
 int64_t packedBytes(const PackedWeight& packed) { return static_cast<int64_t>(packed.bytes); }

@@ -31,8 +31,9 @@ struct MatrixB {
   DType dtype;
   int64_t nStride, kStride;
   const PackedWeight* packed = nullptr;
-  const int32_t* ks = nullptr;          // gather along the reduction
-  DType roundTo = DType::F32;           // values are rounded to this type when packed here
+  const int32_t* ks = nullptr;  // gather along the reduction
+  // Where not 0, k runs in blocks of so many that lie kBlockStride apart (the columns of panels); then kStride is 1.
+  int64_t kBlock = 0, kBlockStride = 0;
 };
 
 // What happens to a finished tile of C, in this order: y = c + bias[n]; pre[m,n] = y; y = act(y);
@@ -65,8 +66,13 @@ void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB&
 
 // The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock.
 MatrixB weightB(const TensorView& w);
-// The same weight as B of the input gradient: n runs over inputs, k over outputs. Never keeps a second copy.
+// The same weight as B of the input gradient: n runs over inputs, k over outputs. Reads the same packed copy.
 MatrixB weightTransposedB(const TensorView& w);
+
+// The packed copy, when there is one that holds what table look-ups of the weight give: row n is then read from it, and
+// a mapped checkpoint does not come back into memory beside it.
+const PackedWeight* packedTable(const TensorView& table);
+void readPackedRow(const PackedWeight& packed, int64_t n, int64_t width, float* to);
 
 // Bytes held by a packed weight, and by all of them.
 int64_t packedBytes(const PackedWeight&);

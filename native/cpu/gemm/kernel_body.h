@@ -1,6 +1,8 @@
 // The matrix engine's kernels, instantiated once per instruction set (see simd.h).
 #include <math.h>
 
+#include <utility>
+
 #include "cpu/gemm/kernel.h"
 #include "cpu/simd.h"
 
@@ -89,61 +91,59 @@ constexpr int stripPanels(int rows) {
   return rows * kVectors * 4 <= accumulators ? 4 : rows * kVectors * 2 <= accumulators ? 2 : 1;
 }
 
-typedef float Vec4 __attribute__((vector_size(16)));
-typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t IVec4 __attribute__((vector_size(16)));
-typedef uint16_t Half4 __attribute__((vector_size(8)));
-typedef uint16_t Half4Unaligned __attribute__((vector_size(8), aligned(2), may_alias));
-
-ELASTIFORM_INLINE Vec4 load4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
-ELASTIFORM_INLINE void store4(float* p, Vec4 v) { *reinterpret_cast<Vec4Unaligned*>(p) = v; }
-
-template <typename B>
-ELASTIFORM_INLINE Vec4 get4(const typename B::Stored* p) {
-  if constexpr (sizeof(typename B::Stored) == 4) {
-    return load4(p);
-  } else {
-    const IVec4 h = __builtin_convertvector(*reinterpret_cast<const Half4Unaligned*>(p), IVec4);
-    if constexpr (__is_same(B, Bf16)) return (Vec4)(h << 16);
-    const Vec4 magnitude = (Vec4)((h & 0x7fff) << 13) * 0x1p112f;  // as loadF16
-    const IVec4 special = magnitude >= 65536.0f;
-    return (Vec4)((IVec4)magnitude | (special & 0x7f800000) | ((h & 0x8000) << 16));
-  }
-}
 template <typename B>
 ELASTIFORM_INLINE float getOne(const typename B::Stored* p) {
   if constexpr (sizeof(typename B::Stored) == 4) {
     return *p;
   } else {
-    const typename B::Stored four[4] = {*p};
-    return get4<B>(four)[0];
+    typename B::Stored block[kLanes] = {*p};
+    return B::get(block)[0];
   }
 }
 
-ELASTIFORM_INLINE void transpose4(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
-  const Vec4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Vec4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
-  b = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
-  c = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
-  d = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+// Lanes L of a whose bit `Half` is set change places with lanes L - Half of b.
+template <int Half, int64_t... L>
+ELASTIFORM_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int64_t, L...>) {
+  const Vec first = __builtin_shufflevector(a, b, ((L & Half) ? kLanes + L - Half : L)...);
+  b = __builtin_shufflevector(a, b, ((L & Half) ? kLanes + L : L + Half)...);
+  a = first;
 }
 
-// dst[k * stride + i] = rows[i][k] for four rows (k < count).
+// Lane i of rows[j] becomes lane j of rows[i].
+template <int Half = kLanes / 2>
+ELASTIFORM_INLINE void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & Half)) exchange<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int64_t, kLanes>{});
+  }
+  if constexpr (Half > 1) transpose<Half / 2>(rows);
+}
+
+// dst[k * stride + i] = rows[i][k] for k < count and i < kLanes. Rows may be null: zeros. `room` is how many elements
+// may be written: with stride < kLanes every step of k spills into the next, which is written later.
 template <typename B>
-ELASTIFORM_INLINE void transposeRows(const typename B::Stored* const (&rows)[4], int64_t count, float* dst,
-                                     int64_t stride) {
+ELASTIFORM_INLINE void transposeRows(const typename B::Stored* const (&rows)[kLanes], int64_t count, float* dst,
+                                     int64_t stride, int64_t room) {
   int64_t k = 0;
-  for (; k + 4 <= count; k += 4) {
-    Vec4 a = get4<B>(rows[0] + k), b = get4<B>(rows[1] + k), c = get4<B>(rows[2] + k), d = get4<B>(rows[3] + k);
-    transpose4(a, b, c, d);
-    store4(dst + k * stride, a);
-    store4(dst + (k + 1) * stride, b);
-    store4(dst + (k + 2) * stride, c);
-    store4(dst + (k + 3) * stride, d);
+  for (; k + kLanes <= count; k += kLanes) {
+    Vec block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = rows[i] ? B::get(rows[i] + k) : Vec{};
+    transpose(block);
+    if ((k + kLanes - 1) * stride + kLanes <= room) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(dst + (k + i) * stride, block[i]);
+    } else {
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t left = room - (k + i) * stride;
+        storePartial(dst + (k + i) * stride, block[i], left < kLanes ? left : kLanes);
+      }
+    }
   }
   for (; k < count; ++k) {
-    for (int i = 0; i < 4; ++i) dst[k * stride + i] = getOne<B>(rows[i] + k);
+    for (int64_t i = 0; i < kLanes && k * stride + i < room; ++i) {
+      dst[k * stride + i] = rows[i] ? getOne<B>(rows[i] + k) : 0.0f;
+    }
   }
 }
 
@@ -160,15 +160,15 @@ void packA(const MatrixA& a, RowTiles tiles, int64_t begin, int64_t end, int64_t
     for (int64_t t = begin; t < end; ++t) {
       const int64_t m0 = tileStart(tiles, t), rows = tileStart(tiles, t + 1) - m0;
       float* to = dst + m0 * K;
-      if (alongK && rows >= 4) {
-        for (int64_t i = 0; i < rows; i += 4) {
-          const int64_t first = i + 4 <= rows ? i : rows - 4;
-          const float* source[4];
-          for (int j = 0; j < 4; ++j) {
+      if (alongK && rows > 1) {
+        // From the last rows to the first: what spills is written over.
+        for (int64_t first = (rows - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
+          const float* source[kLanes];
+          for (int64_t j = 0; j < kLanes; ++j) {
             const int64_t m = m0 + first + j;
-            source[j] = a.data + (a.rows ? a.rows[m] : m) * a.rowStride + k0;
+            source[j] = first + j < rows ? a.data + (a.rows ? a.rows[m] : m) * a.rowStride + k0 : nullptr;
           }
-          transposeRows<F32>(source, k1 - k0, to + k0 * rows + first, rows);
+          transposeRows<F32>(source, k1 - k0, to + k0 * rows + first, rows, (K - k0) * rows - first);
         }
       } else if (alongRows) {
         for (int64_t k = k0; k < k1; ++k) {
@@ -211,18 +211,24 @@ void packPanels(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t
     return;
   }
   for (int64_t p = 0; p < panels; ++p) {
-    for (int j = 0; j < kColumns; j += 4) {
+    for (int j = 0; j < kColumns; j += kLanes) {
       const int64_t n = n0 + p * kColumns + j;
       float* to = dst + p * kc * kColumns + j;
-      if (b.kStride == 1 && !b.ks && n + 4 <= N) {
-        const typename B::Stored* source[4];
-        for (int i = 0; i < 4; ++i) source[i] = data + (n + i) * b.nStride + k0;
-        transposeRows<B>(source, kc, to, kColumns);
+      if (b.kStride == 1 && !b.ks) {
+        for (int64_t k = 0; k < kc;) {
+          const int64_t inBlock = b.kBlock ? (k0 + k) % b.kBlock : 0;
+          const int64_t from = b.kBlock ? (k0 + k) / b.kBlock * b.kBlockStride + inBlock : k0 + k;
+          const int64_t count = b.kBlock && b.kBlock - inBlock < kc - k ? b.kBlock - inBlock : kc - k;
+          const typename B::Stored* source[kLanes];
+          for (int i = 0; i < kLanes; ++i) source[i] = n + i < N ? data + (n + i) * b.nStride + from : nullptr;
+          transposeRows<B>(source, count, to + k * kColumns, kColumns, count * kColumns);
+          k += count;
+        }
         continue;
       }
       for (int64_t k = 0; k < kc; ++k) {
         const int64_t from = (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kLanes; ++i) {
           to[k * kColumns + i] = n + i < N ? getOne<B>(data + (n + i) * b.nStride + from) : 0.0f;
         }
       }
