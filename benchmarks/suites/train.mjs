@@ -69,7 +69,10 @@ async function atCapacity({ start, peers, threads, rounds, repeats, quick, dir, 
       children[name] = start(name, file, options);
       libraries[name] = await children[name].ask('train', { ...args, ...more });
     };
-    await join('elastiform', 'ours_train.mjs', {}, { scratch: path.join(cache, `train-${process.pid}-${capacity}`) });
+    const ours = (name, more) =>
+      join(name, 'ours_train.mjs', {}, { scratch: path.join(cache, `${path.basename(name)}-${process.pid}`), ...more });
+    await ours('elastiform');
+    if (capacity === 1) await ours('elastiform, recomputing', { recompute: true });
     if (peers.torch.file) {
       await join('torch', peers.torch.file, peers.torch.plainOptions);
       await join('torch, memory kept', peers.torch.file, peers.torch.options);
@@ -106,7 +109,7 @@ async function atCapacity({ start, peers, threads, rounds, repeats, quick, dir, 
       memory[name] = { ...(await child.ask('memory')), sinceFirstStep: peakReset[name] };
     }
     // Each figure against the better of torch's two configurations: one is faster, one is leaner.
-    const theirs = Object.keys(times).filter((name) => name !== 'elastiform');
+    const theirs = Object.keys(times).filter((name) => name.startsWith('torch'));
     const best = (of) => (theirs.length ? Math.min(...theirs.map(of)) : null);
     const fastest = best((name) => times[name].median);
     const leanest = best((name) => memory[name].peak);

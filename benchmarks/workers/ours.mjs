@@ -1,4 +1,5 @@
 // elastiform itself: products, prefill, decode and routed programs, built by the same code that `generate` runs.
+import { capacityFeeds } from '../../dist/distill/steps.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
 import { trainingSelector } from '../../dist/elastic/rows.js';
 import { Graph, gatherRows, linear, linearAdd, Program } from '../../dist/graph/index.js';
@@ -74,16 +75,19 @@ async function generateStep(ids, start) {
 
 const routed = {};
 
+const policyAt = (places, keys) =>
+  policyOf(
+    { kind: 'elastiformer', tokens: Object.fromEntries(places.map((place) => [place, 0.5])), ...(keys && { keys }) },
+    network.spec,
+  );
+
 // Top-k selection in every layer at the given places; routers are random, so that the rows chosen are spread out.
-function routeAll(graph, segments, places) {
-  const { spec } = network;
-  const tokensAt = Object.fromEntries(places.map((place) => [place, 0.5]));
-  const policy = policyOf({ kind: 'elastiformer', tokens: tokensAt }, spec);
+function routeAll(graph, segments, policy) {
   const known = new Map();
   const routers = (id) => {
     if (!known.has(id)) {
       known.set(id, {
-        weight: graph.weight(weight([1, spec.hidden], 1000 + known.size)),
+        weight: graph.weight(weight([1, network.spec.hidden], 1000 + known.size)),
         bias: graph.weight(Tensor.fromData('f32', [1], new Float32Array(1))),
       });
     }
@@ -176,16 +180,20 @@ await serve({
       last: Int32Array.of(rows - 1),
       sampling: greedy,
     };
-    const half = Float32Array.of(0.5);
     const dims = { rows, segments: 1, offsets: 2 };
     const whole = (select) => compilePrefill(network, { rows, segments: 1 }, select);
+    const wholeRouted = (keys) => {
+      const policy = policyAt(['attn', 'mlp'], keys);
+      return {
+        program: whole((graph, _, segments) => routeAll(graph, segments, policy)),
+        dims,
+        feeds: { ...model, ...capacityFeeds(policy, 1, () => 0.5) },
+      };
+    };
     routed.model = {
       dense: { program: whole(() => selectEverything), dims, feeds: model },
-      routed: {
-        program: whole((graph, _, segments) => routeAll(graph, segments, ['attn', 'mlp'])),
-        dims,
-        feeds: { ...model, 'capacity.attn': half, 'capacity.mlp': half },
-      },
+      routed: wholeRouted('selected'),
+      'routed, all keys': wholeRouted('all'),
     };
     const layersOnly = (select) => {
       const graph = new Graph();
@@ -205,12 +213,13 @@ await serve({
       return Program.compile(graph, network.engine);
     };
     const ffn = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
+    const policy = policyAt(['mlp']);
     routed.ffn = {
       dense: { program: layersOnly(() => selectEverything), dims: {}, feeds: ffn },
       routed: {
-        program: layersOnly((graph) => routeAll(graph, 1, ['mlp'])),
+        program: layersOnly((graph) => routeAll(graph, 1, policy)),
         dims: {},
-        feeds: { ...ffn, 'capacity.mlp': half },
+        feeds: { ...ffn, ...capacityFeeds(policy, 1, () => 0.5) },
       },
     };
     return facts();

@@ -93,21 +93,29 @@ function oneStep() {
 }
 
 await serve({
-  train({ dir, threads, capacity, lr, rows, scratch }) {
+  train({ dir, threads, capacity, lr, rows, scratch, recompute = false }) {
     const configPath = path.join(dir, 'config.json');
     const spec = specFromConfig(JSON.parse(fs.readFileSync(configPath, 'utf8')), configPath);
     loadAddon().setThreads(threads);
     const { weights } = loadWeights(spec, Checkpoint.open(dir), { dtype: 'f32' });
     const engine = new Engine();
-    const policy = policyOf({ kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity } }, spec);
+    const policy = policyOf(
+      { kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity }, keys: 'selected' },
+      spec,
+    );
     trainable = new Trainable(routerPlan(policy));
     settings = { policy, capacity };
-    step = trainProgram({ spec, weights, policy, trainable, engine, batchTokens: rows }, { kl: 1, topkBce: 0 });
+    const model = { spec, weights, policy, trainable, engine, batchTokens: rows };
+    step = trainProgram(model, { kl: 1, topkBce: 0 }, { recompute });
     fs.mkdirSync(scratch, { recursive: true });
     process.on('exit', () => fs.rmSync(scratch, { recursive: true, force: true }));
     startTraining({ spec, engine, rows, lr, scratch });
     const { version, isa } = loadAddon().info();
-    return { version, isa, settings: 'f32, training loop of distill, KL term only, nothing recomputed' };
+    return {
+      version,
+      isa,
+      settings: `f32, training loop of distill, KL term only, ${recompute ? 'layers' : 'nothing'} recomputed`,
+    };
   },
   // Sets the routers to a fixed pattern; loss and gradients of all weights, then all biases, without an update.
   async gradients({ ids }) {

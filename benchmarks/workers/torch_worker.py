@@ -123,7 +123,11 @@ class Inference:
 
 
 class Distillation:
-    """One self-distillation step of token routers in every layer and both places of a frozen GPT-2."""
+    """One self-distillation step of token routers in every layer and both places of a frozen GPT-2.
+
+    Rows left out of attention are no keys either. Routers learn by what elastiform's op `topk_credit` says: the change
+    of the loss when a row enters, from the gradient of the residual and the teacher's sub-layer outputs.
+    """
 
     def __init__(self, folder, capacity, lr):
         self.w = read_safetensors(os.path.join(folder, "model.safetensors"))
@@ -131,7 +135,7 @@ class Distillation:
         self.hidden = self.w["wpe.weight"].shape[1]
         self.heads = self.hidden // 64
         self.capacity = capacity
-        self.routers = [torch.zeros(self.hidden + 1, requires_grad=True) for _ in range(2 * self.layers)]
+        self.routers = [torch.zeros(self.hidden + 1) for _ in range(2 * self.layers)]
         self.optimizer = torch.optim.AdamW(self.routers, lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
     def norm(self, x, name):
@@ -151,42 +155,80 @@ class Distillation:
         up = F.gelu(self.linear(h, f"h.{i}.mlp.c_fc"), approximate="tanh")
         return self.linear(up, f"h.{i}.mlp.c_proj")
 
-    def hidden_states(self, ids, routed):
-        count = ids.shape[0]
-        keep = math.ceil(self.capacity * count - 1e-6)
-        x = F.embedding(ids, self.w["wte.weight"]) + self.w["wpe.weight"][:count]
+    def keep(self, count):
+        return math.ceil(self.capacity * count - 1e-6)
+
+    def places(self):
         for i in range(self.layers):
-            for place, norm, branch in ((0, "ln_1", self.attention), (1, "ln_2", self.mlp)):
+            yield i, "ln_1", self.attention
+            yield i, "ln_2", self.mlp
+
+    def embed(self, ids):
+        return F.embedding(ids, self.w["wte.weight"]) + self.w["wpe.weight"][: ids.shape[0]]
+
+    @torch.no_grad()
+    def teacher(self, ids):
+        """The residual stream before every sub-layer and after the last."""
+        stream = [self.embed(ids)]
+        for i, norm, branch in self.places():
+            stream.append(stream[-1] + branch(i, self.norm(stream[-1], f"h.{i}.{norm}")))
+        return stream
+
+    def student(self, ids):
+        """The residual stream after every sub-layer, and every router's input and logits."""
+        keep = self.keep(ids.shape[0])
+        x = self.embed(ids)
+        stream, scores = [], []
+        for (i, norm, branch), router in zip(self.places(), self.routers):
+            # Nothing before the first output can learn.
+            with torch.set_grad_enabled(len(stream) > 0):
                 h = self.norm(x, f"h.{i}.{norm}")
-                if not routed:
-                    x = x + branch(i, h)
-                    continue
-                router = self.routers[2 * i + place]
-                z = torch.mv(h, router[:-1]) + router[-1]
-                if keep < count:
+                inputs = h.detach()
+                z = torch.mv(inputs, router[:-1]) + router[-1]
+                if keep < ids.shape[0]:
                     rows = z.topk(keep, sorted=False).indices.sort().values
-                    score = torch.sigmoid(z[rows])
-                    gate = score / score.detach()  # exactly 1, with the gradient of log sigmoid
-                    x = x.index_add(0, rows, branch(i, h[rows]) * gate[:, None])
+                    x = x.index_add(0, rows, branch(i, h[rows]))
                 else:
-                    score = torch.sigmoid(z)
-                    gate = score / score.detach()
-                    x = torch.addcmul(x, branch(i, h), gate[:, None])
-        return self.norm(x, "ln_f")
+                    x = x + branch(i, h)
+            if not stream:
+                x.requires_grad_()
+            stream.append(x)
+            scores.append((inputs, z))
+        return stream, scores
 
     def loss(self, ids):
+        """The loss and the routers' gradients."""
         head = self.w["wte.weight"]
         with torch.no_grad():
-            teacher = F.log_softmax(F.linear(self.hidden_states(ids, routed=False), head), -1)
+            targets = self.teacher(ids)
+            teacher = F.log_softmax(F.linear(self.norm(targets[-1], "ln_f"), head), -1)
             probability = teacher.exp()
             negative_entropy = torch.dot(probability.view(-1), teacher.view(-1))
             del teacher
-        student = F.log_softmax(F.linear(self.hidden_states(ids, routed=True), head), -1)
-        return (negative_entropy - torch.dot(probability.view(-1), student.view(-1))) / ids.shape[0]
+        stream, scores = self.student(ids)
+        student = F.log_softmax(F.linear(self.norm(stream[-1], "ln_f"), head), -1)
+        loss = (negative_entropy - torch.dot(probability.view(-1), student.view(-1))) / ids.shape[0]
+        del student, probability
+        gradients = torch.autograd.grad(loss, stream)
+        with torch.no_grad():
+            for router, (inputs, z), dy, before, after in zip(self.routers, scores, gradients, targets, targets[1:]):
+                dz = self.credit(dy, before, after, z)
+                router.grad = torch.cat((torch.mv(inputs.t(), dz), dz.sum()[None]))
+        return loss.detach()
+
+    def credit(self, dy, before, after, z):
+        count = z.shape[0]
+        keep = self.keep(count)
+        if keep == count:
+            return torch.zeros_like(z)
+        change = torch.linalg.vecdot(dy, after - before)
+        change = change / change.abs().mean()
+        threshold = z.topk(keep + 1).values[-2:].mean()
+        slope = torch.sigmoid(z - threshold) * torch.sigmoid(threshold - z)
+        return (change - torch.dot(change, slope) / slope.sum()) * slope / count
 
     def step(self, ids):
         loss = self.loss(ids)
-        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
@@ -271,7 +313,6 @@ class Commands:
             for index, router in enumerate(routers):
                 router.copy_(0.02 * torch.sin(torch.arange(router.numel(), dtype=torch.float64) * 0.7 + index))
         loss = self.trainer.loss(torch.tensor(ids))
-        loss.backward()
         grads = torch.cat([router.grad[:-1] for router in routers] + [router.grad[-1:] for router in routers])
         self.trainer.optimizer.zero_grad()
         return {"loss": loss.item(), "gradients": encode(grads)}
