@@ -22,7 +22,7 @@ extern const VectorOps ops;
 
 namespace {
 
-const VectorOps* opsOf(Isa wanted) {
+const VectorOps* opsOf([[maybe_unused]] Isa wanted) {
 #if defined(__x86_64__)
   if (wanted == Isa::Avx512) return &avx512::ops;
   if (wanted == Isa::Avx2) return &avx2::ops;
