@@ -192,6 +192,13 @@ void packA(const MatrixA& a, RowTiles tiles, int64_t begin, int64_t end, int64_t
   }
 }
 
+// Brings `count` elements into the second-level cache.
+template <typename T>
+ELASTIFORM_INLINE void prefetch(const T* from, int64_t count) {
+  const char* p = reinterpret_cast<const char*>(from);
+  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(p + at, 0, 2);
+}
+
 template <typename B>
 void packPanels(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t k0, int64_t kc, float* dst) {
   const auto* data = static_cast<const typename B::Stored*>(b.data);
@@ -211,26 +218,27 @@ void packPanels(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t
     return;
   }
   for (int64_t p = 0; p < panels; ++p) {
-    for (int j = 0; j < kColumns; j += kLanes) {
-      const int64_t n = n0 + p * kColumns + j;
-      float* to = dst + p * kc * kColumns + j;
-      if (b.kStride == 1 && !b.ks) {
-        for (int64_t k = 0; k < kc;) {
-          const int64_t inBlock = b.kBlock ? (k0 + k) % b.kBlock : 0;
-          const int64_t from = b.kBlock ? (k0 + k) / b.kBlock * b.kBlockStride + inBlock : k0 + k;
-          const int64_t count = b.kBlock && b.kBlock - inBlock < kc - k ? b.kBlock - inBlock : kc - k;
+    const int64_t n = n0 + p * kColumns;
+    float* to = dst + p * kc * kColumns;
+    if (b.kStride == 1 && !b.ks) {
+      for (int64_t k = 0; k < kc;) {
+        const int64_t block = b.kBlock ? b.kBlock : kc, inBlock = b.kBlock ? (k0 + k) % block : 0;
+        const int64_t count = block - inBlock < kc - k ? block - inBlock : kc - k;
+        const auto* from = data + n * b.nStride + (b.kBlock ? (k0 + k - inBlock) / block * b.kBlockStride + inBlock : k0);
+        if (b.kBlock && k + count < kc) prefetch(from - inBlock + b.kBlockStride, kColumns * b.nStride);
+        for (int j = 0; j < kColumns; j += kLanes) {
           const typename B::Stored* source[kLanes];
-          for (int i = 0; i < kLanes; ++i) source[i] = n + i < N ? data + (n + i) * b.nStride + from : nullptr;
-          transposeRows<B>(source, count, to + k * kColumns, kColumns, count * kColumns);
-          k += count;
+          for (int i = 0; i < kLanes; ++i) source[i] = n + j + i < N ? from + (j + i) * b.nStride : nullptr;
+          transposeRows<B>(source, count, to + k * kColumns + j, kColumns, count * kColumns);
         }
-        continue;
+        k += count;
       }
-      for (int64_t k = 0; k < kc; ++k) {
-        const int64_t from = (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
-        for (int i = 0; i < kLanes; ++i) {
-          to[k * kColumns + i] = n + i < N ? getOne<B>(data + (n + i) * b.nStride + from) : 0.0f;
-        }
+      continue;
+    }
+    for (int64_t k = 0; k < kc; ++k) {
+      const int64_t from = (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
+      for (int i = 0; i < kColumns; ++i) {
+        to[k * kColumns + i] = n + i < N ? getOne<B>(data + (n + i) * b.nStride + from) : 0.0f;
       }
     }
   }
