@@ -56,8 +56,9 @@ struct KernelTable {
   void (*finish)(const FinishTile& tile, const Epilogue& epilogue, float* out, int64_t ldOut);
   void (*finishGated)(const FinishTile& tile, const GatedEpilogue& epilogue, float* out, int64_t ldOut);
 
-  // value = KL(softmax(teacher) || softmax(student)); with `gradient` student becomes weight * (q - p).
-  LossRow (*distillRow)(float* student, const float* teacher, int64_t V, float weight, bool gradient);
+  // value = KL(softmax(teacher) || softmax(student)); with `gradient` student becomes weight * (q - p) and the teacher's
+  // logits are lost.
+  LossRow (*distillRow)(float* student, float* teacher, int64_t V, float weight, bool gradient);
   // value = -log softmax(logits)[target]; with `gradient` logits become weight * (q - 1 at the target).
   LossRow (*crossEntropyRow)(float* logits, int64_t V, int64_t target, float weight, bool gradient);
 

@@ -318,7 +318,17 @@ ELASTIFORM_INLINE float largest(const float* x, int64_t V) {
 }
 
 ELASTIFORM_INLINE int64_t firstIndexOf(const float* x, int64_t V, float value) {
-  for (int64_t i = 0; i < V; ++i) {
+  constexpr int64_t kBlock = 16 * kLanes;
+  int64_t i = 0;
+  for (; i + kBlock <= V; i += kBlock) {
+    IVec found{};
+    for (int64_t j = 0; j < kBlock; j += kLanes) found |= load(x + i + j) == splat(value);
+    int32_t lane[kLanes], any = 0;
+    memcpy(lane, &found, sizeof lane);
+    for (int j = 0; j < kLanes; ++j) any |= lane[j];
+    if (any) break;
+  }
+  for (; i < V; ++i) {
     if (x[i] == value) return i;
   }
   return -1;
@@ -336,36 +346,46 @@ ELASTIFORM_INLINE double sumExp(const float* x, int64_t V, float shift) {
   return sum(total);
 }
 
-LossRow distillRow(float* student, const float* teacher, int64_t V, float weight, bool gradient) {
+LossRow distillRow(float* student, float* teacher, int64_t V, float weight, bool gradient) {
   const float top = largest(student, V), topTeacher = largest(teacher, V);
-  const double total = sumExp(student, V, top), totalTeacher = sumExp(teacher, V, topTeacher);
   LossRow row;
-  row.lse = top + ::log(total);
-  row.best = total == total ? firstIndexOf(student, V, top) : -1;
-  row.bestTeacher = totalTeacher == totalTeacher ? firstIndexOf(teacher, V, topTeacher) : -1;
-  // log p - log q = (t - s) - (log-sum-exp of t - log-sum-exp of s): differences first, so that equal logits give 0.
-  const Vec shift = splat(static_cast<float>(topTeacher + ::log(totalTeacher) - row.lse));
-  const Vec scaleQ = splat(static_cast<float>(1.0 / total)), scaleP = splat(static_cast<float>(1.0 / totalTeacher));
-  DoubleSum divergence;
+  row.best = firstIndexOf(student, V, top);
+  row.bestTeacher = firstIndexOf(teacher, V, topTeacher);
+  // With e = e^(t - max t): KL = sum e (t - s) / sum e - (log-sum-exp of t - log-sum-exp of s), which is 0 for equal
+  // logits. The exponentials take the place of the logits until the sums are known.
+  DoubleSum sumQ, sumP, sumDifference;
   for (int64_t i = 0; i < V; i += kLanes) {
     const int64_t width = V - i < kLanes ? V - i : kLanes;
-    const Vec s = width == kLanes ? load(student + i) : loadPartial(student + i, width);
-    const Vec t = width == kLanes ? load(teacher + i) : loadPartial(teacher + i, width);
-    const Vec p = exp(t - splat(topTeacher)) * scaleP;
-    Vec term = p * ((t - s) - shift);
-    term = select(p == splat(0.0f), Vec{}, term);
-    if (width < kLanes) term = select(laneIndex() < splatInt(static_cast<int32_t>(width)), term, Vec{});
-    add(divergence, term);
+    const bool whole = width == kLanes;
+    const Vec s = whole ? load(student + i) : loadPartial(student + i, width);
+    const Vec t = whole ? load(teacher + i) : loadPartial(teacher + i, width);
+    Vec q = exp(s - splat(top)), p = exp(t - splat(topTeacher));
+    if (!whole) {
+      const IVec inside = laneIndex() < splatInt(static_cast<int32_t>(width));
+      q = select(inside, q, Vec{});
+      p = select(inside, p, Vec{});
+    }
+    add(sumQ, q);
+    add(sumP, p);
+    add(sumDifference, select(p == splat(0.0f), Vec{}, p * (t - s)));
     if (gradient) {
-      const Vec d = splat(weight) * (exp(s - splat(top)) * scaleQ - p);
-      if (width == kLanes) {
-        store(student + i, d);
-      } else {
-        storePartial(student + i, d, width);
-      }
+      storePartial(student + i, q, width);
+      storePartial(teacher + i, p, width);
     }
   }
-  row.value = sum(divergence);
+  const double total = sum(sumQ), totalTeacher = sum(sumP);
+  row.lse = top + ::log(total);
+  row.value = sum(sumDifference) / totalTeacher - (topTeacher + ::log(totalTeacher) - row.lse);
+  if (total != total) row.best = -1;
+  if (totalTeacher != totalTeacher) row.bestTeacher = -1;
+  if (gradient) {
+    const Vec scaleQ = splat(static_cast<float>(1.0 / total)), scaleP = splat(static_cast<float>(1.0 / totalTeacher));
+    for (int64_t i = 0; i < V; i += kLanes) {
+      const int64_t width = V - i < kLanes ? V - i : kLanes;
+      const Vec q = loadPartial(student + i, width) * scaleQ, p = loadPartial(teacher + i, width) * scaleP;
+      storePartial(student + i, splat(weight) * (q - p), width);
+    }
+  }
   return row;
 }
 
