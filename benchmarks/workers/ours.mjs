@@ -23,6 +23,7 @@ const random = (length, seed, spread = 0.03) => {
   fill(values, generator(seed), 0, spread);
   return values;
 };
+const dense = { full: true, thresholds: new Map() };
 const greedy = Float32Array.of(0, 0, 1, 0); // temperature, top-k, top-p, random number
 const range = (start, count) => Int32Array.from({ length: count }, (_, i) => start + i);
 
@@ -68,7 +69,7 @@ function stepFeeds(ids, start) {
 
 async function generateStep(ids, start) {
   const { dims, feeds } = stepFeeds(ids, start);
-  return session.program(false).run({ dims, feeds: { ...feeds, sampling: greedy } });
+  return session.program(dense).run({ dims, feeds: { ...feeds, sampling: greedy } });
 }
 
 // ---- routing ----
