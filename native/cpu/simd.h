@@ -55,10 +55,11 @@ ELASTIFORM_INLINE IVec laneIndex() {
 }
 
 // The first n of kLanes elements (0 <= n <= kLanes); the others are zero and their memory is not touched.
+// AddressSanitizer is blind to masked accesses: for it the elements go one by one.
 ELASTIFORM_INLINE Vec loadPartial(const float* p, int64_t n) {
-#if defined(__AVX512F__) && ELASTIFORM_ISA_LANES == 16
+#if defined(__AVX512F__) && ELASTIFORM_ISA_LANES == 16 && !defined(__SANITIZE_ADDRESS__)
   return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-#elif defined(__AVX2__) && ELASTIFORM_ISA_LANES == 8
+#elif defined(__AVX2__) && ELASTIFORM_ISA_LANES == 8 && !defined(__SANITIZE_ADDRESS__)
   return (Vec)_mm256_maskload_ps(p, (__m256i)(laneIndex() < splatInt(static_cast<int32_t>(n))));
 #else
   Vec v{};
@@ -67,9 +68,9 @@ ELASTIFORM_INLINE Vec loadPartial(const float* p, int64_t n) {
 #endif
 }
 ELASTIFORM_INLINE void storePartial(float* p, Vec v, int64_t n) {
-#if defined(__AVX512F__) && ELASTIFORM_ISA_LANES == 16
+#if defined(__AVX512F__) && ELASTIFORM_ISA_LANES == 16 && !defined(__SANITIZE_ADDRESS__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
-#elif defined(__AVX2__) && ELASTIFORM_ISA_LANES == 8
+#elif defined(__AVX2__) && ELASTIFORM_ISA_LANES == 8 && !defined(__SANITIZE_ADDRESS__)
   _mm256_maskstore_ps(p, (__m256i)(laneIndex() < splatInt(static_cast<int32_t>(n))), (__m256)v);
 #else
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];

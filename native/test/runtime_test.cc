@@ -208,6 +208,12 @@ int testBadPrograms() {
   }
   {
     Sample s;
+    const int w = s.writer.bound(DType::F32, {12});
+    s.writer.step("linear", {s.x, w, -1, -1}, {s.y, -1}, {0});
+    CHECK_ERROR(InvalidProgram, "w must have rank 2, got 1", build(s.writer));
+  }
+  {
+    Sample s;
     const int w = s.writer.bound(DType::I32, {3, 4});
     s.writer.step("linear", {s.x, w, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "w must be f32, bf16 or f16, got i32", build(s.writer));
