@@ -97,7 +97,7 @@ describe('Engine', () => {
   const dims = Int32Array.of(size);
   const feed = new Float32Array(size).fill(0.5);
 
-  it('aborts a long run within 100 ms, with the reason of the signal', async () => {
+  it('aborts a long run long before its end, with the reason of the signal', async () => {
     using program = longProgram(5000, size);
     const controller = new AbortController();
     const reason = new Error('enough');
@@ -106,7 +106,8 @@ describe('Engine', () => {
     const start = performance.now();
     controller.abort(reason);
     await expect(run).rejects.toBe(reason);
-    expect(performance.now() - start).toBeLessThan(100);
+    // The run would take seconds. Milliseconds are measured by the benchmarks: here other programs may be busy.
+    expect(performance.now() - start).toBeLessThan(1000);
   });
 
   it('aborts a waiting run at once, and one that never started', async () => {
@@ -136,9 +137,10 @@ describe('Engine', () => {
   });
 
   it('leaves the event loop free while it runs', async () => {
-    using program = longProgram(150, size);
+    using program = longProgram(600, size);
     let largest = 0;
-    let last = performance.now();
+    const start = performance.now();
+    let last = start;
     const timer = setInterval(() => {
       const now = performance.now();
       largest = Math.max(largest, now - last);
@@ -147,7 +149,8 @@ describe('Engine', () => {
     await engine.run(program, dims, [feed]);
     clearInterval(timer);
     expect(largest).toBeGreaterThan(0);
-    expect(largest).toBeLessThan(50);
+    // Computing on the JavaScript thread would be one gap as long as the run.
+    expect(largest).toBeLessThan((performance.now() - start) / 2);
   });
 
   it('keeps disposed tensors and programs alive for the run that uses them', async () => {
