@@ -64,7 +64,7 @@ export async function loadTokenizer(directory: string): Promise<Tokenizer> {
   if (!isObject(config)) throw new InvalidFileError(`[tokenizer] ${configPath} is not a JSON object`);
   const tokenizer = build(path, json, config);
   const special = (key: string) => specialId(tokenizer, configPath, key, config[key]);
-  return new DirectoryTokenizer(tokenizer, special('bos_token'), special('eos_token'), await sha256File(path));
+  return new DirectoryTokenizer(path, tokenizer, special('bos_token'), special('eos_token'), await sha256File(path));
 }
 
 class DirectoryTokenizer implements Tokenizer {
@@ -72,6 +72,7 @@ class DirectoryTokenizer implements Tokenizer {
   readonly #special: ReadonlySet<number>;
 
   constructor(
+    private readonly path: string,
     private readonly tokenizer: Backend,
     readonly bosId: number | null,
     readonly eosId: number | null,
@@ -84,7 +85,9 @@ class DirectoryTokenizer implements Tokenizer {
   }
 
   encode(text: string, { addSpecialTokens = true }: { addSpecialTokens?: boolean } = {}): number[] {
-    const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: addSpecialTokens });
+    const { ids, tokens } = this.#attempt('encode', () =>
+      this.tokenizer.encode(text, { add_special_tokens: addSpecialTokens }),
+    );
     const unknown = ids.indexOf(undefined);
     if (unknown >= 0) {
       const token = JSON.stringify(tokens[unknown]);
@@ -103,10 +106,20 @@ class DirectoryTokenizer implements Tokenizer {
       (id) => this.tokenizer.id_to_token(id) !== undefined && !(skipSpecialTokens && this.#special.has(id)),
     );
     if (known.length === 0) return '';
-    return this.tokenizer.decode(known, {
-      skip_special_tokens: skipSpecialTokens,
-      clean_up_tokenization_spaces: false,
-    });
+    return this.#attempt('decode', () =>
+      this.tokenizer.decode(known, { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: false }),
+    );
+  }
+
+  // What a damaged file breaks may show only when it is used.
+  #attempt<T>(action: string, call: () => T): T {
+    try {
+      return call();
+    } catch (error) {
+      throw new InvalidFileError(`[tokenizer] ${this.path}: cannot ${action}: ${(error as Error).message}`, {
+        cause: error,
+      });
+    }
   }
 
   stream(context: readonly number[] = []): TokenStream {
