@@ -1,0 +1,164 @@
+// The command line from outside: help, exit codes, JSON, and the way from a plain model to text at a budget.
+import { existsSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { beforeAll, describe, expect, it, vi } from 'vitest';
+import { json, quickTraining, run, shipped, start, version, workDirectory } from './run.js';
+
+vi.setConfig({ testTimeout: 120_000, hookTimeout: 120_000 });
+const work = workDirectory();
+
+describe('help', () => {
+  it('without a command or with an unknown one: exit code 2', async () => {
+    const [bare, unknown] = await Promise.all([run(), run('serve')]);
+    expect(bare).toMatchObject({ code: 2, stderr: '' });
+    expect(bare.stdout).toContain('Usage: elastiform <command>');
+    expect(unknown).toMatchObject({ code: 2, stdout: '' });
+    expect(unknown.stderr).toBe("elastiform: [cli] unknown command 'serve'; see elastiform --help\n");
+  });
+
+  it('names the version', async () => {
+    expect(await run('--version')).toEqual({ code: 0, stdout: `${version}\n`, stderr: '' });
+  });
+
+  it('of every command shows its usage, its flags and an example', async () => {
+    const overview = await run('--help');
+    expect(overview).toMatchObject({ code: 0, stderr: '' });
+    const names = [...overview.stdout.matchAll(/^ {2}([a-z]+) +\S/gm)].map((match) => match[1]);
+    expect(names).toEqual(
+      expect.arrayContaining(['doctor', 'inspect', 'elastify', 'distill', 'eval', 'generate', 'pretrain', 'demo']),
+    );
+    for (const name of names) {
+      const { code, stdout, stderr } = await run(name, '--help');
+      expect({ name, code, stderr }).toEqual({ name, code: 0, stderr: '' });
+      expect(stdout).toContain(`Usage: elastiform ${name}`);
+      expect(stdout).toContain('--json');
+      expect(stdout.split('Example:\n')[1]).toMatch(new RegExp(`^ {2}elastiform ${name}( .+)?\n$`));
+    }
+  });
+});
+
+describe('bad usage: exit code 2 and one line that says what', () => {
+  const data = join(work, 'train.txt');
+  it.concurrent.each<[string[], string]>([
+    [['doctor', '--colour'], "Unknown option '--colour'"],
+    [['generate'], 'generate takes <model>, got none'],
+    [['generate', shipped, 'more'], `generate takes <model>, got ${shipped} more`],
+    [['generate', shipped, '--budget', '2'], "a budget must be in (0, 1], full or a level, got '2'"],
+    [['generate', shipped, '--max-tokens', 'x'], "--max-tokens must be a number of at least 1, got 'x'"],
+    [['generate', shipped, '--ids', '1,a'], "--ids must be token ids separated by commas, got '1,a'"],
+    [['generate', shipped, '--ids', '1', '--prompt', 'a'], 'give --prompt or --ids, not both'],
+    [['eval', shipped], 'the text to evaluate on is missing: give --data'],
+    [['eval', shipped, '--data', 'a.txt,b.jsonl'], '--data must list text files or .jsonl files, not both'],
+    [['elastify', shipped], 'elastify needs --out'],
+    [['elastify', shipped, '--out', 'x', '--gate', 'soft'], '--gate must be one of'],
+    [['distill', '--data', data, '--out', 'x'], 'the plan to train is missing'],
+    [['distill', 'plan', '--out', 'x'], 'the training data is missing: give --data'],
+    [['distill', 'plan', '--data', data], 'give --out'],
+    [['pretrain', '--out', 'x'], "'model' is missing"],
+  ])('%j', async (args, message) => {
+    const { code, stdout, stderr } = await run(...args);
+    expect({ code, stdout }).toEqual({ code: 2, stdout: '' });
+    expect(stderr).toMatch(/^elastiform: \[cli\] [^\n]+\n$/);
+    expect(stderr).toContain(message);
+  });
+});
+
+describe('the model in the repository', () => {
+  it('doctor', async () => {
+    const outcome = await run('doctor', '--json');
+    expect(outcome).toMatchObject({ code: 0, stderr: '' });
+    const report = json(outcome);
+    expect(report).toMatchObject({ version, platform: `${process.platform}-${process.arch}` });
+    expect(report.isaAvailable).toContain(report.isa);
+    expect((await run('doctor')).stdout).toContain(`instructions  ${report.isa}`);
+  });
+
+  it('inspect', async () => {
+    const outcome = await run('inspect', shipped, '--json');
+    expect(outcome).toMatchObject({ code: 0, stderr: '' });
+    const config = JSON.parse(readFileSync(join(shipped, 'config.json'), 'utf8'));
+    expect(json(outcome)).toMatchObject({
+      dir: shipped,
+      architecture: config.model_type,
+      layers: config.num_hidden_layers,
+      hidden: config.hidden_size,
+      vocab: config.vocab_size,
+      elastic: false,
+      levels: [],
+    });
+    expect((await run('inspect', shipped)).stdout).toContain(`${config.num_hidden_layers} layers`);
+  });
+
+  it('generate at budget 1: the same text streamed, in JSON, and from ids', async () => {
+    const flags = ['--max-tokens', '12', '--budget', '1'];
+    const [plain, outcome] = [
+      await run('generate', shipped, '--prompt', 'Call me', ...flags),
+      await run('generate', shipped, '--prompt', 'Call me', ...flags, '--json'),
+    ];
+    expect(outcome).toMatchObject({ code: 0, stderr: '' });
+    const { text, ids, finishReason, usage } = json(outcome) as Record<string, never>;
+    expect(ids).toHaveLength(12);
+    expect(finishReason).toBe('length');
+    expect(usage).toMatchObject({ outputTokens: 12, compute: { requested: 1, ratio: 1 } });
+    expect(plain).toMatchObject({ code: 0, stdout: `${text}\n` });
+    expect(plain.stderr).toMatch(/^12 tokens \(length\), 100\.0 % of the full FLOPs, \d+ tokens\/s\n$/);
+  });
+
+  it('generate ends quietly when its reader goes away', async () => {
+    const running = start(['generate', shipped, '--max-tokens', '200', '--temperature', '1', '--seed', '1']);
+    running.child.stdout!.once('data', () => running.child.stdout!.destroy());
+    expect(await running.ended).toMatchObject({ code: 0, stderr: '' });
+  });
+
+  it('eval at budget 1', async () => {
+    const data = join(shipped, 'heldout.txt');
+    const outcome = await run('eval', shipped, '--data', data, '--budgets', '1', '--limit', '600', '--json');
+    expect(outcome.code).toBe(0);
+    const { model, tokens, levels } = json(outcome) as { model: string; tokens: number; levels: object[] };
+    expect(model).toBe(shipped);
+    expect(tokens).toBeGreaterThanOrEqual(512);
+    expect(levels).toHaveLength(1);
+    expect(levels[0]).toMatchObject({ method: 'full', ratio: 1, kl: { value: 0 }, agreement: { value: 1 } });
+  });
+});
+
+describe('from a plain model to text at a budget', () => {
+  const plan = join(work, 'plan');
+  const elastic = join(work, 'elastic');
+  beforeAll(async () => {
+    const outcome = await run('elastify', shipped, '--out', plan, '--json');
+    expect(outcome).toMatchObject({ code: 0, stderr: '' });
+    expect(json(outcome)).toMatchObject({ dir: plan, warnings: [] });
+  });
+
+  it('elastify, distill, inspect, generate, eval', async () => {
+    const training = await run('distill', plan, ...quickTraining(work), '--steps', '3', '--out', elastic, '--json');
+    expect(training).toMatchObject({ code: 0 });
+    expect(training.stderr).toMatch(/^distill 1\/\d+ {2}/);
+    expect(json(training)).toMatchObject({ dir: elastic, step: 3, stopped: 'done', last: { step: 3, of: 3 } });
+    expect(existsSync(join(elastic, 'metrics.jsonl'))).toBe(true);
+
+    const inspected = json(await run('inspect', elastic, '--json'));
+    expect(inspected).toMatchObject({ elastic: true, calibrated: true });
+    expect((inspected.levels as unknown[]).length).toBeGreaterThan(1);
+
+    const outcome = await run('generate', elastic, '--budget', '0.6', '--max-tokens', '8', '--ids', '5,6,7', '--json');
+    expect(outcome).toMatchObject({ code: 0, stderr: '' });
+    const { usage } = json(outcome) as { usage: { outputTokens: number; compute: { ratio: number } } };
+    expect(usage.outputTokens).toBe(8);
+    expect(usage.compute.ratio).toBeLessThan(1);
+
+    // Three steps teach nothing: an agreement of 1 is out of reach, and that is exit code 3 after the whole report.
+    const flags = ['--data', join(work, 'train.txt'), '--limit', '400', '--sequence-length', '64'];
+    const evaluated = await run('eval', elastic, ...flags, '--budgets', '1,0.6', '--min-agreement', '1', '--json');
+    expect(evaluated.code).toBe(3);
+    expect(evaluated.stderr).toMatch(/elastiform: \[eval\] agreement .* at 0\.6 is below 100\.0 %\n$/);
+    expect(json(evaluated).levels).toMatchObject([{ method: 'full' }, { method: 'routed', budget: 0.6 }]);
+  });
+
+  it('a plan is refused below full budget until it is trained', async () => {
+    const { code, stdout, stderr } = await run('generate', plan, '--budget', '0.6');
+    expect({ code, stdout }).toEqual({ code: 1, stdout: '' });
+    expect(stderr).toMatch(/^elastiform: \[budget\] [^\n]*never trained[^\n]*\n$/);
+  });
+});
