@@ -31,7 +31,9 @@ export const elastifyCommand: Command = {
     const gate = flags.choice('gate', gateModes);
     const recipe: ElastiformerRecipe = {
       kind: 'elastiformer',
-      ...(attn !== undefined || mlp !== undefined ? { tokens: { ...(attn && { attn }), ...(mlp && { mlp }) } } : {}),
+      ...(attn !== undefined || mlp !== undefined
+        ? { tokens: { ...(attn !== undefined && { attn }), ...(mlp !== undefined && { mlp }) } }
+        : {}),
       ...(layers === undefined ? {} : { layers: layers === 'all' || layers === 'even' ? layers : layerIds(layers) }),
       ...(keys ? { keys } : {}),
       ...(gate ? { gate } : {}),

@@ -1,7 +1,7 @@
 // Training checkpoints: written whole or not at all, verified when read, the oldest removed.
 import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { readJson, sha256File, syncDirectory, writeFileAtomic } from '../io/files.js';
+import { inFileSystem, readJson, sha256File, syncDirectory, writeFileAtomic } from '../io/files.js';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.js';
 import { InvalidDataError } from '../native/errors.js';
 import type { Cursor } from './data.js';
@@ -43,7 +43,7 @@ export async function saveCheckpoint(
   const target = join(parent, stepName(state.step));
   const partial = `${target}.partial`;
   await rm(partial, { recursive: true, force: true });
-  await mkdir(partial, { recursive: true });
+  await inFileSystem('create', partial, () => mkdir(partial, { recursive: true }));
   const flat = (data: Float32Array) => ({ dtype: 'f32' as const, shape: [data.length], data });
   const files = {
     trainable: join(partial, 'trainable.safetensors'),

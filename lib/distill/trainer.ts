@@ -2,7 +2,7 @@
 import { appendFile, mkdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { adamw, Graph, Program } from '../graph/index.js';
-import { lockDirectory, writeFileAtomic } from '../io/files.js';
+import { inFileSystem, lockDirectory, writeFileAtomic } from '../io/files.js';
 import { ElastiformError, InvalidArgumentError } from '../native/errors.js';
 import { type Engine, loadAddon } from '../native/index.js';
 import {
@@ -188,7 +188,7 @@ export function learningRate(step: number, steps: number, optimizer: ResolvedCon
  * Errors: whatever lockDirectory throws when another process holds it.
  */
 export async function withLock<T>(out: string, use: () => Promise<T>): Promise<T> {
-  await mkdir(out, { recursive: true });
+  await inFileSystem('create', out, () => mkdir(out, { recursive: true }));
   const lock = await lockDirectory(out);
   try {
     return await use();
@@ -241,7 +241,9 @@ export async function train(
 
   let wantStop = false;
   const emit = async (event: TrainEvent): Promise<void> => {
-    if (event.type !== 'save') await appendFile(metrics, `${JSON.stringify(event)}\n`);
+    if (event.type !== 'save') {
+      await inFileSystem('append to', metrics, () => appendFile(metrics, `${JSON.stringify(event)}\n`));
+    }
     if ((await hooks.onEvent?.(event)) === 'stop') wantStop = true;
   };
   const warn = (code: WarningCode, message: string) => emit({ type: 'warn', code, message });

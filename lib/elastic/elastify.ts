@@ -3,7 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { mkdir, readdir, realpath, rename, rm, rmdir } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
-import { FileSystemError, readJson } from '../io/files.js';
+import { FileSystemError, inFileSystem, readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { type Place, places } from '../model/select.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
@@ -147,7 +147,7 @@ export async function elastify(model: string, recipe: Recipe, { out }: { out: st
     },
   };
   await replaceable(out, model);
-  await mkdir(dirname(resolve(out)), { recursive: true });
+  await inFileSystem('create', dirname(resolve(out)), () => mkdir(dirname(resolve(out)), { recursive: true }));
   const temporary = `${resolve(out)}.partial-${randomBytes(4).toString('hex')}`;
   try {
     await writeElastic(temporary, model, policy, zeroRouters(policy));
@@ -172,7 +172,7 @@ async function replaceable(out: string, model: string): Promise<void> {
   if ((await realpath(out)) === (await realpath(model))) {
     throw new InvalidArgumentError(`[elastify] out must be another directory than the model, got ${out}`);
   }
-  const names = await readdir(out);
+  const names = await inFileSystem('replace', out, () => readdir(out));
   if (names.length === 0) return;
   if (!names.includes(elasticConfigFile) || names.includes('checkpoints')) {
     throw new FileSystemError(`[elastify] ${out} exists and is not a plan; choose another directory or delete it`);

@@ -3,7 +3,7 @@ import { createHash } from 'node:crypto';
 import { existsSync, readdirSync } from 'node:fs';
 import { copyFile, link, mkdir, realpath, rename, rm, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
-import { FileSystemError, readJson, sha256File, writeFileAtomic } from '../io/files.js';
+import { FileSystemError, inFileSystem, readJson, sha256File, writeFileAtomic } from '../io/files.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
 import { specFromConfig } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
@@ -177,7 +177,7 @@ export async function writeElastic(
   policy: ElasticPolicy,
   routers: ReadonlyMap<string, Router>,
 ): Promise<void> {
-  await mkdir(out, { recursive: true });
+  await inFileSystem('create', out, () => mkdir(out, { recursive: true }));
   await rm(join(out, manifestFile), { force: true });
   const names = baseFiles(base);
   if ((await realpath(out)) !== (await realpath(base))) {

@@ -25,6 +25,7 @@ const EXPLANATIONS: Record<string, string> = {
   ENOENT: 'no such file or directory',
   ENOTDIR: 'a part of the path is not a directory',
   EISDIR: 'it is a directory',
+  EEXIST: 'something of another kind is there',
   EMFILE: 'too many open files',
 };
 
@@ -38,6 +39,20 @@ function fileSystemError(action: string, path: string, error: unknown): unknown 
   const code = systemCode(error);
   if (code === undefined) return error;
   return new FileSystemError(`[files] cannot ${action} ${path}: ${EXPLANATIONS[code] ?? code}`, error);
+}
+
+/**
+ * Calls the file system; what it refuses comes out typed.
+ *
+ * @param action - what is done to `path`, for the message: `create`, `append to`
+ * @throws FileSystemError when the disk is full or the file system refuses.
+ */
+export async function inFileSystem<T>(action: string, path: string, call: () => Promise<T>): Promise<T> {
+  try {
+    return await call();
+  } catch (error) {
+    throw fileSystemError(action, path, error);
+  }
 }
 
 /**

@@ -95,6 +95,26 @@ describe('bad data: exit code 1 and one line that names it', () => {
       'capacity must be in (0, 1], got 2',
     ],
     [
+      'a capacity of 0 beside a good one',
+      () => ['elastify', shipped, '--attn', '0', '--mlp', '0.5', '--out', join(work, 'no-plan')],
+      'tokens.attn: capacity must be in (0, 1], got 0',
+    ],
+    [
+      'a file in the place of the plan',
+      () => ['elastify', shipped, '--out', write('taken', '')],
+      'taken: a part of the path is not a directory',
+    ],
+    [
+      'a file in the place of the parent',
+      () => ['elastify', shipped, '--out', join(write('taken', ''), 'plan')],
+      'taken: something of another kind is there',
+    ],
+    [
+      'a file in the place of the run',
+      () => ['distill', plan, ...quickTraining(work), '--steps', '1', '--out', write('taken', '')],
+      'taken: something of another kind is there',
+    ],
+    [
       'a layer that is not there',
       () => ['elastify', shipped, '--layers', '8', '--out', join(work, 'no-plan')],
       'layers must be ids from 0 to 7, got 8',
@@ -123,6 +143,14 @@ describe.skipIf(process.platform === 'win32')('a disk that takes no more', () =>
     expect(code).toBe(1);
     expect(stderr).toMatch(/^elastiform: \[files\] cannot write .*: the file is larger than [^\n]*\n$/);
     expect(listing(join(work, 'full'))).toEqual([]);
+  });
+
+  it('distill says so when not even a line of metrics fits', async () => {
+    const training = ['distill', plan, ...quickTraining(work), '--steps', '50', '--out', join(work, 'full-metrics')];
+    const { code, stderr } = await start(training, limited(1)).ended;
+    expect(code).toBe(1);
+    expect(stderr).toMatch(/^elastiform: \[files\] cannot append to .*metrics\.jsonl: the file is larger/m);
+    expect(listing(join(work, 'full-metrics'))).toEqual(['metrics.jsonl']);
   });
 
   it('distill keeps no half of a checkpoint and gives the directory back', async () => {
