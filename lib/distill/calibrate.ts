@@ -1,12 +1,13 @@
 // Calibration: the path along which compute is taken away, quantiles of router logits on it, and a check of thresholds.
-import { flopsRatio } from '../elastic/budget.js';
+import { flopsRatio, pointOnPath } from '../elastic/budget.js';
 import { type Calibration, meanCapacity, routerPlaces, thresholds } from '../elastic/policy.js';
+import { thresholdFeeds } from '../elastic/rows.js';
 import { allocationPath } from './allocate.js';
 import { batchRun, firstBatches } from './batches.js';
 import type { Batch, TokenData } from './data.js';
 import type { TrainEvent } from './events.js';
 import type { DivergenceProbe } from './probe.js';
-import { capacityFeeds, type DistillModel, logitsProgram, thresholdFeeds, thresholdProgram } from './steps.js';
+import { capacityFeeds, type DistillModel, logitsProgram, thresholdProgram } from './steps.js';
 
 const points = 65;
 /** Mean capacities at which quantiles are taken. */
@@ -61,9 +62,8 @@ export async function calibrate(
     return logits;
   };
 
-  const collapsed = new Set(
-    [...(await sortedLogits(ids.map(() => 1)))].filter(([, z]) => z[count - 1] - z[0] < leastSpread).map(([id]) => id),
-  );
+  const full = await sortedLogits(ids.map(() => 1));
+  const collapsed = new Set([...full].filter(([, z]) => z[count - 1] - z[0] < leastSpread).map(([id]) => id));
   const lowest = routerPlaces(policy).map(({ place }) => reach * policy.capacity[place]![0]);
   const path = await allocationPath(probe, spec, policy, (id) => !collapsed.has(id), {
     length,
@@ -73,10 +73,11 @@ export async function calibrate(
   });
 
   const last = meanCapacity(path.at(-1)!);
-  const capacities = [...new Set(Array.from({ length: gridSize }, (_, i) => last + ((1 - last) * i) / (gridSize - 1)))];
+  const grid = Array.from({ length: gridSize }, (_, i) => 1 - ((1 - last) * (gridSize - 1 - i)) / (gridSize - 1));
+  const capacities = [...new Set(grid)];
   const quantiles = new Map(ids.map((id) => [id, new Float32Array(capacities.length * points)]));
   for (const [row, mean] of capacities.entries()) {
-    for (const [id, sorted] of await sortedLogits(onPath(path, mean)))
+    for (const [id, sorted] of mean === 1 ? full : await sortedLogits(onPath(path, mean)))
       fillQuantiles(sorted, quantiles.get(id)!.subarray(row * points, (row + 1) * points));
   }
   const calibration: Calibration = { path, capacities, points, tokens: count, sequenceLength: length, quantiles };
@@ -84,14 +85,9 @@ export async function calibrate(
   return { calibration, warnings };
 }
 
-/** Capacities of all routers on the path where their mean is `mean`. */
-function onPath(path: readonly (readonly number[])[], mean: number): number[] {
-  const after = path.findIndex((capacities) => meanCapacity(capacities) <= mean);
-  if (after <= 0) return [...path.at(after)!];
-  const [from, to] = [path[after - 1], path[after]];
-  const t = (meanCapacity(from) - mean) / (meanCapacity(from) - meanCapacity(to));
-  return from.map((c, i) => c + (to[i] - c) * t);
-}
+/** Capacities of all routers on the path where their mean is `mean`, or its end. */
+const onPath = (path: Calibration['path'], mean: number): readonly number[] =>
+  pointOnPath(path, meanCapacity, mean) ?? path.at(-1)!;
 
 /** The length at which one sequence has the same attention work per token as the batches: mean over tokens. */
 function typicalLength(batches: readonly Batch[]): number {
@@ -136,8 +132,11 @@ async function offTarget(
   const { policy } = model;
   const capacities = onPath(calibration.path, calibration.capacities[Math.floor(calibration.capacities.length / 2)]);
   const wanted = thresholds(policy, calibration, capacities);
-  const passed = new Map([...wanted.keys()].map((id) => [id, 0]));
-  using program = thresholdProgram(model);
+  // Where no router has to choose there is nothing to miss, and nothing to run.
+  if (![...wanted.values()].some(Number.isFinite)) return [];
+  const asked = new Map(routerPlaces(policy).map(({ id }, i) => [id, capacities[i]]));
+  const passed = new Map<string, number>();
+  using program = thresholdProgram(model, wanted);
   for (const batch of batches) {
     const { dims, feeds } = batchRun(batch);
     const { outputs } = await program.run({
@@ -145,10 +144,10 @@ async function offTarget(
       feeds: { ...feeds, ...thresholdFeeds(wanted, dims.segments) },
       signal,
     });
-    for (const id of passed.keys()) passed.set(id, passed.get(id)! + outputs[id].length);
+    for (const [id, rows] of Object.entries(outputs)) passed.set(id, (passed.get(id) ?? 0) + rows.length);
   }
-  return [...passed].flatMap(([id, rows], i) => {
-    const capacity = capacities[i];
+  return [...passed].flatMap(([id, rows]) => {
+    const capacity = asked.get(id)!;
     const share = rows / calibration.tokens;
     if (Math.abs(share - capacity) <= tolerance) return [];
     const message = `${id}: its threshold for capacity ${capacity.toFixed(2)} passes ${share.toFixed(2)} of the tokens`;

@@ -6,7 +6,6 @@ import {
   noiseFeed,
   type RoutedPlace,
   type RouterNodes,
-  thresholdFeed,
   trainingSelector,
 } from '../elastic/rows.js';
 import {
@@ -163,23 +162,24 @@ export function trainProgram(
   );
   graph.output('kl', kl);
   graph.output('agree', dot(agree, weight));
-  let loss = scale(kl, losses.kl);
-  let objective = loss;
-  if (policy.gate === 'straight-through') {
-    objective = graph.tag('routers', () =>
-      scale(credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight), losses.kl),
-    );
-  }
+  let bce: Node | null = null;
   if (losses.topkBce > 0) {
-    const bce = graph.tag('routers', () => {
+    bce = graph.tag('routers', () => {
       const sum = routed.map((r) => topkBce(r.detached, r.rows)).reduce((a, b) => add(a, b));
       return scale(sum, 1 / routed.length, share);
     });
     graph.output('bce', bce);
-    loss = add(loss, scale(bce, losses.topkBce));
-    objective = add(objective, scale(bce, losses.topkBce));
   }
+  const total = (divergence: Node): Node => {
+    const weighted = scale(divergence, losses.kl);
+    return bce ? add(weighted, scale(bce, losses.topkBce)) : weighted;
+  };
+  const loss = total(kl);
   graph.output('loss', loss);
+  const objective =
+    policy.gate === 'straight-through'
+      ? graph.tag('routers', () => total(credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight)))
+      : loss;
   trainable.accumulateGradients(graph, objective, (name) => graph.state(trainable.view(name)));
   return Program.compile(graph, model.engine);
 }
@@ -221,11 +221,12 @@ export function logitsProgram(model: DistillModel): Program {
   return Program.compile(graph, model.engine);
 }
 
-/** Rows that pass each router's threshold, i32, as outputs named by router id. */
-export function thresholdProgram(model: DistillModel): Program {
+/** Rows that pass each router's threshold where it is finite, i32, as outputs named by router id. Feeds: thresholdFeeds. */
+export function thresholdProgram(model: DistillModel, thresholds: ReadonlyMap<string, number>): Program {
   const graph = new Graph();
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
-  const selector = inferenceSelector(graph, model.policy, routerNodes(graph, model.trainable), segments);
+  const routers = routerNodes(graph, model.trainable);
+  const selector = inferenceSelector(graph, model.policy, routers, segments, thresholds);
   decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, {
     runs: selector.runs,
     rows(subLayer) {
@@ -235,14 +236,4 @@ export function thresholdProgram(model: DistillModel): Program {
     },
   });
   return Program.compile(graph, model.engine);
-}
-
-/** Threshold feeds: every router's threshold for every segment. */
-export function thresholdFeeds(
-  thresholds: ReadonlyMap<string, number>,
-  segments: number,
-): Record<string, Float32Array> {
-  return Object.fromEntries(
-    [...thresholds].map(([id, value]) => [thresholdFeed(id), new Float32Array(segments).fill(value)]),
-  );
 }

@@ -21,10 +21,7 @@ const mostSkipped = 10;
 
 /** Training has diverged: the loss or its gradient is not finite, step after step. */
 export class DivergedError extends ElastiformError {
-  constructor(message: string) {
-    super('Diverged', message);
-    this.name = 'DivergedError';
-  }
+  readonly code = 'Diverged';
 }
 
 /** What one method of training brings to the loop. */

@@ -67,17 +67,13 @@ export function flopsRatio(spec: ModelSpec, policy: Routing, capacities: readonl
   return (total - saved.reduce((a, b) => a + b, 0)) / total;
 }
 
-/** The point of the path that costs the share `ratio` at `length` tokens, or null when it costs less than the last. */
-function solvePath(
-  spec: ModelSpec,
-  policy: Routing,
-  { path }: Pick<Calibration, 'path'>,
-  ratio: number,
-  length: number,
+/** The first capacities on the path where `measure`, which falls along it, is at most `target`; null when it never is. */
+export function pointOnPath(
+  path: Calibration['path'],
+  measure: (capacities: readonly number[]) => number,
+  target: number,
 ): number[] | null {
-  const cost = (capacities: readonly number[]) => flopsRatio(spec, policy, capacities, length);
-  // The cost falls along the path.
-  const after = path.findIndex((capacities) => cost(capacities) <= ratio);
+  const after = path.findIndex((capacities) => measure(capacities) <= target);
   if (after < 0) return null;
   if (after === 0) return [...path[0]];
   const between = (t: number) => path[after - 1].map((c, i) => c + (path[after][i] - c) * t);
@@ -85,11 +81,20 @@ function solvePath(
   let high = 1;
   for (let i = 0; i < 50; i++) {
     const middle = (low + high) / 2;
-    if (cost(between(middle)) <= ratio) high = middle;
+    if (measure(between(middle)) <= target) high = middle;
     else low = middle;
   }
   return between(high);
 }
+
+/** The point of the path that costs the share `ratio` at `length` tokens, or null when even its end costs more. */
+const solvePath = (
+  spec: ModelSpec,
+  policy: Routing,
+  { path }: Pick<Calibration, 'path'>,
+  ratio: number,
+  length: number,
+): number[] | null => pointOnPath(path, (capacities) => flopsRatio(spec, policy, capacities, length), ratio);
 
 /**
  * Resolves a budget. A number becomes the point of the calibrated path that costs this share.

@@ -129,12 +129,10 @@ export function routerCapacities(
 }
 
 /** Mean of capacities; 1 when there is none. */
-export const meanCapacity = (capacities: TokenCapacity): number =>
-  typeof capacities === 'number'
-    ? capacities
-    : capacities.length === 0
-      ? 1
-      : capacities.reduce((a, b) => a + b, 0) / capacities.length;
+export function meanCapacity(capacities: TokenCapacity): number {
+  const all = [capacities].flat();
+  return all.length === 0 ? 1 : all.reduce((a, b) => a + b, 0) / all.length;
+}
 
 /**
  * Logit threshold of each router so that it passes about its capacity; minus infinity for full ones, infinity for 0.

@@ -3,7 +3,7 @@ import type { Dim } from '../graph/dims.js';
 import type { Graph, Node } from '../graph/graph.js';
 import { add, gate, linear, type Routed, routeThreshold, routeTopk, stopGradient } from '../graph/index.js';
 import type { Place, RowSelection, Selector, SubLayer } from '../model/select.js';
-import { type ElasticPolicy, type GateMode, gateModes, routerId, routerPlaces } from './policy.js';
+import { type ElasticPolicy, type GateMode, gateModes, routerId } from './policy.js';
 
 /** Parameters of one router in a graph: weight [1, hidden], bias [1]. */
 export interface RouterNodes {
@@ -105,6 +105,15 @@ export function inferenceSelector(
   };
 }
 
+/** Values of the feeds of inferenceSelector for so many segments, when it knows these thresholds. */
+export function thresholdFeeds(
+  thresholds: ReadonlyMap<string, number>,
+  segments: number,
+): Record<string, Float32Array> {
+  const finite = [...thresholds].filter(([, threshold]) => Number.isFinite(threshold));
+  return Object.fromEntries(finite.map(([id, t]) => [thresholdFeed(id), new Float32Array(segments).fill(t)]));
+}
+
 /**
  * Baseline: the same share of rows as a router would take, chosen by scores that the caller feeds at random
  * (`score.<router id>`, f32 [rows, 1]; `capacity.<router id>`, f32 [segments]). Sub-layers in `absent`, router ids, are
@@ -143,6 +152,3 @@ export function routerNodes(
     return { weight: graph.weight(weight, `${id}.weight`), bias: graph.weight(bias, `${id}.bias`) };
   };
 }
-
-/** Ids of the routers of a policy, for callers that feed one value per router. */
-export const routerIds = (policy: ElasticPolicy): string[] => routerPlaces(policy).map((r) => r.id);

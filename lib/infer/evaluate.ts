@@ -1,7 +1,7 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
 import { type Budget, resolveBudget } from '../elastic/budget.js';
 import { routerId, routerPlaces } from '../elastic/policy.js';
-import { capacityFeed, droppedSelector, randomSelector, scoreFeed } from '../elastic/rows.js';
+import { capacityFeed, droppedSelector, randomSelector, scoreFeed, thresholdFeeds } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
 import { type Place, places, selectEverything } from '../model/select.js';
@@ -20,7 +20,6 @@ import {
   type PackedLimits,
   packedDims,
   type SelectorFactory,
-  thresholdFeeds,
 } from './programs.js';
 import { philox, seedLimit } from './random.js';
 import { bootstrap, type Measured, median, type Sums } from './statistics.js';
@@ -215,7 +214,7 @@ class Evaluation {
         this.#progress(`full at ${label(budget)}`);
         continue;
       }
-      const feeds = (batch: Batch) => thresholdFeeds(point, batch.sequences.length);
+      const feeds = (batch: Batch) => thresholdFeeds(point.thresholds, batch.sequences.length);
       const routedSelector: SelectorFactory = (graph, _rows, segments) =>
         budgetSelector(graph, this.#network, point, segments);
       const measured = await this.#compare(routedSelector, feeds);

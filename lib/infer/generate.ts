@@ -1,5 +1,6 @@
 // Generation of text: prefill in chunks, then token by token, at a budget, as a stream.
 import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import { thresholdFeeds } from '../elastic/rows.js';
 import { forwardFlops } from '../model/flops.js';
 import { InvalidArgumentError } from '../native/errors.js';
 
@@ -7,7 +8,7 @@ import type { SessionPool } from './cache.js';
 import { ComputeMeter } from './compute.js';
 import type { Network } from './network.js';
 import { checkNumber, checkOptions, naturalNumber, positiveInteger } from './options.js';
-import { decodeRows, thresholdFeeds } from './programs.js';
+import { decodeRows } from './programs.js';
 import { seedLimit, uniform } from './random.js';
 import { StopFilter } from './stops.js';
 import { startStream } from './stream.js';
@@ -130,7 +131,7 @@ async function run(
   const started = performance.now();
   const session = sessions.acquire();
   try {
-    const fixed = thresholdFeeds(point, 1);
+    const fixed = thresholdFeeds(point.thresholds, 1);
     const meter = new ComputeMeter(spec.layers);
     let runs = 0;
     let sampled = 0;

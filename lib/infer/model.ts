@@ -1,5 +1,6 @@
 // A model to call: generation, scoring and logits, each at a budget.
 import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
 import { forwardFlops } from '../model/flops.js';
 import { parameterPlan } from '../model/weights.js';
@@ -10,7 +11,7 @@ import { ComputeMeter } from './compute.js';
 import { generate, promptIds } from './generate.js';
 import { loadNetwork, type Network } from './network.js';
 import { checkOptions } from './options.js';
-import { budgetSelector, compileLogits, compileScore, ProgramCache, packedDims, thresholdFeeds } from './programs.js';
+import { budgetSelector, compileLogits, compileScore, ProgramCache, packedDims } from './programs.js';
 import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
 
 interface CallOptions {
@@ -131,7 +132,7 @@ export class ElasticModel implements AsyncDisposable {
     const point = resolveBudget(options.budget ?? 'full', network.spec, network.policy, { length: ids.length });
     const program = this.#program(api, point);
     const batch = { ids, positions: Int32Array.from(ids, (_, i) => i), offsets: Int32Array.of(0, ids.length) };
-    const feeds = { ...batch, ...thresholdFeeds(point, 1) };
+    const feeds = { ...batch, ...thresholdFeeds(point.thresholds, 1) };
     const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
       program.run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
     return { ids, point, run };

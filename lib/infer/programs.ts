@@ -1,6 +1,6 @@
 // The programs inference runs: next token with caches, and whole sequences without.
 import type { OperatingPoint } from '../elastic/budget.js';
-import { inferenceSelector, routerNodes, thresholdFeed } from '../elastic/rows.js';
+import { inferenceSelector, routerNodes } from '../elastic/rows.js';
 import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
@@ -23,12 +23,6 @@ export function budgetSelector(
 ): Selector {
   if (full) return selectEverything;
   return inferenceSelector(graph, network.policy!, routerNodes(graph, network.routers), segments, thresholds);
-}
-
-/** Values of the feeds of budgetSelector for so many segments. */
-export function thresholdFeeds({ thresholds }: OperatingPoint, segments: number): Record<string, Float32Array> {
-  const finite = [...thresholds].filter(([, threshold]) => Number.isFinite(threshold));
-  return Object.fromEntries(finite.map(([id, t]) => [thresholdFeed(id), new Float32Array(segments).fill(t)]));
 }
 
 /** Programs kept at a time: each holds memory for its longest run. */

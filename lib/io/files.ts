@@ -8,9 +8,9 @@ import { ElastiformError, InvalidFileError } from '../native/errors.js';
 
 /** The file system refused: disk full, no permission, a directory in use by another process. `cause` has the reason. */
 export class FileSystemError extends ElastiformError {
-  override readonly name = 'FileSystemError';
+  readonly code = 'FileSystem';
   constructor(message: string, cause?: unknown) {
-    super('FileSystem', message, cause === undefined ? undefined : { cause });
+    super(message, cause === undefined ? undefined : { cause });
   }
 }
 

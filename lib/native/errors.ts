@@ -15,71 +15,53 @@ export type ErrorCode =
   | 'Diverged';
 
 /** Base of every error this package throws on purpose; `code` says which kind without `instanceof`. */
-export class ElastiformError extends Error {
-  readonly code: ErrorCode;
+export abstract class ElastiformError extends Error {
+  abstract readonly code: ErrorCode;
 
-  constructor(code: ErrorCode, message: string, options?: ErrorOptions) {
+  constructor(message: string, options?: ErrorOptions) {
     super(message, options);
-    this.code = code;
     this.name = new.target.name;
   }
 }
 
 /** A value the caller gave is wrong. */
 export class InvalidArgumentError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('InvalidArgument', message, options);
-  }
+  readonly code = 'InvalidArgument';
 }
 
 /** A program failed the native validation, or an op's attributes and sizes do not fit together. */
 export class InvalidProgramError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('InvalidProgram', message, options);
-  }
+  readonly code = 'InvalidProgram';
 }
 
 /** A file is missing, truncated, corrupt or of an unknown kind. */
 export class InvalidFileError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('InvalidFile', message, options);
-  }
+  readonly code = 'InvalidFile';
 }
 
 /** Values met while running are wrong: a token id past the vocabulary, a score that is not a number. */
 export class InvalidDataError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('InvalidData', message, options);
-  }
+  readonly code = 'InvalidData';
 }
 
 /** Native memory could not be allocated; the message says how much was asked for. */
 export class OutOfMemoryError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('OutOfMemory', message, options);
-  }
+  readonly code = 'OutOfMemory';
 }
 
 /** The call was aborted where no `AbortSignal` gives a reason of its own. */
 export class AbortError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('Aborted', message, options);
-    this.name = 'AbortError';
-  }
+  readonly code = 'Aborted';
 }
 
 /** Something was used after its `dispose()`. */
 export class DisposedError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('Disposed', message, options);
-  }
+  readonly code = 'Disposed';
 }
 
 /** A defect of this package. */
 export class InternalError extends ElastiformError {
-  constructor(message: string, options?: ErrorOptions) {
-    super('Internal', message, options);
-  }
+  readonly code = 'Internal';
 }
 
 /** Codes that the addon throws. */

@@ -21,11 +21,13 @@
 #include "cpu/gemm/kernel.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "test/test.h"
 
 namespace {
 
 using namespace elastiform;
 using namespace elastiform::cpu;
+using test::viewOf;
 
 // Scratch that is reset between calls.
 struct Scratch {
@@ -67,17 +69,6 @@ std::unique_ptr<Tensor> makeWeight(DType packAs, int64_t N, int64_t K, std::mt19
   tensor->strides = {K, 1};
   tensor->packAs = packAs;
   return tensor;
-}
-
-TensorView viewOf(Tensor& t) {
-  TensorView v;
-  v.data = t.data();
-  v.dtype = t.dtype;
-  v.rank = t.rank;
-  v.shape = t.shape;
-  v.strides = t.strides;
-  v.tensor = &t;
-  return v;
 }
 
 bool cpuTime = false;

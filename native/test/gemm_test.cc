@@ -22,6 +22,7 @@
 #include "cpu/gemm/kernel.h"
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
+#include "test/test.h"
 
 namespace {
 
@@ -129,16 +130,7 @@ struct Weight {
     }
   }
 
-  TensorView view() {
-    TensorView v;
-    v.data = tensor.data();
-    v.dtype = tensor.dtype;
-    v.rank = tensor.rank;
-    v.shape = tensor.shape;
-    v.strides = tensor.strides;
-    v.tensor = &tensor;
-    return v;
-  }
+  TensorView view() { return test::viewOf(tensor); }
   float at(int64_t n, int64_t k) const { return values[static_cast<size_t>(n * K + k)]; }
 };
 

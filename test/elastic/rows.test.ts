@@ -9,7 +9,6 @@ import {
   droppedSelector,
   inferenceSelector,
   randomSelector,
-  routerIds,
   routerNodes,
   scoreFeed,
   thresholdFeed,
@@ -43,7 +42,7 @@ describe.each([
   };
   const rows = vectors.ids.length;
   const segments = vectors.offsets.length - 1;
-  const ids = routerIds(policy);
+  const ids = routerPlaces(policy).map((r) => r.id);
   const filled = (value: number, n = segments) => new Float32Array(n).fill(value);
   const capacities = (value: number | Float32Array) =>
     Object.fromEntries(ids.map((id) => [capacityFeed(id), typeof value === 'number' ? filled(value) : value]));
