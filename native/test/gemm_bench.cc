@@ -21,7 +21,7 @@
 #include "cpu/gemm/kernel.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "test/test.h"
+#include "test/view.h"
 
 namespace {
 

@@ -22,7 +22,7 @@
 #include "cpu/gemm/kernel.h"
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
-#include "test/test.h"
+#include "test/view.h"
 
 namespace {
 

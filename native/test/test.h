@@ -5,7 +5,6 @@
 #include <string>
 
 #include "core/error.h"
-#include "core/tensor.h"
 
 namespace elastiform::test {
 
@@ -16,18 +15,6 @@ namespace elastiform::test {
       ++failures;                                                                 \
     }                                                                             \
   } while (0)
-
-// A whole tensor as a kernel sees it.
-inline TensorView viewOf(Tensor& t) {
-  TensorView v;
-  v.data = t.data();
-  v.dtype = t.dtype;
-  v.rank = t.rank;
-  v.shape = t.shape;
-  v.strides = t.strides;
-  v.tensor = &t;
-  return v;
-}
 
 // Runs `body` and checks that it fails with `code` and a message that contains `text`.
 template <typename Body>
