@@ -415,12 +415,13 @@ export async function writeSafetensors(
     ([a, x], [b, y]) => y.data.BYTES_PER_ELEMENT - x.data.BYTES_PER_ELEMENT || (a < b ? -1 : 1),
   );
   let end = 0;
-  const header: Record<string, unknown> = Object.keys(metadata).length > 0 ? { __metadata__: metadata } : {};
+  const header: [string, unknown][] = Object.keys(metadata).length > 0 ? [['__metadata__', metadata]] : [];
   for (const [name, { dtype, shape, data }] of sorted) {
-    header[name] = { dtype: FILE_DTYPES[dtype], shape, data_offsets: [end, end + data.byteLength] };
+    header.push([name, { dtype: FILE_DTYPES[dtype], shape, data_offsets: [end, end + data.byteLength] }]);
     end += data.byteLength;
   }
-  const json = Buffer.from(JSON.stringify(header));
+  // fromEntries makes even __proto__ a property like any other.
+  const json = Buffer.from(JSON.stringify(Object.fromEntries(header)));
   const head = Buffer.alloc(8 + Math.ceil(json.length / 8) * 8, ' ');
   head.writeBigUInt64LE(BigInt(head.length - 8));
   json.copy(head, 8);

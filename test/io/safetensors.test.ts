@@ -89,7 +89,7 @@ describe('a written file', () => {
           if (data.length > 0) expect(file.tensor(name).read()).toEqual(data);
         }
       }),
-      { numRuns: 30 },
+      { numRuns: 30, examples: [[Object.fromEntries([['__proto__', [1]]])]] },
     );
   });
 });
