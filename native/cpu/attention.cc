@@ -257,12 +257,16 @@ void attentionCached(const KernelArgs& args) {
     }
   }
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
-  for (int64_t s = 0; s < segments; ++s) {
-    const int64_t to = (s * capacity + lengths[s]) * kvWidth, from = offsets[s] * kvWidth;
-    const size_t bytes = (offsets[s + 1] - offsets[s]) * kvWidth * sizeof(float);
-    std::memcpy(cacheK.f32() + to, k + from, bytes);
-    std::memcpy(cacheV.f32() + to, v + from, bytes);
-  }
+  const int64_t added = args.in[1].dim(0);
+  forChunks(added, rowsPerChunk(kvWidth), args, [&](int64_t begin, int64_t end, int) {
+    int64_t s = std::upper_bound(offsets, offsets + segments + 1, begin) - offsets - 1;
+    for (int64_t row = begin; row < end; ++row) {
+      while (row >= offsets[s + 1]) ++s;
+      const int64_t to = (s * capacity + lengths[s] + row - offsets[s]) * kvWidth;
+      std::memcpy(cacheK.f32() + to, k + row * kvWidth, static_cast<size_t>(kvWidth) * sizeof(float));
+      std::memcpy(cacheV.f32() + to, v + row * kvWidth, static_cast<size_t>(kvWidth) * sizeof(float));
+    }
+  });
   attend(args, h, args.in[0].f32(), queries, offsets, segments, true, scale, args.out[0].f32(), nullptr,
          [&](int64_t s) {
            return Keys{cacheK.f32() + s * capacity * kvWidth, cacheV.f32() + s * capacity * kvWidth, lengths[s]};

@@ -188,12 +188,10 @@ ELASTIFORM_INLINE Vec loadF16(const uint16_t* p) {
 // e^x to about 1 ulp: e^x = 2^n e^r, |r| <= ln2 / 2, a polynomial of our own fit (relative error 3e-9). Overflows to
 // infinity, underflows through the subnormals to 0.
 ELASTIFORM_INLINE Vec exp(Vec x) {
-  x = x < splat(-104.0f) ? splat(-104.0f) : x;
-  x = x > splat(89.0f) ? splat(89.0f) : x;
+  x = min(splat(89.0f), max(splat(-104.0f), x));
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec shifted = fma(x, splat(1.44269504f), magic);
   const Vec n = shifted - magic;
-  const IVec power = (IVec)shifted - (IVec)magic;
   // ln2 in two parts, the first with so few bits that n times it is exact.
   Vec r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
@@ -203,9 +201,13 @@ ELASTIFORM_INLINE Vec exp(Vec x) {
   q = fma(q, r, splat(1.666651479e-01f));
   q = fma(q, r, splat(4.999999305e-01f));
   const Vec p = fma(q, r * r, r) + splat(1.0f);
+#if ELASTIFORM_ISA_LANES == 16
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
   // 2^n in two factors: n reaches -150 and 128.
-  const IVec half = power >> 1;
+  const IVec power = (IVec)shifted - (IVec)magic, half = power >> 1;
   return p * (Vec)((half + 127) << 23) * (Vec)((power - half + 127) << 23);
+#endif
 }
 
 ELASTIFORM_INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }

@@ -81,8 +81,8 @@ struct VectorOps {
   void (*attentionGrad)(const AttentionGradBlock&);
 };
 
-constexpr int64_t kQueryRows = 48;  // rows of one block of queries: eight register tiles of six
-constexpr int64_t kKeyTile = 64;    // keys of one tile; tiles start at multiples of it from the segment's first key
+constexpr int64_t kQueryRows = 96;   // rows of one block of queries: sixteen register tiles of six
+constexpr int64_t kKeyTile = 128;    // keys of one tile; tiles start at multiples of it from the segment's first key
 
 const VectorOps& vectorOps();
 // Switches every kernel to another instruction set, so that one process can test them all; false when the machine or

@@ -421,7 +421,8 @@ static int64_t firstPosition(const Block& t, int64_t key, int64_t positions) {
 
 static int64_t attentionScratchSize(int64_t headDim, int64_t rows) {
   const int64_t padded = roundUp(headDim);
-  return rows * 2 * padded + roundUp(rows) * 2 + kQueryRows * kKeyTile + 2 * padded * kKeyTile;
+  return rows * 2 * padded + roundUp(rows) * 2 + kQueryRows * kKeyTile + 2 * padded * kKeyTile +
+         roundUp(kQueryRows);
 }
 
 // The tile of keys [first, first + count) for one kv head. q and y: [rows, padded], y unnormalised; largest and
@@ -432,6 +433,7 @@ static void attentionTile(const AttentionBlock& t, const float* keys, const floa
   float* scores = work;                        // [kQueryRows, kKeyTile]
   float* kt = scores + kQueryRows * kKeyTile;  // [width, kKeyTile]
   float* packedV = kt + padded * kKeyTile;     // [kKeyTile, padded]
+  float* factors = packedV + padded * kKeyTile;  // [rows, to whole vectors]
   packTransposed(keys, t.kvStride, count, width, kt, fetchAhead ? keys + kKeyTile * t.kvStride : nullptr,
                  fetchAhead ? values + kKeyTile * t.kvStride : nullptr);
   // Values are read once by every register tile of rows: copying them pays from the second tile on.
@@ -447,43 +449,46 @@ static void attentionTile(const AttentionBlock& t, const float* keys, const floa
   const int64_t positions = (t.firstRow + t.rows - 1) / t.group + 1;
   int64_t start = firstPosition(t, first, positions) * t.group - t.firstRow;  // rows before it see none of the tile
   if (start < 0) start = 0;
+  const auto seenBy = [&](int64_t r) { return visible(r) < count ? visible(r) : count; };
+  const auto tileAt = [&](int64_t r) { return t.rows - r < kTileRows ? t.rows - r : kTileRows; };
   for (int64_t r = start; r < t.rows; r += kTileRows) {
-    const int64_t rows = t.rows - r < kTileRows ? t.rows - r : kTileRows;
-    int64_t seen = visible(r + rows - 1);
-    if (seen > count) seen = count;
-    const int64_t seenVecs = (seen + kLanes - 1) / kLanes;
-    float* s = scores + r * kKeyTile;
-    multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, s, kKeyTile, false);
-    float now[16] = {}, factors[16] = {};  // the new maximum and e^(old maximum - new maximum), per row
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = s + i * kKeyTile;
-      int64_t own = visible(r + i);
-      if (own > seen) own = seen;
-      for (int64_t j = own; j < seenVecs * kLanes; ++j) row[j] = -INFINITY;
-      Vec best = load(row);
-      for (int64_t j = 1; j < seenVecs; ++j) best = max(best, load(row + j * kLanes));
-      const float tileBest = maxOfLanes(best)[0], before = largest[r + i];
-      now[i] = tileBest > before ? tileBest : before;
-      factors[i] = before - now[i];
+    const int64_t rows = tileAt(r), seenVecs = (seenBy(r + rows - 1) + kLanes - 1) / kLanes;
+    multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, scores + r * kKeyTile, kKeyTile, false);
+  }
+  // Row by row over whole tiles: the rows' chains of dependent steps overlap.
+  for (int64_t r = start; r < t.rows; ++r) {
+    float* row = scores + r * kKeyTile;
+    const int64_t own = seenBy(r), vectors = (own + kLanes - 1) / kLanes;
+    for (int64_t j = own; j < vectors * kLanes; ++j) row[j] = -INFINITY;
+    Vec best = splat(largest[r]);
+    for (int64_t j = 0; j < vectors; ++j) best = max(best, load(row + j * kLanes));
+    const float now = maxOfLanes(best)[0];
+    factors[r] = largest[r] - now;  // of the old sums: e^(old maximum - new maximum)
+    largest[r] = now;
+  }
+  for (int64_t r = start / kLanes * kLanes; r < t.rows; r += kLanes) store(factors + r, exp(load(factors + r)));
+  for (int64_t r = start; r < t.rows; ++r) {
+    float* row = scores + r * kKeyTile;
+    const int64_t own = seenBy(r), last = seenBy(r - (r - start) % kTileRows + tileAt(r - (r - start) % kTileRows) - 1);
+    const Vec shift = splat(largest[r]);
+    Vec sums{};
+    int64_t j = 0;
+    for (; j < own; j += kLanes) {
+      const Vec p = exp(load(row + j) - shift);
+      store(row + j, p);
+      sums += p;
     }
-    for (int64_t i = 0; i < rows; i += kLanes) store(factors + i, exp(load(factors + i)));
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = s + i * kKeyTile;
-      Vec sums{};
-      for (int64_t j = 0; j < seenVecs; ++j) {
-        const Vec p = exp(load(row + j * kLanes) - splat(now[i]));
-        store(row + j * kLanes, p);
-        sums += p;
-      }
-      const float factor = factors[i];
-      total[r + i] = total[r + i] * factor + sumOfLanes(sums)[0];
-      largest[r + i] = now[i];
-      if (factor != 1.0f) {
-        float* to = y + (r + i) * padded;
-        for (int64_t d = 0; d < padded; d += kLanes) store(to + d, load(to + d) * splat(factor));
-      }
+    for (; j < last; j += kLanes) store(row + j, Vec{});  // the register tile's last row sees more
+    total[r] = total[r] * factors[r] + sumOfLanes(sums)[0];
+    if (factors[r] != 1.0f) {
+      float* to = y + r * padded;
+      for (int64_t d = 0; d < padded; d += kLanes) store(to + d, load(to + d) * splat(factors[r]));
     }
-    multiply(rows, vecs, seen, s, kKeyTile, 1, v, vStride, y + r * padded, padded, true);
+  }
+  for (int64_t r = start; r < t.rows; r += kTileRows) {
+    const int64_t rows = tileAt(r);
+    multiply(rows, vecs, seenBy(r + rows - 1), scores + r * kKeyTile, kKeyTile, 1, v, vStride, y + r * padded, padded,
+             true);
   }
 }
 

@@ -219,7 +219,7 @@ void testProducts() {
     const auto weightAt = [&](int64_t n, int64_t k) { return transposed ? w.at(k, n) : w.at(n, k); };
 
     // A: rows (gathered or not), or columns of a matrix (gathered and scaled or not).
-    const bool byColumns = coin(), gathered = coin(), scaled = byColumns && coin();
+    const bool byColumns = coin(), gathered = coin(), scaled = byColumns && !transposed && coin();
     const int64_t outer = byColumns ? K + pick(0, 5) : M + pick(0, 5), width = (byColumns ? M : K) + pick(0, 3);
     auto data = random(outer * width);
     if (round % 10 == 3 && !data.empty()) {

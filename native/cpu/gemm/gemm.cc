@@ -66,8 +66,8 @@ bool useKernels(Isa wanted) {
 
 namespace {
 
-constexpr int64_t kBlockK = 384;            // steps of k between visits to a tile
-constexpr int64_t kBlockRows = 256;          // rows of A that stay in the second-level cache, packed B
+constexpr int64_t kBlockK = 1024;            // steps of k between visits to a tile
+constexpr int64_t kBlockRows = 128;          // rows of A that stay in the second-level cache, packed B
 constexpr int64_t kBlockRowsUnpacked = 512;  // B packed on the way: more rows to each packing
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kPackedElements = int64_t{1} << 23;  // of A, at a time
@@ -104,6 +104,9 @@ struct Product {
   const GatedEpilogue* gated;
   float* out;
   int64_t ldOut;
+  // The product is computed as C^T = W^T A^T: M and N are exchanged, the tiles are rows of the transposed weight, read
+  // where its panels lie, and b[0] is A, packed on the way.
+  const PackedWeight* transposed = nullptr;
 };
 
 // A block of C: rows of tiles [tile0, tile1), panels [panel0, panel1).
@@ -113,7 +116,7 @@ struct Block {
 
 struct Buffers {
   float* acc;     // tiles of the block between blocks of k
-  float* panels;  // B packed or widened here
+  float* panels;  // B packed or widened here; of a transposed weight: a tile widened, and a finished tile transposed
 };
 
 class Run {
@@ -121,12 +124,15 @@ class Run {
   Run(const Product& p, const KernelArgs& args) : p_(p), args_(args), table_(kernels()) {}
 
   void operator()() {
-    packed_ = p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed);
-    const bool direct = p_.M == 1 && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
-    const int64_t depth = packed_ ? p_.K : std::min(p_.K, kDepth);
+    packed_ = p_.transposed || (p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed));
+    const bool direct = !p_.transposed && p_.M == 1 && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
+    const int64_t depth = packed_ && !p_.transposed ? p_.K : std::min(p_.K, kDepth);
     const int64_t rowsAtOnce =
-        std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(depth, 1)));
-    float* store = direct ? nullptr : args_.scratch<float>(rowsAtOnce * depth);
+        p_.transposed
+            ? p_.M
+            : std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(depth, 1)));
+    const int64_t stored = p_.transposed ? ceilDiv(p_.N, table_.columns) * table_.columns : rowsAtOnce;
+    float* store = direct ? nullptr : args_.scratch<float>(stored * depth);
 
     for (base_ = 0; base_ < p_.M; base_ += rowsAtOnce) {
       const int64_t rows = std::min(rowsAtOnce, p_.M - base_);
@@ -135,7 +141,10 @@ class Run {
       begin_ = 0;
       do {
         end_ = std::min(p_.K, begin_ + depth);
-        if (direct) {
+        if (p_.transposed) {
+          packPanels(store);
+          packedB_ = store;
+        } else if (direct) {
           packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride + begin_;
         } else {
           packRows(rows, store);
@@ -176,16 +185,30 @@ class Run {
                 args_.abort);
   }
 
+  // Steps [begin_, end_) of all panels.
+  void packPanels(float* store) {
+    const int64_t panelElements = (end_ - begin_) * table_.columns;
+    const auto body = [&](int64_t panel, int) {
+      table_.packB(*p_.b[0], p_.N, panel * table_.columns, 1, begin_, end_ - begin_, store + panel * panelElements);
+    };
+    if (panels_ * panelElements <= kPackInParallel) {
+      for (int64_t panel = 0; panel < panels_; ++panel) body(panel, 0);
+    } else {
+      parallelFor(panels_, body, args_.abort);
+    }
+  }
+
   // Cuts C into blocks and gets memory for what workers keep.
   void plan(int64_t rows, int64_t depth) {
     panels_ = ceilDiv(p_.N, table_.columns);
     strip_ = 1;
-    if (packed_ && tiles_.count == 1) strip_ = p_.count == 1 ? table_.stripPanels[rows] : 1;
-    widen_ = packed_ && rows > kWidenInRegisters && (narrow(0) || (p_.count == 2 && narrow(1)));
+    if (packed_ && !p_.transposed && tiles_.count == 1) strip_ = p_.count == 1 ? table_.stripPanels[rows] : 1;
+    widen_ = p_.transposed ? p_.transposed->dtype != DType::F32
+                           : packed_ && rows > kWidenInRegisters && (narrow(0) || (p_.count == 2 && narrow(1)));
     // One tile needs each panel once: no reason to leave it before the end of K.
-    const int64_t kMost = packed_ && tiles_.count == 1 ? std::max<int64_t>(p_.K, 1) : kBlockK;
+    const int64_t kMost = packed_ && !p_.transposed && tiles_.count == 1 ? std::max<int64_t>(p_.K, 1) : kBlockK;
     kc_ = ceilDiv(depth, std::max<int64_t>(1, ceilDiv(depth, kMost)));
-    if (!packed_) kc_ = ceilDiv(kc_, table_.columns) * table_.columns;  // whole blocks of MatrixB::kBlock
+    if (p_.transposed) kc_ = ceilDiv(kc_, table_.columns) * table_.columns;  // whole panels of the weight
 
     // The grid of blocks: over N first (each panel is then read once), over M where rows or chunks demand it.
     const int64_t threads = threadCount();
@@ -205,6 +228,7 @@ class Run {
     accBlock_ = kc_ >= p_.K ? int64_t{strip_} * table_.rows * table_.columns : mostRows * mostPanels * table_.columns;
     panelElements_ = kc_ * table_.columns;
     panelBuffer_ = packed_ ? (widen_ ? panelElements_ : 0) : mostPanels * panelElements_;
+    if (p_.transposed) panelBuffer_ += table_.columns * table_.columns;
     // Unfinished blocks of C stay with their chunk from one depth to the next; else they are the worker's.
     const bool kept = depth < p_.K;
     const int64_t accs = kept ? mBlocks_ * nBlocks_ : threads;
@@ -277,6 +301,10 @@ class Run {
            (panel * w.K + k) * table_.columns * static_cast<int64_t>(dtypeSize(w.dtype));
   }
 
+  const char* panelOfRows(int64_t panel, int64_t k) const {
+    return reinterpret_cast<const char*>(packedB_ + (panel * (end_ - begin_) + k - begin_) * table_.columns);
+  }
+
   // All tiles of the block against one panel (or a strip of them) and one block of k.
   void multiplyPanel(const Block& block, const Buffers& buffers, int64_t k0, int64_t kc, int64_t panel,
                      int together) const {
@@ -286,6 +314,16 @@ class Run {
     int type[2];
     int64_t panelStride[2] = {0, 0};
     for (int i = 0; i < p_.count; ++i) {
+      if (p_.transposed) {
+        source[i] = panelOfRows(panel, k0);
+        type[i] = 0;
+        if (panel + 1 < block.panel1) {
+          next[i] = panelOfRows(panel + 1, k0);
+        } else if (k0 + kc < end_) {
+          next[i] = panelOfRows(block.panel0, k0 + kc);
+        }
+        continue;
+      }
       if (!packed_) {
         const int64_t at = i * (block.panel1 - block.panel0) + (panel - block.panel0);
         source[i] = reinterpret_cast<const char*>(buffers.panels + at * kc * columns);
@@ -316,7 +354,7 @@ class Run {
     const bool last = k0 + kc == p_.K;
     for (int64_t t = block.tile0; t < block.tile1; ++t) {
       const int64_t m0 = tileStart(tiles_, t), rows = tileStart(tiles_, t + 1) - m0;
-      const float* a = packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
+      const float* a = p_.transposed ? nullptr : packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
       FinishTile done{};
       for (int i = 0; i < p_.count; ++i) {
         float* acc = buffers.acc + i * accBlock_;
@@ -326,12 +364,20 @@ class Run {
         const int64_t from = order * share;
         const int64_t prefetched = ahead ? std::max<int64_t>(0, std::min(share, kc - from)) : 0;
         const char* nextPart = ahead ? next[i] + from * columns * (type[i] == 0 ? 4 : 2) : nullptr;
-        const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
-        function(kc, a, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
         done.acc[i] = acc;
         done.bias[i] = p_.bias[i];
+        if (p_.transposed) {
+          multiplyTransposed(m0, rows, k0, kc, source[i], acc, nextPart, prefetched, buffers.panels);
+          continue;
+        }
+        const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
+        function(kc, a, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
       }
       if (!last) continue;
+      if (p_.transposed) {
+        finishTransposed(done, m0, rows, panel, buffers.panels + (widen_ ? panelElements_ : 0));
+        continue;
+      }
       done.m0 = base_ + m0;
       done.rows = rows;
       for (int s = 0; s < together; ++s) {
@@ -347,6 +393,34 @@ class Run {
     }
   }
 
+  // One tile of the transposed weight against one panel of rows.
+  void multiplyTransposed(int64_t m0, int64_t rows, int64_t k0, int64_t kc, const char* panel, float* acc,
+                          const char* next, int64_t prefetched, float* wide) const {
+    const PackedWeight& w = *p_.transposed;
+    const int64_t columns = table_.columns, size = static_cast<int64_t>(dtypeSize(w.dtype));
+    const char* first = static_cast<const char*>(w.data) + (k0 / columns * w.K + m0) * columns * size;
+    const float* a = reinterpret_cast<const float*>(first);
+    int64_t stride = w.K * columns;
+    if (widen_) {
+      for (int64_t k = 0; k < kc; k += columns) {
+        table_.widen(first + k * w.K * size, w.dtype, rows * columns, wide + k * rows);
+      }
+      a = wide;
+      stride = rows * columns;
+    }
+    table_.transposedTile[rows](kc, a, stride, reinterpret_cast<const float*>(panel), acc, k0 > 0, next, prefetched);
+  }
+
+  void finishTransposed(FinishTile done, int64_t m0, int64_t rows, int64_t panel, float* tile) const {
+    table_.transposeTile(done.acc[0], rows, tile);
+    done.acc[0] = tile;
+    done.m0 = panel * table_.columns;
+    done.rows = std::min<int64_t>(table_.columns, p_.N - done.m0);
+    done.n0 = m0;
+    done.n = rows;
+    table_.finish(done, *p_.plain, p_.out, p_.ldOut);
+  }
+
   const Product& p_;
   const KernelArgs& args_;
   const KernelTable& table_;
@@ -355,6 +429,7 @@ class Run {
   int64_t begin_ = 0, end_ = 0;   // steps of k packed now
   RowTiles tiles_{};
   const float* packedA_ = nullptr;
+  const float* packedB_ = nullptr;  // panels of rows against a transposed weight
   int64_t panels_ = 0;            // of all of N
   int strip_ = 1;                 // panels multiplied together
   int64_t units_ = 0;             // strips of all of N
@@ -430,7 +505,17 @@ void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, c
           int64_t ldOut, const KernelArgs& args) {
   if (M <= 0 || N <= 0) return;
   const float* bias = biasF32(epilogue.bias, epilogue.biasDtype, epilogue.biasStride, N, args);
-  const Product product{M, N, K, &a, {&b, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
+  if (!b.transposed) {
+    const Product product{M, N, K, &a, {&b, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
+    return Run{product, args}();
+  }
+  const MatrixB rows{.data = a.data,
+                     .dtype = DType::F32,
+                     .nStride = a.rowStride,
+                     .kStride = a.colStride,
+                     .ks = a.cols,
+                     .ns = a.rows};
+  const Product product{N, M, K, nullptr, {&rows, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut, b.packed};
   Run{product, args}();
 }
 
@@ -454,10 +539,8 @@ MatrixB weightB(const TensorView& w) {
 
 MatrixB weightTransposedB(const TensorView& w) {
   if (!packable(w)) return {w.data, w.dtype, w.strides[1], w.strides[0]};
-  const PackedWeight& packed = *weightB(w).packed;
-  MatrixB b{packed.data, packed.dtype, packed.columns, 1};
-  b.kBlock = packed.columns;
-  b.kBlockStride = packed.K * packed.columns;
+  MatrixB b = weightB(w);
+  b.transposed = true;
   return b;
 }
 

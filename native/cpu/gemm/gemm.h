@@ -24,16 +24,17 @@ struct MatrixA {
   const float* colScale = nullptr;  // multiplies element (i, k) by colScale[k]
 };
 
-// Element (n, k) is data[n * nStride + k(k) * kStride] of `dtype`. With `packed`, that copy is read instead
-// (prefixes of N and K of it are fine); without, blocks are packed while they are needed.
+// Element (n, k) is data[n(n) * nStride + k(k) * kStride] of `dtype`, n(n) = ns ? ns[n] : n, and k likewise. With
+// `packed`, that copy is read instead (prefixes of N and K of it are fine); without, blocks are packed while they are
+// needed. `transposed`: B is the transpose of the packed weight; A must then have no colScale.
 struct MatrixB {
   const void* data;
   DType dtype;
   int64_t nStride, kStride;
   const PackedWeight* packed = nullptr;
-  const int32_t* ks = nullptr;  // gather along the reduction
-  // Where not 0, k runs in blocks of so many that lie kBlockStride apart (the columns of panels); then kStride is 1.
-  int64_t kBlock = 0, kBlockStride = 0;
+  const int32_t* ks = nullptr;
+  const int32_t* ns = nullptr;
+  bool transposed = false;
 };
 
 // What happens to a finished tile of C, in this order: y = c + bias[n]; pre[m,n] = y; y = act(y);

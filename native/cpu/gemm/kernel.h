@@ -24,6 +24,11 @@ struct RowTiles {
 using TileFunction = void (*)(int64_t kc, const float* a, const void* b, int64_t panelStride, float* acc, bool resume,
                               const void* next, int64_t prefetched);
 
+// The same for a tile of the transpose of a packed weight, read where it lies: step k of row i is
+// a[k / columns * stride + i * columns + k % columns], f32; the panel is f32 too.
+using TransposedTileFunction = void (*)(int64_t kc, const float* a, int64_t stride, const float* panel, float* acc,
+                                        bool resume, const char* next, int64_t prefetched);
+
 // A finished tile: rows m0.., columns n0..n0+n of C.
 struct FinishTile {
   const float* acc[2];   // the second for gated products
@@ -45,6 +50,9 @@ struct KernelTable {
   TileFunction tile[3][kMaxTileRows + 1];
   TileFunction strip[3][kMaxTileRows + 1];
   int stripPanels[kMaxTileRows + 1];
+  TransposedTileFunction transposedTile[kMaxTileRows + 1];
+  // to[j * columns + i] = acc[i * columns + j] for i < rows and all columns j.
+  void (*transposeTile)(const float* acc, int64_t rows, float* to);
 
   // Tiles [begin, end), all of K, to dst[first row of the tile * K].
   void (*packA)(const MatrixA& a, RowTiles tiles, int64_t begin, int64_t end, int64_t K, float* dst);

@@ -85,6 +85,51 @@ void tile(int64_t kc, const float* a, const void* panel, int64_t panelStride, fl
   }
 }
 
+template <int Rows>
+void transposedTile(int64_t kc, const float* a, int64_t stride, const float* panel, float* acc, bool resume,
+                    const char* next, int64_t prefetched) {
+  Vec c[1][Rows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) c[0][i][v] = resume ? load(acc + i * kColumns + v * kLanes) : Vec{};
+  }
+  const auto one = [&](const float* from, const float* b) {
+    Vec row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec x = splat(from[i * kColumns]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) c[0][i][v] = fma(x, row[v], c[0][i][v]);
+    }
+  };
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t k = 0; k < kc; k += kColumns, a += stride, panel += kColumns * kColumns) {
+    if (k + kColumns > kc) {
+      for (int64_t s = 0; s < kc - k; ++s) one(a + s, panel + s * kColumns);
+      break;
+    }
+    // Of every block of rows the next one, which lies far behind, and a share of the next panel.
+    const float* ahead = a + stride;
+    for (int64_t s = 0; s < kColumns; ++s) {
+      if (s < (Rows * kColumns + kLine - 1) / kLine && k + kColumns < kc) __builtin_prefetch(ahead + s * kLine, 0, 3);
+      if (k + s < prefetched) {
+        __builtin_prefetch(next, 0, 2);
+        if constexpr (kColumns > kLine) __builtin_prefetch(next + 64, 0, 2);
+        next += kColumns * sizeof(float);
+      }
+      one(a + s, panel + s * kColumns);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) store(acc + i * kColumns + v * kLanes, c[0][i][v]);
+  }
+}
+
 // Panels a strip of so many rows takes: as many streams as the registers hold accumulators for.
 constexpr int stripPanels(int rows) {
   constexpr int accumulators = kLanes == 16 ? 26 : 12;
@@ -192,17 +237,11 @@ void packA(const MatrixA& a, RowTiles tiles, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Brings `count` elements into the second-level cache.
-template <typename T>
-ELASTIFORM_INLINE void prefetch(const T* from, int64_t count) {
-  const char* p = reinterpret_cast<const char*>(from);
-  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(p + at, 0, 2);
-}
-
 template <typename B>
 void packPanels(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t k0, int64_t kc, float* dst) {
   const auto* data = static_cast<const typename B::Stored*>(b.data);
-  if (b.nStride == 1) {
+  const auto at = [&](int64_t n) { return data + (b.ns ? b.ns[n] : n) * b.nStride; };
+  if (b.nStride == 1 && !b.ns) {
     for (int64_t k = 0; k < kc; ++k) {
       const auto* row = data + (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
       for (int64_t p = 0; p < panels; ++p) {
@@ -221,24 +260,17 @@ void packPanels(const MatrixB& b, int64_t N, int64_t n0, int64_t panels, int64_t
     const int64_t n = n0 + p * kColumns;
     float* to = dst + p * kc * kColumns;
     if (b.kStride == 1 && !b.ks) {
-      for (int64_t k = 0; k < kc;) {
-        const int64_t block = b.kBlock ? b.kBlock : kc, inBlock = b.kBlock ? (k0 + k) % block : 0;
-        const int64_t count = block - inBlock < kc - k ? block - inBlock : kc - k;
-        const auto* from = data + n * b.nStride + (b.kBlock ? (k0 + k - inBlock) / block * b.kBlockStride + inBlock : k0);
-        if (b.kBlock && k + count < kc) prefetch(from - inBlock + b.kBlockStride, kColumns * b.nStride);
-        for (int j = 0; j < kColumns; j += kLanes) {
-          const typename B::Stored* source[kLanes];
-          for (int i = 0; i < kLanes; ++i) source[i] = n + j + i < N ? from + (j + i) * b.nStride : nullptr;
-          transposeRows<B>(source, count, to + k * kColumns + j, kColumns, count * kColumns);
-        }
-        k += count;
+      for (int j = 0; j < kColumns; j += kLanes) {
+        const typename B::Stored* source[kLanes];
+        for (int i = 0; i < kLanes; ++i) source[i] = n + j + i < N ? at(n + j + i) + k0 : nullptr;
+        transposeRows<B>(source, kc, to + j, kColumns, kc * kColumns - j);
       }
       continue;
     }
     for (int64_t k = 0; k < kc; ++k) {
       const int64_t from = (b.ks ? b.ks[k0 + k] : k0 + k) * b.kStride;
       for (int i = 0; i < kColumns; ++i) {
-        to[k * kColumns + i] = n + i < N ? getOne<B>(data + (n + i) * b.nStride + from) : 0.0f;
+        to[k * kColumns + i] = n + i < N ? getOne<B>(at(n + i) + from) : 0.0f;
       }
     }
   }
@@ -256,6 +288,18 @@ void widen(const void* src, DType dtype, int64_t count, float* dst) {
     for (int64_t i = 0; i < count; i += kLanes) store(dst + i, loadBf16(from + i));
   } else {
     for (int64_t i = 0; i < count; i += kLanes) store(dst + i, loadF16(from + i));
+  }
+}
+
+void transposeTile(const float* acc, int64_t rows, float* to) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t count = rows - i < kLanes ? rows - i : kLanes;
+    for (int64_t j = 0; j < kColumns; j += kLanes) {
+      Vec block[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) block[l] = l < count ? load(acc + (i + l) * kColumns + j) : Vec{};
+      transpose(block);
+      for (int64_t l = 0; l < kLanes; ++l) store(to + (j + l) * kColumns + i, block[l]);
+    }
   }
 }
 
@@ -434,6 +478,7 @@ constexpr void fill(KernelTable& t) {
   t.tile[1][Rows] = tile<Rows, 1, Bf16>;
   t.tile[2][Rows] = tile<Rows, 1, F16>;
   t.stripPanels[Rows] = stripPanels(Rows);
+  t.transposedTile[Rows] = transposedTile<Rows>;
   t.strip[0][Rows] = tile<Rows, stripPanels(Rows), F32>;
   t.strip[1][Rows] = tile<Rows, stripPanels(Rows), Bf16>;
   t.strip[2][Rows] = tile<Rows, stripPanels(Rows), F16>;
@@ -445,6 +490,7 @@ constexpr KernelTable makeTable() {
   t.rows = kRows;
   t.columns = kColumns;
   fill<kRows>(t);
+  t.transposeTile = transposeTile;
   t.packA = packA;
   t.packB = packB;
   t.widen = widen;
