@@ -27,6 +27,15 @@ const HELP = `npm run bench -- [options]
   --threads N    default: all cores that this process may use
   --help`;
 
+function readOptions() {
+  try {
+    return options();
+  } catch (error) {
+    console.error(`bench: ${error.message}\n\n${HELP}`);
+    process.exit(2);
+  }
+}
+
 function options() {
   const { values } = parseArgs({
     options: {
@@ -71,7 +80,7 @@ function commit() {
   }
 }
 
-const settings = options();
+const settings = readOptions();
 const { only, quick, threads } = settings;
 const log = (message) => console.error(`[bench] ${message}`);
 

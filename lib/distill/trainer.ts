@@ -1,5 +1,5 @@
 // The training loop: schedule, accumulation, clipping, skipped steps, events, metrics, evaluation, checkpoints, resuming.
-import { appendFile, mkdir, readFile } from 'node:fs/promises';
+import { appendFile, mkdir, readFile, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { adamw, Graph, Program } from '../graph/index.js';
 import { inFileSystem, lockDirectory, writeFileAtomic } from '../io/files.js';
@@ -185,12 +185,17 @@ export function learningRate(step: number, steps: number, optimizer: ResolvedCon
  * Errors: whatever lockDirectory throws when another process holds it.
  */
 export async function withLock<T>(out: string, use: () => Promise<T>): Promise<T> {
-  await inFileSystem('create', out, () => mkdir(out, { recursive: true }));
+  const created = await inFileSystem('create', out, () => mkdir(out, { recursive: true }));
   const lock = await lockDirectory(out);
+  let failed = true;
   try {
-    return await use();
+    const result = await use();
+    failed = false;
+    return result;
   } finally {
     await lock.release();
+    // A run that was refused leaves no empty directory; one that wrote something stays.
+    if (failed && created) await rmdir(out).catch(() => {});
   }
 }
 

@@ -4,7 +4,7 @@ import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
 import { forwardFlops } from '../model/flops.js';
 import { parameterPlan } from '../model/weights.js';
-import { DisposedError, InvalidArgumentError } from '../native/errors.js';
+import { DisposedError, InvalidArgumentError, InvalidDataError } from '../native/errors.js';
 import type { TypedArray } from '../native/index.js';
 import { SessionPool } from './cache.js';
 import { ComputeMeter } from './compute.js';
@@ -90,7 +90,8 @@ export class ElasticModel implements AsyncDisposable {
       const started = performance.now();
       const result = await run({ targets, weight: new Float32Array(ids.length) });
       const ms = performance.now() - started;
-      const ce = result.outputs.ce;
+      const ce = result.outputs.ce as Float32Array;
+      requireNumbers('score', ce);
       const logprobs = Float32Array.from(ids, (_, i) => (i === 0 ? Number.NaN : -ce[i - 1]));
       const compute = this.#report(options.budget ?? 'full', point, result, ids.length, ms);
       results.push({ tokens: [...ids], logprobs, usage: { inputTokens: ids.length, outputTokens: 0, compute } });
@@ -101,7 +102,9 @@ export class ElasticModel implements AsyncDisposable {
   /** Logits of every position: f32 [tokens, vocab], row by row. */
   async logits(input: string | readonly number[], options: CallOptions = {}): Promise<Float32Array> {
     const { run } = this.#forward('logits', input, options);
-    return (await run({})).outputs.logits as Float32Array;
+    const logits = (await run({})).outputs.logits as Float32Array;
+    requireNumbers('logits', logits);
+    return logits;
   }
 
   /** Ends what runs and frees the model. Generations under way finish with reason 'abort'. */
@@ -163,4 +166,10 @@ export class ElasticModel implements AsyncDisposable {
       tokensPerSecond: ms > 0 ? (rows / ms) * 1000 : null,
     };
   }
+}
+
+/** NaN comes from the weights: no other input of these calls is a float. */
+function requireNumbers(api: string, values: Float32Array): void {
+  if (values.includes(Number.NaN))
+    throw new InvalidDataError(`[${api}] the model computes NaN: its weights are damaged`);
 }

@@ -249,6 +249,8 @@ describe('refusals', () => {
     writeFileSync(path, bytes);
     const out = join(root, 'broken-plan');
     await elastify(broken, { kind: 'elastiformer' }, { out });
-    expect(await refused({ plan: out })).toMatch(/InvalidData: \[distill\] without layers.0.attn.token .* is NaN/);
+    const run = fresh();
+    expect(await refused({ plan: out }, run)).toMatch(/InvalidData: \[distill\] without layers.0.attn.token .* is NaN/);
+    expect(existsSync(run), 'no empty directory is left').toBe(false);
   });
 });

@@ -89,6 +89,8 @@ it('weights that are not numbers give a typed error at the first token', async (
   writeFileSync(path, bytes);
   await using model = await loadModel(directory);
   await expect(model.generate('Call me', { maxTokens: 3 }).ids).rejects.toThrow(InvalidDataError);
+  await expect(model.score(['Call me'])).rejects.toThrow(InvalidDataError);
+  await expect(model.logits('Call me')).rejects.toThrow(InvalidDataError);
 });
 
 /** The text of `json` with up to three values, anywhere in it, replaced by odd ones, sometimes cut short. */
