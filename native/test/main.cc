@@ -1,4 +1,4 @@
-// Runs the native tests: `elastiform_tests [runtime|gemm|kernels]...`, all of them without arguments.
+// Runs the native tests: `elastiform_tests [runtime|gemm|kernels|device]...`, all of them without arguments.
 #include <cstdio>
 #include <cstring>
 
@@ -6,12 +6,13 @@
 int testRuntime();
 int testGemm();
 int testKernels();
+int testDevice();
 
 int main(int argc, char** argv) {
   const struct {
     const char* name;
     int (*run)();
-  } tests[] = {{"runtime", testRuntime}, {"gemm", testGemm}, {"kernels", testKernels}};
+  } tests[] = {{"runtime", testRuntime}, {"gemm", testGemm}, {"kernels", testKernels}, {"device", testDevice}};
   int failures = 0;
   for (const auto& test : tests) {
     bool wanted = argc == 1;
