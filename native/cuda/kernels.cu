@@ -1,0 +1,82 @@
+// The table of CUDA launchers by op name, and the words of their faults.
+#include "cuda/kernels.h"
+
+#include <cstdio>
+#include <unordered_map>
+
+namespace elastiform::ELASTIFORM_DEVICE {
+
+Emitter findEmitter(const std::string& op) {
+  static const auto& table = *new std::unordered_map<std::string, Emitter>{
+      {"embedding", embedding},
+      {"embedding_grad", embeddingGrad},
+      {"zeros", zeros},
+      {"add", add},
+      {"scale", scale},
+      {"activation", activation},
+      {"activation_grad", activationGrad},
+      {"gated_activation", gatedActivation},
+      {"gated_activation_grad", gatedActivationGrad},
+      {"gather_rows", gatherRows},
+      {"gather_ids", gatherIds},
+      {"scatter_add", scatterAdd},
+      {"sum_rows", sumRows},
+      {"dot", dot},
+      {"rms_norm", rmsNorm},
+      {"rms_norm_grad", rmsNormGrad},
+      {"layer_norm", layerNorm},
+      {"layer_norm_grad", layerNormGrad},
+      {"linear", linear},
+      {"linear_gated", linearGated},
+      {"linear_add", linearAdd},
+      {"linear_dx", linearDx},
+      {"linear_add_grad", linearAddGrad},
+      {"linear_dw", linearDw},
+      {"rope", rope},
+      {"attention", attention},
+      {"attention_grad", attentionGrad},
+      {"attention_cached", attentionCached},
+      {"route_topk", routeTopk},
+      {"route_threshold", routeThreshold},
+      {"gate", gate},
+      {"gate_grad", gateGrad},
+      {"topk_bce", topkBce},
+      {"topk_bce_grad", topkBceGrad},
+      {"topk_credit", topkCredit},
+      {"distill_kl", distillKl},
+      {"cross_entropy", crossEntropy},
+      {"accumulate", accumulate},
+      {"adamw", adamw},
+      {"sample", sample},
+  };
+  const auto found = table.find(op);
+  return found == table.end() ? nullptr : found->second;
+}
+
+std::string faultMessage(const char* op, const std::string& operand, const FaultRecord& r) {
+  const auto text = [&](const char* format, auto... values) {
+    char message[256];
+    std::snprintf(message, sizeof message, format, op, operand.c_str(), values...);
+    return std::string(message);
+  };
+  switch (r.fault) {
+    case Fault::Id:
+    case Fault::Target: return text("[%s] %s[%.0f] must be in [%.0f, %.0f), got %.0f", r.index, r.low, r.high, r.got);
+    case Fault::Row:
+      return text("[%s] %s[%.0f] must be in [%.0f, %.0f) (ascending, unique), got %.0f", r.index, r.low, r.high, r.got);
+    case Fault::Offset: return text("[%s] %s[%.0f] must be in [%.0f, %.0f], got %.0f", r.index, r.low, r.high, r.got);
+    case Fault::OffsetEnd:
+      return text("[%s] %s[%.0f] must be the number of rows %.0f, got %.0f", r.index, r.high, r.got);
+    case Fault::Segment:
+      return text("[%s] %s[%.0f] must be in its segment, [%.0f, %.0f), got %.0f", r.index, r.low, r.high, r.got);
+    case Fault::Length:
+      return text("[%s] %s[%.0f] must be in [%.0f, %.0f] to append the new rows to the cache, got %.0f", r.index, r.low,
+                  r.high, r.got);
+    case Fault::NotFinite: return text("[%s] %s[%.0f] must be finite, got %g", r.index, r.got);
+    case Fault::Range: return text("[%s] %s[%.0f] must be in [%g, %g], got %g", r.index, r.low, r.high, r.got);
+    case Fault::None: break;
+  }
+  return text("[%s] %s: no fault");
+}
+
+}  // namespace elastiform::ELASTIFORM_DEVICE
