@@ -27,7 +27,8 @@ export const doctor: Command = {
           ['instructions', `${info.isa} (available: ${info.isaAvailable.join(', ')})`],
           ['threads', `${info.threads} of ${info.hardwareThreads}`],
           ['memory', `${(report.memoryBytes / 2 ** 30).toFixed(1)} GiB`],
-          ['CUDA', info.cuda.available ? 'available' : `not used: ${info.cuda.reason}`],
+          ['CUDA', `${info.devices.cuda.available ? '' : 'not used: '}${info.devices.cuda.description}`],
+          ['emulated CUDA', `${info.devices.simt.available ? '' : 'not used: '}${info.devices.simt.description}`],
         ]).replaceAll(/ {2,}/g, '  '),
       );
     }

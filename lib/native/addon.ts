@@ -6,6 +6,9 @@ export type DType = 'f32' | 'bf16' | 'f16' | 'i32';
 /** Carries elements between JavaScript and native memory: bf16 and f16 travel as their 16 bits. */
 export type TypedArray = Float32Array | Uint16Array | Int32Array;
 
+/** Where programs run: the CPU, the first NVIDIA GPU, or an emulation of one on the CPU (slow; for tests). */
+export type DeviceName = 'cpu' | 'cuda' | 'simt';
+
 export interface NativeInfo {
   readonly version: string;
   /** Instruction set in use, and those this machine and build could use. */
@@ -14,7 +17,8 @@ export interface NativeInfo {
   /** Threads that kernels use, and CPUs this process may run on. */
   readonly threads: number;
   readonly hardwareThreads: number;
-  readonly cuda: { readonly compiled: boolean; readonly available: boolean; readonly reason: string };
+  /** Every device: whether it can be used, and its name, or why it cannot and what to do. */
+  readonly devices: Readonly<Record<DeviceName, { readonly available: boolean; readonly description: string }>>;
 }
 
 /** Live bytes and objects of the process, all worker threads together. */
@@ -27,6 +31,8 @@ export interface NativeMemory {
   readonly packedBytes: number;
   /** Arenas of temporaries and scratch of engines. */
   readonly arenaBytes: number;
+  /** Memory of other devices: weights, states, arenas. */
+  readonly deviceBytes: number;
   /** Undisposed tensors and programs. */
   readonly tensors: number;
   readonly programs: number;
@@ -97,5 +103,5 @@ export interface NativeAddon {
     opNames: readonly string[],
     tensors: readonly NativeTensor[],
   ) => NativeProgram;
-  readonly Engine: new () => NativeEngine;
+  readonly Engine: new (device: DeviceName) => NativeEngine;
 }

@@ -1,6 +1,6 @@
 // Compiled programs and the engine that runs them on a thread of its own.
-import type { NativeEngine, NativeProgram, NativeRunResult, TypedArray } from './addon.js';
-import { AbortError, fromNative, wrapNative } from './errors.js';
+import type { DeviceName, NativeEngine, NativeProgram, NativeRunResult, TypedArray } from './addon.js';
+import { AbortError, fromNative, InvalidArgumentError, wrapNative } from './errors.js';
 import { loadAddon } from './load.js';
 import type { Tensor } from './tensor.js';
 
@@ -34,13 +34,30 @@ export class CompiledProgram implements Disposable {
   }
 }
 
+function defaultDevice(): DeviceName {
+  const name = process.env.ELASTIFORM_DEVICE || 'cpu';
+  if (isDeviceName(name)) return name;
+  throw new InvalidArgumentError(`[Engine] ELASTIFORM_DEVICE must be ${deviceNames.join(', ')}, got ${name}`);
+}
+
+export const deviceNames: readonly DeviceName[] = ['cpu', 'cuda', 'simt'];
+export const isDeviceName = (name: unknown): name is DeviceName => deviceNames.includes(name as DeviceName);
+
 /** Runs programs, one after the other, on a native thread. Pending runs keep the process alive; an idle engine does not. */
 export class Engine implements Disposable {
   private readonly native: NativeEngine;
   private isDisposed = false;
 
-  constructor() {
-    this.native = wrapNative(() => new (loadAddon().Engine)());
+  /** Where programs run. */
+  readonly device: DeviceName;
+
+  /**
+   * @param device - default: `ELASTIFORM_DEVICE`, else the CPU
+   * @throws DeviceUnavailableError with the reason and what to do
+   */
+  constructor(device?: DeviceName) {
+    this.device = device ?? defaultDevice();
+    this.native = wrapNative(() => new (loadAddon().Engine)(this.device));
   }
 
   get disposed(): boolean {

@@ -8,6 +8,7 @@ export type ErrorCode =
   | 'OutOfMemory'
   | 'Aborted'
   | 'Disposed'
+  | 'DeviceUnavailable'
   | 'Internal'
   /** The file system refused (lib/io). */
   | 'FileSystem'
@@ -59,6 +60,11 @@ export class DisposedError extends ElastiformError {
   readonly code = 'Disposed';
 }
 
+/** The device asked for does not exist on this machine, or this build cannot use it; the message says why. */
+export class DeviceUnavailableError extends ElastiformError {
+  readonly code = 'DeviceUnavailable';
+}
+
 /** A defect of this package. */
 export class InternalError extends ElastiformError {
   readonly code = 'Internal';
@@ -75,6 +81,7 @@ const classes: Record<NativeCode, new (message: string, options?: ErrorOptions) 
   OutOfMemory: OutOfMemoryError,
   Aborted: AbortError,
   Disposed: DisposedError,
+  DeviceUnavailable: DeviceUnavailableError,
   Internal: InternalError,
 };
 

@@ -1,5 +1,6 @@
 // The native layer: loader, tensors, programs, engine, errors.
 export type {
+  DeviceName,
   DType,
   NativeAddon,
   NativeInfo,
@@ -7,7 +8,7 @@ export type {
   NativeRunResult,
   TypedArray,
 } from './addon.js';
-export { CompiledProgram, Engine } from './engine.js';
+export { CompiledProgram, deviceNames, Engine, isDeviceName } from './engine.js';
 export * from './errors.js';
 export { loadAddon } from './load.js';
 export { Mapping, Tensor } from './tensor.js';

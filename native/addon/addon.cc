@@ -9,6 +9,7 @@
 #include "cpu/gemm/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "runtime/device.h"
 #include "ops/op.h"
 
 namespace elastiform::addon {
@@ -34,6 +35,7 @@ const char* codeName(ErrorCode code) {
     case ErrorCode::OutOfMemory: return "OutOfMemory";
     case ErrorCode::Aborted: return "Aborted";
     case ErrorCode::Disposed: return "Disposed";
+    case ErrorCode::DeviceUnavailable: return "DeviceUnavailable";
     case ErrorCode::Internal: return "Internal";
   }
   return "Internal";
@@ -124,10 +126,13 @@ namespace {
 
 Napi::Value info(const Napi::CallbackInfo& call) {
   const Napi::Env env = call.Env();
-  Napi::Object cuda = Napi::Object::New(env);
-  cuda.Set("compiled", false);
-  cuda.Set("available", false);
-  cuda.Set("reason", "CUDA kernels are not part of this version");
+  Napi::Object devices = Napi::Object::New(env);
+  for (const DeviceInfo& device : deviceInfos()) {
+    Napi::Object entry = Napi::Object::New(env);
+    entry.Set("available", device.available);
+    entry.Set("description", device.description);
+    devices.Set(kDeviceNames[static_cast<int>(device.kind)], entry);
+  }
   Napi::Array isas = Napi::Array::New(env);
   for (int i = 0; i <= static_cast<int>(cpu::isaAvailable()); ++i) {
     isas.Set(static_cast<uint32_t>(i), cpu::isaName(static_cast<cpu::Isa>(i)));
@@ -138,7 +143,7 @@ Napi::Value info(const Napi::CallbackInfo& call) {
   result.Set("isaAvailable", isas);
   result.Set("threads", threadCount());
   result.Set("hardwareThreads", hardwareThreads());
-  result.Set("cuda", cuda);
+  result.Set("devices", devices);
   return result;
 }
 
@@ -178,6 +183,7 @@ Napi::Value memory(const Napi::CallbackInfo& call) {
   result.Set("heapBytes", static_cast<double>(counters.heapBytes));
   result.Set("packedBytes", static_cast<double>(cpu::packedBytesTotal()));
   result.Set("arenaBytes", static_cast<double>(counters.arenaBytes));
+  result.Set("deviceBytes", static_cast<double>(counters.deviceBytes));
   result.Set("tensors", static_cast<double>(counters.tensors));
   result.Set("programs", static_cast<double>(counters.programs));
   return result;

@@ -1,6 +1,8 @@
 // JavaScript class Engine: jobs go to a native thread, results come back through one thread-safe function.
 #include "runtime/engine.h"
 
+#include <algorithm>
+#include <iterator>
 #include <unordered_map>
 
 #include "addon/addon.h"
@@ -11,7 +13,8 @@ namespace elastiform::addon {
 // all but `done` runs on the JavaScript thread.
 class EngineState : public std::enable_shared_from_this<EngineState> {
  public:
-  static std::shared_ptr<EngineState> start(Napi::Env env) {
+  static std::shared_ptr<EngineState> start(Napi::Env env, DeviceKind kind) {
+    auto device = makeDevice(kind, addonData(env).external->owned);
     auto state = std::make_shared<EngineState>();
     state->env_ = env;
     auto* owner = new std::shared_ptr<EngineState>(state);  // until the thread-safe function is finalized
@@ -30,7 +33,7 @@ class EngineState : public std::enable_shared_from_this<EngineState> {
           auto* carried = new std::shared_ptr<Job>(std::move(job));
           if (napi_call_threadsafe_function(callback, carried, napi_tsfn_nonblocking) != napi_ok) delete carried;
         },
-        addonData(env).external->owned);
+        std::move(device));
     // After the thread-safe function: hooks run last in, first out, and its own would close it under the thread.
     napi_add_env_cleanup_hook(env, onTeardown, state.get());
     addonData(env).engines.insert(state);
@@ -153,7 +156,14 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   }
 
   explicit EngineObject(const Napi::CallbackInfo& call) : ObjectWrap(call) {
-    guarded(call.Env(), [&] { state_ = EngineState::start(call.Env()); });
+    guarded(call.Env(), [&] {
+      const std::string name = stringArgument(call[0], "[Engine] device");
+      const auto found = std::find(std::begin(kDeviceNames), std::end(kDeviceNames), name);
+      if (found == std::end(kDeviceNames)) {
+        fail(ErrorCode::InvalidArgument, "[Engine] device must be cpu, cuda or simt, got %s", name.c_str());
+      }
+      state_ = EngineState::start(call.Env(), static_cast<DeviceKind>(found - std::begin(kDeviceNames)));
+    });
   }
 
   // A forgotten engine ends with its object.

@@ -316,6 +316,7 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
     return guarded(call.Env(), [&] {
       const Tensor& tensor = *alive();
       requireReadable("Tensor.read");
+      tensor.storage->readHost();
       const int64_t elements = requireContiguous(tensor, "Tensor.read");
       return copyToTypedArray(call.Env(), tensor.dtype, tensor.data(), static_cast<size_t>(elements));
     });
@@ -325,6 +326,7 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
     return guarded(call.Env(), [&]() -> Napi::Value {
       const Tensor& tensor = *alive();
       requireReadable("Tensor.readFloat");
+      tensor.storage->readHost();
       if (tensor.dtype == DType::I32) {
         fail(ErrorCode::InvalidArgument, "[Tensor.readFloat] dtype must be f32, bf16 or f16, got i32");
       }
@@ -351,6 +353,7 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
       if (tensor.storage->pendingWriters + tensor.storage->pendingReaders > 0) {
         fail(ErrorCode::InvalidArgument, "[Tensor.write] a pending run uses the tensor: await it first");
       }
+      tensor.storage->writeHost();
       copyIn(tensor, typedArrayArgument(call[0], tensor.dtype, "[Tensor.write] data"), "Tensor.write");
       return call.Env().Undefined();
     });

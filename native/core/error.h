@@ -15,6 +15,7 @@ enum class ErrorCode {
   OutOfMemory,
   Aborted,
   Disposed,
+  DeviceUnavailable,  // no such device on this machine, or none that this build can use
   Internal,  // a defect of ours
 };
 

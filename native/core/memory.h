@@ -17,6 +17,7 @@ struct MemoryCounters {
   std::atomic<int64_t> mappedBytes{0};
   std::atomic<int64_t> heapBytes{0};   // tensors, not arenas
   std::atomic<int64_t> arenaBytes{0};  // arenas and scratch of all engines
+  std::atomic<int64_t> deviceBytes{0}; // memory of other devices
   std::atomic<int64_t> tensors{0};     // undisposed JavaScript tensors
   std::atomic<int64_t> programs{0};    // undisposed JavaScript programs
 };

@@ -14,6 +14,13 @@ namespace elastiform {
 
 constexpr int kMaxRank = 4;
 
+// Another device's copy of a writable storage.
+struct Mirror {
+  virtual ~Mirror() = default;
+  // Copies all bytes to the host's memory; waits.
+  virtual void download(void* host) = 0;
+};
+
 // Bytes somebody owns: heap memory or a mapped file. Shared by tensors; freed with the last of them.
 struct Storage {
   uint8_t* data = nullptr;
@@ -28,9 +35,33 @@ struct Storage {
   ~Storage() {
     if (release) release();
   }
+
+  // Where a program has run on another device its copy may be newer, or older. Code that reads or writes `data` of a
+  // writable storage says so first; runs are kept apart by the pending counters above.
+  void readHost() {
+    const std::lock_guard lock(mirrorMutex);
+    if (mirrorNewer) mirror->download(data);
+    mirrorNewer = false;
+  }
+  void writeHost() {
+    readHost();
+    const std::lock_guard lock(mirrorMutex);
+    hostNewer = true;
+  }
+  std::mutex mirrorMutex;
+  std::shared_ptr<Mirror> mirror;
+  bool mirrorNewer = false, hostNewer = true;
 };
 
 struct PackedWeight;  // cpu/gemm: panels made once from a read-only weight
+struct DeviceWeight {
+  void* data = nullptr;  // device memory
+  DType dtype = DType::F32;
+  std::function<void(void*)> release;
+  ~DeviceWeight() {
+    if (release) release(data);
+  }
+};
 
 // A tensor bound to programs by its owner in JavaScript. Read-only ones (`storage->writable == false`) are weights:
 // kernels may keep a packed copy of them in `packed`, made once and shared by every program.
@@ -45,6 +76,8 @@ struct Tensor {
 
   std::mutex packMutex;
   std::shared_ptr<const PackedWeight> packed;
+  // Copies of a read-only tensor in the memory of other devices, contiguous, by DeviceKind; made at first use.
+  std::array<std::shared_ptr<const DeviceWeight>, 3> deviceWeights;
 
   void* data() const { return storage->data + byteOffset; }
 };

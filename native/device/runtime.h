@@ -44,6 +44,8 @@ struct DeviceProperties {
 
 // 0 where there is no driver or no device; never throws, never prints.
 int deviceCount();
+// Why there is none, and what to do.
+std::string deviceProblem();
 DeviceProperties deviceProperties(int device);
 // Of the calling thread; every thread that uses a device other than 0 says so first.
 void setDevice(int device);

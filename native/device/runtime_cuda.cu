@@ -2,6 +2,7 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 
@@ -21,6 +22,21 @@ int deviceCount() {
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   cudaGetLastError();
   return 0;
+}
+
+std::string deviceProblem() {
+  int count = 0, driver = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  if (status == cudaSuccess && count > 0) return "";
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    return "no NVIDIA driver is loaded; install one (580 or newer)";
+  }
+  char text[256];
+  std::snprintf(text, sizeof text, "%s (driver for CUDA %d.%d, this build wants %d.%d); check nvidia-smi and CUDA_VISIBLE_DEVICES",
+                status == cudaSuccess ? "no device is visible" : cudaGetErrorString(status), driver / 1000,
+                driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  return text;
 }
 
 DeviceProperties deviceProperties(int device) {

@@ -179,6 +179,8 @@ void setMemoryLimit(size_t bytes) {
 
 int deviceCount() { return 1; }
 
+std::string deviceProblem() { return ""; }
+
 DeviceProperties deviceProperties(int device) {
   setDevice(device);
   DeviceProperties properties;

@@ -109,6 +109,7 @@ class Runner {
   Runner(Job& job, Workspace& workspace) : job_(job), program_(*job.program), workspace_(workspace) {}
 
   void run() {
+    for (const auto& use : program_.writableUses) use.written ? use.storage->writeHost() : use.storage->readHost();
     arena_ = workspace_.arena(program_.arenaBytes);
     views_.resize(program_.tensors.size());
     for (size_t t = 0; t < views_.size(); ++t) {
@@ -212,8 +213,8 @@ void runJob(Job& job, Workspace& workspace) {
   job.milliseconds = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
 
-Engine::Engine(std::function<void(std::shared_ptr<Job>)> done, std::shared_ptr<std::atomic<int64_t>> owned)
-    : done_(std::move(done)), workspace_(std::move(owned)), thread_([this] { loop(); }) {}
+Engine::Engine(std::function<void(std::shared_ptr<Job>)> done, std::unique_ptr<Device> device)
+    : done_(std::move(done)), device_(std::move(device)), thread_([this] { loop(); }) {}
 
 void Engine::submit(std::shared_ptr<Job> job) {
   const std::lock_guard lock(mutex_);
@@ -263,7 +264,7 @@ void Engine::loop() {
       job = running_ = std::move(queue_.front());
       queue_.pop_front();
     }
-    runJob(*job, workspace_);
+    device_->run(*job);
     job->finish();
     done_(std::move(job));
   }

@@ -13,6 +13,7 @@
 
 #include "core/error.h"
 #include "core/memory.h"
+#include "runtime/device.h"
 #include "runtime/program.h"
 
 namespace elastiform {
@@ -68,7 +69,7 @@ void runJob(Job& job, Workspace& workspace);
 class Engine {
  public:
   // `done` is called with every submitted job, on the engine's thread, or on the caller's for jobs that never ran.
-  Engine(std::function<void(std::shared_ptr<Job>)> done, std::shared_ptr<std::atomic<int64_t>> owned);
+  Engine(std::function<void(std::shared_ptr<Job>)> done, std::unique_ptr<Device> device);
   ~Engine() { stop(); }
 
   void submit(std::shared_ptr<Job> job);
@@ -86,7 +87,7 @@ class Engine {
   std::deque<std::shared_ptr<Job>> queue_;
   std::shared_ptr<Job> running_;
   bool stopping_ = false;
-  Workspace workspace_;
+  std::unique_ptr<Device> device_;
   std::thread thread_;
 };
 

@@ -1,0 +1,512 @@
+// Runs programs on a CUDA device: memory, weights and states on the device, one recorded graph per program.
+//
+// Everything a run touches lies in one block of device memory: a header (the first fault, counters, current sizes of
+// dims), feeds, outputs, the program's arena, and the scratch of one op. A program is recorded once; a run copies the
+// header and the feeds to the device, launches the recording, and copies the header and the outputs back. Sizes and
+// thresholds change between runs without recording again.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <set>
+#include <unordered_map>
+#include <utility>
+
+#include "core/memory.h"
+#include "cuda/kernels.h"
+#include "runtime/device.h"
+#include "runtime/engine.h"
+#include "runtime/signature.h"
+
+namespace elastiform::ELASTIFORM_DEVICE {
+
+namespace {
+
+using elastiform::Job;  // the emulation has one of its own
+
+#ifdef __CUDACC__
+constexpr DeviceKind kKind = DeviceKind::Cuda;
+#else
+constexpr DeviceKind kKind = DeviceKind::Simt;
+#endif
+constexpr size_t kAlign = 256;
+constexpr size_t kStagingBytes = size_t{8} << 20;
+
+size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Device memory that is counted.
+class DeviceBlock {
+ public:
+  DeviceBlock() = default;
+  explicit DeviceBlock(size_t bytes) : data_(static_cast<uint8_t*>(deviceMalloc(std::max<size_t>(bytes, 1)))), bytes_(bytes) {
+    memoryCounters().deviceBytes += static_cast<int64_t>(bytes_);
+  }
+  DeviceBlock(DeviceBlock&& other) noexcept { swap(other); }
+  DeviceBlock& operator=(DeviceBlock&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~DeviceBlock() {
+    if (!data_) return;
+    memoryCounters().deviceBytes -= static_cast<int64_t>(bytes_);
+    try {
+      deviceFree(data_);
+    } catch (const Error&) {  // a lost device has nothing to free
+    }
+  }
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(DeviceBlock& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class StateMirror : public Mirror {
+ public:
+  explicit StateMirror(size_t bytes) : block_(bytes) {}
+  void download(void* host) override {
+    const Stream stream = streamCreate();
+    copyAsync(host, block_.data(), block_.bytes(), CopyKind::DeviceToHost, stream);
+    streamSynchronize(stream);
+    streamDestroy(stream);
+  }
+  uint8_t* data() const { return block_.data(); }
+
+ private:
+  DeviceBlock block_;
+};
+
+// Page-locked memory that grows.
+class HostBlock {
+ public:
+  HostBlock() = default;
+  HostBlock(const HostBlock&) = delete;
+  ~HostBlock() { hostFree(data_); }
+  uint8_t* atLeast(size_t bytes) {
+    if (bytes <= bytes_) return data_;
+    hostFree(std::exchange(data_, nullptr));
+    bytes_ = 0;
+    data_ = static_cast<uint8_t*>(hostMalloc(bytes));
+    bytes_ = bytes;
+    return data_;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Where a program's parts begin in the block.
+struct Layout {
+  size_t counters, sizes, headerBytes;
+  std::vector<size_t> feeds, outputs;
+  size_t arena, scratch;
+
+  explicit Layout(const Program& program) {
+    counters = aligned(sizeof(FaultRecord));
+    sizes = counters + aligned(program.tags * sizeof(Counters));
+    headerBytes = sizes + aligned(program.dims.size() * sizeof(int32_t));
+    size_t end = headerBytes;
+    const auto take = [&](const std::vector<int>& tensors, std::vector<size_t>& starts) {
+      for (const int tensor : tensors) {
+        starts.push_back(end);
+        end += aligned(static_cast<size_t>(program.tensors[tensor].boundBytes));
+      }
+    };
+    take(program.feeds, feeds);
+    take(program.outputs, outputs);
+    arena = end;
+    scratch = arena + aligned(static_cast<size_t>(program.arenaBytes));
+  }
+};
+
+struct Recording {
+  std::weak_ptr<const Program> program;
+  Graph graph = nullptr;
+  const uint8_t* block = nullptr;      // the addresses it was recorded with
+  std::vector<const void*> bound;
+  Recording() = default;
+  Recording(const Recording&) = delete;
+  ~Recording() {
+    if (graph) graphDestroy(graph);
+  }
+};
+
+class Runner : public Device {
+ public:
+  explicit Runner(std::shared_ptr<std::atomic<int64_t>> owned) : owned_(std::move(owned)) {}
+  ~Runner() override {
+    recordings_.clear();
+    if (stream_) streamDestroy(stream_);
+  }
+
+  void run(Job& job) override {
+    const auto start = std::chrono::steady_clock::now();
+    step_ = -1;
+    try {
+      if (job.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
+      runJob(job);
+    } catch (const Error& error) {
+      job.error.emplace(error.code, error.code == ErrorCode::Aborted ? error.what() : where(*job.program) + error.what());
+    } catch (const std::bad_alloc&) {
+      job.error.emplace(ErrorCode::OutOfMemory, where(*job.program) + "out of memory");
+    } catch (const std::exception& error) {
+      job.error.emplace(ErrorCode::Internal, where(*job.program) + error.what());
+    }
+    if (job.error && stream_) dropQueued();
+    job.milliseconds = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  }
+
+ private:
+  std::string where(const Program& program) const {
+    if (step_ < 0) return "[run] ";
+    return "[run] step " + std::to_string(step_) + " (" + opDefs()[program.steps[step_].op].name + "): ";
+  }
+
+  void dropQueued() noexcept {
+    abandonCapture(stream_);
+    try {
+      streamDestroy(std::exchange(stream_, nullptr));
+    } catch (const std::exception&) {
+    }
+  }
+
+  void runJob(Job& job) {
+    setDevice(0);
+    if (!stream_) stream_ = streamCreate();
+    const Program& program = *job.program;
+    const Layout layout(program);
+    const Recording& recording = record(job.program, layout);
+    step_ = -1;
+
+    uint8_t* staging = staging_.atLeast(layout.arena);
+    std::memset(staging, 0, layout.headerBytes);
+    auto* sizes = reinterpret_cast<int32_t*>(staging + layout.sizes);
+    for (size_t d = 0; d < program.dims.size(); ++d) sizes[d] = static_cast<int32_t>(job.dims[d]);
+    copyAsync(block_.data(), staging, layout.headerBytes, CopyKind::HostToDevice, stream_);
+    for (size_t i = 0; i < program.feeds.size(); ++i) {
+      if (job.feeds[i].bytes() == 0) continue;
+      std::memcpy(staging + layout.feeds[i], job.feeds[i].data(), job.feeds[i].bytes());
+      copyAsync(block_.data() + layout.feeds[i], staging + layout.feeds[i], job.feeds[i].bytes(),
+                CopyKind::HostToDevice, stream_);
+    }
+    uploadStates(program);
+    if (recording.graph) graphLaunch(recording.graph, stream_);
+    for (const auto& use : program.writableUses) {
+      if (!use.written) continue;
+      const std::lock_guard lock(use.storage->mirrorMutex);
+      use.storage->mirrorNewer = true;
+    }
+
+    copyAsync(staging, block_.data(), layout.headerBytes, CopyKind::DeviceToHost, stream_);
+    for (size_t i = 0; i < program.outputs.size(); ++i) {
+      if (!producedSize(program, program.outputs[i])) copyOutput(job, layout, i);
+    }
+    streamSynchronize(stream_);
+    checkFault(program, *reinterpret_cast<const FaultRecord*>(staging));
+    std::memcpy(job.counters.data(), staging + layout.counters, program.tags * sizeof(Counters));
+    bool more = false;
+    for (size_t d = 0; d < program.dims.size(); ++d) {
+      if (program.dims[d].kind != DimKind::Produced) continue;
+      if (sizes[d] < 0 || sizes[d] > program.dims[d].bound) {
+        fail(ErrorCode::Internal, "dim %zu must become a value in [0, %lld], got %d", d,
+             static_cast<long long>(program.dims[d].bound), sizes[d]);
+      }
+      job.dims[d] = sizes[d];
+    }
+    for (size_t i = 0; i < program.outputs.size(); ++i) {
+      if (!producedSize(program, program.outputs[i])) continue;
+      copyOutput(job, layout, i);
+      more = true;
+    }
+    if (more) streamSynchronize(stream_);
+    for (size_t i = 0; i < program.outputs.size(); ++i) {
+      const size_t bytes = outputBytes(job, i);
+      if (bytes) std::memcpy(job.outputs[i].data(), staging + layout.outputs[i], bytes);
+    }
+  }
+
+  static bool producedSize(const Program& program, int tensor) {
+    const TensorDef& def = program.tensors[tensor];
+    return std::any_of(def.dims.begin(), def.dims.begin() + def.rank,
+                       [&](int dim) { return program.dims[dim].kind == DimKind::Produced; });
+  }
+
+  static size_t outputBytes(const Job& job, size_t i) {
+    const int tensor = job.program->outputs[i];
+    return static_cast<size_t>(job.elements(tensor)) * dtypeSize(job.program->tensors[tensor].dtype);
+  }
+
+  void copyOutput(const Job& job, const Layout& layout, size_t i) {
+    const size_t bytes = outputBytes(job, i);
+    if (bytes == 0) return;
+    copyAsync(staging_.atLeast(0) + layout.outputs[i], block_.data() + layout.outputs[i], bytes, CopyKind::DeviceToHost,
+              stream_);
+  }
+
+  void checkFault(const Program& program, const FaultRecord& record) {
+    if (!record.claimed) return;
+    step_ = record.step;
+    const int op = program.steps[record.step].op;
+    fail(ErrorCode::InvalidData, "%s",
+         faultMessage(opDefs()[op].name, signatureOf(op).inputs[record.operand].name, record).c_str());
+  }
+
+  // ---- States and weights
+
+  void uploadStates(const Program& program) {
+    for (const auto& use : program.writableUses) {
+      Storage& storage = *use.storage;
+      const std::lock_guard lock(storage.mirrorMutex);
+      if (!storage.hostNewer) continue;
+      copyAsync(static_cast<StateMirror*>(storage.mirror.get())->data(), storage.data, storage.bytes,
+                CopyKind::HostToDevice, stream_);
+      streamSynchronize(stream_);
+      storage.hostNewer = false;
+    }
+  }
+
+  // The device's copy of a state's storage; another device's goes, after what it holds has come back.
+  uint8_t* mirrorOf(Storage& storage) {
+    storage.readHost();
+    const std::lock_guard lock(storage.mirrorMutex);
+    if (!dynamic_cast<StateMirror*>(storage.mirror.get())) {
+      storage.mirror = std::make_shared<StateMirror>(storage.bytes);
+      storage.hostNewer = true;
+    }
+    return static_cast<StateMirror*>(storage.mirror.get())->data();
+  }
+
+  const DeviceWeight& weightOf(Tensor& tensor) {
+    auto& copy = tensor.deviceWeights[static_cast<size_t>(kKind)];
+    const std::lock_guard lock(tensor.packMutex);
+    if (!copy) copy = upload(tensor);
+    return *copy;
+  }
+
+  // Narrower elements are what the weight is asked to be packed as.
+  std::shared_ptr<const DeviceWeight> upload(const Tensor& tensor) {
+    auto weight = std::make_shared<DeviceWeight>();
+    weight->dtype = tensor.dtype != DType::I32 && dtypeSize(tensor.packAs) < 4 ? tensor.packAs : tensor.dtype;
+    int64_t rows = 1;
+    for (int d = 0; d + 1 < tensor.rank; ++d) rows *= tensor.shape[d];
+    const int64_t columns = tensor.rank ? tensor.shape[tensor.rank - 1] : 1;
+    const size_t rowBytes = static_cast<size_t>(columns) * dtypeSize(weight->dtype);
+    DeviceBlock block(static_cast<size_t>(rows) * rowBytes);
+    auto* kept = new DeviceBlock(std::move(block));
+    weight->data = kept->data();
+    weight->release = [kept](void*) { delete kept; };
+    const int64_t rowsAtOnce = std::max<int64_t>(1, static_cast<int64_t>(kStagingBytes / std::max<size_t>(rowBytes, 1)));
+    uint8_t* staging = staging_.atLeast(static_cast<size_t>(std::min(rows, rowsAtOnce)) * rowBytes);
+    for (int64_t first = 0; first < rows && rowBytes > 0; first += rowsAtOnce) {
+      const int64_t count = std::min(rowsAtOnce, rows - first);
+      for (int64_t r = 0; r < count; ++r) copyRow(tensor, first + r, columns, weight->dtype, staging + r * rowBytes);
+      copyAsync(kept->data() + first * rowBytes, staging, static_cast<size_t>(count) * rowBytes, CopyKind::HostToDevice,
+                stream_);
+      streamSynchronize(stream_);
+    }
+    return weight;
+  }
+
+  // Row `row`, counted over all dims but the last, as `columns` elements of `dtype`.
+  static void copyRow(const Tensor& tensor, int64_t row, int64_t columns, DType dtype, void* to) {
+    int64_t at = 0;
+    for (int d = tensor.rank - 2; d >= 0; --d) {
+      at += row % tensor.shape[d] * tensor.strides[d];
+      row /= tensor.shape[d];
+    }
+    const int64_t step = tensor.rank ? tensor.strides[tensor.rank - 1] : 1;
+    if (dtype == tensor.dtype) {
+      const size_t size = dtypeSize(dtype);
+      const auto* from = static_cast<const uint8_t*>(tensor.data()) + at * static_cast<int64_t>(size);
+      if (step == 1) {
+        std::memcpy(to, from, static_cast<size_t>(columns) * size);
+        return;
+      }
+      for (int64_t c = 0; c < columns; ++c) {
+        std::memcpy(static_cast<uint8_t*>(to) + c * size, from + c * step * static_cast<int64_t>(size), size);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      const float value = loadAsFloat(tensor.data(), tensor.dtype, at + c * step);
+      static_cast<uint16_t*>(to)[c] = dtype == DType::BF16 ? floatToBf16(value) : floatToF16(value);
+    }
+  }
+
+  // ---- Recording
+
+  const Recording& record(const std::shared_ptr<const Program>& shared, const Layout& layout) {
+    const Program& program = *shared;
+    for (auto it = recordings_.begin(); it != recordings_.end();) {
+      it = it->second.program.expired() ? recordings_.erase(it) : std::next(it);
+    }
+    std::vector<const void*> bound;
+    for (const auto& tensor : program.bound) {
+      bound.push_back(tensor->storage->writable ? mirrorOf(*tensor->storage) + tensor->byteOffset
+                                                : static_cast<const uint8_t*>(weightOf(*tensor).data));
+    }
+    Recording& recording = recordings_[&program];
+    const bool sameProgram = recording.program.lock() == shared;
+    if (sameProgram && recording.block == block_.data() && recording.bound == bound) return recording;
+    for (;;) {
+      if (recording.graph) graphDestroy(std::exchange(recording.graph, nullptr));
+      recording.block = nullptr;
+      grow(layout.scratch + scratchBytes_);
+      recording.program = shared;
+      recording.bound = bound;
+      recording.graph = capture(program, layout, bound);
+      const size_t wanted = aligned(scratchWanted_);
+      if (layout.scratch + wanted <= block_.bytes()) break;
+      scratchBytes_ = std::max(scratchBytes_, wanted);
+    }
+    recording.block = block_.data();
+    return recording;
+  }
+
+  // The block grows; its address changes, so every recording is made again when it is next needed.
+  void grow(size_t bytes) {
+    if (bytes <= block_.bytes()) return;
+    account(-static_cast<int64_t>(block_.bytes()));
+    block_ = DeviceBlock();
+    block_ = DeviceBlock(bytes);
+    account(static_cast<int64_t>(bytes));
+  }
+
+  void account(int64_t bytes) {
+    if (owned_) *owned_ += bytes;
+  }
+
+  Graph capture(const Program& program, const Layout& layout, const std::vector<const void*>& bound) {
+    uint8_t* const base = block_.data();
+    auto* sizes = reinterpret_cast<int32_t*>(base + layout.sizes);
+    std::vector<Operand> operands(program.tensors.size());
+    for (size_t t = 0; t < operands.size(); ++t) {
+      const TensorDef& def = program.tensors[t];
+      Operand& operand = operands[t];
+      operand.sizes = sizes;
+      operand.rank = def.rank;
+      operand.dtype = def.dtype;
+      operand.stride = 1;
+      for (int d = def.rank - 1; d >= 0; --d) {
+        operand.dim[d] = def.dims[d];
+        operand.bound[d] = program.dims[def.dims[d]].bound;
+        if (d > 0) operand.stride *= operand.bound[d];
+      }
+      switch (def.kind) {
+        case TensorKind::Temp: operand.data = def.arenaOffset < 0 ? nullptr : base + layout.arena + def.arenaOffset; break;
+        case TensorKind::Feed: operand.data = base + layout.feeds[def.slot]; break;
+        case TensorKind::Output: operand.data = base + layout.outputs[def.slot]; break;
+        case TensorKind::Bound: {
+          operand.data = const_cast<void*>(bound[def.slot]);
+          const Tensor& tensor = *program.bound[def.slot];
+          if (tensor.storage->writable) {
+            requireContiguous(tensor);
+          } else {
+            operand.dtype = weightOf(*program.bound[def.slot]).dtype;
+          }
+          break;
+        }
+      }
+    }
+    checked_.clear();
+    scratchWanted_ = 0;
+    beginCapture(stream_);
+    for (step_ = 0; step_ < static_cast<int>(program.steps.size()); ++step_) {
+      const Step& step = program.steps[step_];
+      Operand in[kMaxOperands], out[kMaxOperands];
+      for (size_t i = 0; i < step.in.size(); ++i) {
+        if (step.in[i] >= 0) in[i] = operands[step.in[i]];
+      }
+      for (size_t i = 0; i < step.out.size(); ++i) {
+        if (step.out[i] >= 0) out[i] = operands[step.out[i]];
+      }
+      int32_t* produced[kMaxOperands] = {};
+      for (size_t i = 0; i < step.produced.size(); ++i) produced[i] = sizes + step.produced[i];
+      scratch_ = base + layout.scratch;
+      scratchUsed_ = 0;
+      current_ = &step;
+      const StepState state{reinterpret_cast<FaultRecord*>(base),
+                            reinterpret_cast<Counters*>(base + layout.counters) + step.tag, step_};
+      const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced, stream_,
+                          multiprocessors(), allocateScratch, uncheckedInput, this};
+      findEmitter(launch.op)(launch);
+      if (std::strncmp(launch.op, "route_", 6) != 0) continue;
+      for (const int tensor : step.out) trusted_.insert(tensor);
+    }
+    trusted_.clear();
+    step_ = -1;
+    return endCapture(stream_);
+  }
+
+  static void requireContiguous(const Tensor& tensor) {
+    int64_t stride = 1;
+    for (int d = tensor.rank - 1; d >= 0; --d) {
+      if (tensor.shape[d] != 1 && tensor.strides[d] != stride) {
+        fail(ErrorCode::InvalidProgram, "a writable tensor must be contiguous on this device");
+      }
+      stride *= tensor.shape[d];
+    }
+  }
+
+  // Beyond the block: the addresses are then never used, because the recording is made again with a larger one.
+  static void* allocateScratch(void* self, size_t bytes) {
+    auto& runner = *static_cast<Runner*>(self);
+    void* result = runner.scratch_ + runner.scratchUsed_;
+    runner.scratchUsed_ += aligned(bytes);
+    runner.scratchWanted_ = std::max(runner.scratchWanted_, runner.scratchUsed_);
+    return result;
+  }
+
+  // What routing ops produce is right by construction.
+  static bool uncheckedInput(void* self, int input, int kind) {
+    auto& runner = *static_cast<Runner*>(self);
+    const int tensor = runner.current_->in[input];
+    return !runner.trusted_.count(tensor) && runner.checked_.emplace(tensor, kind).second;
+  }
+
+  int multiprocessors() {
+    if (!multiprocessors_) multiprocessors_ = deviceProperties(0).multiprocessors;
+    return multiprocessors_;
+  }
+
+  std::shared_ptr<std::atomic<int64_t>> owned_;
+  Stream stream_ = nullptr;
+  DeviceBlock block_;
+  HostBlock staging_;
+  std::unordered_map<const Program*, Recording> recordings_;
+  int multiprocessors_ = 0;
+  int step_ = -1;  // being recorded, for messages
+
+  // Of the recording under way.
+  uint8_t* scratch_ = nullptr;
+  size_t scratchUsed_ = 0, scratchWanted_ = 0, scratchBytes_ = 0;
+  const Step* current_ = nullptr;
+  std::set<std::pair<int, int>> checked_;
+  std::set<int> trusted_;
+};
+
+}  // namespace
+
+DeviceInfo describe() {
+  if (deviceCount() > 0) {
+    const DeviceProperties p = deviceProperties(0);
+    char text[256];
+    std::snprintf(text, sizeof text, "%s, compute capability %d.%d, %.1f GiB", p.name.c_str(), p.computeMajor,
+                  p.computeMinor, static_cast<double>(p.memoryBytes) / (1 << 30));
+    return {kKind, true, text};
+  }
+  return {kKind, false, deviceProblem()};
+}
+
+std::unique_ptr<Device> makeRunner(std::shared_ptr<std::atomic<int64_t>> owned) {
+  return std::make_unique<Runner>(std::move(owned));
+}
+
+}  // namespace elastiform::ELASTIFORM_DEVICE
