@@ -1,6 +1,7 @@
 // Flags and conversions that several commands share.
 import type { Budget } from '../elastic/budget.js';
 import type { LoadOptions } from '../infer/types.js';
+import { deviceChoices } from '../native/index.js';
 import { type CommandContext, UsageError } from './command.js';
 
 export const dtypes = ['f32', 'bf16', 'f16'] as const;
@@ -8,13 +9,15 @@ export const dtypes = ['f32', 'bf16', 'f16'] as const;
 /** Flags of commands that load a model. */
 export const loadFlags = {
   dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the weights (default: as in the checkpoint)' },
+  device: { type: 'string', value: 'cpu|cuda|simt|auto', help: 'where to run (default: ELASTIFORM_DEVICE, else cpu)' },
   threads: { type: 'string', value: 'N', help: 'threads of the kernels (default: all cores)' },
 } as const;
 
 export function loadOptions({ flags, signal }: CommandContext): LoadOptions {
   const dtype = flags.choice('dtype', dtypes);
   const threads = flags.integer('threads', { min: 1 });
-  return { ...(dtype ? { dtype } : {}), ...(threads ? { threads } : {}), signal };
+  const device = flags.choice('device', deviceChoices);
+  return { ...(dtype ? { dtype } : {}), ...(device ? { device } : {}), ...(threads ? { threads } : {}), signal };
 }
 
 /** `0.7`, `full` or the name of a level. */

@@ -1,9 +1,11 @@
 // What the training commands share: flags over a configuration file, progress, the outcome.
 import type { TrainConfig, TrainEvent, TrainResult } from '../distill/events.js';
 import { readJson } from '../io/files.js';
+import { deviceChoices } from '../native/index.js';
 import { type CommandContext, exitCodes, type FlagReader, UsageError } from './command.js';
 import { dataFlags } from './data.js';
 import { Progress } from './progress.js';
+import { loadFlags } from './shared.js';
 
 /** Flags of both kinds of training; each overrides its counterpart in the configuration file. */
 export const trainingFlags = {
@@ -25,6 +27,7 @@ export const trainingFlags = {
   lr: { type: 'string', value: 'RATE', help: 'peak learning rate' },
   'batch-tokens': { type: 'string', value: 'N', help: 'tokens of one batch' },
   'sequence-length': { type: 'string', value: 'N', help: 'longest sequence in tokens' },
+  device: loadFlags.device,
   seed: { type: 'string', value: 'N', help: 'seed of the data order and of every random choice' },
   resume: { type: 'string', value: 'auto|never', help: 'continue from the newest checkpoint in --out (default: auto)' },
 } as const;
@@ -52,6 +55,7 @@ export function trainingOptions(flags: FlagReader, config: Record<string, unknow
     batchTokens: flags.integer('batch-tokens', { min: 1 }),
     sequenceLength: flags.integer('sequence-length', { min: 2 }),
     seed: flags.integer('seed'),
+    device: flags.choice('device', deviceChoices),
     optimizer: lr === undefined ? undefined : { ...(config.optimizer as object | undefined), lr },
     resume: resume === undefined ? undefined : resume === 'auto' ? 'auto' : false,
   };

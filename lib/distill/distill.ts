@@ -97,7 +97,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   return withLock(config.out, async () => {
     using checkpoint = Checkpoint.open(config.plan);
     using loaded = loadWeights(spec, checkpoint, config.dtype ? { dtype: config.dtype } : {});
-    using engine = new Engine();
+    using engine = new Engine(config.device);
     using trainable = new Trainable(routerPlan(policy));
     const start = flatten(trainable, elastic.routers);
     trainable.params.write(start);

@@ -1,5 +1,7 @@
 // What a training run reports while it goes, and the settings every run shares.
 
+import type { DeviceChoice } from '../native/index.js';
+
 export type WarningCode = 'nan-grad' | 'router-collapse' | 'capacity-off-target' | 'data-repeat';
 
 export type TrainEvent =
@@ -48,6 +50,8 @@ export interface TrainConfig {
   /** Recompute each block in the backward pass instead of keeping its activations. */
   gradCheckpointing?: boolean;
   seed?: number;
+  /** Where training runs; default: `ELASTIFORM_DEVICE`, else the CPU. `auto`: CUDA where it can be used. */
+  device?: DeviceChoice;
   /** Steps between evaluations of the held-out data; needs held-out data. */
   evalEvery?: number;
   /** Steps between checkpoints; one is written at the end in any case. */

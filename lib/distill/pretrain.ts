@@ -75,7 +75,7 @@ export async function pretrain(config: PretrainConfig): Promise<TrainResult> {
     const evalData = texts.heldOut && TokenData.tokenise(texts.heldOut, tokenizer, sequenceLength);
     const resolved = resolveConfig(config, data, { batchTokens: 4096, lr: 1e-3, weightDecay: 0.1 });
 
-    using engine = new Engine();
+    using engine = new Engine(config.device);
     using trainable = new Trainable(parameterPlan(spec));
     const random = new Random(resolved.seed, 'initial weights');
     trainable.params.write(initialWeights(spec, () => random.normal()));

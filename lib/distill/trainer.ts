@@ -62,7 +62,7 @@ export interface ResolvedConfig {
 
 const trainKeys = [
   ...['steps', 'epochs', 'sequenceLength', 'batchTokens', 'gradAccumulation', 'optimizer', 'gradCheckpointing', 'seed'],
-  ...['evalEvery', 'saveEvery', 'keep', 'earlyStop', 'log', 'resume', 'onEvent', 'signal'],
+  ...['evalEvery', 'saveEvery', 'keep', 'earlyStop', 'log', 'resume', 'device', 'onEvent', 'signal'],
 ];
 
 /** Throws InvalidArgumentError for a key that is not known. */

@@ -46,7 +46,7 @@ export interface Network {
  * wrong with it, InvalidArgumentError for an unknown option or a value out of range, AbortError.
  */
 export async function loadNetwork(dir: string, options: LoadOptions = {}): Promise<Network> {
-  checkOptions('loadModel', options, ['dtype', 'maxContext', 'threads', 'onProgress', 'signal']);
+  checkOptions('loadModel', options, ['dtype', 'device', 'maxContext', 'threads', 'onProgress', 'signal']);
   const { dtype, threads, onProgress, signal } = options;
   if (dtype !== undefined && !dtypes.includes(dtype)) {
     throw new InvalidArgumentError(`[loadModel] dtype must be one of ${dtypes.join(', ')}, got ${String(dtype)}`);
@@ -97,7 +97,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
     progress(3);
 
     if (threads !== undefined) loadAddon().setThreads(threads);
-    const engine = new Engine();
+    const engine = new Engine(options.device);
     owned.push(engine);
     return {
       dir,

@@ -2,6 +2,7 @@
 
 import type { Budget } from '../elastic/budget.js';
 import type { ElasticSpec, Level } from '../elastic/policy.js';
+import type { DeviceChoice } from '../native/index.js';
 
 export type { Budget, ElasticSpec, Level };
 
@@ -80,6 +81,8 @@ export interface LoadOptions {
   dtype?: Dtype;
   /** Tokens a generation may hold, prompt included. Default: the model's limit, at most 4096. */
   maxContext?: number;
+  /** Where the model runs; default: `ELASTIFORM_DEVICE`, else the CPU. `auto`: CUDA where it can be used. */
+  device?: DeviceChoice;
   /** Threads of this process' kernels; default: all cores. */
   threads?: number;
   onProgress?: (event: { phase: string; done: number; total: number }) => void;

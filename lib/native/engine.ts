@@ -34,14 +34,17 @@ export class CompiledProgram implements Disposable {
   }
 }
 
-function defaultDevice(): DeviceName {
-  const name = process.env.ELASTIFORM_DEVICE || 'cpu';
-  if (isDeviceName(name)) return name;
-  throw new InvalidArgumentError(`[Engine] ELASTIFORM_DEVICE must be ${deviceNames.join(', ')}, got ${name}`);
-}
+/** `auto`: CUDA where it can be used, else the CPU. */
+export type DeviceChoice = DeviceName | 'auto';
+export const deviceChoices: readonly DeviceChoice[] = ['cpu', 'cuda', 'simt', 'auto'];
 
-export const deviceNames: readonly DeviceName[] = ['cpu', 'cuda', 'simt'];
-export const isDeviceName = (name: unknown): name is DeviceName => deviceNames.includes(name as DeviceName);
+function resolveDevice(choice: string, source: string): DeviceName {
+  if (!deviceChoices.includes(choice as DeviceChoice)) {
+    throw new InvalidArgumentError(`[Engine] ${source} must be one of ${deviceChoices.join(', ')}, got ${choice}`);
+  }
+  if (choice !== 'auto') return choice as DeviceName;
+  return loadAddon().info().devices.cuda.available ? 'cuda' : 'cpu';
+}
 
 /** Runs programs, one after the other, on a native thread. Pending runs keep the process alive; an idle engine does not. */
 export class Engine implements Disposable {
@@ -55,8 +58,10 @@ export class Engine implements Disposable {
    * @param device - default: `ELASTIFORM_DEVICE`, else the CPU
    * @throws DeviceUnavailableError with the reason and what to do
    */
-  constructor(device?: DeviceName) {
-    this.device = device ?? defaultDevice();
+  constructor(device?: DeviceChoice) {
+    const fromEnvironment = process.env.ELASTIFORM_DEVICE || 'cpu';
+    this.device =
+      device === undefined ? resolveDevice(fromEnvironment, 'ELASTIFORM_DEVICE') : resolveDevice(device, 'device');
     this.native = wrapNative(() => new (loadAddon().Engine)(this.device));
   }
 

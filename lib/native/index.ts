@@ -8,7 +8,7 @@ export type {
   NativeRunResult,
   TypedArray,
 } from './addon.js';
-export { CompiledProgram, deviceNames, Engine, isDeviceName } from './engine.js';
+export { CompiledProgram, type DeviceChoice, deviceChoices, Engine } from './engine.js';
 export * from './errors.js';
 export { loadAddon } from './load.js';
 export { Mapping, Tensor } from './tensor.js';
