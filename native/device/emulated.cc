@@ -315,6 +315,7 @@ void mbarrierWait(Mbarrier& barrier, uint32_t parity, Site site) {
     current->block->barrierWaiters.push_back({&barrier, current->linear});
     waitUntilWoken("mbarrierWait", site);
   }
+  std::erase(current->block->landed, &barrier);
 }
 
 void cpAsyncArrive(Mbarrier& barrier) {
@@ -402,6 +403,7 @@ void Block::finishJob() {
   for (const Copy& copy : job.copies) land(copy);
   if (bytes > 0) moveTile(job.tile, true);
   jobs.erase(jobs.begin() + i);
+  if (std::find(landed.begin(), landed.end(), &barrier) == landed.end()) landed.push_back(&barrier);
   if (bytes == 0) {
     arriveAt(barrier, "cp.async arrival");
     return;

@@ -222,6 +222,17 @@ std::string deadlock(const Block& block) {
   return text;
 }
 
+// Leaves the block for good, with every fiber of it as it is.
+[[noreturn]] void abandon(const Thread& culprit, const char* text) {
+  Block& block = *culprit.block;
+  char place[160];
+  std::snprintf(place, sizeof place, "[simt] %.80s block (%u,%u,%u) thread %d: ", block.kernel, block.index.x,
+                block.index.y, block.index.z, culprit.linear);
+  block.defect = std::string(place) + text;
+  switchFiber(*current->fiber, executor().host);
+  __builtin_unreachable();
+}
+
 // Gives the OS thread to whoever is next; the caller has said what it waits for, or is done.
 void yield() {
   Thread* self = current;
@@ -229,9 +240,10 @@ void yield() {
   Thread* next = pick(block);
   if (next == self) return;
   if (!next && block.live > 0) {
-    char text[640];  // report does not return: nothing on this stack may own memory
+    char text[640];  // abandon does not return: nothing on this stack may own memory
     std::snprintf(text, sizeof text, "%s", deadlock(block).c_str());
-    report("%s", text);
+    const auto waits = [](const Thread& thread) { return !thread.done; };
+    abandon(*std::find_if(block.threads.begin(), block.threads.end(), waits), text);
   }
   ++block.statistics.switches;
   current = next;
@@ -254,7 +266,9 @@ void exitThread() {
     barrier.waiting.clear();
     barrier.arrived = 0;
   }
-  if (block.live == 0 && !block.jobs.empty()) report("the block exits with TMA or cp.async in flight to an mbarrier");
+  if (block.live == 0 && (!block.jobs.empty() || !block.landed.empty())) {
+    report("the block exits and nobody has waited for TMA or cp.async at an mbarrier");
+  }
 }
 
 void fiberMain() {
@@ -320,6 +334,7 @@ void reset(Executor& self) {
   block.live = threads;
   block.jobs.clear();
   block.barrierWaiters.clear();
+  block.landed.clear();
   block.defect.clear();
   block.currentWarp = block.currentLane = 0;
   block.descending = block.schedule.order != Order::Fair && block.random(2) == 1;
@@ -331,7 +346,7 @@ void reset(Executor& self) {
   for (Warp& warp : block.warps) {
     warp.ready = 0;
     warp.priority = block.random(1u << 30);
-    for (Meeting& meeting : warp.meetings) meeting.arrived = 0;
+    warp.meetingsUsed = 0;
     warp.fenced = false;
     warp.wgmma.clear();
     warp.accumulators.clear();
@@ -403,14 +418,7 @@ void report(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   if (!current) throw Error(ErrorCode::Internal, std::string("[simt] ") + text);
-  Thread& self = *current;
-  Block& block = *self.block;
-  char place[160];
-  std::snprintf(place, sizeof place, "[simt] %.80s block (%u,%u,%u) thread %d: ", block.kernel, block.index.x,
-                block.index.y, block.index.z, self.linear);
-  block.defect = std::string(place) + text;
-  switchFiber(*self.fiber, executor().host);
-  __builtin_unreachable();
+  abandon(*current, text);
 }
 
 void waitUntilWoken(const char* waitsFor, const Site& site) {
@@ -433,6 +441,22 @@ bool samePlace(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
+// The meeting of this mask that lanes are arriving at, or a free one. There are never more than lanes.
+Meeting& meetingOf(Warp& warp, uint32_t mask) {
+  int free = warp.meetingsUsed;
+  for (int i = 0; i < warp.meetingsUsed; ++i) {
+    if (warp.meetings[i].arrived == 0) {
+      free = i;
+    } else if (warp.meetings[i].mask == mask) {
+      return warp.meetings[i];
+    }
+  }
+  if (free == warp.meetingsUsed) ++warp.meetingsUsed;
+  Meeting& meeting = warp.meetings[free];
+  meeting.arrived = 0;
+  return meeting;
+}
+
 }  // namespace
 
 void meet(const char* name, uint32_t mask, WarpOp op, void* operand, const Site& site) {
@@ -440,15 +464,15 @@ void meet(const char* name, uint32_t mask, WarpOp op, void* operand, const Site&
   Block& block = *self.block;
   Warp& warp = block.warps[self.warp];
   if ((mask >> self.lane & 1) == 0) report("%s: lane %d is not in its own mask %08x", name, self.lane, mask);
-  Meeting& meeting = warp.meetings[lowestBit(mask)];
+  Meeting& meeting = meetingOf(warp, mask);
   if (meeting.arrived == 0) {
     meeting.mask = mask;
     meeting.op = op;
     meeting.name = name;
     meeting.site = site;
-  } else if (meeting.mask != mask || meeting.op != op || !samePlace(meeting.site, site)) {
-    report("divergent warp: %s with mask %08x (line %u) where another lane is at %s with mask %08x (line %u)", name,
-           mask, site.line(), meeting.name, meeting.mask, meeting.site.line());
+  } else if (meeting.op != op || !samePlace(meeting.site, site)) {
+    report("divergent warp: %s (line %u) where another lane of mask %08x is at %s (line %u)", name, site.line(), mask,
+           meeting.name, meeting.site.line());
   }
   warp.operands[self.lane] = operand;
   meeting.arrived |= 1u << self.lane;

@@ -195,7 +195,8 @@ struct Meeting {
 struct Warp {
   uint32_t ready = 0;  // lanes that could run
   uint32_t priority = 0;
-  Meeting meetings[32];  // by the lowest lane of their mask
+  Meeting meetings[32];  // of lanes under way; a mask is found by search, halves of a warp may be at different places
+  int meetingsUsed = 0;  // free ones have arrived == 0
   void* operands[32];
   bool fenced = false;  // wgmma.fence since registers were last free to be touched
   Groups<Wgmma> wgmma;
@@ -232,6 +233,7 @@ struct Block {
   int live = 0;
   std::vector<Job> jobs;
   std::vector<BarrierWaiter> barrierWaiters;
+  std::vector<const Mbarrier*> landed;  // asynchronous operations have ended here since somebody last waited
   std::string defect;
 
   uint32_t random(uint32_t below);
