@@ -60,6 +60,7 @@ template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t sharedBytes, Stream stream,
             Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "the kernel takes another number of arguments");
+  if (current) report("launches %s from a kernel", name);
   auto bound = std::make_shared<const std::tuple<std::decay_t<Params>...>>(std::forward<Args>(args)...);
   enqueue(stream, [=] { runKernel(name, grid, block, sharedBytes, [&] { std::apply(kernel, *bound); }); });
 }

@@ -377,7 +377,7 @@ void runBlock(Executor& self) {
 std::atomic<uint64_t> scheduleSeed{0};
 std::atomic<int> scheduleOrder{-1};  // -1: not yet read from the environment
 
-thread_local Statistics statisticsOfLastLaunch;
+thread_local Statistics statisticsOfLastLaunch, statisticsOfLaunches;
 
 // Counts the bank conflicts of the accesses that the lanes of a warp have made since they last met.
 void settleAccesses(Block& block, int w) {
@@ -647,13 +647,13 @@ void Statistics::add(const Statistics& o) {
 }
 
 const Statistics& lastLaunch() { return statisticsOfLastLaunch; }
+Statistics takeStatistics() { return std::exchange(statisticsOfLaunches, {}); }
 
 void runKernel(const char* name, dim3 grid, dim3 dim, size_t sharedBytes, const std::function<void()>& body) {
   // LAUNCH((kernel<1, 2>), ...) is how a comma gets through a macro.
   std::string kernel = name;
   if (kernel.size() > 2 && kernel.front() == '(' && kernel.back() == ')') kernel = kernel.substr(1, kernel.size() - 2);
   const char* text = kernel.c_str();
-  if (current) report("launches %s from a kernel", text);
   if (dim.count() == 0 || dim.count() % 32 != 0 || dim.count() > kThreadsMax || grid.count() == 0) {
     fail(ErrorCode::Internal, "[simt] %s: %zu blocks of %zu threads; blocks are whole warps, up to %d threads", text,
          grid.count(), dim.count(), kThreadsMax);
@@ -694,6 +694,7 @@ void runKernel(const char* name, dim3 grid, dim3 dim, size_t sharedBytes, const 
   }
   checkRedZones(text);
   statisticsOfLastLaunch = total;
+  statisticsOfLaunches.add(total);
 }
 
 }  // namespace elastiform::simt

@@ -61,8 +61,9 @@ struct Statistics {
 
   void add(const Statistics& other);
 };
-// Of the calling thread's last kernel that ended without a defect.
+// Of the calling thread's kernels that ended without a defect: the last one, and all since the previous call.
 const Statistics& lastLaunch();
+Statistics takeStatistics();
 
 // Calls body once per thread of the grid. `name` is for reports.
 void runKernel(const char* name, dim3 grid, dim3 block, size_t sharedBytes, const std::function<void()>& body);

@@ -536,7 +536,10 @@ void testThreads() {
 void testEmulation() {
   underEverySchedule([](const char* schedule) {
     expectPassed(runConformance(), schedule);
+    takeStatistics();
     expectPassed(runExamples(), schedule);
+    const Statistics statistics = takeStatistics();
+    CHECK(statistics.mma > 0 && statistics.wgmma > 0 && statistics.bankConflicts == 0);
   });
   testWarpDefects();
   testBarrierDefects();
