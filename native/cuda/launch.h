@@ -29,7 +29,8 @@ struct Operand {
   DEVICE int size(int i) const { return sizes[dim[i]]; }
   DEVICE int64_t elements() const {
     int64_t n = 1;
-    for (int i = 0; i < rank; ++i) n *= size(i);
+    UNROLL  // constant indices: the operand stays in the kernel's parameters
+    for (int i = 0; i < kMaxRank; ++i) n *= i < rank ? size(i) : 1;
     return n;
   }
   DEVICE float* f32() const { return static_cast<float*>(data); }
