@@ -1,14 +1,95 @@
-// Elementwise ops.
+// Elementwise ops: zeros, sums, scaling, activations and gated activations with their gradients.
+#include "cuda/activation.cuh"
 #include "cuda/kernels.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void zeros(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void add(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void scale(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void activation(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void activationGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void gatedActivation(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void gatedActivationGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+constexpr int kThreads = 256;
+
+// y = f(x...). y may be an operand's memory: every thread reads its elements before it writes them.
+template <typename F, typename... Operands>
+__global__ void __launch_bounds__(kThreads, 6) mapKernel(F f, Operand y, Operands... x) {
+  forElements(y.elements(), startsAligned(y, x...), [&]<typename V>(int64_t i) {
+    stGlobal(y.f32() + i, each(f, ldGlobal<V>(x.f32() + i)...));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 8) zerosKernel(Operand y) {
+  forElements(y.elements(), startsAligned(y), [&]<typename V>(int64_t i) { stGlobal(y.f32() + i, V{}); });
+}
+
+__global__ void __launch_bounds__(kThreads, 8) scaleKernel(Operand x, Operand s, Operand y, double factor) {
+  const float total = static_cast<float>(s ? factor * s.f32()[0] : factor);
+  forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) {
+    stGlobal(y.f32() + i, each([&](float v) { return v * total; }, ldGlobal<V>(x.f32() + i)));
+  });
+}
+
+// dg may be dy's memory.
+template <Act act>
+__global__ void __launch_bounds__(kThreads, 4)
+    gatedGradKernel(Operand dy, Operand g, Operand u, Operand dg, Operand du) {
+  forElements(dg.elements(), startsAligned(dy, g, u, dg, du), [&]<typename V>(int64_t i) {
+    const V d = ldGlobal<V>(dy.f32() + i), a = ldGlobal<V>(g.f32() + i), b = ldGlobal<V>(u.f32() + i);
+    stGlobal(dg.f32() + i, each([](float d, float a, float b) { return d * b * activateGrad<act>(a); }, d, a, b));
+    stGlobal(du.f32() + i, each([](float d, float a) { return d * activate<act>(a); }, d, a));
+  });
+}
+
+template <Act act>
+struct Activation {
+  DEVICE float operator()(float x) const { return activate<act>(x); }
+};
+template <Act act>
+struct ActivationGrad {
+  DEVICE float operator()(float dy, float x) const { return dy * activateGrad<act>(x); }
+};
+template <Act act>
+struct GatedActivation {
+  DEVICE float operator()(float g, float u) const { return activate<act>(g) * u; }
+};
+
+unsigned blocksFor(const Launch& launch) { return launch.blocks(launch.out[0].boundElements(), 4 * kThreads); }
+
+// Output 0 = f(x...).
+template <typename F, typename... Operands>
+void map(const Launch& launch, F f, const Operands&... x) {
+  LAUNCH((mapKernel<F, Operands...>), blocksFor(launch), kThreads, 0, launch.stream, f, launch.out[0], x...);
+}
+
+}  // namespace
+
+void zeros(const Launch& launch) {
+  LAUNCH(zerosKernel, blocksFor(launch), kThreads, 0, launch.stream, launch.out[0]);
+}
+
+void add(const Launch& launch) { map(launch, Sum{}, launch.in[0], launch.in[1]); }
+
+void scale(const Launch& launch) {
+  const double factor = launch.finiteAttribute(0, "factor");
+  LAUNCH(scaleKernel, blocksFor(launch), kThreads, 0, launch.stream, launch.in[0], launch.in[1], launch.out[0], factor);
+}
+
+void activation(const Launch& launch) {
+  withAct(actAttribute(launch), [&]<Act act>() { map(launch, Activation<act>{}, launch.in[0]); });
+}
+
+void activationGrad(const Launch& launch) {
+  withAct(actAttribute(launch), [&]<Act act>() { map(launch, ActivationGrad<act>{}, launch.in[0], launch.in[1]); });
+}
+
+void gatedActivation(const Launch& launch) {
+  withAct(actAttribute(launch), [&]<Act act>() { map(launch, GatedActivation<act>{}, launch.in[0], launch.in[1]); });
+}
+
+void gatedActivationGrad(const Launch& launch) {
+  withAct(actAttribute(launch), [&]<Act act>() {
+    LAUNCH(gatedGradKernel<act>, blocksFor(launch), kThreads, 0, launch.stream, launch.in[0], launch.in[1],
+           launch.in[2], launch.out[0], launch.out[1]);
+  });
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE
