@@ -1,12 +1,125 @@
-// Ops on selected rows, and sums in a fixed order.
+// Moving and summing rows: gathers, scatters, gated sums, dot product.
 #include "cuda/kernels.h"
+#include "cuda/sums.cuh"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void gatherRows(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void gatherIds(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void scatterAdd(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void sumRows(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void dot(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+constexpr int kThreads = 256;
+
+unsigned cellBlocks(const Launch& launch, const Operand& cells) {
+  return launch.blocks(cells.boundElements(), 4 * kThreads);
+}
+
+__global__ void __launch_bounds__(kThreads, 8) gatherKernel(Operand x, Operand rows, Operand y, StepState state) {
+  if (state.faulted()) return;
+  const int width = y.size(1);
+  forCells(y.size(0), width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
+    stGlobal(y.f32() + int64_t{r} * width + c, ldGlobal<V>(x.f32() + int64_t{rows.i32()[r]} * width + c));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 8) gatherIdsKernel(Operand x, Operand rows, Operand y, StepState state) {
+  if (state.faulted()) return;
+  const int count = y.size(0);
+  for (int r = blockIdx.x * kThreads + threadIdx.x; r < count; r += gridDim.x * kThreads) {
+    y.i32()[r] = x.i32()[rows.i32()[r]];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 8) copyKernel(Operand x, Operand y) {
+  forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) {
+    stGlobal(y.f32() + i, ldGlobal<V>(x.f32() + i));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 8) scatterAddKernel(Operand x, Operand rows, Operand y, StepState state) {
+  if (state.faulted()) return;
+  const int width = x.size(1);
+  forCells(x.size(0), width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
+    float* to = y.f32() + int64_t{rows.i32()[r]} * width + c;
+    stGlobal(to, each(Sum{}, ldGlobal<V>(to), ldGlobal<V>(x.f32() + int64_t{r} * width + c)));
+  });
+}
+
+// A dot product is the sum of at most so many parts, one block each.
+constexpr int kDotParts = 512;
+
+struct DotShared {
+  double value[kDotParts];
+};
+
+// The sum of a block's values, one a thread, in thread 0.
+template <int kCount>
+DEVICE double blockSum(double value, DotShared& s) {
+  const int thread = threadIdx.x;
+  s.value[thread] = value;
+  UNROLL
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    syncThreads();
+    if (thread < half) s.value[thread] += s.value[thread + half];
+  }
+  return s.value[thread];
+}
+
+__global__ void __launch_bounds__(kThreads, 6) dotPartsKernel(Operand a, Operand b, double* part) {
+  SHARED_MEMORY(DotShared, s);
+  const int64_t count = a.elements();
+  // Of whole rounds of the block, by the number of elements alone.
+  const int64_t length = (count + int64_t{kDotParts} * kThreads - 1) / (int64_t{kDotParts} * kThreads) * kThreads;
+  const int64_t first = blockIdx.x * length, end = min(first + length, count);
+  double sum = 0;
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) sum += double{a.f32()[i]} * double{b.f32()[i]};
+  sum = blockSum<kThreads>(sum, s);
+  if (threadIdx.x == 0) part[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kDotParts, 1) dotKernel(const double* part, int parts, Operand y) {
+  SHARED_MEMORY(DotShared, s);
+  const int thread = threadIdx.x;
+  const double sum = blockSum<kDotParts>(thread < parts ? part[thread] : 0, s);
+  if (thread == 0) y.f32()[0] = static_cast<float>(sum);
+}
+
+}  // namespace
+
+void gatherRows(const Launch& launch) {
+  const Operand &x = launch.in[0], &rows = launch.in[1], &y = launch.out[0];
+  checkRows(launch, 1, x, 0);
+  LAUNCH(gatherKernel, cellBlocks(launch, y), kThreads, 0, launch.stream, x, rows, y, launch.state);
+}
+
+void gatherIds(const Launch& launch) {
+  const Operand &x = launch.in[0], &rows = launch.in[1], &y = launch.out[0];
+  checkRows(launch, 1, x, 0);
+  LAUNCH(gatherIdsKernel, launch.blocks(y.bound[0], kThreads), kThreads, 0, launch.stream, x, rows, y, launch.state);
+}
+
+void scatterAdd(const Launch& launch) {
+  const Operand &acc = launch.in[0], &x = launch.in[1], &rows = launch.in[2], &y = launch.out[0];
+  checkRows(launch, 2, y, 0);
+  if (y.data != acc.data) LAUNCH(copyKernel, cellBlocks(launch, y), kThreads, 0, launch.stream, acc, y);
+  LAUNCH(scatterAddKernel, cellBlocks(launch, x), kThreads, 0, launch.stream, x, rows, y, launch.state);
+}
+
+void sumRows(const Launch& launch) {
+  const Operand &x = launch.in[0], &rows = launch.in[1], &gate = launch.in[2], &y = launch.out[0];
+  if (rows) checkRows(launch, 1, x, 0);
+  const Operand& counted = rows ? rows : x;
+  const Split split{4 * kColumnWarps, 64};  // some rows for every warp, and parts to fill a device
+  double* part = launch.scratch<double>(std::max<int64_t>(1, split.parts(counted.bound[0])) * y.bound[0]);
+  sumColumns<float, double>(launch, {static_cast<float*>(x.data), y, counted, Split{}, rows, gate}, split, part);
+  sumColumns<double, float>(launch, {part, y, counted, split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
+}
+
+void dot(const Launch& launch) {
+  const Operand &a = launch.in[0], &b = launch.in[1], &y = launch.out[0];
+  const int parts = static_cast<int>(std::clamp<int64_t>((a.boundElements() + kThreads - 1) / kThreads, 1, kDotParts));
+  double* part = launch.scratch<double>(parts);
+  LAUNCH(dotPartsKernel, parts, kThreads, sizeof(DotShared), launch.stream, a, b, part);
+  LAUNCH(dotKernel, 1, kDotParts, sizeof(DotShared), launch.stream, part, parts, y);
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE
