@@ -1,11 +1,174 @@
-// RMSNorm and LayerNorm over all rows or selected ones, and their gradients.
+// RMS and layer normalisation of (gathered) rows, and their gradients.
 #include "cuda/kernels.h"
+#include "cuda/sums.cuh"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void rmsNorm(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void rmsNormGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void layerNorm(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void layerNormGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+// A group of threads has a row: a warp up to a width, a block above it. A row is read again for every sum over it: it
+// is in the cache by then.
+constexpr int kThreads = 256;
+constexpr int kWarpWidth = 1024;
+
+struct NormShared {
+  float partial[kThreads / 32];
+};
+
+// The sum of the values of a group of kGroup threads, in all of them.
+template <int kGroup>
+DEVICE float groupSum(float value, NormShared& s) {
+  static_assert(kGroup == 32 || kGroup == kThreads);
+  value = warpSum(value);
+  if constexpr (kGroup == kThreads) {
+    syncThreads();  // the previous sums have been read
+    if (laneId() == 0) s.partial[warpId()] = value;
+    syncThreads();  // the sums of all warps are there
+    value = warpSum(laneId() < kThreads / 32 ? s.partial[laneId()] : 0.f);
+  }
+  return value;
+}
+
+struct Norm {
+  Operand x, weight, bias, rows;
+  Operand y, mean, rstd;
+};
+
+template <bool kCentred, int kGroup>
+__global__ void __launch_bounds__(kThreads, 5) normKernel(Norm n, float eps, StepState state) {
+  SHARED_MEMORY(NormShared, s);
+  if (state.faulted()) return;
+  const int count = n.y.size(0), width = n.y.size(1), member = threadIdx.x % kGroup;
+  const bool vectors = width % 4 == 0 && startsAligned(n.x, n.weight, n.bias, n.y);
+  const auto forRow = [&](const auto& body) { forColumns(width, vectors, member, kGroup, body); };
+  for (int r = (blockIdx.x * kThreads + threadIdx.x) / kGroup; r < count; r += gridDim.x * (kThreads / kGroup)) {
+    const float* x = n.x.f32() + int64_t{n.rows ? n.rows.i32()[r] : r} * width;
+    float* y = n.y.f32() + int64_t{r} * width;
+    float mean = 0;
+    if constexpr (kCentred) {
+      float sum = 0;
+      forRow([&]<typename V>(int c) { sum += sumOf(ldGlobal<V>(x + c)); });
+      mean = groupSum<kGroup>(sum, s) / width;
+    }
+    const auto centred = [&](float v) { return kCentred ? v - mean : v; };
+    float square = 0;
+    forRow([&]<typename V>(int c) {
+      square += sumOf(each([&](float v) { return centred(v) * centred(v); }, ldGlobal<V>(x + c)));
+    });
+    const float rstd = 1.f / sqrtf(groupSum<kGroup>(square, s) / width + eps);
+    forRow([&]<typename V>(int c) {
+      V value = each([&](float v, float w) { return centred(v) * rstd * w; }, ldGlobal<V>(x + c),
+                     loadWeight<V>(n.weight, c));
+      if (n.bias) value = each(Sum{}, value, loadWeight<V>(n.bias, c));
+      stGlobal(y + c, value);
+    });
+    if (member == 0 && n.mean) n.mean.f32()[r] = mean;
+    if (member == 0 && n.rstd) n.rstd.f32()[r] = rstd;
+  }
+}
+
+struct NormGrad {
+  Operand dy, x, weight, mean, rstd, rows;
+  Operand dx;
+  float *dweight, *dbias;  // [parts of the rows, width] where wanted, or null
+  Split split;
+};
+
+// A group has a part of the rows, and its threads have the same columns in all of them.
+template <bool kCentred, int kGroup>
+__global__ void __launch_bounds__(kThreads, 4) normGradKernel(NormGrad n, StepState state) {
+  SHARED_MEMORY(NormShared, s);
+  if (state.faulted()) return;
+  const int count = n.dx.size(0), width = n.dx.size(1), member = threadIdx.x % kGroup;
+  const int length = n.split.length(count), parts = n.split.parts(count);
+  const bool vectors = width % 4 == 0 && startsAligned(n.dy, n.x, n.weight, n.dx);
+  const auto forRow = [&](const auto& body) { forColumns(width, vectors, member, kGroup, body); };
+  for (int p = (blockIdx.x * kThreads + threadIdx.x) / kGroup; p < parts; p += gridDim.x * (kThreads / kGroup)) {
+    const int begin = p * length, end = begin + min(length, count - begin);
+    for (int r = begin; r < end; ++r) {
+      const float* dy = n.dy.f32() + int64_t{r} * width;
+      const float* x = n.x.f32() + int64_t{n.rows ? n.rows.i32()[r] : r} * width;
+      float* dx = n.dx.f32() + int64_t{r} * width;
+      const float mean = kCentred ? n.mean.f32()[r] : 0.f, rstd = n.rstd.f32()[r];
+      const auto centred = [&](float v) { return kCentred ? v - mean : v; };
+      float plain = 0, inner = 0;
+      forRow([&]<typename V>(int c) {
+        const V dyw = each([](float d, float w) { return d * w; }, ldGlobal<V>(dy + c), loadWeight<V>(n.weight, c));
+        inner += sumOf(each([&](float d, float v) { return d * centred(v); }, dyw, ldGlobal<V>(x + c)));
+        if constexpr (kCentred) plain += sumOf(dyw);
+      });
+      const float pull = rstd * rstd * (groupSum<kGroup>(inner, s) / width);
+      if constexpr (kCentred) plain = groupSum<kGroup>(plain, s) / width;
+      forRow([&]<typename V>(int c) {
+        const V d = ldGlobal<V>(dy + c), v = ldGlobal<V>(x + c);
+        stGlobal(dx + c, each([&](float d, float v, float w) { return rstd * (d * w - plain - centred(v) * pull); }, d,
+                              v, loadWeight<V>(n.weight, c)));
+        if (n.dweight) {
+          float* sum = n.dweight + int64_t{p} * width + c;
+          stGlobal(sum, each([&](float d, float v, float sum) { return fmaf(d, centred(v) * rstd, sum); }, d, v,
+                             r > begin ? ldGlobal<V>(sum) : V{}));
+        }
+        if (n.dbias) {
+          float* sum = n.dbias + int64_t{p} * width + c;
+          stGlobal(sum, each(Sum{}, d, r > begin ? ldGlobal<V>(sum) : V{}));
+        }
+      });
+    }
+  }
+}
+
+template <bool kCentred>
+void norm(const Launch& launch, int rows, const Norm& n) {
+  const double eps = launch.finiteAttribute(0, "eps");
+  if (eps < 0) fail(ErrorCode::InvalidProgram, "[%s] attribute eps must not be negative, got %g", launch.op, eps);
+  if (n.rows) checkRows(launch, rows, n.x, 0);
+  const bool warps = n.y.bound[1] <= kWarpWidth;
+  LAUNCH((warps ? normKernel<kCentred, 32> : normKernel<kCentred, kThreads>),
+         launch.blocks(n.y.bound[0], warps ? kThreads / 32 : 1), kThreads, sizeof(NormShared), launch.stream, n,
+         static_cast<float>(eps), launch.state);
+}
+
+// rows: the input that is n.rows. Gradients that are not wanted are absent.
+template <bool kCentred>
+void normGrad(const Launch& launch, int rows, NormGrad n, const Operand& dweight, const Operand& dbias) {
+  if (n.rows) checkRows(launch, rows, n.x, 0);
+  // Longer parts leave fewer sums to write and to add up.
+  if (dweight || dbias) n.split = Split{4, 1024};
+  const int64_t parts = n.split.parts(static_cast<int>(n.dx.bound[0]));
+  if (dweight) n.dweight = launch.scratch<float>(parts * n.dx.bound[1]);
+  if (dbias) n.dbias = launch.scratch<float>(parts * n.dx.bound[1]);
+  const bool warps = n.dx.bound[1] <= kWarpWidth;
+  LAUNCH((warps ? normGradKernel<kCentred, 32> : normGradKernel<kCentred, kThreads>),
+         launch.blocks(parts, warps ? kThreads / 32 : 1), kThreads, sizeof(NormShared), launch.stream, n,
+         launch.state);
+  const auto sum = [&](const float* part, const Operand& y) {
+    sumColumns<float, float>(launch, {part, y, n.dx, n.split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
+  };
+  if (dweight) sum(n.dweight, dweight);
+  if (dbias) sum(n.dbias, dbias);
+}
+
+}  // namespace
+
+void rmsNorm(const Launch& launch) {
+  const Operand *in = launch.in, *out = launch.out;
+  norm<false>(launch, 2, {in[0], in[1], {}, in[2], out[0], {}, out[1]});
+}
+
+void rmsNormGrad(const Launch& launch) {
+  const Operand *in = launch.in, *out = launch.out;
+  normGrad<false>(launch, 4, {in[0], in[1], in[2], {}, in[3], in[4], out[0], nullptr, nullptr, {}}, out[1], {});
+}
+
+void layerNorm(const Launch& launch) {
+  const Operand *in = launch.in, *out = launch.out;
+  norm<true>(launch, 3, {in[0], in[1], in[2], in[3], out[0], out[1], out[2]});
+}
+
+void layerNormGrad(const Launch& launch) {
+  const Operand *in = launch.in, *out = launch.out;
+  normGrad<true>(launch, 5, {in[0], in[1], in[2], in[3], in[4], in[5], out[0], nullptr, nullptr, {}}, out[1], out[2]);
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE
