@@ -5,12 +5,25 @@ import { type DType, Tensor } from '../../lib/native/index.js';
 import { type Case, cases, failure, inputs } from './harness.js';
 
 cases('embedding', [
-  ...(['f32', 'bf16', 'f16'] as DType[]).map((dtype): Case => {
-    const make = inputs(1);
+  ...(['f32', 'bf16', 'f16'] as DType[]).flatMap((dtype) =>
+    [17, 20].map((width): Case => {
+      const make = inputs(1);
+      return {
+        name: `${dtype} table of width ${width}`,
+        inputs: { table: make.weight(dtype, 33, width), ids: make.ids(33, ['R', 9]) },
+        build: ({ table, ids }) => ({ y: embedding(table, ids) }),
+      };
+    }),
+  ),
+  ...[4, 5].map((width): Case => {
+    const make = inputs(width);
+    // Some ids many times and apart, most not at all.
+    const ids = Array.from({ length: 2000 }, () => (Math.floor(make.next() * 40) ** 2 * 7) % 1200);
     return {
-      name: `${dtype} table`,
-      inputs: { table: make.weight(dtype, 33, 17), ids: make.ids(33, ['R', 9]) },
+      name: `2000 ids of 1200 rows of ${width}, many of them equal`,
+      inputs: { table: make.param(1200, width), ids: make.i32(ids, ['R', 2000]) },
       build: ({ table, ids }) => ({ y: embedding(table, ids) }),
+      wrt: ['table'],
     };
   }),
   ...(

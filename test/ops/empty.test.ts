@@ -64,7 +64,18 @@ cases('no rows', [
     const gates = gate(z, rows, 1);
     return { sum: sumRows(none), gated: sumRows(x, rows, gates), dot: dot(gates, gates) };
   }),
-  empty('embedding', ({ w, ids }, rows) => ({ y: embedding(w, gatherIds(ids, rows)) })),
+  empty('embedding', ({ x, w, ids }, rows) => ({ y: scatterAdd(x, embedding(w, gatherIds(ids, rows)), rows) }), ['w']),
+  empty(
+    'norms',
+    ({ x, b }, rows) => {
+      const normed = add(rmsNorm(x, b, { eps: 1e-5, rows }), layerNorm(x, b, b, { eps: 1e-5, rows }));
+      return { y: scatterAdd(x, normed, rows) };
+    },
+    ['x', 'b'],
+  ),
+  empty('scatter_add of gathered rows', ({ x }, rows) => ({ y: scatterAdd(x, scale(gatherRows(x, rows), 2), rows) }), [
+    'x',
+  ]),
   empty('scatter_add', ({ x, w }, rows) => ({ y: scatterAdd(x, linear(x, w, { rows }), rows) }), ['x', 'w']),
   empty(
     'a gated FFN',

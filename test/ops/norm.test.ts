@@ -8,6 +8,10 @@ const shapes = [
   [33, 3, null],
   [17, 33, 5],
   [9, 64, 9],
+  // Rows wider than what one warp takes, of an odd width too; more rows than partial sums of the gradient.
+  [9, 1100, 5],
+  [2, 1027, null],
+  [4200, 4, null],
 ] as const;
 
 cases('rms_norm', [
@@ -72,5 +76,11 @@ cases('layer_norm', [
     },
     build: ({ x, weight, bias }) => ({ y: layerNorm(x, weight, bias, { eps: 1e-5 }) }),
     tolerance: 2e-4,
+  },
+  {
+    name: 'f16 weight and bias',
+    inputs: { x: inputs(6).f32(['N', 5], 20), weight: inputs(7).weight('f16', 20), bias: inputs(8).weight('f16', 20) },
+    build: ({ x, weight, bias }) => ({ y: layerNorm(x, weight, bias, { eps: 1e-5 }) }),
+    wrt: ['x'],
   },
 ]);
