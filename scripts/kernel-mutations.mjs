@@ -32,8 +32,8 @@ export const mutations = [
   {
     what: 'softmax: writes one column too many',
     file: examples,
-    search: 'i < columns; i += kSoftmaxThreads) out[i]',
-    replace: 'i <= columns; i += kSoftmaxThreads) out[i]',
+    search: 'i < columns; i += kSoftmaxThreads) {\n    stGlobal',
+    replace: 'i <= columns; i += kSoftmaxThreads) {\n    stGlobal',
   },
   {
     what: 'warpMax over half a warp',
@@ -102,15 +102,15 @@ export const mutations = [
   {
     what: 'mma: a predicated copy without its predicate',
     file: examples,
-    search: 'size_t(n) * g.k + column : g.w, inW);',
-    replace: 'size_t(n) * g.k + column : g.w);',
+    search: 'size_t(ldGlobal(g.rows + m)) * g.k + column : g.x, inX);',
+    replace: 'size_t(ldGlobal(g.rows + m)) * g.k + column : g.x);',
   },
   { what: 'mma: lanes of ldmatrix permuted', file: examples, search: 'lane / 8 % 2)]', replace: 'lane / 16)]' },
   {
     what: 'mma: a source address not aligned',
     file: examples,
-    search: 'size_t(g.rows[m]) * g.k + column : g.x, inX);',
-    replace: 'size_t(g.rows[m]) * g.k + column + 1 : g.x, inX);',
+    search: 'size_t(ldGlobal(g.rows + m)) * g.k + column : g.x, inX);',
+    replace: 'size_t(ldGlobal(g.rows + m)) * g.k + column + 1 : g.x, inX);',
   },
   {
     what: 'mma: one buffer where there should be two',
@@ -121,14 +121,14 @@ export const mutations = [
   {
     what: 'mma: columns past the end are written',
     file: examples,
-    search: 'if (n < g.n) y[n] = fmaf(gate, sum[i]',
-    replace: 'y[n] = fmaf(gate, sum[i]',
+    search: 'if (n < g.n) stGlobal(y + n, fmaf(gate, sum[i]',
+    replace: 'stGlobal(y + n, fmaf(gate, sum[i]',
   },
   {
     what: 'mma: results are not scattered',
     file: examples,
     search:
-      'const int m = firstM + warpM + i * 16 + lane / 4 + half * 8;\n      if (m >= g.m) continue;\n      float* y = g.y + size_t(g.rows[m])',
+      'const int m = firstM + warpM + i * 16 + lane / 4 + half * 8;\n      if (m >= g.m) continue;\n      float* y = g.y + size_t(ldGlobal(g.rows + m))',
     replace:
       'const int m = firstM + warpM + i * 16 + lane / 4 + half * 8;\n      if (m >= g.m) continue;\n      float* y = g.y + size_t(m)',
   },

@@ -17,7 +17,7 @@ const { values } = parseArgs({
 
 function run(command, args, options = {}) {
   const result = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 26, ...options });
-  return { ok: result.status === 0, timedOut: result.error?.code === 'ETIMEDOUT', text: result.stdout + result.stderr };
+  return { ok: result.status === 0, timedOut: result.error?.code === 'ETIMEDOUT', text: result.stderr + result.stdout };
 }
 
 /** Writes a file unless it has that content: what is not touched is not compiled again. */
@@ -75,8 +75,8 @@ for (const mutation of selected) {
         if (!mutation.missed) wrong++;
       } else {
         caught++;
-        const report = /\[simt\] .*/.exec(result.text)?.[0];
-        verdict = `caught: ${result.timedOut ? 'hangs' : (report ?? result.text.split('\n')[0].replace(/^.*?: /, ''))}`;
+        const says = /\[simt\] .*/.exec(result.text)?.[0] ?? result.text.split('\n')[0];
+        verdict = `caught: ${result.timedOut ? 'hangs' : says.slice(0, 160)}`;
         if (mutation.missed) verdict += ' (the table says it would be missed)';
       }
     }

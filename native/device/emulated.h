@@ -141,26 +141,30 @@ constexpr void checkVector() {
   static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "vectors of 4, 8 or 16 bytes");
 }
 template <typename V>
-V copyFrom(const void* p) {
+V loaded(const void* p) {
   V value;
   std::memcpy(&value, p, sizeof value);
   return value;
 }
 template <typename V>
 V ldGlobal(const void* p) {
-  checkVector<V>();
+  static_assert(sizeof(V) <= 16 && std::has_single_bit(sizeof(V)), "accesses of 1, 2, 4, 8 or 16 bytes");
   checkGlobal(p, sizeof(V), "ldGlobal");
-  return copyFrom<V>(p);
+  return loaded<V>(p);
+}
+template <typename V>
+V ldGlobal(const V* p) {
+  return ldGlobal<V>(static_cast<const void*>(p));
 }
 template <typename V>
 V ldStream(const void* p) {
   checkVector<V>();
   checkGlobal(p, sizeof(V), "ldStream");
-  return copyFrom<V>(p);
+  return loaded<V>(p);
 }
 template <typename V>
 void stGlobal(void* p, const V& value) {
-  checkVector<V>();
+  static_assert(sizeof(V) <= 16 && std::has_single_bit(sizeof(V)), "accesses of 1, 2, 4, 8 or 16 bytes");
   checkGlobal(p, sizeof(V), "stGlobal");
   std::memcpy(p, &value, sizeof value);
 }
@@ -168,7 +172,7 @@ template <typename V>
 V ldShared(const void* p, Site site = Site::current()) {
   checkVector<V>();
   noteSharedAccess(p, sizeof(V), site);
-  return copyFrom<V>(p);
+  return loaded<V>(p);
 }
 template <typename V>
 void stShared(void* p, const V& value, Site site = Site::current()) {

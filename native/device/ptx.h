@@ -134,11 +134,15 @@ DEVICE void threadFenceBlock() { __threadfence_block(); }
 
 DEVICE uint32_t sharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// One access of sizeof(V) = 4, 8 or 16 bytes, aligned to as many.
+// One access of 1, 2, 4, 8 or 16 bytes, aligned to as many: of the pointer's type, or of a vector type that is named.
 template <typename V>
 DEVICE V ldGlobal(const void* p) {
-  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "vectors of 4, 8 or 16 bytes");
+  static_assert(sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0, "accesses of 1, 2, 4, 8 or 16 bytes");
   return *static_cast<const V*>(__builtin_assume_aligned(p, sizeof(V)));
+}
+template <typename V>
+DEVICE V ldGlobal(const V* p) {
+  return ldGlobal<V>(static_cast<const void*>(p));
 }
 // For data read once: leaves the L1 cache to others.
 template <typename V>
@@ -168,15 +172,18 @@ DEVICE V ldStream(const void* p) {
 }
 template <typename V>
 DEVICE void stGlobal(void* p, const V& value) {
-  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "vectors of 4, 8 or 16 bytes");
+  static_assert(sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0, "accesses of 1, 2, 4, 8 or 16 bytes");
   *static_cast<V*>(__builtin_assume_aligned(p, sizeof(V))) = value;
 }
+// The same for shared memory, of 4, 8 or 16 bytes.
 template <typename V>
 DEVICE V ldShared(const void* p) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "vectors of 4, 8 or 16 bytes");
   return ldGlobal<V>(p);
 }
 template <typename V>
 DEVICE void stShared(void* p, const V& value) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "vectors of 4, 8 or 16 bytes");
   stGlobal(p, value);
 }
 
