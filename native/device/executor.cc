@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -177,8 +178,9 @@ int chooseLane(Block& block, const Warp& warp, bool sameWarp) {
 // The next thread to run, or null when none can.
 Thread* pick(Block& block) {
   const bool fair = block.schedule.order == Order::Fair;
-  while (!block.jobs.empty() && (block.readyWarps == 0 || block.turnOver || (!fair && block.random(8) == 0)))
+  while (!block.jobs.empty() && (block.readyWarps == 0 || block.turnOver || (!fair && block.random(8) == 0))) {
     block.finishJob();
+  }
   if (block.readyWarps == 0) return nullptr;
   const int w = chooseWarp(block);
   Warp& warp = block.warps[w];

@@ -5,7 +5,6 @@
 // be, their targets poisoned until then. A defect abandons the block and is thrown by the launch as Error(Internal).
 #pragma once
 
-#include <cstdarg>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
