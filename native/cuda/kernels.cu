@@ -74,6 +74,8 @@ std::string faultMessage(const char* op, const std::string& operand, const Fault
                   r.high, r.got);
     case Fault::NotFinite: return text("[%s] %s[%.0f] must be finite, got %g", r.index, r.got);
     case Fault::Range: return text("[%s] %s[%.0f] must be in [%g, %g], got %g", r.index, r.low, r.high, r.got);
+    case Fault::Segments:
+      return text("[%s] %s: one value per segment wanted: %.0f segments, got %.0f values", r.high, r.got);
     case Fault::None: break;
   }
   return text("[%s] %s: no fault");

@@ -62,6 +62,7 @@ enum class Fault : int32_t {
   Target,      // not in [low, high)
   NotFinite,   // value is NaN or infinite where it must not be
   Range,       // value not in its range
+  Segments,    // not one value for each of `high` segments
 };
 
 // The first fault of a run; the data type of all values is double, which holds every index exactly.
