@@ -49,27 +49,28 @@ __global__ void __launch_bounds__(kThreads, 4) ropeKernel(Rope t) {
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     const float* x = t.x.f32() + int64_t{row} * width;
     float* y = t.y.f32() + int64_t{row} * width;
-    const float position = static_cast<float>(t.positions.i32()[row]);
+    const float position = static_cast<float>(ldGlobal(t.positions.i32() + row));
     for (int i = threadIdx.x; i < items; i += kThreads) {
       const int pair = i % pairs, first = i / pairs * kHeads;
       const auto [cosine, sine] = rotation(position, t.frequencies.weight(pair), t.sign, t.magnitude);
       float a[kHeads], b[kHeads];
       UNROLL
       for (int h = 0; h < kHeads; ++h) {
-        if (first + h >= heads) continue;
-        a[h] = x[(first + h) * t.headDim + pair];
-        b[h] = x[(first + h) * t.headDim + pair + pairs];
+        const float* from = x + min(first + h, heads - 1) * t.headDim + pair;
+        a[h] = ldGlobal(from);
+        b[h] = ldGlobal(from + pairs);
       }
       UNROLL
       for (int h = 0; h < kHeads; ++h) {
         if (first + h >= heads) continue;
-        y[(first + h) * t.headDim + pair] = a[h] * cosine - b[h] * sine;
-        y[(first + h) * t.headDim + pair + pairs] = b[h] * cosine + a[h] * sine;
+        float* to = y + (first + h) * t.headDim + pair;
+        stGlobal(to, a[h] * cosine - b[h] * sine);
+        stGlobal(to + pairs, b[h] * cosine + a[h] * sine);
       }
     }
     for (int i = threadIdx.x; !inPlace && i < heads * rest; i += kThreads) {
       const int at = i / rest * t.headDim + 2 * pairs + i % rest;
-      y[at] = x[at];
+      stGlobal(y + at, ldGlobal(x + at));
     }
   }
 }
