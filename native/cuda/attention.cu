@@ -1,10 +1,955 @@
 // Attention over variable-length segments, its gradient, and attention against a growing key-value cache.
+//
+// Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". What a query gets
+// is a function of the query and of the keys it sees, to the bit: tiles of keys start at fixed keys of a segment, and
+// scores, sums of weights and weighted sums are chains over ascending indices whichever thread computes them, in which
+// keys out of sight are exact zeros.
+#include "cuda/attention.cuh"
+
+#include <climits>
+
 #include "cuda/kernels.h"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void attention(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void attentionGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void attentionCached(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+// ---- The plan: checks that need more than one operand, tables of tiles, FLOPs
+
+constexpr int kPlanThreads = 1024;
+constexpr int kPlanWarps = kPlanThreads / 32;
+
+struct Planning {
+  AttentionSegments segments;
+  Operand q, k;
+  Operand lengths, cache;                             // absent: no cache
+  int offsetsInput, rowsInput, startsInput, lengthsInput;
+  int group, kvHeads;
+  int rows, fewRows, keys;                            // of a tile; 0: no such kernels
+  int most;                                           // rows of a segment up to which they are few
+  int splitKeys;                                      // keys of a split; 0: never split
+  int64_t items;                                      // blocks from which on the device is full without splitting
+  int64_t parts;                                      // rows of results of splits that there is memory for
+  double flopsPerPair;
+  AttentionPlan* plan;
+  int32_t *tilesBefore, *keyTilesBefore;              // [segments + 1]
+  StepState state;
+};
+
+struct PlanShared {
+  double sums[kPlanThreads];
+  int warps[kPlanWarps];
+};
+
+DEVICE int warpMax(int value) {
+  UNROLL
+  for (int offset = 16; offset > 0; offset >>= 1) value = max(value, shflXor(value, offset));
+  return value;
+}
+
+// The sum over the warp's lanes up to this one.
+DEVICE int warpScan(int value) {
+  UNROLL
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const int other = shflUp(value, offset);
+    if (laneId() >= offset) value += other;
+  }
+  return value;
+}
+
+DEVICE int blockMax(PlanShared& s, int value) {
+  value = warpMax(value);
+  syncThreads();  // earlier results have been read
+  if (laneId() == 0) s.warps[warpId()] = value;
+  syncThreads();
+  return warpMax(s.warps[laneId()]);
+}
+
+// before[s] = tilesOf(0) + ... + tilesOf(s - 1) for s <= count; returns the last.
+template <typename TilesOf>
+DEVICE int scanTiles(PlanShared& s, int count, int32_t* before, const TilesOf& tilesOf) {
+  const int warp = warpId();
+  int sum = 0;
+  for (int first = 0; first < count; first += kPlanThreads) {
+    const int i = first + threadIdx.x;
+    const int tiles = i < count ? tilesOf(i) : 0;
+    const int inWarp = warpScan(tiles);
+    syncThreads();  // earlier results have been read
+    if (laneId() == 31) s.warps[warp] = inWarp;
+    syncThreads();
+    const int warps = warpScan(s.warps[laneId()]);
+    const int others = shflIdx(warps, max(warp - 1, 0));
+    if (i < count) stGlobal(before + i, sum + (warp > 0 ? others : 0) + inWarp - tiles);
+    sum += shflIdx(warps, 31);
+  }
+  if (threadIdx.x == 0) stGlobal(before + count, sum);
+  return sum;
+}
+
+DEVICE int tilesOf(int64_t count, int perTile) { return static_cast<int>((count + perTile - 1) / perTile); }
+
+// One block.
+__global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
+  SHARED_MEMORY(PlanShared, s);
+  const AttentionSegments& g = t.segments;
+  const StepState& state = t.state;
+  if (state.faulted()) return;
+  const int tid = threadIdx.x, segments = g.count(), queries = t.q.size(0);
+  // Offsets may be trusted and still be those of other rows.
+  if (tid == 0) {
+    const int keyEnd = segments > 0 ? g.first(segments) : 0, queryEnd = segments > 0 ? g.start(segments) : 0;
+    if (keyEnd != t.k.size(0)) state.report(Fault::OffsetEnd, t.offsetsInput, segments, 0, t.k.size(0), keyEnd);
+    if (queryEnd != queries) state.report(Fault::OffsetEnd, t.startsInput, segments, 0, queries, queryEnd);
+    if (t.lengths && t.lengths.size(0) != segments) {
+      state.report(Fault::Segments, t.lengthsInput, 0, 0, segments, t.lengths.size(0));
+    }
+  }
+  syncThreads();
+  if (state.faulted()) return;
+  if (t.lengths) {
+    for (int i = tid; i < segments; i += kPlanThreads) {
+      const int room = t.cache.size(1) - g.added(i);
+      if (g.cached(i) < 0 || g.cached(i) > room) state.report(Fault::Length, t.lengthsInput, i, 0, room, g.cached(i));
+    }
+  }
+  if (g.rows) {
+    for (int i = tid; i < queries; i += kPlanThreads) {
+      const int segment = segmentOf(g.starts, segments, i), low = g.first(segment), high = low + g.added(segment);
+      const int row = ldGlobal(g.rows + i);
+      if (row < low || row >= high) state.report(Fault::Segment, t.rowsInput, i, low, high, row);
+    }
+  }
+  syncThreads();
+  if (state.faulted()) return;
+
+  int few = 0, splits = 1;
+  if (t.fewRows > 0) {
+    int most = 0, mostKeys = 0;
+    for (int i = tid; i < segments; i += kPlanThreads) {
+      most = max(most, g.queries(i) * t.group);
+      mostKeys = max(mostKeys, g.queries(i) > 0 ? g.keys(i) : 0);
+    }
+    few = blockMax(s, most) <= t.most;
+    splits = max(tilesOf(blockMax(s, mostKeys), t.splitKeys), 1);
+  }
+  const int perTile = few ? t.fewRows : t.rows;
+  const int tiles = scanTiles(s, segments, t.tilesBefore,
+                              [&](int i) { return tilesOf(int64_t{g.queries(i)} * t.group, perTile); });
+  const int keyTiles =
+      t.keys > 0 ? scanTiles(s, segments, t.keyTilesBefore, [&](int i) { return tilesOf(g.added(i), t.keys); }) : 0;
+  const bool split = few && int64_t{tiles} * t.kvHeads < t.items &&
+                     int64_t{queries} * t.group * t.kvHeads * splits <= t.parts;
+
+  double pairs = 0;
+  if (g.causal && g.rows) {
+    for (int i = tid; i < queries; i += kPlanThreads) pairs += g.seen(segmentOf(g.starts, segments, i), i);
+  } else {
+    for (int i = tid; i < segments; i += kPlanThreads) {
+      const double count = g.queries(i);
+      pairs += g.causal ? count * (count + 1) / 2 + count * g.cached(i) : count * g.added(i);
+    }
+  }
+  s.sums[tid] = pairs;
+  for (int half = kPlanThreads / 2; half > 0; half /= 2) {
+    syncThreads();
+    if (tid < half) s.sums[tid] += s.sums[tid + half];
+  }
+  if (tid == 0) {
+    stGlobal(t.plan, AttentionPlan{tiles, keyTiles, few, split ? splits : 1});
+    state.count(t.flopsPerPair * s.sums[0], 0);
+  }
+}
+
+// ---- Forward
+
+// A result over some of a query's keys is the largest score, the sum of the weights e^(score - largest), and the
+// weighted sum of values. Two of them are put together by scaling both to the larger of their largest scores.
+struct Joint {
+  float keep, add;  // factors of the sums so far and of those that join
+};
+
+// The score that weights are relative to: with no key in sight every weight is e^-inf.
+DEVICE float reference(float top) { return top == -INFINITY ? 0.0f : top; }
+
+DEVICE Joint join(float& top, float& total, float otherTop, float otherTotal) {
+  const float both = fmaxf(top, otherTop);
+  const Joint joint{expf(top - reference(both)), expf(otherTop - reference(both))};
+  total = fmaf(otherTotal, joint.add, total * joint.keep);
+  top = both;
+  return joint;
+}
+
+// Adding zero makes a zero positive: whether keys out of sight have entered the sum does not show in its sign.
+DEVICE float normalised(float sum, float inverse) { return fmaf(sum, inverse, 0.0f); }
+
+struct Attend {
+  AttentionSegments segments;
+  AttentionHeads h;
+  const float *q, *k, *v;
+  Operand cache;     // where k and v are caches
+  float *y, *lse;    // lse: may be null
+  float scale;
+  bool vectors;      // rows of heads are aligned to 16 bytes
+  int splitKeys;     // results over the keys of every split are joined in order
+  float* partSums;   // [R, heads, splits, headDim]
+  float2* parts;     // [R, heads, splits]: largest score and sum of weights
+  const AttentionPlan* plan;
+  const int32_t* tilesBefore;
+  StepState state;
+};
+
+// How a block shares its work. Scores: kKeyWarps of the four warps side by side, a thread has kScoreRows x kScoreKeys.
+// Results: kColumnWarps side by side, a thread has kOutRows rows of kQuads times four columns. Many rows: a warp has
+// its own. Few (decoding, where memory is the limit): all warps work on each.
+template <int kDimOf, bool kFewOf>
+struct AttendTile {
+  static constexpr int kDim = kDimOf;  // head_dim, rounded up
+  static constexpr bool kFew = kFewOf;
+  static constexpr int kRows = kFew ? (kDim == 32 ? 16 : 8) : kDim <= 128 ? 64 : 32;
+  static constexpr int kKeys = 32;
+  static constexpr int kKeyWarps = kFew ? 4 : 1, kColumnWarps = kFew ? (kDim < 128 ? kDim / 32 : 4) : 1;
+  static constexpr int kScoreRows = kRows * kKeyWarps / 16, kScoreKeys = kKeys / (8 * kKeyWarps);
+  static constexpr int kOutRows = kRows * kColumnWarps / 16, kQuads = kDim / (32 * kColumnWarps);
+  static constexpr int kBlocks = kDim > 128 ? 2 : kFew && kDim > 32 ? 4 : kDim <= 64 ? 3 : 2;  // of a multiprocessor
+};
+
+constexpr int kSplitKeys = 128;    // of attention_cached; whole tiles of keys
+constexpr int kNoSplit = 1 << 30;  // whole tiles too
+constexpr int kFewRows = 16;       // of a segment and kv head
+constexpr int64_t kParts = 1 << 16;
+
+template <typename Tile>
+struct AttendShared {
+  float q[Tile::kRows * (Tile::kDim + kRowPadding)];
+  float k[Tile::kKeys * (Tile::kDim + kRowPadding)];
+  float v[Tile::kKeys * Tile::kDim];
+  float weights[Tile::kRows * (Tile::kKeys + kWeightPadding)];
+  float warpTops[Tile::kKeyWarps][Tile::kRows];
+  float top[Tile::kRows], factor[Tile::kRows];  // largest score so far; of the sums so far
+};
+
+template <typename Tile>
+DEVICE void attendTile(const Attend& t, AttendShared<Tile>& s, int splits, int64_t item) {
+  constexpr int kStride = Tile::kDim + kRowPadding;
+  const AttentionSegments& g = t.segments;
+  const int headDim = t.h.headDim, warp = warpId();
+  const int split = static_cast<int>(item % splits), kvHead = static_cast<int>(item / splits % t.h.kvHeads);
+  const int tile = static_cast<int>(item / splits / t.h.kvHeads);
+  const int segment = segmentOf(t.tilesBefore, g.count(), tile);
+  const int firstRow = (tile - ldGlobal(t.tilesBefore + segment)) * Tile::kRows;
+  const int rows = min(Tile::kRows, g.queries(segment) * t.h.group - firstRow);
+  const auto queryOf = [&](int row) { return g.start(segment) + (firstRow + row) / t.h.group; };
+  // Row of q and y as [R * heads, headDim].
+  const auto headRow = [&](int row) {
+    return int64_t{queryOf(row)} * t.h.heads + kvHead * t.h.group + (firstRow + row) % t.h.group;
+  };
+  const int seenByLast = g.seen(segment, queryOf(rows - 1));  // no row sees more
+  const int begin = split * t.splitKeys, end = splits > 1 ? min(seenByLast, begin + t.splitKeys) : seenByLast;
+  if (begin >= end) return;
+
+  const int64_t firstKey = g.lengths ? int64_t{segment} * t.cache.size(1) : g.first(segment);
+  const auto load = [&](auto stride, float* to, const float* from, int first) {
+    loadTiles<Tile::kKeys, Tile::kDim, stride.value>({{to, from}}, end - first, headDim, t.vectors, [&](int key) {
+      return ((firstKey + first + key) * t.h.kvHeads + kvHead) * headDim;
+    });
+    cpAsyncCommit();
+  };
+  const auto loadK = [&](int first) { load(std::integral_constant<int, kStride>{}, s.k, t.k, first); };
+  const auto loadV = [&](int first) { load(std::integral_constant<int, Tile::kDim>{}, s.v, t.v, first); };
+  loadTiles<Tile::kRows, Tile::kDim, kStride>({{s.q, t.q}}, rows, headDim, t.vectors,
+                                              [&](int row) { return headRow(row) * headDim; });
+  loadK(begin);
+
+  const int scoreRow = warp / Tile::kKeyWarps * (4 * Tile::kScoreRows) + laneRow();
+  const int scoreKey = warp % Tile::kKeyWarps * (8 * Tile::kScoreKeys) + laneColumn();
+  int seen[Tile::kScoreRows];
+  float top[Tile::kScoreRows];
+  UNROLL
+  for (int i = 0; i < Tile::kScoreRows; ++i) {
+    const int row = scoreRow + 4 * i;
+    seen[i] = row < rows ? g.seen(segment, queryOf(row)) : 0;
+    top[i] = -INFINITY;
+  }
+  const int outRow = warp / Tile::kColumnWarps * (4 * Tile::kOutRows) + laneRow();
+  const int column = warp % Tile::kColumnWarps * (32 * Tile::kQuads) + 4 * laneColumn();
+  float4 sum[Tile::kOutRows][Tile::kQuads] = {};
+  float total[Tile::kOutRows] = {}, joinedTop[Tile::kOutRows] = {}, joinedTotal[Tile::kOutRows] = {};
+
+  for (int first = begin; first < end; first += Tile::kKeys) {
+    const int next = first + Tile::kKeys;
+    cpAsyncWait<0>();
+    syncThreads();  // q and k are complete; v and weights have been read
+    loadV(first);
+    float score[Tile::kScoreRows][Tile::kScoreKeys], best[Tile::kScoreRows];
+    rowProducts<Tile::kDim>(score, s.q + scoreRow * kStride, s.k + scoreKey * kStride);
+    UNROLL
+    for (int i = 0; i < Tile::kScoreRows; ++i) {
+      best[i] = -INFINITY;
+      UNROLL
+      for (int j = 0; j < Tile::kScoreKeys; ++j) {
+        score[i][j] = first + scoreKey + 8 * j < seen[i] ? score[i][j] * t.scale : -INFINITY;
+        best[i] = fmaxf(best[i], score[i][j]);
+      }
+      UNROLL
+      for (int lanes = 2; lanes <= 8; lanes *= 2) best[i] = fmaxf(best[i], shflXor(best[i], lanes));
+      if (Tile::kKeyWarps > 1 && laneColumn() == 0) s.warpTops[warp % Tile::kKeyWarps][scoreRow + 4 * i] = best[i];
+    }
+    if (Tile::kKeyWarps > 1) syncThreads();  // warpTops is complete
+    UNROLL
+    for (int i = 0; i < Tile::kScoreRows; ++i) {
+      const int row = scoreRow + 4 * i;
+      if (Tile::kKeyWarps > 1) {
+        UNROLL
+        for (int w = 0; w < Tile::kKeyWarps; ++w) best[i] = fmaxf(best[i], s.warpTops[w][row]);
+      }
+      const float before = top[i];
+      top[i] = fmaxf(before, best[i]);
+      UNROLL
+      for (int j = 0; j < Tile::kScoreKeys; ++j) {
+        s.weights[row * (Tile::kKeys + kWeightPadding) + scoreKey + 8 * j] = expf(score[i][j] - reference(top[i]));
+      }
+      if (scoreKey == 0) {
+        s.top[row] = top[i];
+        s.factor[row] = expf(before - reference(top[i]));
+      }
+    }
+    cpAsyncWait<0>();
+    syncThreads();  // v, weights, top and factor are complete; k has been read
+    if (next < end) loadK(next);
+    UNROLL
+    for (int i = 0; i < Tile::kOutRows; ++i) {
+      const float factor = s.factor[outRow + 4 * i];
+      total[i] *= factor;
+      UNROLL
+      for (int c = 0; c < Tile::kQuads; ++c) sum[i][c] = scaled(sum[i][c], factor);
+    }
+    addWeighted<Tile::kKeys, Tile::kDim>(sum, total, s.weights + outRow * (Tile::kKeys + kWeightPadding),
+                                         s.v + column);
+    if (next < end && next % t.splitKeys != 0) continue;
+
+    // The end of a split, or of everything.
+    UNROLL
+    for (int i = 0; i < Tile::kOutRows; ++i) {
+      const int row = outRow + 4 * i;
+      if (row >= rows) continue;
+      const int64_t at = headRow(row);
+      float* y = t.y + at * headDim;
+      if (splits > 1) {
+        const int64_t part = at * splits + split;
+        if (column == 0) stGlobal(t.parts + part, float2{s.top[row], total[i]});
+        UNROLL
+        for (int c = 0; c < Tile::kQuads; ++c) {
+          storeQuad(t.partSums + part * headDim, column + 32 * c, headDim, t.vectors, sum[i][c]);
+        }
+        continue;
+      }
+      if (first < t.splitKeys) {
+        joinedTop[i] = s.top[row];
+        joinedTotal[i] = total[i];
+      } else {
+        const Joint joint = join(joinedTop[i], joinedTotal[i], s.top[row], total[i]);
+        UNROLL
+        for (int c = 0; c < Tile::kQuads; ++c) {
+          const float4 before = loadQuad(y, column + 32 * c, headDim, t.vectors);
+          sum[i][c] = multiplyAdd(sum[i][c], joint.add, scaled(before, joint.keep));
+        }
+      }
+      const float inverse = 1.0f / joinedTotal[i];
+      UNROLL
+      for (int c = 0; c < Tile::kQuads; ++c) {
+        if (next >= end) {
+          UNROLL
+          for (int e = 0; e < 4; ++e) component(sum[i][c], e) = normalised(component(sum[i][c], e), inverse);
+        }
+        storeQuad(y, column + 32 * c, headDim, t.vectors, sum[i][c]);
+        sum[i][c] = {};
+      }
+      total[i] = 0.0f;
+      if (next >= end && t.lse && column == 0) stGlobal(t.lse + at, joinedTop[i] + logf(joinedTotal[i]));
+    }
+    UNROLL
+    for (int i = 0; i < Tile::kScoreRows; ++i) top[i] = -INFINITY;
+  }
+  syncThreads();  // v, weights, top and factor have been read
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(kAttentionThreads, Tile::kBlocks) attendKernel(Attend t) {
+  SHARED_MEMORY(AttendShared<Tile>, s);
+  if (t.state.faulted()) return;
+  const AttentionPlan plan = ldGlobal(t.plan);
+  if ((plan.few != 0) != Tile::kFew) return;
+  const int64_t items = int64_t{plan.tiles} * t.h.kvHeads * plan.splits;
+  // The last tiles first: under causal attention they see the most keys.
+  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) attendTile<Tile>(t, s, plan.splits, items - 1 - i);
+}
+
+constexpr int kCopyThreads = 256;
+
+// Joins the results over splits, element by element, as attendTile does when it goes through all of them.
+__global__ void __launch_bounds__(kCopyThreads, 2) joinSplitsKernel(Attend t) {
+  constexpr int kAhead = 8;  // splits read at once
+  if (t.state.faulted()) return;
+  const AttentionSegments& g = t.segments;
+  const int headDim = t.h.headDim, splits = ldGlobal(t.plan).splits, segments = g.count();
+  if (splits == 1) return;
+  const int64_t elements = int64_t{g.start(segments)} * t.h.heads * headDim;
+  for (int64_t i = int64_t{blockIdx.x} * kCopyThreads + threadIdx.x; i < elements;
+       i += int64_t{gridDim.x} * kCopyThreads) {
+    const int64_t at = i / headDim;
+    const int query = static_cast<int>(at / t.h.heads), segment = segmentOf(g.starts, segments, query);
+    const int count = (g.seen(segment, query) + t.splitKeys - 1) / t.splitKeys;
+    float top = -INFINITY, total = 0.0f, sum = 0.0f;
+    for (int first = 0; first < count; first += kAhead) {
+      float2 part[kAhead];
+      float partSum[kAhead];
+      UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        const int64_t index = at * splits + min(first + j, count - 1);
+        part[j] = ldGlobal(t.parts + index);
+        partSum[j] = ldGlobal(t.partSums + index * headDim + i % headDim);
+      }
+      UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j >= count) continue;
+        if (first + j == 0) {
+          top = part[0].x;
+          total = part[0].y;
+          sum = partSum[0];
+        } else {
+          const Joint joint = join(top, total, part[j].x, part[j].y);
+          sum = fmaf(partSum[j], joint.add, sum * joint.keep);
+        }
+      }
+    }
+    stGlobal(t.y + i, normalised(sum, 1.0f / total));
+  }
+}
+
+// ---- The cache
+
+struct Append {
+  AttentionSegments segments;
+  Operand k, v, cacheK, cacheV, lengths;
+  bool vectors;
+  StepState state;
+};
+
+__global__ void __launch_bounds__(kCopyThreads, 2) appendKernel(Append t) {
+  if (t.state.faulted()) return;
+  const int width = t.k.size(1), units = t.vectors ? width / 4 : width, segments = t.segments.count();
+  for (int row = blockIdx.x; row < t.k.size(0); row += gridDim.x) {
+    const int segment = segmentOf(t.segments.offsets.i32(), segments, row);
+    const int position = t.segments.cached(segment) + row - t.segments.first(segment);
+    const int64_t from = int64_t{row} * width, to = (int64_t{segment} * t.cacheK.size(1) + position) * width;
+    for (int i = threadIdx.x; i < units; i += kCopyThreads) {
+      if (t.vectors) {
+        stGlobal(t.cacheK.f32() + to + 4 * i, ldGlobal<float4>(t.k.f32() + from + 4 * i));
+        stGlobal(t.cacheV.f32() + to + 4 * i, ldGlobal<float4>(t.v.f32() + from + 4 * i));
+      } else {
+        stGlobal(t.cacheK.f32() + to + i, ldGlobal(t.k.f32() + from + i));
+        stGlobal(t.cacheV.f32() + to + i, ldGlobal(t.v.f32() + from + i));
+      }
+    }
+  }
+}
+
+// Last, so that a failed run leaves the cache as it was.
+__global__ void __launch_bounds__(kCopyThreads, 2) advanceKernel(Append t) {
+  if (t.state.faulted()) return;
+  const int i = blockIdx.x * kCopyThreads + threadIdx.x;
+  if (i < t.segments.count()) stGlobal(t.lengths.i32() + i, t.segments.cached(i) + t.segments.added(i));
+}
+
+// ---- Gradient
+//
+// With P = exp(S - lse) and D = rowsum(dy . y): dV = P^T dy, dS = P (dy V^T - D), dQ = scale dS K, dK = scale dS^T Q.
+
+struct AttendGrad {
+  AttentionSegments segments;
+  AttentionHeads h;
+  const float *dy, *q, *k, *v, *y, *lse;
+  float *dq, *dk, *dv;
+  float* deltas;  // [R, heads]: D
+  float scale;
+  bool vectors;
+  const AttentionPlan* plan;
+  const int32_t *tilesBefore, *keyTilesBefore;
+  StepState state;
+};
+
+// dq: a block has kRows query rows and goes through the keys they see; a warp has its own rows.
+template <int kDimOf>
+struct QueryTile {
+  static constexpr int kDim = kDimOf;
+  static constexpr int kRows = kDim <= 128 ? 64 : 32, kKeys = 32;
+  static constexpr int kThreadRows = kRows / 16, kThreadKeys = kKeys / 8, kQuads = kDim / 32;
+  static constexpr int kBlocks = kDim <= 64 ? 3 : 2;
+};
+
+template <typename Tile>
+struct QueryShared {
+  float q[Tile::kRows * (Tile::kDim + kRowPadding)], dy[Tile::kRows * (Tile::kDim + kRowPadding)];
+  float k[Tile::kKeys * (Tile::kDim + kRowPadding)], v[Tile::kKeys * (Tile::kDim + kRowPadding)];
+  float ds[Tile::kRows * (Tile::kKeys + kWeightPadding)];
+  float lse[Tile::kRows], deltas[Tile::kRows];
+};
+
+// P and dS of a thread's rows and keys, from S unscaled and dy V^T.
+template <int kRows, int kKeys, typename Visible>
+DEVICE void weightsAndGradients(float (&s)[kRows][kKeys], float (&dp)[kRows][kKeys], float scale, const float* lse,
+                                const float* deltas, const Visible& visible) {
+  UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    UNROLL
+    for (int j = 0; j < kKeys; ++j) {
+      const float weight = visible(i, j) ? expf(s[i][j] * scale - lse[4 * i]) : 0.0f;
+      s[i][j] = weight;
+      dp[i][j] = weight * (dp[i][j] - deltas[4 * i]);
+    }
+  }
+}
+
+template <typename Tile>
+DEVICE void queryGradientTile(const AttendGrad& t, QueryShared<Tile>& s, int64_t item) {
+  constexpr int kStride = Tile::kDim + kRowPadding;
+  const AttentionSegments& g = t.segments;
+  const int headDim = t.h.headDim, warp = warpId(), lane = laneId();
+  const int kvHead = static_cast<int>(item % t.h.kvHeads), tile = static_cast<int>(item / t.h.kvHeads);
+  const int segment = segmentOf(t.tilesBefore, g.count(), tile);
+  const int firstRow = (tile - ldGlobal(t.tilesBefore + segment)) * Tile::kRows;
+  const int rows = min(Tile::kRows, g.queries(segment) * t.h.group - firstRow);
+  const auto queryOf = [&](int row) { return g.start(segment) + (firstRow + row) / t.h.group; };
+  const auto headRow = [&](int row) {
+    return int64_t{queryOf(row)} * t.h.heads + kvHead * t.h.group + (firstRow + row) % t.h.group;
+  };
+  const int end = g.seen(segment, queryOf(rows - 1));  // no row sees more
+  const auto loadKeys = [&](float* to, const float* from, int first) {
+    loadTiles<Tile::kKeys, Tile::kDim, kStride>({{to, from}}, end - first, headDim, t.vectors, [&](int key) {
+      return (int64_t{g.first(segment) + first + key} * t.h.kvHeads + kvHead) * headDim;
+    });
+    cpAsyncCommit();
+  };
+  loadTiles<Tile::kRows, Tile::kDim, kStride>({{s.q, t.q}, {s.dy, t.dy}}, rows, headDim, t.vectors,
+                                              [&](int row) { return headRow(row) * headDim; });
+  loadKeys(s.v, t.v, 0);
+  loadKeys(s.k, t.k, 0);
+  for (int row = warp; row < Tile::kRows; row += 4) {
+    const int64_t at = row < rows ? headRow(row) : 0;
+    float delta = 0.0f;
+    for (int d = lane; row < rows && d < headDim; d += 32) {
+      delta = fmaf(ldGlobal(t.dy + at * headDim + d), ldGlobal(t.y + at * headDim + d), delta);
+    }
+    delta = warpSum(delta);
+    if (lane != 0) continue;
+    s.deltas[row] = delta;
+    s.lse[row] = row < rows ? ldGlobal(t.lse + at) : 0.0f;
+    if (row < rows) stGlobal(t.deltas + at, delta);
+  }
+
+  const int firstOfWarp = warp * (4 * Tile::kThreadRows) + laneRow(), column = 4 * laneColumn();
+  int seen[Tile::kThreadRows];
+  UNROLL
+  for (int i = 0; i < Tile::kThreadRows; ++i) {
+    seen[i] = firstOfWarp + 4 * i < rows ? g.seen(segment, queryOf(firstOfWarp + 4 * i)) : 0;
+  }
+  float4 dq[Tile::kThreadRows][Tile::kQuads] = {};
+  float total[Tile::kThreadRows] = {};
+  for (int first = 0; first < end; first += Tile::kKeys) {
+    const int next = first + Tile::kKeys;
+    cpAsyncWait<0>();
+    syncThreads();  // all tiles, lse and deltas are complete
+    float score[Tile::kThreadRows][Tile::kThreadKeys], dp[Tile::kThreadRows][Tile::kThreadKeys];
+    rowProducts<Tile::kDim>(score, s.q + firstOfWarp * kStride, s.k + laneColumn() * kStride);
+    rowProducts<Tile::kDim>(dp, s.dy + firstOfWarp * kStride, s.v + laneColumn() * kStride);
+    weightsAndGradients(score, dp, t.scale, s.lse + firstOfWarp, s.deltas + firstOfWarp,
+                        [&](int i, int j) { return first + laneColumn() + 8 * j < seen[i]; });
+    UNROLL
+    for (int i = 0; i < Tile::kThreadRows; ++i) {
+      UNROLL
+      for (int j = 0; j < Tile::kThreadKeys; ++j) {
+        s.ds[(firstOfWarp + 4 * i) * (Tile::kKeys + kWeightPadding) + laneColumn() + 8 * j] = dp[i][j];
+      }
+    }
+    syncThreads();  // ds is complete, v has been read
+    if (next < end) loadKeys(s.v, t.v, next);
+    addWeighted<Tile::kKeys, kStride>(dq, total, s.ds + firstOfWarp * (Tile::kKeys + kWeightPadding), s.k + column);
+    syncThreads();  // k and ds have been read
+    if (next < end) loadKeys(s.k, t.k, next);
+  }
+  UNROLL
+  for (int i = 0; i < Tile::kThreadRows; ++i) {
+    const int row = firstOfWarp + 4 * i;
+    if (row >= rows) continue;
+    float* to = t.dq + headRow(row) * headDim;
+    UNROLL
+    for (int c = 0; c < Tile::kQuads; ++c) {
+      storeQuad(to, column + 32 * c, headDim, t.vectors, scaled(dq[i][c], t.scale));
+    }
+  }
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(kAttentionThreads, Tile::kBlocks) queryGradientKernel(AttendGrad t) {
+  SHARED_MEMORY(QueryShared<Tile>, s);
+  if (t.state.faulted()) return;
+  const int64_t items = int64_t{ldGlobal(t.plan).tiles} * t.h.kvHeads;
+  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) queryGradientTile<Tile>(t, s, items - 1 - i);
+}
+
+// dk and dv: a block has kKeys keys and goes through the rows that see them, kRows at a time. Scores: a warp has its
+// own rows. Gradients: a thread has four keys and kQuads times four columns, kColumnWarps warps side by side.
+template <int kDimOf>
+struct KeyTile {
+  static constexpr int kDim = kDimOf;
+  static constexpr int kRows = 32, kKeys = kDim == 32 ? 64 : kDim == 256 ? 16 : 32;
+  static constexpr int kThreadRows = kRows / 16, kThreadKeys = kKeys / 8;
+  static constexpr int kColumnWarps = 64 / kKeys, kQuads = kDim / (32 * kColumnWarps);
+  static constexpr int kBlocks = kDim <= 64 ? 3 : 2;
+};
+
+template <typename Tile>
+struct KeyShared {
+  float k[Tile::kKeys * (Tile::kDim + kRowPadding)], v[Tile::kKeys * (Tile::kDim + kRowPadding)];
+  float q[Tile::kRows * (Tile::kDim + kRowPadding)], dy[Tile::kRows * (Tile::kDim + kRowPadding)];
+  float weights[Tile::kRows * (Tile::kKeys + kWeightPadding)], ds[Tile::kRows * (Tile::kKeys + kWeightPadding)];
+  float lse[Tile::kRows], deltas[Tile::kRows];
+};
+
+template <typename Tile>
+DEVICE void keyGradientTile(const AttendGrad& t, KeyShared<Tile>& s, int64_t item) {
+  constexpr int kStride = Tile::kDim + kRowPadding, kWeightStride = Tile::kKeys + kWeightPadding;
+  const AttentionSegments& g = t.segments;
+  const int headDim = t.h.headDim, warp = warpId(), tid = threadIdx.x;
+  const int kvHead = static_cast<int>(item % t.h.kvHeads), tile = static_cast<int>(item / t.h.kvHeads);
+  const int segment = segmentOf(t.keyTilesBefore, g.count(), tile);
+  const int firstKey = (tile - ldGlobal(t.keyTilesBefore + segment)) * Tile::kKeys;
+  const int keys = min(Tile::kKeys, g.added(segment) - firstKey);
+  // Row of k, v, dk and dv as [N * kvHeads, headDim].
+  const auto keyRow = [&](int key) { return int64_t{g.first(segment) + firstKey + key} * t.h.kvHeads + kvHead; };
+  const int firstQuery = g.firstToSee(segment, firstKey);
+  const int allRows = (g.start(segment + 1) - firstQuery) * t.h.group;  // row r: query firstQuery + r / group
+  const auto queryOf = [&](int row) { return firstQuery + row / t.h.group; };
+  const auto headRow = [&](int row) {
+    return int64_t{queryOf(row)} * t.h.heads + kvHead * t.h.group + row % t.h.group;
+  };
+  loadTiles<Tile::kKeys, Tile::kDim, kStride>({{s.k, t.k}, {s.v, t.v}}, keys, headDim, t.vectors,
+                                              [&](int key) { return keyRow(key) * headDim; });
+  cpAsyncCommit();
+
+  const int scoreRow = warp * (4 * Tile::kThreadRows) + laneRow();
+  const int gradKey = warp / Tile::kColumnWarps * 16 + laneRow() * 4;
+  const int column = warp % Tile::kColumnWarps * (32 * Tile::kQuads) + 4 * laneColumn();
+  float4 dk[4][Tile::kQuads] = {}, dv[4][Tile::kQuads] = {};
+  for (int first = 0; first < allRows; first += Tile::kRows) {
+    const int rows = min(Tile::kRows, allRows - first);
+    loadTiles<Tile::kRows, Tile::kDim, kStride>({{s.q, t.q}, {s.dy, t.dy}}, rows, headDim, t.vectors,
+                                                [&](int row) { return headRow(first + row) * headDim; });
+    cpAsyncCommit();
+    if (tid < Tile::kRows) {
+      s.lse[tid] = tid < rows ? ldGlobal(t.lse + headRow(first + tid)) : 0.0f;
+      s.deltas[tid] = tid < rows ? ldGlobal(t.deltas + headRow(first + tid)) : 0.0f;
+    }
+    int seen[Tile::kThreadRows];
+    UNROLL
+    for (int i = 0; i < Tile::kThreadRows; ++i) {
+      const int row = scoreRow + 4 * i;
+      seen[i] = row < rows ? g.seen(segment, queryOf(first + row)) - firstKey : 0;
+    }
+    cpAsyncWait<0>();
+    syncThreads();  // all tiles, lse and deltas are complete
+    float score[Tile::kThreadRows][Tile::kThreadKeys], dp[Tile::kThreadRows][Tile::kThreadKeys];
+    rowProducts<Tile::kDim>(score, s.q + scoreRow * kStride, s.k + laneColumn() * kStride);
+    rowProducts<Tile::kDim>(dp, s.dy + scoreRow * kStride, s.v + laneColumn() * kStride);
+    weightsAndGradients(score, dp, t.scale, s.lse + scoreRow, s.deltas + scoreRow,
+                        [&](int i, int j) { return laneColumn() + 8 * j < seen[i]; });
+    UNROLL
+    for (int i = 0; i < Tile::kThreadRows; ++i) {
+      UNROLL
+      for (int j = 0; j < Tile::kThreadKeys; ++j) {
+        const int at = (scoreRow + 4 * i) * kWeightStride + laneColumn() + 8 * j;
+        s.weights[at] = score[i][j];
+        s.ds[at] = dp[i][j];
+      }
+    }
+    syncThreads();  // weights and ds are complete
+    for (int row = 0; row < Tile::kRows; ++row) {
+      const float4 weight = ldShared<float4>(s.weights + row * kWeightStride + gradKey);
+      const float4 ds = ldShared<float4>(s.ds + row * kWeightStride + gradKey);
+      UNROLL
+      for (int c = 0; c < Tile::kQuads; ++c) {
+        const float4 dy = ldShared<float4>(s.dy + row * kStride + column + 32 * c);
+        const float4 q = ldShared<float4>(s.q + row * kStride + column + 32 * c);
+        UNROLL
+        for (int e = 0; e < 4; ++e) {
+          dv[e][c] = multiplyAdd(dy, component(weight, e), dv[e][c]);
+          dk[e][c] = multiplyAdd(q, component(ds, e), dk[e][c]);
+        }
+      }
+    }
+    syncThreads();  // q, dy, weights, ds, lse and deltas have been read
+  }
+  cpAsyncWait<0>();  // k and v are still on their way where no row sees them
+  UNROLL
+  for (int e = 0; e < 4; ++e) {
+    if (gradKey + e >= keys) continue;
+    const int64_t at = keyRow(gradKey + e) * headDim;
+    UNROLL
+    for (int c = 0; c < Tile::kQuads; ++c) {
+      storeQuad(t.dk + at, column + 32 * c, headDim, t.vectors, scaled(dk[e][c], t.scale));
+      storeQuad(t.dv + at, column + 32 * c, headDim, t.vectors, dv[e][c]);
+    }
+  }
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(kAttentionThreads, Tile::kBlocks) keyGradientKernel(AttendGrad t) {
+  SHARED_MEMORY(KeyShared<Tile>, s);
+  if (t.state.faulted()) return;
+  // The first keys first: under causal attention the most rows see them.
+  const int64_t items = int64_t{ldGlobal(t.plan).keyTiles} * t.h.kvHeads;
+  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) keyGradientTile<Tile>(t, s, i);
+}
+
+// ---- Host
+
+float* floats(const Operand& operand) { return static_cast<float*>(operand.data); }
+int32_t* ints(const Operand& operand) { return static_cast<int32_t*>(operand.data); }
+
+AttentionHeads checkedHeads(const Launch& launch, const Operand& q, const Operand& k) {
+  const int64_t heads = launch.intAttribute(0, "heads", 1, 1 << 20), queryWidth = q.bound[1], kvWidth = k.bound[1];
+  const int64_t kvHeads = launch.intAttribute(1, "kv_heads", 1, 1 << 20);
+  if (heads % kvHeads != 0) {
+    fail(ErrorCode::InvalidProgram, "[%s] heads must be a multiple of kv_heads, got %lld and %lld", launch.op,
+         static_cast<long long>(heads), static_cast<long long>(kvHeads));
+  }
+  const int64_t headDim = queryWidth / heads;
+  if (headDim < 1 || queryWidth % heads != 0 || kvWidth != headDim * kvHeads) {
+    fail(ErrorCode::InvalidProgram,
+         "[%s] widths must be heads x head_dim and kv_heads x head_dim, got %lld and %lld with %lld and %lld heads",
+         launch.op, static_cast<long long>(queryWidth), static_cast<long long>(kvWidth), static_cast<long long>(heads),
+         static_cast<long long>(kvHeads));
+  }
+  if (headDim > 256) {
+    fail(ErrorCode::InvalidProgram, "[%s] head_dim must be at most 256 on this device, got %lld", launch.op,
+         static_cast<long long>(headDim));
+  }
+  if (q.bound[0] * (heads / kvHeads) > INT_MAX) {
+    fail(ErrorCode::InvalidProgram, "[%s] rows x heads / kv_heads must be below 2^31, got %lld x %lld", launch.op,
+         static_cast<long long>(q.bound[0]), static_cast<long long>(heads / kvHeads));
+  }
+  return {static_cast<int>(heads), static_cast<int>(kvHeads), static_cast<int>(headDim),
+          static_cast<int>(heads / kvHeads)};
+}
+
+void checkStatistics(const Launch& launch, const Operand& lse, const AttentionHeads& h) {
+  if (lse && lse.bound[1] != h.heads) {
+    fail(ErrorCode::InvalidProgram, "[%s] lse must have one column per head: %d, got %lld", launch.op, h.heads,
+         static_cast<long long>(lse.bound[1]));
+  }
+}
+
+// The segments of an op and its plan, of which the caller sets what concerns its kernels. Inputs: where q and k are,
+// offsets, and rows, which row_offsets follows.
+Planning plan(const Launch& launch, const AttentionHeads& h, int qInput, int offsetsInput, int rowsInput, bool causal) {
+  const Operand &q = launch.in[qInput], &k = launch.in[qInput + 1], &offsets = launch.in[offsetsInput];
+  const Operand &rows = launch.in[rowsInput], &rowOffsets = launch.in[rowsInput + 1];
+  if (!rows != !rowOffsets) {
+    fail(ErrorCode::InvalidProgram, "[%s] rows and row_offsets must be given together, got %s alone", launch.op,
+         rows ? "rows" : "row_offsets");
+  }
+  if (!rows && q.bound[0] != k.bound[0]) {
+    fail(ErrorCode::InvalidProgram, "[%s] without rows q and k must have as many rows, got %lld and %lld", launch.op,
+         static_cast<long long>(q.bound[0]), static_cast<long long>(k.bound[0]));
+  }
+  checkOffsets(launch, offsetsInput, k, 0);
+  if (rows) {
+    checkRows(launch, rowsInput, k, 0);
+    checkOffsets(launch, rowsInput + 1, q, 0);
+  }
+  Planning p{};
+  p.segments.offsets = offsets;
+  p.segments.starts = rows ? ints(rowOffsets) : ints(offsets);
+  p.segments.rows = ints(rows);
+  p.segments.causal = causal;
+  p.q = q;
+  p.k = k;
+  p.offsetsInput = offsetsInput;
+  p.rowsInput = rowsInput;
+  p.startsInput = rows ? rowsInput + 1 : offsetsInput;
+  p.group = h.group;
+  p.kvHeads = h.kvHeads;
+  p.plan = launch.scratch<AttentionPlan>(1);
+  p.tilesBefore = launch.scratch<int32_t>(offsets.bound[0]);
+  p.state = launch.state;
+  return p;
+}
+
+void launchPlan(const Launch& launch, const Planning& planning) {
+  LAUNCH(planKernel, 1, kPlanThreads, sizeof(PlanShared), launch.stream, planning);
+}
+
+bool aligned(std::initializer_list<const void*> addresses) {
+  return std::all_of(addresses.begin(), addresses.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
+
+// Calls launchFor with the head_dim that kernels are made for as a constant.
+template <typename LaunchFor>
+void forHeadDim(int headDim, const LaunchFor& launchFor) {
+  if (headDim <= 32) {
+    launchFor(std::integral_constant<int, 32>{});
+  } else if (headDim <= 64) {
+    launchFor(std::integral_constant<int, 64>{});
+  } else if (headDim <= 128) {
+    launchFor(std::integral_constant<int, 128>{});
+  } else {
+    launchFor(std::integral_constant<int, 256>{});
+  }
+}
+
+// The most tiles there can be: all but the last of every segment are whole.
+int64_t mostTiles(const Operand& offsets, int64_t rows, int perTile) {
+  return rows / perTile + std::min<int64_t>(std::max<int64_t>(offsets.bound[0] - 1, 0), rows);
+}
+
+template <typename Tile>
+void launchAttend(const Launch& launch, const Attend& attend, int64_t rows, int64_t splits) {
+  const int64_t items = mostTiles(attend.segments.offsets, rows, Tile::kRows) * attend.h.kvHeads * splits;
+  LAUNCH(attendKernel<Tile>, launch.blocks(items, 1), kAttentionThreads, sizeof(AttendShared<Tile>), launch.stream,
+         attend);
+}
+
+}  // namespace
+
+void attention(const Launch& launch) {
+  const Operand &q = launch.in[0], &k = launch.in[1], &v = launch.in[2], &y = launch.out[0], &lse = launch.out[1];
+  const AttentionHeads h = checkedHeads(launch, q, k);
+  const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
+  const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
+  checkStatistics(launch, lse, h);
+  Planning planning = plan(launch, h, 0, 3, 4, causal);
+  planning.flopsPerPair = 4.0 * h.headDim * h.heads;
+  Attend attend{};
+  attend.segments = planning.segments;
+  attend.h = h;
+  attend.q = floats(q);
+  attend.k = floats(k);
+  attend.v = floats(v);
+  attend.y = floats(y);
+  attend.lse = floats(lse);
+  attend.scale = scale;
+  attend.vectors = h.headDim % 4 == 0 && aligned({q.data, k.data, v.data, y.data});
+  attend.splitKeys = kNoSplit;
+  attend.plan = planning.plan;
+  attend.tilesBefore = planning.tilesBefore;
+  attend.state = launch.state;
+  forHeadDim(h.headDim, [&](auto dim) {
+    using Tile = AttendTile<dim.value, false>;
+    planning.rows = Tile::kRows;
+    launchPlan(launch, planning);
+    launchAttend<Tile>(launch, attend, q.bound[0] * h.group, 1);
+  });
+}
+
+void attentionGrad(const Launch& launch) {
+  const Operand &dy = launch.in[0], &q = launch.in[1], &k = launch.in[2], &v = launch.in[3], &y = launch.in[4];
+  const Operand &lse = launch.in[5], &dq = launch.out[0], &dk = launch.out[1], &dv = launch.out[2];
+  const AttentionHeads h = checkedHeads(launch, q, k);
+  const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
+  const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
+  checkStatistics(launch, lse, h);
+  Planning planning = plan(launch, h, 1, 6, 7, causal);
+  planning.flopsPerPair = 10.0 * h.headDim * h.heads;
+  planning.keyTilesBefore = launch.scratch<int32_t>(launch.in[6].bound[0]);
+  AttendGrad grad{};
+  grad.segments = planning.segments;
+  grad.h = h;
+  grad.dy = floats(dy);
+  grad.q = floats(q);
+  grad.k = floats(k);
+  grad.v = floats(v);
+  grad.y = floats(y);
+  grad.lse = floats(lse);
+  grad.dq = floats(dq);
+  grad.dk = floats(dk);
+  grad.dv = floats(dv);
+  grad.deltas = launch.scratch<float>(q.bound[0] * h.heads);
+  grad.scale = scale;
+  grad.vectors =
+      h.headDim % 4 == 0 && aligned({dy.data, q.data, k.data, v.data, dq.data, dk.data, dv.data});
+  grad.plan = planning.plan;
+  grad.tilesBefore = planning.tilesBefore;
+  grad.keyTilesBefore = planning.keyTilesBefore;
+  grad.state = launch.state;
+  forHeadDim(h.headDim, [&](auto dim) {
+    using Rows = QueryTile<dim.value>;
+    using Keys = KeyTile<dim.value>;
+    planning.rows = Rows::kRows;
+    planning.keys = Keys::kKeys;
+    launchPlan(launch, planning);
+    const Operand& offsets = launch.in[6];
+    const int64_t rowItems = mostTiles(offsets, q.bound[0] * h.group, Rows::kRows) * h.kvHeads;
+    LAUNCH(queryGradientKernel<Rows>, launch.blocks(rowItems, 1), kAttentionThreads, sizeof(QueryShared<Rows>),
+           launch.stream, grad);
+    const int64_t keyItems = mostTiles(offsets, k.bound[0], Keys::kKeys) * h.kvHeads;
+    LAUNCH(keyGradientKernel<Keys>, launch.blocks(keyItems, 1), kAttentionThreads, sizeof(KeyShared<Keys>),
+           launch.stream, grad);
+  });
+}
+
+void attentionCached(const Launch& launch) {
+  const Operand &q = launch.in[0], &k = launch.in[1], &v = launch.in[2], &offsets = launch.in[3];
+  const Operand &lengths = launch.in[4], &cacheK = launch.in[5], &cacheV = launch.in[6], &y = launch.out[0];
+  const AttentionHeads h = checkedHeads(launch, q, k);
+  const float scale = static_cast<float>(launch.finiteAttribute(2, "scale"));
+  Planning planning = plan(launch, h, 0, 3, 7, true);
+  if (lengths.bound[0] >= std::max<int64_t>(offsets.bound[0], 1)) {
+    fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", launch.op,
+         static_cast<long long>(offsets.bound[0] - 1), static_cast<long long>(lengths.bound[0]));
+  }
+  const int64_t mostSplits = std::max<int64_t>((cacheK.bound[1] + kSplitKeys - 1) / kSplitKeys, 1);
+  const int64_t rows = q.bound[0] * h.group, headRows = q.bound[0] * h.heads;
+  planning.segments.lengths = ints(lengths);
+  planning.lengths = lengths;
+  planning.cache = cacheK;
+  planning.lengthsInput = 4;
+  planning.flopsPerPair = 4.0 * h.headDim * h.heads;
+  planning.most = kFewRows;
+  planning.splitKeys = kSplitKeys;
+  planning.items = int64_t{4} * launch.multiprocessors;
+  planning.parts = std::min(kParts, headRows * mostSplits);
+  Attend attend{};
+  attend.segments = planning.segments;
+  attend.h = h;
+  attend.q = floats(q);
+  attend.k = floats(cacheK);
+  attend.v = floats(cacheV);
+  attend.cache = cacheK;
+  attend.y = floats(y);
+  attend.scale = scale;
+  attend.vectors = h.headDim % 4 == 0 && aligned({q.data, cacheK.data, cacheV.data, y.data});
+  attend.splitKeys = kSplitKeys;
+  attend.partSums = launch.scratch<float>(planning.parts * h.headDim);
+  attend.parts = launch.scratch<float2>(planning.parts);
+  attend.plan = planning.plan;
+  attend.tilesBefore = planning.tilesBefore;
+  attend.state = launch.state;
+  const Append append{planning.segments, k, v, cacheK, cacheV, lengths,
+                      k.bound[1] % 4 == 0 && aligned({k.data, v.data, cacheK.data, cacheV.data}), launch.state};
+  forHeadDim(h.headDim, [&](auto dim) {
+    using Few = AttendTile<dim.value, true>;
+    using Many = AttendTile<dim.value, false>;
+    planning.rows = Many::kRows;
+    planning.fewRows = Few::kRows;
+    launchPlan(launch, planning);
+    LAUNCH(appendKernel, launch.blocks(k.bound[0], 1), kCopyThreads, 0, launch.stream, append);
+    launchAttend<Few>(launch, attend, rows, mostSplits);
+    if (rows > kFewRows) launchAttend<Many>(launch, attend, rows, 1);
+  });
+  LAUNCH(joinSplitsKernel, launch.blocks(headRows * h.headDim, kCopyThreads), kCopyThreads, 0, launch.stream, attend);
+  LAUNCH(advanceKernel, static_cast<unsigned>(std::max<int64_t>((lengths.bound[0] + kCopyThreads - 1) / kCopyThreads, 1)),
+         kCopyThreads, 0, launch.stream, append);
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

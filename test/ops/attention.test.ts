@@ -334,6 +334,89 @@ test('feeding rows one by one gives what attention gives at once', async () => {
   for (const tensor of [lengths, cacheK, cacheV]) tensor.dispose();
 });
 
+describe.each([8, 33, 64, 100, 130])('heads of %i', (dh) => {
+  // Tiles of keys and queries with and without tails, on every path a device may have for a width of heads.
+  cases(
+    'attention',
+    [true, false].map((causal): Case => {
+      const [lengths, heads, kvHeads] = [[37, 0, 66, 1], 4, 2];
+      const n = lengths.reduce((a, b) => a + b, 0);
+      const make = inputs(dh);
+      const { z, threshold } = scored(lengths, picks['every third row']);
+      return {
+        name: causal ? 'causal' : 'full',
+        inputs: {
+          q: make.f32(['N', n], heads * dh),
+          k: make.f32(['N', n], kvHeads * dh),
+          v: make.f32(['N', n], kvHeads * dh),
+          offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
+          z: make.values(z, ['N', n], 1),
+          threshold: make.values(threshold, ['S', lengths.length]),
+        },
+        build: ({ q, k, v, offsets, z, threshold }) => {
+          const options = { heads, kvHeads, causal, scale: 1 / Math.sqrt(dh) };
+          const selected = routeThreshold(z, offsets, threshold);
+          const some = attention(gatherRows(q, selected.rows), k, v, offsets, { ...options, selected });
+          const [y, dy] = [attention(q, k, v, offsets, options), scatterAdd(q, some, selected.rows)];
+          const [dq, dk, dv] = gradients(y, [q, k, v], { seed: dy });
+          const [dqSome, dkSome, dvSome] = gradients(some, [q, k, v], { seed: gatherRows(q, selected.rows) });
+          return { y, some, dq, dk, dv, dqSome, dkSome, dvSome };
+        },
+      };
+    }),
+  );
+
+  // How many queries there are, and how many segments, may decide how a device goes about it.
+  test.each([1, 9])('a query of %i caches gets the same bits whatever the other queries are', async (segments) => {
+    const [heads, kvHeads, fresh, past, capacity] = [4, 2, 20, 430, 460];
+    const make = inputs(segments);
+    const rows = fresh * segments;
+    const floats = (...shape: number[]) => Float32Array.from(make.f32(...shape).data);
+    const [q, k, v] = [heads, kvHeads, kvHeads].map((h) => floats(rows, h * dh));
+    const cache = [0, 1].map(() => floats(segments, capacity, kvHeads * dh));
+    const row = (data: Float32Array, i: number) => data.subarray(i * heads * dh, (i + 1) * heads * dh);
+    const run = async (queries: readonly number[]) => {
+      const shape = [segments, capacity, kvHeads * dh];
+      const state = [Tensor.alloc('i32', [segments]), Tensor.alloc('f32', shape), Tensor.alloc('f32', shape)] as const;
+      state[0].write(new Int32Array(segments).fill(past));
+      state[1].write(cache[0]);
+      state[2].write(cache[1]);
+      const g = new Graph();
+      const [keys, values] = ['k', 'v'].map((name) => g.feed(name, 'f32', [rows, kvHeads * dh]));
+      const selected = {
+        rows: g.feed('rows', 'i32', [queries.length]),
+        offsets: g.feed('starts', 'i32', [segments + 1]),
+      };
+      const [lengths, cacheK, cacheV] = state.map((tensor) => g.state(tensor));
+      const query = g.feed('q', 'f32', [queries.length, heads * dh]);
+      const offsets = g.feed('offsets', 'i32', [segments + 1]);
+      const options = { heads, kvHeads, scale: 1, selected };
+      g.output('y', attentionCached(query, keys, values, offsets, lengths, cacheK, cacheV, options));
+      using program = Program.compile(g, testEngine());
+      const ends = Int32Array.from({ length: segments + 1 }, (_, s) => s * fresh);
+      const { outputs } = await program.run({
+        feeds: {
+          q: Float32Array.from(queries.flatMap((i) => [...row(q, i)])),
+          ...{ k, v, offsets: ends },
+          rows: Int32Array.from(queries),
+          starts: ends.map((end) => queries.filter((i) => i < end).length),
+        },
+      });
+      expect([...state[0].read()]).toEqual(new Array(segments).fill(past + fresh));
+      const held = state[1].read().subarray(past * kvHeads * dh, (past + fresh) * kvHeads * dh);
+      expect(held).toEqual(k.subarray(0, fresh * kvHeads * dh));
+      for (const tensor of state) tensor.dispose();
+      return outputs.y as Float32Array;
+    };
+    const every = await run(Array.from({ length: rows }, (_, i) => i));
+    const some = Array.from({ length: segments }, (_, s) => [0, 3 + s, fresh - 1].map((i) => s * fresh + i)).flat();
+    const alone = await run(some);
+    some.forEach((i, at) => {
+      expect(row(alone, at), `row ${i}`).toEqual(row(every, i));
+    });
+  });
+});
+
 test('bad offsets are InvalidData', async () => {
   for (const offsets of [
     [1, 2, 4],

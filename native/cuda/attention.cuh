@@ -1,0 +1,198 @@
+// What the kernels of attention share: who sees which keys, the division of segments into tiles, and products of tiles
+// in shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/launch.h"
+
+namespace elastiform::ELASTIFORM_DEVICE {
+
+// ---- Queries and keys
+
+struct AttentionHeads {
+  int heads, kvHeads, headDim, group;  // group: query heads of a kv head
+};
+
+// Segment s has new key rows [offsets[s], offsets[s + 1]), after `lengths[s]` cached ones, and queries [starts[s],
+// starts[s + 1]); query i stands at new key row rows[i]. The queries of one kv head are looked at as `rows` of a
+// segment: row r is query r / group with head r % group of the group.
+struct AttentionSegments {
+  Operand offsets;
+  const int32_t* starts = nullptr;   // offsets where all rows are queries
+  const int32_t* rows = nullptr;     // null: query i stands at row i
+  const int32_t* lengths = nullptr;  // null: no cache
+  bool causal = true;
+
+  DEVICE int count() const { return max(offsets.size(0) - 1, 0); }
+  DEVICE int first(int s) const { return ldGlobal(offsets.i32() + s); }
+  DEVICE int added(int s) const { return first(s + 1) - first(s); }
+  DEVICE int cached(int s) const { return lengths ? ldGlobal(lengths + s) : 0; }
+  DEVICE int keys(int s) const { return cached(s) + added(s); }
+  DEVICE int start(int s) const { return ldGlobal(starts + s); }
+  DEVICE int queries(int s) const { return start(s + 1) - start(s); }
+  // Keys that a query sees: the first so many of its segment.
+  DEVICE int seen(int s, int query) const {
+    return causal ? cached(s) + (rows ? ldGlobal(rows + query) : query) - first(s) + 1 : keys(s);
+  }
+  // The first query of a segment that sees a key; the end of the segment's queries when none does.
+  DEVICE int firstToSee(int s, int key) const {
+    int low = start(s), high = start(s + 1);
+    while (low < high) {
+      const int middle = low + (high - low) / 2;
+      if (seen(s, middle) > key) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
+};
+
+// The last s of `count` with starts[s] <= i, which is not empty when i is below starts[count].
+DEVICE int segmentOf(const int32_t* starts, int count, int i) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = low + (high - low + 1) / 2;
+    if (ldGlobal(starts + middle) <= i) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Blocks take tiles of rows, and in the gradient of keys, from a table that a kernel makes (attention.cu).
+struct AttentionPlan {
+  int32_t tiles, keyTiles;
+  int32_t few;     // whether tiles are those of the kernels for few rows
+  int32_t splits;  // more than 1: so many blocks share the keys of a tile
+};
+
+// ---- Tiles in shared memory
+//
+// A block is four warps, a warp 4 x 8 lanes: neighbouring lanes differ in the row, so that a half-warp asks for at most
+// 128 bytes of either operand of a product and its 16-byte reads take the fewest passes.
+
+constexpr int kAttentionThreads = 128;
+constexpr int kRowPadding = 4;     // floats behind a row of features: eight rows at one feature lie in different banks
+constexpr int kWeightPadding = 8;  // behind a row of weights
+
+DEVICE int laneRow() { return (laneId() & 1) | (laneId() >> 4 << 1); }
+DEVICE int laneColumn() { return laneId() >> 1 & 7; }
+
+DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+DEVICE float& component(float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+DEVICE float4 scaled(const float4& v, float factor) {
+  return {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
+}
+DEVICE float4 multiplyAdd(const float4& v, float factor, const float4& sum) {
+  return {fmaf(v.x, factor, sum.x), fmaf(v.y, factor, sum.y), fmaf(v.z, factor, sum.z), fmaf(v.w, factor, sum.w)};
+}
+
+struct TileCopy {
+  float* to;          // a tile
+  const float* from;  // rows in device memory
+};
+
+// For every copy: to[row] = from + offsetOf(row), `width` elements and zeros to kDim; rows from `rows` on are zeros.
+// Lands at cpAsyncWait. `vectors`: rows are aligned to 16 bytes and width is a multiple of 4.
+template <int kRows, int kDim, int kStride, int kCopies, typename OffsetOf>
+DEVICE void loadTiles(const TileCopy (&copies)[kCopies], int rows, int width, bool vectors, const OffsetOf& offsetOf) {
+  constexpr int kLanes = kDim / 4, kRowsAtOnce = kAttentionThreads / kLanes;
+  const int tid = threadIdx.x;
+  if (vectors) {
+    const int d = tid % kLanes * 4;
+    for (int row = tid / kLanes; row < kRows; row += kRowsAtOnce) {
+      const bool inside = row < rows && d < width;
+      const int64_t offset = inside ? offsetOf(row) + d : 0;
+      UNROLL
+      for (int i = 0; i < kCopies; ++i) cpAsync16(copies[i].to + row * kStride + d, copies[i].from + offset, inside);
+    }
+  } else {
+    for (int i = tid; i < kRows * kDim; i += kAttentionThreads) {
+      const int row = i / kDim, d = i % kDim;
+      const bool inside = row < rows && d < width;
+      const int64_t offset = inside ? offsetOf(row) + d : 0;
+      UNROLL
+      for (int c = 0; c < kCopies; ++c) cpAsync4(copies[c].to + row * kStride + d, copies[c].from + offset, inside);
+    }
+  }
+}
+
+// sum[i][j] = a row 4 i . b row 8 j: chains of fused multiply-adds over ascending features.
+template <int kDim, int kRows, int kKeys>
+DEVICE void rowProducts(float (&sum)[kRows][kKeys], const float* a, const float* b) {
+  constexpr int kStride = kDim + kRowPadding;
+  UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    UNROLL
+    for (int j = 0; j < kKeys; ++j) sum[i][j] = 0.0f;
+  }
+  for (int block = 0; block < kDim; block += 16) {
+    UNROLL
+    for (int d = block; d < block + 16; d += 4) {
+      float4 x[kRows], y[kKeys];
+      UNROLL
+      for (int i = 0; i < kRows; ++i) x[i] = ldShared<float4>(a + 4 * i * kStride + d);
+      UNROLL
+      for (int j = 0; j < kKeys; ++j) y[j] = ldShared<float4>(b + 8 * j * kStride + d);
+      UNROLL
+      for (int e = 0; e < 4; ++e) {
+        UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          UNROLL
+          for (int j = 0; j < kKeys; ++j) sum[i][j] = fmaf(component(x[i], e), component(y[j], e), sum[i][j]);
+        }
+      }
+    }
+  }
+}
+
+// sum[i][c] += weights[row 4 i] . four columns of values from 32 c on, total[i] += the sum of the weights: chains over
+// ascending keys. Rows of weights are kKeys + kWeightPadding floats apart, those of values kStride.
+template <int kKeys, int kStride, int kRows, int kQuads>
+DEVICE void addWeighted(float4 (&sum)[kRows][kQuads], float (&total)[kRows], const float* weights,
+                        const float* values) {
+  for (int key = 0; key < kKeys; key += 4) {
+    float4 weight[kRows];
+    UNROLL
+    for (int i = 0; i < kRows; ++i) weight[i] = ldShared<float4>(weights + 4 * i * (kKeys + kWeightPadding) + key);
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      UNROLL
+      for (int i = 0; i < kRows; ++i) total[i] += component(weight[i], e);
+      UNROLL
+      for (int c = 0; c < kQuads; ++c) {
+        const float4 value = ldShared<float4>(values + (key + e) * kStride + 32 * c);
+        UNROLL
+        for (int i = 0; i < kRows; ++i) sum[i][c] = multiplyAdd(value, component(weight[i], e), sum[i][c]);
+      }
+    }
+  }
+}
+
+// Columns [column, column + 4) of a row of `width` floats in device memory, those there are.
+DEVICE float4 loadQuad(const float* row, int column, int width, bool vectors) {
+  if (vectors) return column < width ? ldGlobal<float4>(row + column) : float4{};
+  float4 v{};
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < width) component(v, i) = ldGlobal(row + column + i);
+  }
+  return v;
+}
+DEVICE void storeQuad(float* row, int column, int width, bool vectors, const float4& v) {
+  if (vectors) {
+    if (column < width) stGlobal(row + column, v);
+    return;
+  }
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < width) stGlobal(row + column + i, component(v, i));
+  }
+}
+
+}  // namespace elastiform::ELASTIFORM_DEVICE
