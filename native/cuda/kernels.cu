@@ -74,8 +74,15 @@ std::string faultMessage(const char* op, const std::string& operand, const Fault
                   r.high, r.got);
     case Fault::NotFinite: return text("[%s] %s[%.0f] must be finite, got %g", r.index, r.got);
     case Fault::Range: return text("[%s] %s[%.0f] must be in [%g, %g], got %g", r.index, r.low, r.high, r.got);
+    case Fault::NaN: return text("[%s] %s[%.0f] is NaN", r.index);
+    case Fault::NotPositive: return text("[%s] %s[%.0f] must be positive, got %g", r.index, r.got);
+    case Fault::Below: return text("[%s] %s[%.0f] must be in [%g, %g), got %g", r.index, r.low, r.high, r.got);
+    case Fault::NoMaximum:
+      return text("[%s] %s of row %.0f must hold no NaN and have a finite maximum, got %g", r.index, r.got);
+    case Fault::Whole: return text("[%s] %s[%.0f] must be a whole number, got %g", r.index, r.got);
     case Fault::Segments:
       return text("[%s] %s: one value per segment wanted: %.0f segments, got %.0f values", r.high, r.got);
+    case Fault::Room: return text("[%s] %s selects more rows than the bound %.0f of their dim", r.high);
     case Fault::None: break;
   }
   return text("[%s] %s: no fault");

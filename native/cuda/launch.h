@@ -62,7 +62,13 @@ enum class Fault : int32_t {
   Target,      // not in [low, high)
   NotFinite,   // value is NaN or infinite where it must not be
   Range,       // value not in its range
+  NaN,         // value is NaN
+  NotPositive, // value is not above 0
+  Below,       // value not in [low, high)
+  NoMaximum,   // a row holds NaN, or its largest value is infinite
+  Whole,       // value is negative or has a fraction
   Segments,    // not one value for each of `high` segments
+  Room,        // more rows than their dim's bound `high` are selected
 };
 
 // The first fault of a run; the data type of all values is double, which holds every index exactly.
