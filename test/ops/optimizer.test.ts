@@ -15,6 +15,15 @@ cases('accumulate', [
       return { z: scale(y, 2) };
     },
   },
+  {
+    name: 'vectors, at an offset of a whole number of them and at another',
+    inputs: { state: inputs(1).param(3000), x: inputs(2).f32(['N', 2001]) },
+    build: ({ state, x }) => {
+      accumulate(state, x, 8);
+      accumulate(state, x, 9);
+      return { z: scale(x, 2) };
+    },
+  },
 ]);
 
 const hyper = (clip: number, step: number) => [0.01, 0.9, 0.95, 1e-8, 0.1, clip, 1 - 0.9 ** step, 1 - 0.95 ** step];
@@ -44,6 +53,7 @@ cases('adamw', [
   optimizer('decay of a part, no clipping', 1000, 0, 333),
   optimizer('clipped', 5000, 1, 5000),
   optimizer('norm below the clip', 33, 1000, 0),
+  optimizer('several sums of squares', 30_001, 2, 10_002),
 ]);
 
 for (const bad of [Number.NaN, Number.POSITIVE_INFINITY]) {
