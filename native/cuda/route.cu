@@ -1,14 +1,618 @@
 // Routing: selection of rows, gates, and what routers learn from.
+#include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void routeTopk(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void routeThreshold(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void gate(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void gateGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void topkBce(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void topkBceGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void topkCredit(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+constexpr int kThreads = 256;
+
+// ---- The largest scores of a segment, by one block
+//
+// Radix selection from the highest byte of order-preserving keys down. The keys of a segment of up to kHeldRows rows
+// stay in registers; of a longer one they are made again, tile by tile, from scores that the second-level cache holds.
+
+constexpr int kSelectThreads = 1024, kSelectWarps = kSelectThreads / 32;
+constexpr int kKeys = 8;                                // of a thread
+constexpr int kWarpRows = 32 * kKeys;                   // consecutive
+constexpr int kHeldRows = kSelectWarps * kWarpRows;     // a tile
+
+struct Found {
+  int digit, wanted, count;
+};
+
+struct SelectShared {
+  alignas(16) int histogram[4][256];  // by pass and digit
+  Found found;
+  int selected[2][kSelectWarps];  // by parity of the tile: rows above the floor, and ties << 16
+  bool faulted;
+};
+static_assert(kSelectThreads == 4 * 256 && kHeldRows < 1 << 15);
+
+// Larger scores have larger keys, and 0 and -0 the same. No row has key 0.
+DEVICE uint32_t keyOf(float score) {
+  if (score != score) return 1;
+  const uint32_t bits = score == 0.f ? 0 : asUint(score);
+  return bits ^ (bits >> 31 ? ~0u : 0x80000000u);
+}
+DEVICE float scoreOf(uint32_t key) { return asFloat(key ^ (key >> 31 ? 0x80000000u : ~0u)); }
+
+// The first of a thread's rows in the tile; the others follow 32 apart.
+DEVICE int firstRow(int tile) { return tile + warpId() * kWarpRows + laneId(); }
+
+// Keys of the rows of a tile, 0 past the segment's end.
+DEVICE void loadKeys(const float* z, int length, int tile, uint32_t (&key)[kKeys]) {
+  const int first = firstRow(tile);
+  UNROLL
+  for (int j = 0; j < kKeys; ++j) key[j] = first + 32 * j < length ? keyOf(ldGlobal(z + first + 32 * j)) : 0;
+}
+
+// What is chosen: keys that under `mask` are above `floor`, and the first `wanted` of the `ties` equal to it.
+struct Choice {
+  uint32_t floor = 0, mask = 0;
+  int wanted = 0, ties = 0;
+};
+
+// The k largest of a segment of 0 < k < length rows. A segment of one tile has its keys in `key`.
+DEVICE Choice chooseLargest(const float* z, int length, int k, uint32_t (&key)[kKeys], SelectShared& s) {
+  const int lane = laneId();
+  const bool first = warpId() == 0;
+  (&s.histogram[0][0])[threadIdx.x] = 0;
+  syncThreads();  // histograms are zero
+  Choice c;
+  c.wanted = k;
+  for (int pass = 0; pass < 4; ++pass) {
+    const int shift = 24 - 8 * pass;
+    for (int tile = 0; tile < length; tile += kHeldRows) {
+      if (length > kHeldRows) loadKeys(z, length, tile, key);
+      UNROLL
+      for (int j = 0; j < kKeys; ++j) {
+        if (key[j] != 0 && (key[j] & c.mask) == c.floor) atomicAdd(&s.histogram[pass][key[j] >> shift & 255], 1);
+      }
+    }
+    syncThreads();  // the histogram is complete
+    if (first) {
+      // Lane l has the digits 255 - 8 l and the seven below.
+      const int lowest = 248 - 8 * lane;
+      const int* bins = &s.histogram[pass][lowest];
+      const int4 low = ldShared<int4>(bins), high = ldShared<int4>(bins + 4);
+      const int counts[8] = {high.w, high.z, high.y, high.x, low.w, low.z, low.y, low.x};
+      int sum = 0;
+      UNROLL
+      for (int i = 0; i < 8; ++i) sum += counts[i];
+      int above = warpScan(sum) - sum;
+      UNROLL
+      for (int i = 0; i < 8; ++i) {
+        if (above < c.wanted && c.wanted <= above + counts[i]) s.found = {lowest + 7 - i, c.wanted - above, counts[i]};
+        above += counts[i];
+      }
+    }
+    syncThreads();  // the digit is found
+    c.floor |= static_cast<uint32_t>(s.found.digit) << shift;
+    c.mask |= 255u << shift;
+    c.wanted = s.found.wanted;
+    c.ties = s.found.count;
+    if (c.wanted == c.ties) break;  // all of them: no need to tell them apart
+  }
+  return c;
+}
+
+// Writes the chosen rows, ascending, from rows[0] on, at most `room`; `first` is the index of the segment's first row.
+DEVICE void writeRows(const float* z, int length, int first, const Choice& c, uint32_t (&key)[kKeys], int32_t* rows,
+                      int64_t room, SelectShared& s) {
+  const int lane = laneId(), warp = warpId();
+  const uint32_t before = (1u << lane) - 1;
+  int aboveSoFar = 0, tiesSoFar = 0, parity = 0;
+  for (int tile = 0; tile < length; tile += kHeldRows, parity ^= 1) {
+    if (length > kHeldRows) loadKeys(z, length, tile, key);
+    uint32_t aboves[kKeys], ties[kKeys];
+    int packed = 0;
+    UNROLL
+    for (int j = 0; j < kKeys; ++j) {
+      aboves[j] = ballot((key[j] & c.mask) > c.floor);
+      ties[j] = ballot((key[j] & c.mask) == c.floor);
+      packed += popCount(aboves[j]) + (popCount(ties[j]) << 16);
+    }
+    if (lane == 0) s.selected[parity][warp] = packed;
+    syncThreads();  // the counts of all warps are there
+    const int own = s.selected[parity][lane], scan = warpScan(own);
+    const int mine = shflIdx(scan - own, warp), all = shflIdx(scan, 31);
+    int above = aboveSoFar + (mine & 0xffff), tie = tiesSoFar + (mine >> 16);
+    UNROLL
+    for (int j = 0; j < kKeys; ++j) {
+      const int rank = tie + popCount(ties[j] & before);
+      if ((aboves[j] >> lane & 1) != 0 || ((ties[j] >> lane & 1) != 0 && rank < c.wanted)) {
+        const int at = above + popCount(aboves[j] & before) + min(rank, c.wanted);
+        if (at < room) stGlobal(rows + at, first + firstRow(tile) + 32 * j);
+      }
+      above += popCount(aboves[j]);
+      tie += popCount(ties[j]);
+    }
+    aboveSoFar += all & 0xffff;
+    tiesSoFar += all >> 16;
+  }
+}
+
+// 1e-6 forgives the rounding of a capacity such as 0.1 to f32.
+DEVICE int rowsWanted(float capacity, int length) {
+  const double wanted = ceil(static_cast<double>(capacity) * length - 1e-6);
+  return wanted > 0 ? static_cast<int>(min(wanted, static_cast<double>(length))) : 0;
+}
+
+// Whether there is one value for each segment; a fault if not.
+DEVICE bool onePerSegment(const Operand& offsets, const Operand& values, const StepState& state) {
+  const int segments = offsets.size(0) - 1;
+  if (segments == values.size(0)) return true;
+  if (blockIdx.x == 0 && threadIdx.x == 0) state.report(Fault::Segments, 2, 0, 0, segments, values.size(0));
+  return false;
+}
+
+// A block takes every gridDim.x-th segment, and knows where its rows go: how many are chosen of a segment is a matter
+// of its length and capacity alone.
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    topkKernel(Operand scores, Operand offsets, Operand capacities, Operand rows, Operand rowOffsets, int32_t* produced,
+               StepState state) {
+  SHARED_MEMORY(SelectShared, s);
+  // One answer for the block: another one may report while this begins.
+  if (threadIdx.x == 0) s.faulted = state.faulted();
+  syncThreads();
+  if (s.faulted || !onePerSegment(offsets, capacities, state)) return;
+  const int segments = capacities.size(0);
+  const int32_t* starts = offsets.i32();
+  const float* capacity = capacities.f32();
+  const int64_t bound = rows.bound[0];
+  const bool writer = threadIdx.x == 0;
+  const auto lengthOf = [&](int segment) { return ldGlobal(starts + segment + 1) - ldGlobal(starts + segment); };
+  if (blockIdx.x == 0 && writer) {
+    stGlobal(rowOffsets.i32(), 0);
+    if (segments == 0) stGlobal(produced, 0);
+  }
+  int at = 0, counted = 0;  // rows chosen of the first `counted` segments
+  for (int segment = blockIdx.x; segment < segments; segment += gridDim.x) {
+    int more = 0;
+    for (int i = counted + laneId(); i < segment; i += 32) more += rowsWanted(ldGlobal(capacity + i), lengthOf(i));
+    at += warpTotal(more);
+    counted = segment;
+    const int first = ldGlobal(starts + segment), length = lengthOf(segment);
+    const float share = ldGlobal(capacity + segment);
+    const int k = rowsWanted(share, length);
+    const int64_t end = int64_t{at} + k;
+    if (writer) {
+      if (!(share >= 0 && share <= 1)) {
+        state.report(Fault::Range, 2, segment, 0, 1, share);
+      } else if (end > bound) {
+        state.report(Fault::Room, 0, 0, 0, static_cast<double>(bound), 0);
+      }
+      stGlobal(rowOffsets.i32() + segment + 1, static_cast<int32_t>(end));
+      if (segment == segments - 1) stGlobal(produced, static_cast<int32_t>(min(end, bound)));
+    }
+    const float* z = scores.f32() + first;
+    uint32_t key[kKeys];
+    for (int tile = 0; tile < length; tile += kHeldRows) {
+      loadKeys(z, length, tile, key);
+      UNROLL
+      for (int j = 0; j < kKeys; ++j) {
+        if (key[j] == 1) state.report(Fault::NaN, 0, first + firstRow(tile) + 32 * j, 0, 0, 0);
+      }
+    }
+    if (k == 0) continue;
+    Choice choice;
+    choice.mask = ~0u;  // every row is above the floor of 0
+    if (k < length) choice = chooseLargest(z, length, k, key, s);
+    writeRows(z, length, first, choice, key, rows.i32() + at, bound - at, s);
+    syncThreads();  // the shared memory is free for the next segment
+  }
+}
+
+// ---- Rows above a threshold: which, and how many of a tile; then where they go
+
+constexpr int kTileWords = 64;               // of 32 rows
+constexpr int kTileRows = 32 * kTileWords;
+constexpr int kTileWarps = kThreads / 32;
+static_assert(kTileWords == 2 * 32);  // two a lane are scanned
+
+// The last of `segments` > 0 segments that begins at `row` or before.
+DEVICE int segmentOf(const int32_t* offsets, int segments, int row) {
+  int low = 0, high = segments - 1;
+  while (low < high) {
+    const int middle = low + (high - low + 1) / 2;
+    if (ldGlobal(offsets + middle) <= row) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// There is always a tile: row_offsets are written with those of the rows before.
+DEVICE int tilesOf(int rows) { return max(1, static_cast<int>((int64_t{rows} + kTileRows - 1) / kTileRows)); }
+
+struct AboveShared {
+  int counts[kTileWarps];
+};
+
+// passing: a bit for each row, [tiles, kTileWords]; counts: [tiles].
+__global__ void __launch_bounds__(kThreads, 4)
+    aboveKernel(Operand scores, Operand offsets, Operand thresholds, uint32_t* passing, int* counts, StepState state) {
+  SHARED_MEMORY(AboveShared, s);
+  if (!onePerSegment(offsets, thresholds, state)) return;
+  const int rows = scores.size(0), segments = thresholds.size(0), tiles = tilesOf(rows);
+  const int lane = laneId(), warp = warpId();
+  const float* threshold = thresholds.f32();
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < segments; i += gridDim.x * kThreads) {
+    const float limit = ldGlobal(threshold + i);
+    if (limit != limit) state.report(Fault::NaN, 2, i, 0, 0, 0);
+  }
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    constexpr int kWords = kTileWords / kTileWarps;
+    const int word = warp * kWords;
+    int end = 0, count = 0;  // end: of the segment that `limit` is of
+    float limit = 0;
+    UNROLL
+    for (int j = 0; j < kWords; ++j) {
+      const int row = tile * kTileRows + (word + j) * 32 + lane;
+      bool passes = false;
+      if (row < rows && segments > 0) {
+        const float z = ldGlobal(scores.f32() + row);
+        if (z != z) state.report(Fault::NaN, 0, row, 0, 0, 0);
+        if (row >= end) {
+          const int segment = segmentOf(offsets.i32(), segments, row);
+          end = ldGlobal(offsets.i32() + segment + 1);
+          limit = ldGlobal(threshold + segment);
+        }
+        passes = z > limit || limit == -INFINITY;  // even rows whose score is minus infinity
+      }
+      const uint32_t bits = ballot(passes);
+      count += popCount(bits);
+      if (lane == j) stGlobal(passing + int64_t{tile} * kTileWords + word + j, bits);
+    }
+    if (lane == 0) s.counts[warp] = count;
+    syncThreads();  // counts are there
+    if (threadIdx.x == 0) {
+      int sum = 0;
+      for (int i = 0; i < kTileWarps; ++i) sum += s.counts[i];
+      stGlobal(counts + tile, sum);
+    }
+    syncThreads();  // counts have been read
+  }
+}
+
+struct CompactShared {
+  uint32_t bits[kTileWords + 1];
+  int before[kTileWords + 1];  // rows that pass, up to a word
+};
+
+__global__ void __launch_bounds__(kThreads, 4)
+    compactKernel(Operand scores, Operand offsets, Operand thresholds, const uint32_t* passing, const int* counts,
+                  Operand rows, Operand rowOffsets, int32_t* produced, StepState state) {
+  SHARED_MEMORY(CompactShared, s);
+  const int all = scores.size(0), segments = thresholds.size(0), tiles = tilesOf(all);
+  if (segments != offsets.size(0) - 1) return;
+  const int lane = laneId(), warp = warpId();
+  const int64_t bound = rows.bound[0];
+  int at = 0, counted = 0;  // rows of the first `counted` tiles
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    int more = 0;
+    for (int i = counted + lane; i < tile; i += 32) more += ldGlobal(counts + i);
+    at += warpTotal(more);
+    counted = tile;
+    if (warp == 0) {
+      const uint2 words = ldGlobal<uint2>(passing + int64_t{tile} * kTileWords + 2 * lane);
+      const int low = popCount(words.x), sum = low + popCount(words.y), scan = warpScan(sum);
+      s.bits[2 * lane] = words.x;
+      s.bits[2 * lane + 1] = words.y;
+      s.before[2 * lane] = at + scan - sum;
+      s.before[2 * lane + 1] = at + scan - sum + low;
+      if (lane == 31) {
+        s.bits[kTileWords] = 0;
+        s.before[kTileWords] = at + scan;
+      }
+    }
+    syncThreads();  // the words and their places are there
+    const int first = tile * kTileRows;
+    const auto placeOf = [&](int row) {
+      return s.before[row >> 5] + popCount(s.bits[row >> 5] & ((1u << (row & 31)) - 1));
+    };
+    for (int row = threadIdx.x; row < kTileRows; row += kThreads) {
+      if ((s.bits[row >> 5] >> (row & 31) & 1) == 0) continue;
+      const int place = placeOf(row);
+      if (place < bound) stGlobal(rows.i32() + place, first + row);
+    }
+    const bool last = tile == tiles - 1;
+    for (int i = threadIdx.x; i <= segments; i += kThreads) {
+      const int64_t row = int64_t{ldGlobal(offsets.i32() + i)} - first;
+      if (row >= 0 && row < kTileRows + last) stGlobal(rowOffsets.i32() + i, placeOf(static_cast<int>(row)));
+    }
+    if (last && threadIdx.x == 0) {
+      const int total = s.before[kTileWords];
+      if (total > bound) state.report(Fault::Room, 0, 0, 0, static_cast<double>(bound), 0);
+      stGlobal(produced, static_cast<int32_t>(min(int64_t{total}, bound)));
+    }
+    syncThreads();  // the words have been read
+  }
+}
+
+// ---- Gates
+
+DEVICE double sigmoid(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
+
+// Where `row` stands in the ascending `rows`, or -1.
+DEVICE int findRow(const int32_t* rows, int count, int row) {
+  int low = 0, high = count;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (ldGlobal(rows + middle) < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < count && ldGlobal(rows + low) == row ? low : -1;
+}
+
+__global__ void __launch_bounds__(kThreads, 4)
+    gateKernel(Operand z, Operand rows, Operand g, int mode, StepState state) {
+  if (state.faulted()) return;
+  const int count = rows.size(0);
+  for (int r = blockIdx.x * kThreads + threadIdx.x; r < count; r += gridDim.x * kThreads) {
+    const float x = mode == 0 ? 0.f : ldGlobal(z.f32() + ldGlobal(rows.i32() + r));
+    stGlobal(g.f32() + r, mode == 0 ? 1.f : static_cast<float>(mode * sigmoid(x)));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4)
+    gateGradKernel(Operand dg, Operand z, Operand rows, Operand dz, int mode, StepState state) {
+  if (state.faulted()) return;
+  const int total = z.size(0), count = rows.size(0);
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < total; i += gridDim.x * kThreads) {
+    const int r = findRow(rows.i32(), count, i);
+    double slope = 0;
+    if (r >= 0) {
+      const double x = ldGlobal(z.f32() + i), rest = sigmoid(-x);
+      slope = ldGlobal(dg.f32() + r) * (mode == 0 ? rest : mode * sigmoid(x) * rest);
+    }
+    stGlobal(dz.f32() + i, static_cast<float>(slope));
+  }
+}
+
+// ---- Whether a row is selected, learnt from its score
+
+constexpr int kBceRows = 1024;  // of one partial sum
+
+struct SumShared {
+  double partial[kThreads / 32];
+};
+
+__global__ void __launch_bounds__(kThreads, 4) bceKernel(Operand z, Operand rows, double* sums, StepState state) {
+  SHARED_MEMORY(SumShared, s);
+  if (state.faulted()) return;
+  const int total = z.size(0), count = rows.size(0);
+  for (int64_t first = int64_t{kBceRows} * blockIdx.x; first < total; first += int64_t{kBceRows} * gridDim.x) {
+    double sum = 0;
+    for (int j = threadIdx.x; j < kBceRows && first + j < total; j += kThreads) {
+      const int i = static_cast<int>(first) + j;
+      const double score = ldGlobal(z.f32() + i);
+      const double x = findRow(rows.i32(), count, i) >= 0 ? -score : score;  // -log sigmoid(-x)
+      sum += max(x, 0.0) + log1p(exp(-fabs(x)));
+    }
+    sum = blockTotal(sum, s.partial);
+    if (threadIdx.x == 0) stGlobal(sums + first / kBceRows, sum);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) bceMeanKernel(Operand z, const double* sums, Operand loss) {
+  SHARED_MEMORY(SumShared, s);
+  const int total = z.size(0), count = static_cast<int>((int64_t{total} + kBceRows - 1) / kBceRows);
+  double sum = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) sum += ldGlobal(sums + i);
+  sum = blockTotal(sum, s.partial);
+  if (threadIdx.x == 0) stGlobal(loss.f32(), total > 0 ? static_cast<float>(sum / total) : 0.f);
+}
+
+__global__ void __launch_bounds__(kThreads, 4)
+    bceGradKernel(Operand dloss, Operand z, Operand rows, Operand dz, StepState state) {
+  if (state.faulted()) return;
+  const int total = z.size(0), count = rows.size(0);
+  const float factor = ldGlobal(dloss.f32());
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < total; i += gridDim.x * kThreads) {
+    const double x = ldGlobal(z.f32() + i);
+    // sigmoid(x) - 1 = -sigmoid(-x) keeps small gradients exact.
+    const double slope = findRow(rows.i32(), count, i) >= 0 ? -sigmoid(-x) : sigmoid(x);
+    stGlobal(dz.f32() + i, static_cast<float>(factor * slope / total));
+  }
+}
+
+// ---- Credit of the choice itself
+
+DEVICE double changeOf(float slope, float before, float after) {
+  return static_cast<double>(slope) * (static_cast<double>(after) - before);
+}
+DEVICE double changeOf(const float4& slope, const float4& before, const float4& after) {
+  return (changeOf(slope.x, before.x, after.x) + changeOf(slope.y, before.y, after.y)) +
+         (changeOf(slope.z, before.z, after.z) + changeOf(slope.w, before.w, after.w));
+}
+
+// credit[row] = dy . (after - before), a warp a row. On the way checks scores and row_offsets.
+__global__ void __launch_bounds__(kThreads, 4)
+    creditKernel(Operand dy, Operand before, Operand after, Operand z, Operand offsets, Operand rowOffsets,
+                 double* credit, StepState state) {
+  const int tid = blockIdx.x * kThreads + threadIdx.x, lane = laneId();
+  const int rows = dy.size(0), width = dy.size(1), ends = offsets.size(0);
+  const int32_t *starts = rowOffsets.i32(), *all = offsets.i32();
+  for (int i = tid; i < ends; i += gridDim.x * kThreads) {
+    const int64_t low = i > 0 ? ldGlobal(starts + i - 1) : 0;
+    const int64_t high = i > 0 ? low + ldGlobal(all + i) - ldGlobal(all + i - 1) : 0;
+    const int start = ldGlobal(starts + i);
+    if (start >= low && start <= high) continue;
+    state.report(Fault::Offset, 5, i, static_cast<double>(low), static_cast<double>(high), start);
+  }
+  const bool vectors = width % 4 == 0 && startsAligned(dy, before, after);
+  for (int row = tid / 32; row < rows; row += gridDim.x * (kThreads / 32)) {
+    const int64_t at = int64_t{row} * width;
+    double sum = 0;
+    forColumns(width, vectors, lane, 32, [&]<typename V>(int c) {
+      sum += changeOf(ldGlobal<V>(dy.f32() + at + c), ldGlobal<V>(before.f32() + at + c),
+                      ldGlobal<V>(after.f32() + at + c));
+    });
+    sum = warpTotal(sum);
+    if (lane != 0) continue;
+    stGlobal(credit + row, sum);
+    const float score = ldGlobal(z.f32() + row);
+    if (score != score) state.report(Fault::NaN, 3, row, 0, 0, 0);
+  }
+}
+
+struct CreditShared {
+  SelectShared select;
+  double partial[kSelectWarps];
+  uint32_t lowest[kSelectWarps], highest[kSelectWarps];
+};
+
+// Halfway between the k-th and the next largest score of a segment.
+DEVICE double thresholdOf(const float* z, int length, int k, CreditShared& s) {
+  uint32_t key[kKeys];
+  loadKeys(z, length, 0, key);
+  const Choice c = chooseLargest(z, length, k, key, s.select);
+  uint32_t lowest = 0, highest = 0;  // ~ of the lowest key that is chosen, and the highest that is not
+  for (int tile = 0; tile < length; tile += kHeldRows) {
+    if (length > kHeldRows) loadKeys(z, length, tile, key);
+    UNROLL
+    for (int j = 0; j < kKeys; ++j) {
+      if (key[j] != 0 && (key[j] & c.mask) >= c.floor) {
+        lowest = max(lowest, ~key[j]);
+      } else {
+        highest = max(highest, key[j]);
+      }
+    }
+  }
+  lowest = warpMax(lowest);
+  highest = warpMax(highest);
+  if (laneId() == 0) {
+    s.lowest[warpId()] = lowest;
+    s.highest[warpId()] = highest;
+  }
+  syncThreads();  // those of all warps are there
+  lowest = ~warpMax(s.lowest[laneId()]);
+  // Equal scores that were not all wanted have the same key in full.
+  highest = c.ties > c.wanted ? lowest : warpMax(s.highest[laneId()]);
+  return (static_cast<double>(scoreOf(lowest)) + scoreOf(highest)) / 2;
+}
+
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    creditGradKernel(Operand scores, Operand offsets, Operand rowOffsets, Operand weights, const double* credits,
+                     Operand grads, StepState state) {
+  SHARED_MEMORY(CreditShared, s);
+  if (state.faulted()) return;
+  const int segments = offsets.size(0) - 1;
+  for (int segment = blockIdx.x; segment < segments; segment += gridDim.x) {
+    const int first = ldGlobal(offsets.i32() + segment), length = ldGlobal(offsets.i32() + segment + 1) - first;
+    const int k = ldGlobal(rowOffsets.i32() + segment + 1) - ldGlobal(rowOffsets.i32() + segment);
+    const float *z = scores.f32() + first, *weight = weights.f32() + first;
+    const double* credit = credits + first;
+    float* dz = grads.f32() + first;
+    double magnitude = 0, tau = 0, slopes = 0, mean = 0;
+    const auto slope = [&](int i) {  // sigmoid(z - tau) sigmoid(tau - z)
+      const double e = exp(-fabs(ldGlobal(z + i) - tau));
+      return e / ((1 + e) * (1 + e));
+    };
+    if (k > 0 && k < length) {
+      tau = thresholdOf(z, length, k, s);
+      for (int i = threadIdx.x; i < length; i += kSelectThreads) magnitude += fabs(ldGlobal(credit + i));
+      magnitude = blockTotal(magnitude, s.partial) / length;
+      if (magnitude != 0 && fabs(tau) < INFINITY) {
+        double sum = 0;
+        for (int i = threadIdx.x; i < length; i += kSelectThreads) {
+          const double g = slope(i);
+          slopes += g;
+          sum += ldGlobal(credit + i) / magnitude * g;
+        }
+        slopes = blockTotal(slopes, s.partial);
+        mean = blockTotal(sum, s.partial) / slopes;
+      }
+    }
+    for (int i = threadIdx.x; i < length; i += kSelectThreads) {
+      const auto gradient = [&] { return ldGlobal(weight + i) * (ldGlobal(credit + i) / magnitude - mean) * slope(i); };
+      stGlobal(dz + i, slopes == 0 ? 0.f : static_cast<float>(gradient()));
+    }
+    syncThreads();  // the shared memory is free for the next segment
+  }
+}
+
+void checkPerSegment(const Launch& launch) {
+  const int64_t segments = launch.in[1].bound[0] - 1, values = launch.in[2].bound[0];
+  if (values != segments) {
+    fail(ErrorCode::InvalidProgram, "[%s] one value per segment wanted: %lld segments, got %lld values", launch.op,
+         static_cast<long long>(segments), static_cast<long long>(values));
+  }
+}
+
+}  // namespace
+
+void routeTopk(const Launch& launch) {
+  const Operand &z = launch.in[0], &offsets = launch.in[1], &capacity = launch.in[2];
+  checkOffsets(launch, 1, z, 0);
+  checkPerSegment(launch);
+  LAUNCH(topkKernel, launch.blocks(capacity.bound[0], 1), kSelectThreads, sizeof(SelectShared), launch.stream, z,
+         offsets, capacity, launch.out[0], launch.out[1], launch.produced[0], launch.state);
+}
+
+void routeThreshold(const Launch& launch) {
+  const Operand &z = launch.in[0], &offsets = launch.in[1], &threshold = launch.in[2];
+  checkOffsets(launch, 1, z, 0);
+  checkPerSegment(launch);
+  const int64_t tiles = z.bound[0] / kTileRows + 1;
+  uint32_t* passing = launch.scratch<uint32_t>(tiles * kTileWords);
+  int* counts = launch.scratch<int>(tiles);
+  const unsigned blocks = launch.blocks(tiles, 1);
+  LAUNCH(aboveKernel, blocks, kThreads, sizeof(AboveShared), launch.stream, z, offsets, threshold, passing, counts,
+         launch.state);
+  LAUNCH(compactKernel, blocks, kThreads, sizeof(CompactShared), launch.stream, z, offsets, threshold, passing, counts,
+         launch.out[0], launch.out[1], launch.produced[0], launch.state);
+}
+
+void gate(const Launch& launch) {
+  const Operand &z = launch.in[0], &rows = launch.in[1];
+  const int mode = static_cast<int>(launch.intAttribute(0, "mode", 0, 2));
+  checkRows(launch, 1, z, 0);
+  LAUNCH(gateKernel, launch.blocks(rows.bound[0], kThreads), kThreads, 0, launch.stream, z, rows, launch.out[0], mode,
+         launch.state);
+}
+
+void gateGrad(const Launch& launch) {
+  const Operand &z = launch.in[1], &rows = launch.in[2];
+  const int mode = static_cast<int>(launch.intAttribute(0, "mode", 0, 2));
+  checkRows(launch, 2, z, 0);
+  LAUNCH(gateGradKernel, launch.blocks(z.bound[0], kThreads), kThreads, 0, launch.stream, launch.in[0], z, rows,
+         launch.out[0], mode, launch.state);
+}
+
+void topkBce(const Launch& launch) {
+  const Operand &z = launch.in[0], &rows = launch.in[1];
+  checkRows(launch, 1, z, 0);
+  double* sums = launch.scratch<double>((z.bound[0] + kBceRows - 1) / kBceRows);
+  LAUNCH(bceKernel, launch.blocks(z.bound[0], kBceRows), kThreads, sizeof(SumShared), launch.stream, z, rows, sums,
+         launch.state);
+  LAUNCH(bceMeanKernel, 1, kThreads, sizeof(SumShared), launch.stream, z, sums, launch.out[0]);
+}
+
+void topkBceGrad(const Launch& launch) {
+  const Operand &z = launch.in[1], &rows = launch.in[2];
+  checkRows(launch, 2, z, 0);
+  LAUNCH(bceGradKernel, launch.blocks(z.bound[0], kThreads), kThreads, 0, launch.stream, launch.in[0], z, rows,
+         launch.out[0], launch.state);
+}
+
+void topkCredit(const Launch& launch) {
+  const Operand &dy = launch.in[0], &z = launch.in[3], &offsets = launch.in[4], &rowOffsets = launch.in[5];
+  checkOffsets(launch, 4, dy, 0);
+  double* credit = launch.scratch<double>(dy.bound[0]);
+  LAUNCH(creditKernel, launch.blocks(dy.bound[0], kThreads / 32), kThreads, 0, launch.stream, dy, launch.in[1],
+         launch.in[2], z, offsets, rowOffsets, credit, launch.state);
+  LAUNCH(creditGradKernel, launch.blocks(offsets.bound[0] - 1, 1), kSelectThreads, sizeof(CreditShared), launch.stream,
+         z, offsets, rowOffsets, launch.in[6], credit, launch.out[0], launch.state);
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -15,15 +15,21 @@ import {
 import { type Case, cases, checkNative, compare, failure, inputs, offsetsOf, testEngine } from './harness.js';
 import { f64 } from './reference.js';
 
-function routed(op: typeof routeTopk, seed: number, lengths: readonly number[], perSegment: readonly number[]): Case {
+function routed(
+  op: typeof routeTopk,
+  seed: number,
+  lengths: readonly number[],
+  perSegment: readonly number[],
+  // Few distinct scores: ties are common.
+  score = (next: () => number) => Math.round(next() * 8 - 4) / 4,
+): Case {
   const make = inputs(seed);
   const n = lengths.reduce((a, b) => a + b, 0);
   return {
-    name: `segments ${lengths}, ${perSegment}`,
+    name: lengths.length > 20 ? `${lengths.length} segments` : `segments ${lengths}, ${perSegment}`,
     inputs: {
-      // Few distinct scores: ties are common.
       z: make.values(
-        Array.from({ length: n }, () => Math.round(make.next() * 8 - 4) / 4),
+        Array.from({ length: n }, () => score(make.next)),
         ['N', n],
         1,
       ),
@@ -39,6 +45,15 @@ function routed(op: typeof routeTopk, seed: number, lengths: readonly number[], 
   };
 }
 
+/** Scores of every size and sign, both zeros, and infinities. */
+const anyScore = (next: () => number): number => {
+  const kind = next();
+  if (kind < 0.1) return kind < 0.05 ? 0 : -0;
+  if (kind < 0.14) return kind < 0.12 ? 2e38 * 2 : -2e38 * 2;
+  return (next() - 0.5) * 10 ** (80 * next() - 42);
+};
+const many = Array.from({ length: 100 }, (_, i) => (i * 7) % 11);
+
 cases('route_topk', [
   routed(routeTopk, 1, [1], [1]),
   routed(routeTopk, 2, [17, 0, 33], [0.5, 0.5, 0.25]),
@@ -47,12 +62,30 @@ cases('route_topk', [
   routed(routeTopk, 5, [0, 1], [0.5, 0]),
   // 0.1 as f32 is a little more than a tenth: still 1 of 10 rows.
   routed(routeTopk, 6, [10, 30], [0.1, 0.1]),
+  // As many rows as a device holds in registers, and more: ties are told apart from one part to the next.
+  routed(routeTopk, 10, [8192, 8193, 20_000], [0.5, 0.25, 0.9]),
+  routed(routeTopk, 11, [9000, 8000], [0.3, 0.6], anyScore),
+  routed(
+    routeTopk,
+    12,
+    many,
+    many.map((length) => length / 10),
+  ),
 ]);
 
 cases('route_threshold', [
   routed(routeThreshold, 7, [17, 0, 33], [0, 0, 0.5]),
   routed(routeThreshold, 8, [9, 9], [Number.NEGATIVE_INFINITY, Number.POSITIVE_INFINITY]),
   routed(routeThreshold, 9, [5], [100]),
+  // More rows than a block takes, segments that end with its part, and empty ones.
+  routed(routeThreshold, 13, [2048, 0, 3000, 1, 1095, 0], [0, 0, 0.5, -0.5, 0.25, 0]),
+  routed(routeThreshold, 14, [5000, 700], [0, 1e-3], anyScore),
+  routed(
+    routeThreshold,
+    15,
+    many,
+    many.map((length) => length / 10 - 0.5),
+  ),
 ]);
 
 test('route_topk, any segments', async () => {
@@ -105,6 +138,7 @@ cases(
       [1, 1],
       [17, 5],
       [4, 4],
+      [3000, 700],
     ] as const
   ).map(([n, r]): Case => {
     const make = inputs(n);
@@ -157,6 +191,8 @@ cases('topk_credit', [
   credit(5, 33, [64, 1, 5], [32, 0, 4], 40),
   // Enough rows for several threads.
   credit(6, 600, [150, 67], [75, 20], 8),
+  // More rows than a device holds in registers.
+  credit(8, 2, [10_000, 30], [4000, 20]),
   {
     name: 'ties at the threshold',
     inputs: {
