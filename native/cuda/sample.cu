@@ -1,8 +1,337 @@
-// Sampling of the next token.
+// Sampling of the next token: one block a row of logits.
+//
+// Weights are bit for bit those of the CPU's kernel, so that both order tokens alike. Masses of sets of tokens are sums
+// of integers, exact in any order: what is chosen depends on the logits alone.
+#include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void sample(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+constexpr int kWarpsMax = 32;
+constexpr int kFewThreads = 128;        // of a block for vocabularies up to
+constexpr int64_t kFewWeights = 4096;
+constexpr int kGroup = 128;  // weights a warp takes at a time: 16 bytes a lane
+constexpr int kCopies = 8;   // of a histogram, by lane, so that lanes seldom meet
+constexpr int64_t kVocabularyMax = int64_t{1} << 23;  // of kCopies sums of 12 bits in 32
+
+// The smallest set that top-k and top-p keep: weights whose bits are above `floor`, and the first `ties` equal to it.
+struct Kept {
+  uint32_t floor;
+  int ties;
+};
+
+struct Found {
+  int digit;
+  double before, goal;
+};
+
+struct SampleShared {
+  // Sums of the lower and the upper 12 bits of mantissas, or counts, by digit; zero when not in use.
+  uint32_t low[256][kCopies], high[256][kCopies];
+  double mass[256];
+  Found found;
+  uint64_t tops[kWarpsMax], pieces[kWarpsMax];
+  int ties[kWarpsMax];
+  double partial[kWarpsMax];
+};
+
+// The CPU kernels' exponential (cpu/simd.h), step by step.
+DEVICE float exponential(float x) {
+  x = fminf(89.f, fmaxf(-104.f, x));
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const float shifted = fmaf(x, 1.44269504f, magic), n = shifted - magic;
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float q = 1.381314237e-03f;
+  q = fmaf(q, r, 8.369419044e-03f);
+  q = fmaf(q, r, 4.166845683e-02f);
+  q = fmaf(q, r, 1.666651479e-01f);
+  q = fmaf(q, r, 4.999999305e-01f);
+  const float p = fmaf(q, r * r, r) + 1.f;
+  const int power = static_cast<int>(asUint(shifted)) - static_cast<int>(asUint(magic)), half = power >> 1;
+  return p * asFloat(static_cast<uint32_t>(half + 127) << 23) *
+         asFloat(static_cast<uint32_t>(power - half + 127) << 23);
+}
+
+// A weight is mantissaOf times 2^exponentOf.
+DEVICE uint32_t mantissaOf(uint32_t bits) { return bits < 0x800000 ? bits : (bits & 0x7fffff) | 0x800000; }
+DEVICE int exponentOf(uint32_t bits) { return max(static_cast<int>(bits >> 23), 1) - 150; }
+
+// In units of 2^-scale, at least one unless the weight is 0.
+DEVICE uint64_t unitsOf(uint32_t bits, int scale) {
+  if (bits == 0) return 0;
+  const int shift = exponentOf(bits) + scale;
+  const uint64_t mantissa = mantissaOf(bits);
+  return shift >= 0 ? mantissa << shift : max(shift > -32 ? mantissa >> -shift : 0, uint64_t{1});
+}
+
+// f(logit, index) for the row's logits, in no order; four loads are under way at a time.
+template <typename F>
+DEVICE void forLogits(const float* row, int count, const F& f) {
+  const int threads = blockDim.x;
+  for (int first = threadIdx.x; first < count; first += 4 * threads) {
+    float x[4];
+    UNROLL
+    for (int j = 0; j < 4; ++j) x[j] = first + j * threads < count ? ldGlobal(row + first + j * threads) : 0;
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (first + j * threads < count) f(x[j], first + j * threads);
+    }
+  }
+}
+
+// Order-preserving bits of the largest logit, then ~ of the lowest index that has it. A NaN is above everything.
+DEVICE uint64_t largestOf(const float* row, int count, SampleShared& s) {
+  uint64_t top = 0;
+  forLogits(row, count, [&](float x, int i) {
+    const uint32_t bits = x == 0.f ? 0 : asUint(x);
+    const uint32_t key = x != x ? ~0u : bits ^ (bits >> 31 ? ~0u : 0x80000000u);
+    top = max(top, uint64_t{key} << 32 | ~static_cast<uint32_t>(i));
+  });
+  const auto warpTop = [](uint64_t value) {
+    UNROLL
+    for (int lanes = 16; lanes > 0; lanes >>= 1) value = max(value, fromLane(value, laneId() ^ lanes));
+    return value;
+  };
+  top = warpTop(top);
+  syncThreads();  // the previous row's have been read
+  if (laneId() == 0) s.tops[warpId()] = top;
+  syncThreads();  // those of all warps are there
+  return warpTop(laneId() < static_cast<int>(blockDim.x / 32) ? s.tops[laneId()] : 0);
+}
+
+struct Params {
+  float temperature, topK, topP, u;
+};
+
+// Whether `row`'s params are in range; a fault if not.
+DEVICE bool inRange(const Params& p, int row, const StepState& state) {
+  const auto refuse = [&](Fault fault, int i, double high, float got) {
+    if (threadIdx.x == 0) state.report(fault, 1, row * 4.0 + i, 0, high, got);
+    return false;
+  };
+  if (!(p.temperature >= 0 && p.temperature < INFINITY)) return refuse(Fault::Below, 0, INFINITY, p.temperature);
+  if (!(p.topK >= 0 && p.topK < INFINITY && p.topK == floorf(p.topK))) return refuse(Fault::Whole, 1, 0, p.topK);
+  if (!(p.topP >= 0 && p.topP <= 1)) return refuse(Fault::Range, 2, 1, p.topP);
+  if (!(p.u >= 0 && p.u < 1)) return refuse(Fault::Below, 3, 1, p.u);
+  return true;
+}
+
+// The smallest set of weights, heavier first, then of lower index, that amounts to the goal: byMass, `amount` is the
+// share of the mass of `within` that it must reach; else their number. `padded` weights, a multiple of kGroup; those
+// past the vocabulary are 0 and so come last.
+template <bool byMass>
+DEVICE Kept keep(const float* weights, int padded, const Kept& within, double amount, SampleShared& s) {
+  const int tid = threadIdx.x, threads = blockDim.x, lane = laneId(), copy = lane % kCopies;
+  const bool first = warpId() == 0;
+  uint32_t prefix = 0, mask = 0;
+  double before = 0;  // of all weights above the prefix
+  double goal = amount;
+  // The first digit is the exponent, so that the weights of every digit have one exponent and their mantissas add up.
+  for (int pass = 0; pass < 4; ++pass) {
+    const int shift = pass == 3 ? 0 : 23 - 8 * pass;
+    for (int i = 4 * tid; i < padded; i += 4 * threads) {
+      const uint4 four = ldGlobal<uint4>(weights + i);
+      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if ((bits[j] & mask) != prefix || (byMass && bits[j] <= within.floor)) continue;
+        const uint32_t digit = bits[j] >> shift & 255, mantissa = mantissaOf(bits[j]);
+        atomicAdd(&s.low[digit][copy], byMass ? mantissa & 0xfff : 1u);
+        if (byMass) atomicAdd(&s.high[digit][copy], mantissa >> 12);
+      }
+    }
+    syncThreads();  // the histogram is complete
+    for (int digit = tid; digit < 256; digit += threads) {
+      uint64_t sum = 0;
+      UNROLL
+      for (int c = 0; c < kCopies; ++c) {
+        sum += s.low[digit][c];
+        s.low[digit][c] = 0;
+        if (!byMass) continue;
+        sum += static_cast<uint64_t>(s.high[digit][c]) << 12;
+        s.high[digit][c] = 0;
+      }
+      const uint32_t lowest = prefix | static_cast<uint32_t>(digit) << shift;  // weight of this digit
+      if (byMass && (within.floor & (mask | 255u << shift)) == lowest) {
+        sum += static_cast<uint64_t>(within.ties) * mantissaOf(within.floor);
+      }
+      s.mass[digit] = byMass ? ldexp(static_cast<double>(sum), exponentOf(lowest)) : static_cast<double>(sum);
+    }
+    syncThreads();  // the masses are there
+    if (first) {
+      // Lane l has the digits 255 - 8 l and the seven below.
+      const int highest = 255 - 8 * lane;
+      double sum = 0;
+      for (int i = 0; i < 8; ++i) sum += s.mass[highest - i];
+      const double scan = warpScan(sum), previous = fromLane(scan, max(lane - 1, 0));
+      if (byMass && pass == 0) goal = amount * fromLane(scan, 31);
+      const uint32_t some = ballot(sum > 0), reach = ballot(sum > 0 && before + scan >= goal);
+      // Rounding may leave the goal out of reach of all: then the last.
+      if (lane == (reach ? lowestBit(reach) : 31 - leadingZeros(some))) {
+        double reached = before + (lane > 0 ? previous : 0.0);
+        bool done = false;
+        for (int i = 0; i < 8; ++i) {
+          const double mass = s.mass[highest - i];
+          if (done || mass == 0) continue;
+          s.found = {highest - i, reached, goal};
+          reached += mass;
+          done = reached >= goal;
+        }
+      }
+    }
+    syncThreads();  // the digit is found
+    prefix |= static_cast<uint32_t>(s.found.digit) << shift;
+    mask |= 255u << shift;
+    before = s.found.before;
+    goal = s.found.goal;
+  }
+  const double each = byMass ? static_cast<double>(asFloat(prefix)) : 1.0;
+  double ties = max(ceil((goal - before) / each), 1.0);
+  if (before + (ties - 1) * each >= goal) ties = max(ties - 1, 1.0);
+  if (before + ties * each < goal) ties += 1;
+  ties = min(ties, static_cast<double>(prefix == within.floor ? within.ties : padded));
+  return {prefix, static_cast<int>(ties)};
+}
+
+// The first token of the kept set, in order of index, up to which more than u of its mass lies.
+DEVICE int draw(const float* weights, int padded, const Kept& kept, int scale, float u, SampleShared& s) {
+  const int lane = laneId(), warp = warpId(), warps = blockDim.x / 32;
+  int begin = 0, end = padded, ties = 0;  // ties: before `begin`
+  uint64_t before = 0, goal = 0;
+  for (;;) {
+    // Each warp adds up a piece; the one where the goal is passed is divided again.
+    const int piece = ((end - begin + warps - 1) / warps + kGroup - 1) / kGroup * kGroup;
+    const int from = begin + warp * piece, to = min(from + piece, end);
+    uint64_t mass = 0;
+    int equal = 0;
+    for (int i = from + 4 * lane; i < to; i += kGroup) {
+      const uint4 four = ldGlobal<uint4>(weights + i);
+      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (bits[j] > kept.floor) mass += unitsOf(bits[j], scale);
+        equal += bits[j] == kept.floor;
+      }
+    }
+    mass = warpTotal(mass);
+    equal = warpTotal(equal);
+    syncThreads();  // the previous pieces have been read
+    if (lane == 0) {
+      s.pieces[warp] = mass;
+      s.ties[warp] = equal;
+    }
+    syncThreads();  // those of all warps are there
+    const int own = lane < warps ? s.ties[lane] : 0, tiesBefore = ties + warpScan(own) - own;
+    const uint64_t keptTies = min(max(kept.ties - tiesBefore, 0), own);
+    const uint64_t sum = (lane < warps ? s.pieces[lane] : 0) + keptTies * unitsOf(kept.floor, scale);
+    const uint64_t scan = before + warpScan(sum);
+    if (end - begin == padded) goal = static_cast<uint64_t>(u * static_cast<double>(fromLane(scan, 31)));
+    const int chosen = lowestBit(ballot(scan > goal));
+    begin += chosen * piece;
+    end = min(begin + piece, end);
+    before = fromLane(scan - sum, chosen);
+    ties = fromLane(tiesBefore, chosen);
+    if (piece == kGroup) break;
+  }
+  const uint4 four = ldGlobal<uint4>(weights + begin + 4 * lane);
+  const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+  int equal = 0;
+  UNROLL
+  for (int j = 0; j < 4; ++j) equal += bits[j] == kept.floor;
+  int rank = ties + warpScan(equal) - equal;
+  uint64_t units[4], sum = 0;
+  UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const bool tie = bits[j] == kept.floor;
+    units[j] = bits[j] > kept.floor || (tie && rank < kept.ties) ? unitsOf(bits[j], scale) : 0;
+    rank += tie;
+    sum += units[j];
+  }
+  uint64_t reached = before + warpScan(sum) - sum;
+  int passed = 0;  // of the lane's four, before the goal is passed
+  UNROLL
+  for (int j = 0; j < 4; ++j) {
+    reached += units[j];
+    passed += reached <= goal;
+  }
+  const int last = lowestBit(ballot(passed < 4));
+  return begin + 4 * last + fromLane(passed, last);
+}
+
+__global__ void __launch_bounds__(32 * kWarpsMax, 1)
+    sampleKernel(Operand logits, Operand params, Operand ids, Operand logprob, float* allWeights, int64_t weightStride,
+                 StepState state) {
+  SHARED_MEMORY(SampleShared, s);
+  const int rows = logits.size(0), vocabulary = logits.size(1), tid = threadIdx.x, threads = blockDim.x;
+  const int padded = (vocabulary + kGroup - 1) / kGroup * kGroup;
+  float* weights = allWeights + blockIdx.x * weightStride;
+  for (int i = tid; i < 256 * kCopies; i += threads) {
+    (&s.low[0][0])[i] = 0;
+    (&s.high[0][0])[i] = 0;
+  }
+  for (int r = blockIdx.x; r < rows; r += gridDim.x) {
+    const float* row = logits.f32() + int64_t{r} * vocabulary;
+    const float* given = params.f32() + int64_t{r} * 4;
+    const Params p{ldGlobal(given), ldGlobal(given + 1), ldGlobal(given + 2), ldGlobal(given + 3)};
+    const uint64_t top = largestOf(row, vocabulary, s);
+    const uint32_t at = ~static_cast<uint32_t>(top);
+    const float largest = vocabulary > 0 ? ldGlobal(row + at) : NAN;
+    if (!inRange(p, r, state)) continue;
+    if (!(fabsf(largest) < INFINITY)) {
+      if (tid == 0) state.report(Fault::NoMaximum, 0, static_cast<double>(r), 0, 0, largest);
+      continue;
+    }
+    const bool greedy = p.temperature == 0;
+    const float factor = fminf(1.f / p.temperature, 3e38f);
+    double plain = 0, mass = 0;
+    forLogits(row, vocabulary, [&](float x, int i) {
+      plain += exponential(x - largest);
+      if (greedy) return;
+      const float weight = exponential((x - largest) * factor);
+      mass += weight;
+      stGlobal(weights + i, weight);
+    });
+    plain = blockTotal(plain, s.partial);
+    int id = static_cast<int>(at);
+    if (!greedy) {
+      for (int i = vocabulary + tid; i < padded; i += threads) stGlobal(weights + i, 0.f);
+      mass = blockTotal(mass, s.partial);  // and the weights are there
+      Kept kept{0, padded};
+      const bool some = p.topK > 0 && p.topK < static_cast<float>(vocabulary);
+      if (some) kept = keep<false>(weights, padded, kept, p.topK, s);
+      if (p.topP < 1) kept = keep<true>(weights, padded, kept, p.topP, s);
+      // The mass is below 2^(exponent + 1): its units fit into 61 bits, with room for those that are rounded up.
+      const int exponent = static_cast<int>(asUint(static_cast<float>(mass)) >> 23) - 127;
+      id = draw(weights, padded, kept, 60 - exponent, p.u, s);
+    }
+    if (tid == 0) {
+      const double logit = ldGlobal(row + id);
+      stGlobal(ids.i32() + r, id);
+      stGlobal(logprob.f32() + r, static_cast<float>(logit - largest - log(plain)));
+    }
+    syncThreads();  // the weights have been read
+  }
+}
+
+}  // namespace
+
+void sample(const Launch& launch) {
+  const Operand& logits = launch.in[0];
+  const int64_t vocabulary = logits.bound[1];
+  if (vocabulary < 1) fail(ErrorCode::InvalidProgram, "[sample] logits must have at least one column, got none");
+  if (vocabulary > kVocabularyMax) {
+    fail(ErrorCode::InvalidProgram, "[sample] logits must have at most %lld columns on this device, got %lld",
+         static_cast<long long>(kVocabularyMax), static_cast<long long>(vocabulary));
+  }
+  const unsigned blocks = launch.blocks(logits.bound[0], 1);
+  const int64_t stride = (vocabulary + kGroup - 1) / kGroup * kGroup;
+  float* weights = launch.scratch<float>(blocks * stride);
+  const int threads = vocabulary <= kFewWeights ? kFewThreads : 32 * kWarpsMax;
+  LAUNCH(sampleKernel, blocks, threads, sizeof(SampleShared), launch.stream, logits, launch.in[1], launch.out[0],
+         launch.out[1], weights, stride, launch.state);
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -2,7 +2,8 @@
 import { expect, test } from 'vitest';
 import { Graph } from '../../lib/graph/graph.js';
 import { Program, sample } from '../../lib/graph/index.js';
-import { type Case, cases, failure, inputs, testEngine } from './harness.js';
+import { Engine } from '../../lib/native/index.js';
+import { type Case, cases, compare, failure, inputs, random, testEngine } from './harness.js';
 
 cases(
   'sample',
@@ -24,6 +25,51 @@ cases(
     };
   }),
 );
+
+/** Logits with ties, infinities and both zeros, flat and steep, and params of every kind. */
+function anyDraws(seed: number, rows: number, vocabulary: number) {
+  const next = random(seed);
+  const pick = (values: readonly number[]) => values[Math.floor(next() * values.length)];
+  const logits = new Float32Array(rows * vocabulary);
+  const params = new Float32Array(rows * 4);
+  for (let s = 0; s < rows; ++s) {
+    const [spread, step, missing] = [pick([0, 1e-3, 1, 4, 30]), pick([0, 0, 0.125, 1]), pick([0, 0, 0.3, 0.99])];
+    for (let i = 0; i < vocabulary; ++i) {
+      const x = (next() + next() + next() - 1.5) * spread;
+      const value = step ? Math.round(x / step) * step : x;
+      logits[s * vocabulary + i] = i > 0 && next() < missing ? Number.NEGATIVE_INFINITY : value;
+    }
+    const topK = pick([0, 0, 1, 5, 40, 1000, vocabulary - 1, vocabulary]);
+    const topP = pick([1, 1, 0.999, 0.9, 0.5, 0.3, 1e-9, 0]);
+    const u = pick([0, 0.25, 0.5, 1 - 2 ** -24, next(), next(), next(), next()]);
+    params.set([pick([1, 0.7, 2, 1e-3, 1e-30, 0]), topK, topP, u], s * 4);
+  }
+  return { logits, params };
+}
+
+test.each([
+  [200, 1],
+  [200, 7],
+  [100, 129],
+  [50, 3000],
+  [20, 5000],
+  [3, 70_000],
+])('%i draws from %i tokens are those of the CPU', async (rows, vocabulary) => {
+  const g = new Graph();
+  const drawn = sample(g.feed('logits', 'f32', [rows, vocabulary]), g.feed('params', 'f32', [rows, 4]));
+  g.output('ids', drawn.ids);
+  g.output('logprob', drawn.logprob);
+  const feeds = anyDraws(vocabulary, rows, vocabulary);
+  using cpu = new Engine('cpu');
+  const [here, there] = await Promise.all(
+    [testEngine(), cpu].map(async (engine) => {
+      using program = Program.compile(g, engine);
+      return (await program.run({ feeds })).outputs;
+    }),
+  );
+  expect([...here.ids]).toEqual([...there.ids]);
+  compare(here.logprob, there.logprob, 1e-6, 'logprob');
+});
 
 /** Ids and log-probabilities of `draws` evenly spread random numbers. */
 async function draw(logits: readonly number[], draws: number, temperature: number, topK: number, topP: number) {
