@@ -1,0 +1,113 @@
+// Engines on other devices than the CPU: what they share with it, what they refuse, and that they go on afterwards.
+import { describe, expect, it } from 'vitest';
+import { accumulate, add, Graph, gatherRows, Program, routeThreshold, scale, zeros } from '../../lib/graph/index.js';
+import {
+  DeviceUnavailableError,
+  Engine,
+  InvalidArgumentError,
+  InvalidDataError,
+  loadAddon,
+  OutOfMemoryError,
+  Tensor,
+} from '../../lib/native/index.js';
+
+const { devices } = loadAddon().info();
+
+describe('the choice of a device', () => {
+  it('names what it takes, and why a device cannot be used', () => {
+    expect(() => new Engine('tpu' as never)).toThrow(InvalidArgumentError);
+    expect(() => new Engine('cpu', { activations: 'f16' as never })).toThrow('activations must be f32 or bf16');
+    expect(() => new Engine('cpu', { activations: 'bf16' })).toThrow('the CPU keeps activations as f32');
+    for (const name of ['cuda', 'simt'] as const) {
+      if (devices[name].available) continue;
+      expect(() => new Engine(name)).toThrow(DeviceUnavailableError);
+      expect(() => new Engine(name)).toThrow(devices[name].description);
+    }
+    using engine = new Engine('auto');
+    expect(engine.device).toBe(devices.cuda.available ? 'cuda' : 'cpu');
+  });
+});
+
+describe.runIf(devices.simt.available)('an emulated device', () => {
+  it('takes states from the CPU and gives them back', async () => {
+    using state = Tensor.alloc('f32', [4]);
+    using cpu = new Engine('cpu');
+    using simt = new Engine('simt');
+    const compile = (engine: Engine) => {
+      const graph = new Graph();
+      accumulate(graph.state(state), graph.feed('x', 'f32', [3]), 1);
+      return Program.compile(graph, engine);
+    };
+    using onCpu = compile(cpu);
+    using onDevice = compile(simt);
+    const feeds = { x: Float32Array.of(1, 2, 3) };
+    await onDevice.run({ feeds });
+    expect([...state.read()]).toEqual([0, 1, 2, 3]);
+    await onCpu.run({ feeds });
+    await onDevice.run({ feeds });
+    await onDevice.run({ feeds });
+    await onCpu.run({ feeds });
+    expect([...state.readFloat()]).toEqual([0, 5, 10, 15]);
+    state.write(Float32Array.of(9, 0, 0, 0));
+    await onDevice.run({ feeds });
+    expect([...state.read()]).toEqual([9, 1, 2, 3]);
+  });
+
+  it('runs one recording at any sizes, and counts that ops produce', async () => {
+    using engine = new Engine('simt');
+    const graph = new Graph();
+    const rows = graph.dim('rows', 50);
+    const z = graph.feed('z', 'f32', [rows, 1]);
+    const segments = graph.feed('offsets', 'i32', [2]);
+    const routed = routeThreshold(z, segments, graph.feed('threshold', 'f32', [1]));
+    graph.output('chosen', gatherRows(z, routed.rows));
+    graph.output('doubled', scale(z, 2));
+    using program = Program.compile(graph, engine);
+    for (const count of [7, 50, 1, 33]) {
+      const values = Float32Array.from({ length: count }, (_, i) => (i * 37) % 11);
+      const { outputs } = await program.run({
+        dims: { rows: count },
+        feeds: { z: values, offsets: Int32Array.of(0, count), threshold: Float32Array.of(4) },
+      });
+      expect([...outputs.chosen]).toEqual([...values].filter((value) => value > 4));
+      expect([...outputs.doubled]).toEqual([...values].map((value) => 2 * value));
+    }
+  });
+
+  it('goes on after faults, and after memory has run out', async () => {
+    using engine = new Engine('simt');
+    const graph = new Graph();
+    graph.output('y', gatherRows(graph.feed('x', 'f32', [4, 1]), graph.feed('rows', 'i32', [2])));
+    using program = Program.compile(graph, engine);
+    const x = Float32Array.of(1, 2, 3, 4);
+    const run = (...rows: number[]) => program.run({ feeds: { x, rows: Int32Array.from(rows) } });
+    await expect(run(1, 7)).rejects.toThrow(InvalidDataError);
+
+    const large = new Graph();
+    const n = large.dim('n', 2 ** 30);
+    const sum = add(zeros(large, [n, 60]), zeros(large, [n, 60]));
+    large.output('y', gatherRows(sum, large.feed('rows', 'i32', [1])));
+    using tooLarge = Program.compile(large, engine);
+    const failed = tooLarge.run({ dims: { n: 1 }, feeds: { rows: Int32Array.of(0) } });
+    await expect(failed).rejects.toThrow(OutOfMemoryError);
+    await expect(failed).rejects.toThrow(/\d+ bytes/);
+
+    const { outputs } = await run(0, 3);
+    expect([...outputs.y]).toEqual([1, 4]);
+  });
+
+  it('frees what it held', async () => {
+    const before = loadAddon().memory().deviceBytes;
+    {
+      using state = Tensor.alloc('f32', [1000]);
+      using engine = new Engine('simt');
+      const graph = new Graph();
+      accumulate(graph.state(state), graph.feed('x', 'f32', [1000]), 0);
+      using program = Program.compile(graph, engine);
+      await program.run({ feeds: { x: new Float32Array(1000) } });
+      expect(loadAddon().memory().deviceBytes).toBeGreaterThan(before + 8000);
+    }
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    expect(loadAddon().memory().deviceBytes).toBe(before);
+  });
+});
