@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads, 8) accumulateKernel(Operand sum, Operand x) {
+__global__ void __launch_bounds__(kThreads, 8) accumulateKernel(Operand sum, Operand x, StepState state) {
+  if (state.faulted()) return;  // states keep what they hold when a step before has failed
   forElements(x.elements(), startsAligned(sum, x), [&]<typename V>(int64_t i) {
     stGlobal(sum.f32() + i, each(Sum{}, ldGlobal<V>(sum.f32() + i), ldGlobal<V>(x.f32() + i)));
   });
@@ -134,7 +135,8 @@ void accumulate(const Launch& launch) {
   }
   Operand sum = state;
   sum.data = static_cast<float*>(state.data) + offset;
-  LAUNCH(accumulateKernel, launch.blocks(count, 4 * kThreads), kThreads, 0, launch.stream, sum, x);
+  LAUNCH(accumulateKernel, launch.blocks(count, 4 * kThreads), kThreads, 0, launch.stream, sum, x,
+         launch.state);
 }
 
 void adamw(const Launch& launch) {
