@@ -32,8 +32,9 @@ struct SelectShared {
 static_assert(kSelectThreads == 4 * 256 && kHeldRows < 1 << 15);
 
 // Larger scores have larger keys, and 0 and -0 the same. No row has key 0.
+constexpr uint32_t kNaNKey = 1;  // of no other score
 DEVICE uint32_t keyOf(float score) {
-  if (score != score) return 1;
+  if (score != score) return kNaNKey;
   const uint32_t bits = score == 0.f ? 0 : asUint(score);
   return bits ^ (bits >> 31 ? ~0u : 0x80000000u);
 }
@@ -192,10 +193,12 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     uint32_t key[kKeys];
     for (int tile = 0; tile < length; tile += kHeldRows) {
       loadKeys(z, length, tile, key);
+      int bad = -1;
       UNROLL
       for (int j = 0; j < kKeys; ++j) {
-        if (key[j] == 1) state.report(Fault::NaN, 0, first + firstRow(tile) + 32 * j, 0, 0, 0);
+        if (key[j] == kNaNKey) bad = firstRow(tile) + 32 * j;
       }
+      if (bad >= 0) state.report(Fault::NaN, 0, first + bad, 0, 0, 0);
     }
     if (k == 0) continue;
     Choice choice;
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     constexpr int kWords = kTileWords / kTileWarps;
     const int word = warp * kWords;
-    int end = 0, count = 0;  // end: of the segment that `limit` is of
+    int bad = -1, end = 0, count = 0;  // end: of the segment that `limit` is of
     float limit = 0;
     UNROLL
     for (int j = 0; j < kWords; ++j) {
@@ -257,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       bool passes = false;
       if (row < rows && segments > 0) {
         const float z = ldGlobal(scores.f32() + row);
-        if (z != z) state.report(Fault::NaN, 0, row, 0, 0, 0);
+        if (z != z) bad = row;
         if (row >= end) {
           const int segment = segmentOf(offsets.i32(), segments, row);
           end = ldGlobal(offsets.i32() + segment + 1);
@@ -269,6 +272,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       count += popCount(bits);
       if (lane == j) stGlobal(passing + int64_t{tile} * kTileWords + word + j, bits);
     }
+    if (bad >= 0) state.report(Fault::NaN, 0, bad, 0, 0, 0);
     if (lane == 0) s.counts[warp] = count;
     syncThreads();  // counts are there
     if (threadIdx.x == 0) {
@@ -537,8 +541,12 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
       const auto gradient = [&] { return ldGlobal(weight + i) * (ldGlobal(credit + i) / magnitude - mean) * slope(i); };
       stGlobal(dz + i, slopes == 0 ? 0.f : static_cast<float>(gradient()));
     }
-    syncThreads();  // the shared memory is free for the next segment
   }
+}
+
+// Blocks of kSelectThreads for so many segments: one fits on a multiprocessor, and most of a bound may be absent.
+unsigned selectBlocks(const Launch& launch, int64_t segments) {
+  return static_cast<unsigned>(std::clamp<int64_t>(segments, 1, launch.multiprocessors));
 }
 
 void checkPerSegment(const Launch& launch) {
@@ -555,7 +563,7 @@ void routeTopk(const Launch& launch) {
   const Operand &z = launch.in[0], &offsets = launch.in[1], &capacity = launch.in[2];
   checkOffsets(launch, 1, z, 0);
   checkPerSegment(launch);
-  LAUNCH(topkKernel, launch.blocks(capacity.bound[0], 1), kSelectThreads, sizeof(SelectShared), launch.stream, z,
+  LAUNCH(topkKernel, selectBlocks(launch, capacity.bound[0]), kSelectThreads, sizeof(SelectShared), launch.stream, z,
          offsets, capacity, launch.out[0], launch.out[1], launch.produced[0], launch.state);
 }
 
@@ -611,8 +619,8 @@ void topkCredit(const Launch& launch) {
   double* credit = launch.scratch<double>(dy.bound[0]);
   LAUNCH(creditKernel, launch.blocks(dy.bound[0], kThreads / 32), kThreads, 0, launch.stream, dy, launch.in[1],
          launch.in[2], z, offsets, rowOffsets, credit, launch.state);
-  LAUNCH(creditGradKernel, launch.blocks(offsets.bound[0] - 1, 1), kSelectThreads, sizeof(CreditShared), launch.stream,
-         z, offsets, rowOffsets, launch.in[6], credit, launch.out[0], launch.state);
+  LAUNCH(creditGradKernel, selectBlocks(launch, offsets.bound[0] - 1), kSelectThreads, sizeof(CreditShared),
+         launch.stream, z, offsets, rowOffsets, launch.in[6], credit, launch.out[0], launch.state);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -13,6 +13,7 @@ constexpr int kWarpsMax = 32;
 constexpr int kFewThreads = 128;        // of a block for vocabularies up to
 constexpr int64_t kFewWeights = 4096;
 constexpr int kGroup = 128;  // weights a warp takes at a time: 16 bytes a lane
+constexpr int kAhead = 4;      // loads of a thread under way
 constexpr int kCopies = 8;   // of a histogram, by lane, so that lanes seldom meet
 constexpr int64_t kVocabularyMax = int64_t{1} << 23;  // of kCopies sums of 12 bits in 32
 
@@ -67,16 +68,16 @@ DEVICE uint64_t unitsOf(uint32_t bits, int scale) {
   return shift >= 0 ? mantissa << shift : max(shift > -32 ? mantissa >> -shift : 0, uint64_t{1});
 }
 
-// f(logit, index) for the row's logits, in no order; four loads are under way at a time.
+// f(logit, index) for the row's logits, in no order.
 template <typename F>
 DEVICE void forLogits(const float* row, int count, const F& f) {
   const int threads = blockDim.x;
-  for (int first = threadIdx.x; first < count; first += 4 * threads) {
-    float x[4];
+  for (int first = threadIdx.x; first < count; first += kAhead * threads) {
+    float x[kAhead];
     UNROLL
-    for (int j = 0; j < 4; ++j) x[j] = first + j * threads < count ? ldGlobal(row + first + j * threads) : 0;
+    for (int j = 0; j < kAhead; ++j) x[j] = first + j * threads < count ? ldGlobal(row + first + j * threads) : 0;
     UNROLL
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kAhead; ++j) {
       if (first + j * threads < count) f(x[j], first + j * threads);
     }
   }
@@ -96,7 +97,7 @@ DEVICE uint64_t largestOf(const float* row, int count, SampleShared& s) {
     return value;
   };
   top = warpTop(top);
-  syncThreads();  // the previous row's have been read
+  syncThreads();  // the previous row's have been read, and its weights
   if (laneId() == 0) s.tops[warpId()] = top;
   syncThreads();  // those of all warps are there
   return warpTop(laneId() < static_cast<int>(blockDim.x / 32) ? s.tops[laneId()] : 0);
@@ -132,15 +133,25 @@ DEVICE Kept keep(const float* weights, int padded, const Kept& within, double am
   // The first digit is the exponent, so that the weights of every digit have one exponent and their mantissas add up.
   for (int pass = 0; pass < 4; ++pass) {
     const int shift = pass == 3 ? 0 : 23 - 8 * pass;
-    for (int i = 4 * tid; i < padded; i += 4 * threads) {
-      const uint4 four = ldGlobal<uint4>(weights + i);
-      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+    const auto record = [&](uint32_t bits) {
+      if ((bits & mask) != prefix || (byMass && bits <= within.floor)) return;
+      const uint32_t digit = bits >> shift & 255, mantissa = mantissaOf(bits);
+      atomicAdd(&s.low[digit][copy], byMass ? mantissa & 0xfff : 1u);
+      if (byMass) atomicAdd(&s.high[digit][copy], mantissa >> 12);
+    };
+    for (int i = 4 * tid; i < padded; i += 4 * kAhead * threads) {
+      uint4 four[kAhead];
       UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if ((bits[j] & mask) != prefix || (byMass && bits[j] <= within.floor)) continue;
-        const uint32_t digit = bits[j] >> shift & 255, mantissa = mantissaOf(bits[j]);
-        atomicAdd(&s.low[digit][copy], byMass ? mantissa & 0xfff : 1u);
-        if (byMass) atomicAdd(&s.high[digit][copy], mantissa >> 12);
+      for (int j = 0; j < kAhead; ++j) {
+        const int at = i + 4 * j * threads;
+        four[j] = at < padded ? ldGlobal<uint4>(weights + at) : uint4{0, 0, 0, 0};  // what is past the end comes last
+      }
+      UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        record(four[j].x);
+        record(four[j].y);
+        record(four[j].z);
+        record(four[j].w);
       }
     }
     syncThreads();  // the histogram is complete
@@ -312,7 +323,6 @@ __global__ void __launch_bounds__(32 * kWarpsMax, 1)
       stGlobal(ids.i32() + r, id);
       stGlobal(logprob.f32() + r, static_cast<float>(logit - largest - log(plain)));
     }
-    syncThreads();  // the weights have been read
   }
 }
 
@@ -326,10 +336,13 @@ void sample(const Launch& launch) {
     fail(ErrorCode::InvalidProgram, "[sample] logits must have at most %lld columns on this device, got %lld",
          static_cast<long long>(kVocabularyMax), static_cast<long long>(vocabulary));
   }
-  const unsigned blocks = launch.blocks(logits.bound[0], 1);
+  // Of the larger blocks one fits on a multiprocessor.
+  const bool few = vocabulary <= kFewWeights;
+  const int threads = few ? kFewThreads : 32 * kWarpsMax;
+  const int64_t most = int64_t{few ? 8 : 1} * launch.multiprocessors;
+  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(logits.bound[0], 1, most));
   const int64_t stride = (vocabulary + kGroup - 1) / kGroup * kGroup;
   float* weights = launch.scratch<float>(blocks * stride);
-  const int threads = vocabulary <= kFewWeights ? kFewThreads : 32 * kWarpsMax;
   LAUNCH(sampleKernel, blocks, threads, sizeof(SampleShared), launch.stream, logits, launch.in[1], launch.out[0],
          launch.out[1], weights, stride, launch.state);
 }

@@ -65,6 +65,8 @@ cases('route_topk', [
   // As many rows as a device holds in registers, and more: ties are told apart from one part to the next.
   routed(routeTopk, 10, [8192, 8193, 20_000], [0.5, 0.25, 0.9]),
   routed(routeTopk, 11, [9000, 8000], [0.3, 0.6], anyScore),
+  // Segments that share a block, some whole.
+  routed(routeTopk, 16, Array(12).fill(700), [0.5, 0.4, 0.3, 0.2, 1, 1, 1, 1, 0.1, 1, 0, 0.9]),
   routed(
     routeTopk,
     12,
@@ -80,6 +82,7 @@ cases('route_threshold', [
   // More rows than a block takes, segments that end with its part, and empty ones.
   routed(routeThreshold, 13, [2048, 0, 3000, 1, 1095, 0], [0, 0, 0.5, -0.5, 0.25, 0]),
   routed(routeThreshold, 14, [5000, 700], [0, 1e-3], anyScore),
+  routed(routeThreshold, 17, [60_000, 80_000], [0.5, 0]),
   routed(
     routeThreshold,
     15,
@@ -138,7 +141,7 @@ cases(
       [1, 1],
       [17, 5],
       [4, 4],
-      [3000, 700],
+      [40_000, 7000],
     ] as const
   ).map(([n, r]): Case => {
     const make = inputs(n);
