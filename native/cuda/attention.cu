@@ -8,6 +8,7 @@
 
 #include <climits>
 
+#include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
 
 namespace elastiform::ELASTIFORM_DEVICE {
@@ -37,53 +38,35 @@ struct Planning {
 };
 
 struct PlanShared {
-  double sums[kPlanThreads];
-  int warps[kPlanWarps];
+  double sums[kPlanWarps];
+  uint32_t warps[kPlanWarps];
 };
 
-DEVICE int warpMax(int value) {
-  UNROLL
-  for (int offset = 16; offset > 0; offset >>= 1) value = max(value, shflXor(value, offset));
-  return value;
-}
-
-// The sum over the warp's lanes up to this one.
-DEVICE int warpScan(int value) {
-  UNROLL
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int other = shflUp(value, offset);
-    if (laneId() >= offset) value += other;
-  }
-  return value;
-}
-
-DEVICE int blockMax(PlanShared& s, int value) {
+DEVICE int blockMax(PlanShared& s, uint32_t value) {
   value = warpMax(value);
   syncThreads();  // earlier results have been read
   if (laneId() == 0) s.warps[warpId()] = value;
   syncThreads();
-  return warpMax(s.warps[laneId()]);
+  return static_cast<int>(warpMax(s.warps[laneId()]));
 }
 
 // before[s] = tilesOf(0) + ... + tilesOf(s - 1) for s <= count; returns the last.
 template <typename TilesOf>
 DEVICE int scanTiles(PlanShared& s, int count, int32_t* before, const TilesOf& tilesOf) {
   const int warp = warpId();
-  int sum = 0;
+  uint32_t sum = 0;
   for (int first = 0; first < count; first += kPlanThreads) {
     const int i = first + threadIdx.x;
-    const int tiles = i < count ? tilesOf(i) : 0;
-    const int inWarp = warpScan(tiles);
+    const uint32_t tiles = i < count ? tilesOf(i) : 0, inWarp = warpScan(tiles);
     syncThreads();  // earlier results have been read
     if (laneId() == 31) s.warps[warp] = inWarp;
     syncThreads();
-    const int warps = warpScan(s.warps[laneId()]);
-    const int others = shflIdx(warps, max(warp - 1, 0));
+    const uint32_t warps = warpScan(s.warps[laneId()]), others = shflIdx(warps, max(warp - 1, 0));
     if (i < count) stGlobal(before + i, sum + (warp > 0 ? others : 0) + inWarp - tiles);
     sum += shflIdx(warps, 31);
   }
   if (threadIdx.x == 0) stGlobal(before + count, sum);
-  return sum;
+  return static_cast<int>(sum);
 }
 
 DEVICE int tilesOf(int64_t count, int perTile) { return static_cast<int>((count + perTile - 1) / perTile); }
@@ -149,14 +132,10 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
       pairs += g.causal ? count * (count + 1) / 2 + count * g.cached(i) : count * g.added(i);
     }
   }
-  s.sums[tid] = pairs;
-  for (int half = kPlanThreads / 2; half > 0; half /= 2) {
-    syncThreads();
-    if (tid < half) s.sums[tid] += s.sums[tid + half];
-  }
+  pairs = blockTotal(pairs, s.sums);
   if (tid == 0) {
     stGlobal(t.plan, AttentionPlan{tiles, keyTiles, few, split ? splits : 1});
-    state.count(t.flopsPerPair * s.sums[0], 0);
+    state.count(t.flopsPerPair * pairs, 0);
   }
 }
 
@@ -370,7 +349,7 @@ DEVICE void attendTile(const Attend& t, AttendShared<Tile>& s, int splits, int64
     UNROLL
     for (int i = 0; i < Tile::kScoreRows; ++i) top[i] = -INFINITY;
   }
-  syncThreads();  // v, weights, top and factor have been read
+  // The next tile of rows needs no barrier here: q and k were read before the last one, the rest is written after one.
 }
 
 template <typename Tile>
@@ -948,8 +927,8 @@ void attentionCached(const Launch& launch) {
     if (rows > kFewRows) launchAttend<Many>(launch, attend, rows, 1);
   });
   LAUNCH(joinSplitsKernel, launch.blocks(headRows * h.headDim, kCopyThreads), kCopyThreads, 0, launch.stream, attend);
-  LAUNCH(advanceKernel, static_cast<unsigned>(std::max<int64_t>((lengths.bound[0] + kCopyThreads - 1) / kCopyThreads, 1)),
-         kCopyThreads, 0, launch.stream, append);
+  const int64_t advanceBlocks = std::max<int64_t>((lengths.bound[0] + kCopyThreads - 1) / kCopyThreads, 1);
+  LAUNCH(advanceKernel, static_cast<unsigned>(advanceBlocks), kCopyThreads, 0, launch.stream, append);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE
