@@ -1,13 +1,183 @@
 // Matrix products with gathers and fused epilogues.
+#include "cuda/collectives.cuh"
+#include "cuda/gemm.cuh"
 #include "cuda/kernels.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
-void linear(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void linearGated(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void linearAdd(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void linearDx(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void linearAddGrad(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
-void linearDw(const Launch& launch) { fail(ErrorCode::Internal, "[%s] has no CUDA kernel", launch.op); }
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads, 8) copyKernel(Operand x, Operand y, StepState state) {
+  if (state.faulted()) return;
+  forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) {
+    stGlobal(y.f32() + i, ldGlobal<V>(x.f32() + i));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 8) widenKernel(Operand w, Operand y) {
+  const int width = y.size(1);
+  const bool vectors = width % 4 == 0 && w.stride % 4 == 0 && startsAligned(w, y);
+  forCells(y.size(0), width, vectors, [&]<typename V>(int r, int c) {
+    stGlobal(y.f32() + r * y.stride + c, loadWeight<V>(w, r * w.stride + c));
+  });
+}
+
+// A copy of a weight as f32.
+Operand widened(const Launch& launch, const Operand& w) {
+  Operand y = w;
+  y.data = launch.scratch<float>(w.boundElements());
+  y.dtype = DType::F32;
+  y.stride = w.bound[1];
+  LAUNCH(widenKernel, launch.blocks(w.boundElements(), 4 * kThreads), kThreads, 0, launch.stream, w, y);
+  return y;
+}
+
+struct DotShared {
+  double partial[kThreads / 32];
+};
+
+struct GateGradient {
+  Operand dy, x, bias, rows, gate, dx, dgate;
+};
+
+// dgate[r] = x[r] . t + dy[rows[r]] . bias for the product t that dx holds, then dx = gate t; one block a row.
+__global__ void __launch_bounds__(kThreads, 2) gateGradientKernel(GateGradient g, StepState state) {
+  SHARED_MEMORY(DotShared, s);
+  if (state.faulted()) return;
+  const int R = g.dx.size(0), K = g.dx.size(1), D = g.dy.size(1), tid = threadIdx.x;
+  const bool vectors = K % 4 == 0 && startsAligned(g.x, g.dx);
+  const bool vectorsOfBias = D % 4 == 0 && startsAligned(g.dy, g.bias);
+  for (int r = blockIdx.x; r < R; r += gridDim.x) {
+    const float* x = g.x.f32() + int64_t{r} * K;
+    float* t = g.dx.f32() + int64_t{r} * K;
+    double sum = 0;
+    const auto add = [&](float a, float b) {
+      sum += double{a} * b;
+      return 0.f;
+    };
+    forColumns(K, vectors, tid, kThreads,
+               [&]<typename V>(int c) { each(add, ldGlobal<V>(x + c), ldGlobal<V>(t + c)); });
+    if (g.bias) {
+      const float* dy = g.dy.f32() + int64_t{g.rows ? ldGlobal(g.rows.i32() + r) : r} * D;
+      forColumns(D, vectorsOfBias, tid, kThreads,
+                 [&]<typename V>(int c) { each(add, ldGlobal<V>(dy + c), loadWeight<V>(g.bias, c)); });
+    }
+    sum = blockTotal(sum, s.partial);
+    if (tid == 0) stGlobal(g.dgate.f32() + r, static_cast<float>(sum));
+    if (g.gate) {
+      const float gate = ldGlobal(g.gate.f32() + r);
+      forColumns(K, vectors, tid, kThreads, [&]<typename V>(int c) {
+        stGlobal(t + c, each([&](float v) { return v * gate; }, ldGlobal<V>(t + c)));
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void linear(const Launch& launch) {
+  const Operand &x = launch.in[0], &w = launch.in[1], &bias = launch.in[2], &rows = launch.in[3], &y = launch.out[0];
+  const Act act = actAttribute(launch);
+  if (rows) checkRows(launch, 3, x, 0);
+  Product p(launch, {y, 0}, {y, 1}, {x, 1});
+  p.a = Matrix(x, rows);
+  p.b[0] = weight(w);
+  p.bias[0] = bias;
+  p.pre[0] = floats(launch.out[1]);
+  p.act = act;
+  p.out = floats(y);
+  multiplyWeight(launch, p);
+}
+
+void linearGated(const Launch& launch) {
+  const Operand &x = launch.in[0], &rows = launch.in[5], &y = launch.out[0];
+  const Act act = actAttribute(launch);
+  if (rows) checkRows(launch, 5, x, 0);
+  Product p(launch, {y, 0}, {y, 1}, {x, 1});
+  p.a = Matrix(x, rows);
+  const bool mixed = launch.in[1].dtype != launch.in[2].dtype;
+  for (int i = 0; i < 2; ++i) {
+    const Operand& w = launch.in[1 + i];
+    p.b[i] = weight(mixed && w.dtype != DType::F32 ? widened(launch, w) : w);
+    p.bias[i] = launch.in[3 + i];
+    p.pre[i] = floats(launch.out[1 + i]);
+  }
+  p.act = act;
+  p.out = floats(y);
+  multiplyWeights(launch, p);
+}
+
+void linearAdd(const Launch& launch) {
+  const Operand &residual = launch.in[0], &x = launch.in[1], &w = launch.in[2], &bias = launch.in[3];
+  const Operand &rows = launch.in[4], &gate = launch.in[5], &y = launch.out[0];
+  if (rows) checkRows(launch, 4, y, 0);
+  Product p(launch, {x, 0}, {y, 1}, {x, 1});
+  p.a = Matrix(x);
+  p.b[0] = weight(w);
+  p.bias[0] = bias;
+  p.rowScale = floats(gate);
+  p.add = floats(residual);
+  p.out = floats(y);
+  p.rows = indices(rows);
+  p.countsRows = true;
+  if (rows && residual.data != y.data) {
+    // Rows that the product does not reach; it adds to those it does in place.
+    LAUNCH(copyKernel, launch.blocks(y.boundElements(), 4 * kThreads), kThreads, 0, launch.stream, residual, y,
+           launch.state);
+    p.add = floats(y);
+  }
+  multiplyWeight(launch, p);
+}
+
+void linearDx(const Launch& launch) {
+  const Operand &dy = launch.in[0], &w = launch.in[1], &acc = launch.in[2], &dx = launch.out[0];
+  Product p(launch, {dx, 0}, {dx, 1}, {dy, 1});
+  p.a = Matrix(dy);
+  p.b[0] = weight(w);
+  p.add = floats(acc);
+  p.out = floats(dx);
+  multiplyTransposed(launch, p);
+}
+
+void linearAddGrad(const Launch& launch) {
+  const Operand &dy = launch.in[0], &x = launch.in[1], &w = launch.in[2], &bias = launch.in[3], &rows = launch.in[4];
+  const Operand &gate = launch.in[5], &dx = launch.out[0], &dgate = launch.out[1];
+  if (dgate && !x) fail(ErrorCode::InvalidProgram, "[linear_add_grad] x must be given where dgate is wanted");
+  if (rows) checkRows(launch, 4, dy, 0);
+  Product p(launch, {dx, 0}, {dx, 1}, {dy, 1});
+  p.a = Matrix(dy, rows);
+  p.b[0] = weight(w);
+  // The gradient of the gate needs the product before it is scaled: then the scaling comes in a second pass.
+  if (!dgate) p.rowScale = floats(gate);
+  p.out = floats(dx);
+  multiplyTransposed(launch, p);
+  if (!dgate) return;
+  const GateGradient g{dy, x, bias, rows, gate, dx, dgate};
+  LAUNCH(gateGradientKernel, launch.blocks(dx.bound[0], 1), kThreads, sizeof(DotShared), launch.stream, g,
+         launch.state);
+}
+
+void linearDw(const Launch& launch) {
+  const Operand &dy = launch.in[0], &x = launch.in[1], &dyRows = launch.in[2], &xRows = launch.in[3];
+  const Operand &gate = launch.in[4], &dw = launch.out[0];
+  const Operand &reduced = dyRows ? dyRows : dy, &xReduced = xRows ? xRows : x;
+  if (reduced.bound[0] != xReduced.bound[0]) {
+    fail(ErrorCode::InvalidProgram, "[linear_dw] dy and x must have as many rows, got %lld and %lld",
+         static_cast<long long>(reduced.bound[0]), static_cast<long long>(xReduced.bound[0]));
+  }
+  if (dyRows) checkRows(launch, 2, dy, 0);
+  if (xRows) checkRows(launch, 3, x, 0);
+  Extent k(reduced, 0);
+  if (xReduced.dim[0] != reduced.dim[0]) k.limit = xReduced.sizes + xReduced.dim[0];
+  Product p(launch, {dw, 0}, {dw, 1}, k);
+  p.a = Matrix(dy, dyRows);
+  p.a.scale = floats(gate);
+  p.b[0] = Matrix(x, xRows);
+  p.out = floats(dw);
+  multiplyRows(launch, p);
+}
 
 }  // namespace elastiform::ELASTIFORM_DEVICE
