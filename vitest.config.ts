@@ -3,12 +3,28 @@ import { defineConfig } from 'vitest/config';
 // One process at a time: the native pool already uses every core.
 export default defineConfig({
   test: {
-    include: ['test/**/*.test.ts'],
     pool: 'forks',
     maxWorkers: 1,
     testTimeout: 60_000,
     hookTimeout: 60_000,
     reporters: ['default', 'json'],
     outputFile: { json: 'build/test-results.json' },
+    projects: [
+      { extends: true, test: { name: 'cpu', include: ['test/**/*.test.ts'] } },
+      // What runs programs of small shapes, again on the emulated CUDA device.
+      {
+        extends: true,
+        test: {
+          name: 'simt',
+          include: [
+            'test/{ops,graph,elastic}/**/*.test.ts',
+            'test/model/decoder.test.ts',
+            'test/distill/golden.test.ts',
+            'test/infer/generate.test.ts',
+          ],
+          env: { ELASTIFORM_DEVICE: 'simt' },
+        },
+      },
+    ],
   },
 });

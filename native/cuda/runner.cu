@@ -209,6 +209,7 @@ class Runner : public Device {
       if (!producedSize(program, program.outputs[i])) copyOutput(job, layout, i);
     }
     streamSynchronize(stream_);
+    if (job.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
     checkFault(program, *reinterpret_cast<const FaultRecord*>(staging));
     std::memcpy(job.counters.data(), staging + layout.counters, program.tags * sizeof(Counters));
     bool more = false;
