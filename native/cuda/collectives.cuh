@@ -56,12 +56,13 @@ DEVICE T warpScan(T value) {
 }
 
 // The sum over the block, the same bits in every thread. `partial` is shared memory, an element for each warp.
-DEVICE double blockTotal(double value, double* partial) {
+template <typename T>
+DEVICE T blockTotal(T value, T* partial) {
   value = warpTotal(value);
   syncThreads();  // the previous total has been read
   if (laneId() == 0) partial[warpId()] = value;
   syncThreads();  // partial is complete
-  return warpTotal(laneId() < static_cast<int>(blockDim.x / 32) ? partial[laneId()] : 0.0);
+  return warpTotal(laneId() < static_cast<int>(blockDim.x / 32) ? partial[laneId()] : T{});
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

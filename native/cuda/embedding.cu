@@ -1,4 +1,5 @@
 // Table look-up and its gradient.
+#include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
 #include "cuda/vector.cuh"
 
@@ -14,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   const int width = y.size(1);
   const bool vectors = width % 4 == 0 && table.stride % 4 == 0 && startsAligned(table, y);
   forCells(y.size(0), width, vectors, [&]<typename V>(int r, int c) {
-    stGlobal(y.f32() + int64_t{r} * width + c, loadWeight<V>(table, ids.i32()[r] * table.stride + c));
+    stGlobal(y.f32() + int64_t{r} * width + c, loadWeight<V>(table, ldGlobal(ids.i32() + r) * table.stride + c));
   });
 }
 
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(kSortWarps * 32, 1)
   const auto forRows = [&](const auto& body) {
     for (int64_t first = begin; first < end; first += 32) {
       const bool valid = first + lane < end;
-      const int row = !valid ? 0 : from ? from[first + lane] : static_cast<int>(first + lane);
-      const int digit = valid ? ids.i32()[row] >> shift & (kDigits - 1) : kDigits;
+      const int row = !valid ? 0 : from ? ldGlobal(from + first + lane) : static_cast<int>(first + lane);
+      const int digit = valid ? ldGlobal(ids.i32() + row) >> shift & (kDigits - 1) : kDigits;
       const uint32_t peers = matchAny(static_cast<uint32_t>(digit));
       body(valid, row, &s.place[warp][valid ? digit : 0], peers);
     }
@@ -61,12 +62,7 @@ __global__ void __launch_bounds__(kSortWarps * 32, 1)
   int total = 0, upTo = 0;
   if (thread < kDigits) {
     for (int w = 0; w < kSortWarps; ++w) total += s.place[w][thread];
-    upTo = total;
-    UNROLL
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = shflUp(upTo, distance);
-      if (lane >= distance) upTo += below;
-    }
+    upTo = warpScan(total);
     if (lane == 31) s.warpTotal[warp] = upTo;
   }
   syncThreads();  // warpTotal is complete
@@ -82,7 +78,7 @@ __global__ void __launch_bounds__(kSortWarps * 32, 1)
   syncThreads();  // places are complete
 
   forRows([&](bool valid, int row, int* place, uint32_t peers) {
-    if (valid) to[*place + popCount(peers & ((1u << lane) - 1))] = row;
+    if (valid) stGlobal(to + *place + popCount(peers & ((1u << lane) - 1)), row);
     syncWarp();  // all lanes have read their places
     if (valid && lane == lowestBit(peers)) *place += popCount(peers);
     syncWarp();
@@ -96,11 +92,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     embeddingGradKernel(Operand dy, Operand ids, const int* order, Operand dtable, StepState state) {
   if (state.faulted()) return;
   const int count = dy.size(0), width = dy.size(1);
-  const auto idAt = [&](int i) { return ids.i32()[order[i]]; };
+  const auto idAt = [&](int i) { return ldGlobal(ids.i32() + ldGlobal(order + i)); };
   forCells(count, width, width % 4 == 0 && startsAligned(dy, dtable), [&]<typename V>(int i, int c) {
     const int id = idAt(i);
     if (i > 0 && idAt(i - 1) == id) return;
-    const auto load = [&](int j) { return ldGlobal<V>(dy.f32() + int64_t{order[j]} * width + c); };
+    const auto load = [&](int j) { return ldGlobal<V>(dy.f32() + int64_t{ldGlobal(order + j)} * width + c); };
     V sum{};
     int j = i;
     for (; j + kAtOnce <= count && idAt(j + kAtOnce - 1) == id; j += kAtOnce) {

@@ -37,8 +37,8 @@ struct Operand {
   DEVICE int32_t* i32() const { return static_cast<int32_t*>(data); }
   // Element i of a weight of any floating dtype.
   DEVICE float weight(int64_t i) const {
-    if (dtype == DType::F32) return static_cast<const float*>(data)[i];
-    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+    if (dtype == DType::F32) return ldGlobal(static_cast<const float*>(data) + i);
+    const uint16_t bits = ldGlobal(static_cast<const uint16_t*>(data) + i);
     return dtype == DType::BF16 ? toFloat(bf16{bits}) : toFloat(f16{bits});
   }
 

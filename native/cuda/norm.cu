@@ -1,4 +1,5 @@
 // RMS and layer normalisation of (gathered) rows, and their gradients.
+#include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
 #include "cuda/sums.cuh"
 #include "cuda/vector.cuh"
@@ -20,14 +21,7 @@ struct NormShared {
 template <int kGroup>
 DEVICE float groupSum(float value, NormShared& s) {
   static_assert(kGroup == 32 || kGroup == kThreads);
-  value = warpSum(value);
-  if constexpr (kGroup == kThreads) {
-    syncThreads();  // the previous sums have been read
-    if (laneId() == 0) s.partial[warpId()] = value;
-    syncThreads();  // the sums of all warps are there
-    value = warpSum(laneId() < kThreads / 32 ? s.partial[laneId()] : 0.f);
-  }
-  return value;
+  return kGroup == 32 ? warpSum(value) : blockTotal(value, s.partial);
 }
 
 struct Norm {
@@ -43,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 5) normKernel(Norm n, float eps, Ste
   const bool vectors = width % 4 == 0 && startsAligned(n.x, n.weight, n.bias, n.y);
   const auto forRow = [&](const auto& body) { forColumns(width, vectors, member, kGroup, body); };
   for (int r = (blockIdx.x * kThreads + threadIdx.x) / kGroup; r < count; r += gridDim.x * (kThreads / kGroup)) {
-    const float* x = n.x.f32() + int64_t{n.rows ? n.rows.i32()[r] : r} * width;
+    const float* x = n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;
     float* y = n.y.f32() + int64_t{r} * width;
     float mean = 0;
     if constexpr (kCentred) {
@@ -63,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, 5) normKernel(Norm n, float eps, Ste
       if (n.bias) value = each(Sum{}, value, loadWeight<V>(n.bias, c));
       stGlobal(y + c, value);
     });
-    if (member == 0 && n.mean) n.mean.f32()[r] = mean;
-    if (member == 0 && n.rstd) n.rstd.f32()[r] = rstd;
+    if (member == 0 && n.mean) stGlobal(n.mean.f32() + r, mean);
+    if (member == 0 && n.rstd) stGlobal(n.rstd.f32() + r, rstd);
   }
 }
 
@@ -88,9 +82,9 @@ __global__ void __launch_bounds__(kThreads, 4) normGradKernel(NormGrad n, StepSt
     const int begin = p * length, end = begin + min(length, count - begin);
     for (int r = begin; r < end; ++r) {
       const float* dy = n.dy.f32() + int64_t{r} * width;
-      const float* x = n.x.f32() + int64_t{n.rows ? n.rows.i32()[r] : r} * width;
+      const float* x = n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;
       float* dx = n.dx.f32() + int64_t{r} * width;
-      const float mean = kCentred ? n.mean.f32()[r] : 0.f, rstd = n.rstd.f32()[r];
+      const float mean = kCentred ? ldGlobal(n.mean.f32() + r) : 0.f, rstd = ldGlobal(n.rstd.f32() + r);
       const auto centred = [&](float v) { return kCentred ? v - mean : v; };
       float plain = 0, inner = 0;
       forRow([&]<typename V>(int c) {

@@ -1,4 +1,5 @@
 // Moving and summing rows: gathers, scatters, gated sums, dot product.
+#include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
 #include "cuda/sums.cuh"
 #include "cuda/vector.cuh"
@@ -17,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 8) gatherKernel(Operand x, Operand r
   if (state.faulted()) return;
   const int width = y.size(1);
   forCells(y.size(0), width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
-    stGlobal(y.f32() + int64_t{r} * width + c, ldGlobal<V>(x.f32() + int64_t{rows.i32()[r]} * width + c));
+    stGlobal(y.f32() + int64_t{r} * width + c, ldGlobal<V>(x.f32() + int64_t{ldGlobal(rows.i32() + r)} * width + c));
   });
 }
 
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 8) gatherIdsKernel(Operand x, Operan
   if (state.faulted()) return;
   const int count = y.size(0);
   for (int r = blockIdx.x * kThreads + threadIdx.x; r < count; r += gridDim.x * kThreads) {
-    y.i32()[r] = x.i32()[rows.i32()[r]];
+    stGlobal(y.i32() + r, ldGlobal(x.i32() + ldGlobal(rows.i32() + r)));
   }
 }
 
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 8) scatterAddKernel(Operand x, Opera
   if (state.faulted()) return;
   const int width = x.size(1);
   forCells(x.size(0), width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
-    float* to = y.f32() + int64_t{rows.i32()[r]} * width + c;
+    float* to = y.f32() + int64_t{ldGlobal(rows.i32() + r)} * width + c;
     stGlobal(to, each(Sum{}, ldGlobal<V>(to), ldGlobal<V>(x.f32() + int64_t{r} * width + c)));
   });
 }
@@ -48,21 +49,8 @@ __global__ void __launch_bounds__(kThreads, 8) scatterAddKernel(Operand x, Opera
 constexpr int kDotParts = 512;
 
 struct DotShared {
-  double value[kDotParts];
+  double partial[kDotParts / 32];
 };
-
-// The sum of a block's values, one a thread, in thread 0.
-template <int kCount>
-DEVICE double blockSum(double value, DotShared& s) {
-  const int thread = threadIdx.x;
-  s.value[thread] = value;
-  UNROLL
-  for (int half = kCount / 2; half > 0; half /= 2) {
-    syncThreads();
-    if (thread < half) s.value[thread] += s.value[thread + half];
-  }
-  return s.value[thread];
-}
 
 __global__ void __launch_bounds__(kThreads, 6) dotPartsKernel(Operand a, Operand b, double* part) {
   SHARED_MEMORY(DotShared, s);
@@ -71,16 +59,18 @@ __global__ void __launch_bounds__(kThreads, 6) dotPartsKernel(Operand a, Operand
   const int64_t length = (count + int64_t{kDotParts} * kThreads - 1) / (int64_t{kDotParts} * kThreads) * kThreads;
   const int64_t first = blockIdx.x * length, end = min(first + length, count);
   double sum = 0;
-  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) sum += double{a.f32()[i]} * double{b.f32()[i]};
-  sum = blockSum<kThreads>(sum, s);
-  if (threadIdx.x == 0) part[blockIdx.x] = sum;
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
+    sum += double{ldGlobal(a.f32() + i)} * double{ldGlobal(b.f32() + i)};
+  }
+  sum = blockTotal(sum, s.partial);
+  if (threadIdx.x == 0) stGlobal(part + blockIdx.x, sum);
 }
 
 __global__ void __launch_bounds__(kDotParts, 1) dotKernel(const double* part, int parts, Operand y) {
   SHARED_MEMORY(DotShared, s);
   const int thread = threadIdx.x;
-  const double sum = blockSum<kDotParts>(thread < parts ? part[thread] : 0, s);
-  if (thread == 0) y.f32()[0] = static_cast<float>(sum);
+  const double sum = blockTotal(thread < parts ? ldGlobal(part + thread) : 0.0, s.partial);
+  if (thread == 0) stGlobal(y.f32(), static_cast<float>(sum));
 }
 
 }  // namespace

@@ -50,15 +50,15 @@ __global__ void __launch_bounds__(kColumnWarps * 32, 2)
       double sum = 0;
       if (c < width) {
         for (int r = begin + warp; r < end; r += kColumnWarps) {
-          const int64_t row = a.rows ? a.rows.i32()[r] : r;
-          sum += (a.gate ? double{a.gate.f32()[r]} : 1.0) * double{a.x[row * width + c]};
+          const int64_t row = a.rows ? ldGlobal(a.rows.i32() + r) : r;
+          sum += (a.gate ? double{ldGlobal(a.gate.f32() + r)} : 1.0) * double{ldGlobal(a.x + row * width + c)};
         }
       }
       s.sum[warp][lane] = sum;
       syncThreads();  // the sums of all warps are there
       if (warp == 0 && c < width) {
         for (int w = 1; w < kColumnWarps; ++w) sum += s.sum[w][lane];
-        y[int64_t{p} * width + c] = static_cast<Out>(sum);
+        stGlobal(y + int64_t{p} * width + c, static_cast<Out>(sum));
       }
       syncThreads();  // they may be overwritten
     }
