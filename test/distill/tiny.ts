@@ -43,6 +43,7 @@ export const tinyPretraining = (out: string, more: Partial<PretrainConfig> = {})
   tokenizer: { vocabSize: 300 },
   out,
   data: { kind: 'documents', documents: stories(200) },
+  device: 'cpu',
   steps: 60,
   batchTokens: 256,
   sequenceLength: 48,
