@@ -11,8 +11,8 @@ enum class Check { Ids, Rows, Targets };
 
 template <Check check>
 __global__ void __launch_bounds__(kThreads, 2)
-    indexKernel(Operand values, Operand limitOf, int limitDim, StepState state, int input) {
-  const int count = values.size(0), limit = limitOf.size(limitDim);
+    indexKernel(Operand values, const int32_t* limitSize, StepState state, int input) {
+  const int count = values.size(0), limit = *limitSize;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
     const int value = values.i32()[i];
     const int low = check == Check::Targets ? -1 : check == Check::Rows && i > 0 ? values.i32()[i - 1] + 1 : 0;
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    offsetsKernel(Operand offsets, Operand rowsOf, int rowsDim, StepState state, int input) {
-  const int last = offsets.size(0) - 1, rows = rowsOf.size(rowsDim);
+    offsetsKernel(Operand offsets, const int32_t* rowsSize, StepState state, int input) {
+  const int last = offsets.size(0) - 1, rows = *rowsSize;
   for (int s = blockIdx.x * kThreads + threadIdx.x; s <= last; s += gridDim.x * kThreads) {
     const int value = offsets.i32()[s], low = s > 0 ? offsets.i32()[s - 1] : 0, high = s > 0 ? rows : 0;
     if (value < low || value > high) {
@@ -41,8 +41,8 @@ void checkIndices(const Launch& launch, int input, const Operand& limitOf, int l
   const int kind = static_cast<int>(check) + 4 * (1 + limitOf.dim[limitDim]);
   if (!launch.uncheckedInput(launch.context, input, kind)) return;
   const Operand& values = launch.in[input];
-  LAUNCH(indexKernel<check>, launch.blocks(values.bound[0], kThreads), kThreads, 0, launch.stream, values, limitOf,
-         limitDim, launch.state, input);
+  LAUNCH(indexKernel<check>, launch.blocks(values.bound[0], kThreads), kThreads, 0, launch.stream, values,
+         limitOf.sizes + limitOf.dim[limitDim], launch.state, input);
 }
 
 }  // namespace
@@ -65,8 +65,8 @@ void checkOffsets(const Launch& launch, int input, const Operand& rowsOf, int ro
   if (offsets.bound[0] < 1) {
     fail(ErrorCode::InvalidProgram, "[%s] offsets must hold at least one element, got none", launch.op);
   }
-  LAUNCH(offsetsKernel, launch.blocks(offsets.bound[0], kThreads), kThreads, 0, launch.stream, offsets, rowsOf, rowsDim,
-         launch.state, input);
+  LAUNCH(offsetsKernel, launch.blocks(offsets.bound[0], kThreads), kThreads, 0, launch.stream, offsets,
+         rowsOf.sizes + rowsOf.dim[rowsDim], launch.state, input);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE
