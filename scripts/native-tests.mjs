@@ -56,7 +56,7 @@ await all(
 );
 await all(run('cmake', ['--build', build, '--config', 'Release', '--parallel', '2']));
 // Every test goes through the instruction sets of this machine by itself.
-const tests = positionals.length > 0 ? positionals : ['gemm', 'kernels', 'runtime', 'device'];
+const tests = positionals.length > 0 ? positionals : ['gemm', 'kernels', 'runtime', 'device', 'gpu'];
 await all(...tests.map((test) => run(resolve(build, 'elastiform_tests'), [test])));
 // Different seeds: the validator is the same on every instruction set. One that this machine lacks runs as the best it has.
 const fuzzed = ['portable', 'avx2', 'avx512'].map((isa, i) =>

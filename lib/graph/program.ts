@@ -29,6 +29,10 @@ export interface RunResult {
   counters: Record<string, { flops: number; rows: number }>;
   /** Time from start to end on the engine's thread, milliseconds. */
   ms: number;
+  /** Of these, not spent waiting for a device: all of them on the CPU. */
+  hostMs: number;
+  /** Milliseconds of the kernels alone, between two events on the device; 0 on the CPU. */
+  deviceMs: number;
 }
 
 /** Owns native memory: dispose it, or declare it with `using`. Bound tensors stay the caller's. */
@@ -87,6 +91,8 @@ export class Program implements Disposable {
         tags.map((tag, i) => [tag, { flops: result.counters[2 * i], rows: result.counters[2 * i + 1] }]),
       ),
       ms: result.ms,
+      hostMs: result.hostMs,
+      deviceMs: result.deviceMs,
     };
   }
 

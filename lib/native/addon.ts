@@ -71,6 +71,10 @@ export interface NativeRunResult {
   readonly counters: Float64Array;
   /** Milliseconds on the engine's thread. */
   readonly ms: number;
+  /** Of these, not spent waiting for a device: all of them on the CPU. */
+  readonly hostMs: number;
+  /** Milliseconds of the kernels alone, between two events on the device (their emulation, on `simt`); 0 on the CPU. */
+  readonly deviceMs: number;
 }
 
 export interface NativeEngine {

@@ -136,6 +136,8 @@ class EngineState : public std::enable_shared_from_this<EngineState> {
     object.Set("dims", dims);
     object.Set("counters", counters);
     object.Set("ms", job.milliseconds);
+    object.Set("hostMs", job.hostMilliseconds);
+    object.Set("deviceMs", job.deviceMilliseconds);
     return object;
   }
 

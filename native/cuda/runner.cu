@@ -33,7 +33,21 @@ constexpr DeviceKind kKind = DeviceKind::Simt;
 constexpr size_t kAlign = 256;
 constexpr size_t kStagingBytes = size_t{8} << 20;
 
+using Clock = std::chrono::steady_clock;
+double millisecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// For destructors: a device that a kernel's fault has lost answers every call with that fault.
+template <typename Call>
+void quietly(const Call& call) noexcept {
+  try {
+    call();
+  } catch (const Error&) {
+  }
+}
 
 // Device memory that is counted.
 class DeviceBlock {
@@ -50,10 +64,7 @@ class DeviceBlock {
   ~DeviceBlock() {
     if (!data_) return;
     memoryCounters().deviceBytes -= static_cast<int64_t>(bytes_);
-    try {
-      deviceFree(data_);
-    } catch (const Error&) {  // a lost device has nothing to free
-    }
+    quietly([&] { deviceFree(data_); });
   }
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
@@ -87,7 +98,9 @@ class HostBlock {
  public:
   HostBlock() = default;
   HostBlock(const HostBlock&) = delete;
-  ~HostBlock() { hostFree(data_); }
+  ~HostBlock() {
+    quietly([&] { hostFree(data_); });
+  }
   uint8_t* atLeast(size_t bytes) {
     if (bytes <= bytes_) return data_;
     hostFree(std::exchange(data_, nullptr));
@@ -134,7 +147,9 @@ struct Recording {
   Recording() = default;
   Recording(const Recording&) = delete;
   ~Recording() {
-    if (graph) graphDestroy(graph);
+    quietly([&] {
+      if (graph) graphDestroy(graph);
+    });
   }
 };
 
@@ -143,12 +158,16 @@ class Runner : public Device {
   explicit Runner(std::shared_ptr<std::atomic<int64_t>> owned) : owned_(std::move(owned)) {}
   ~Runner() override {
     recordings_.clear();
-    if (stream_) streamDestroy(stream_);
+    for (const Event event : {started_, ended_}) {
+      if (event) quietly([&] { eventDestroy(event); });
+    }
+    quietly([&] { streamDestroy(stream_); });
   }
 
   void run(Job& job) override {
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     step_ = -1;
+    waited_ = 0;
     try {
       if (job.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
       runJob(job);
@@ -160,7 +179,8 @@ class Runner : public Device {
       job.error.emplace(ErrorCode::Internal, where(*job.program) + error.what());
     }
     if (job.error && stream_) dropQueued();
-    job.milliseconds = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    job.milliseconds = millisecondsSince(start);
+    job.hostMilliseconds = job.milliseconds - waited_;
   }
 
  private:
@@ -180,6 +200,8 @@ class Runner : public Device {
   void runJob(Job& job) {
     setDevice(0);
     if (!stream_) stream_ = streamCreate();
+    if (!started_) started_ = eventCreate();
+    if (!ended_) ended_ = eventCreate();
     const Program& program = *job.program;
     const Layout layout(program);
     const Recording& recording = record(job.program, layout);
@@ -197,7 +219,9 @@ class Runner : public Device {
                 CopyKind::HostToDevice, stream_);
     }
     uploadStates(program);
+    eventRecord(started_, stream_);
     if (recording.graph) graphLaunch(recording.graph, stream_);
+    eventRecord(ended_, stream_);
     for (const auto& use : program.writableUses) {
       if (!use.written) continue;
       const std::lock_guard lock(use.storage->mirrorMutex);
@@ -208,8 +232,9 @@ class Runner : public Device {
     for (size_t i = 0; i < program.outputs.size(); ++i) {
       if (!producedSize(program, program.outputs[i])) copyOutput(job, layout, i);
     }
-    streamSynchronize(stream_);
+    wait();
     if (job.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
+    job.deviceMilliseconds = elapsedMilliseconds(started_, ended_);
     checkFault(program, *reinterpret_cast<const FaultRecord*>(staging));
     std::memcpy(job.counters.data(), staging + layout.counters, program.tags * sizeof(Counters));
     bool more = false;
@@ -226,11 +251,17 @@ class Runner : public Device {
       copyOutput(job, layout, i);
       more = true;
     }
-    if (more) streamSynchronize(stream_);
+    if (more) wait();
     for (size_t i = 0; i < program.outputs.size(); ++i) {
       const size_t bytes = outputBytes(job, i);
       if (bytes) std::memcpy(job.outputs[i].data(), staging + layout.outputs[i], bytes);
     }
+  }
+
+  void wait() {
+    const auto start = Clock::now();
+    streamSynchronize(stream_);
+    waited_ += millisecondsSince(start);
   }
 
   static bool producedSize(const Program& program, int tensor) {
@@ -479,6 +510,8 @@ class Runner : public Device {
 
   std::shared_ptr<std::atomic<int64_t>> owned_;
   Stream stream_ = nullptr;
+  Event started_ = nullptr, ended_ = nullptr;  // around the recording's launch
+  double waited_ = 0;                          // for the device in this run, milliseconds
   DeviceBlock block_;
   HostBlock staging_;
   std::unordered_map<const Program*, Recording> recordings_;

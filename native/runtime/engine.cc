@@ -211,6 +211,7 @@ void runJob(Job& job, Workspace& workspace) {
     job.error.emplace(ErrorCode::Internal, runner.where() + "unknown exception");
   }
   job.milliseconds = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  job.hostMilliseconds = job.milliseconds;
 }
 
 Engine::Engine(std::function<void(std::shared_ptr<Job>)> done, std::unique_ptr<Device> device)

@@ -31,6 +31,8 @@ struct Job {
   std::vector<AlignedBuffer> feeds, outputs;
   std::vector<Counters> counters;  // per tag
   double milliseconds = 0;
+  double hostMilliseconds = 0;    // of these, the engine's thread worked and did not wait for a device
+  double deviceMilliseconds = 0;  // of the program's recording, between events on the device; 0 on the CPU
   std::optional<Error> error;
   std::atomic<bool> abort{false};
 

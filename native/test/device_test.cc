@@ -1,5 +1,6 @@
 // Tests of the device layer: every wrapper and complete kernels under every schedule of the emulation, every defect
 // that it reports, its counters, and its runtime; on a GPU, the wrappers and kernels again.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -564,16 +565,27 @@ void testEmulation() {
 }  // namespace elastiform
 
 int testDevice() {
+  elastiform::failures = 0;
 #ifdef ELASTIFORM_WITH_SIMT
   elastiform::simt::testEmulation();
 #endif
+  return elastiform::failures;
+}
+
+int testGpu() {
+  elastiform::failures = 0;
 #ifdef ELASTIFORM_WITH_CUDA
   if (elastiform::cuda::deviceCount() > 0) {
-    elastiform::expectPassed(elastiform::cuda::runConformance(), "GPU");
-    elastiform::expectPassed(elastiform::cuda::runExamples(), "GPU");
-  } else {
-    std::printf("device: no GPU here, CUDA not tested\n");
+    const auto check = [](const char* what, const std::vector<elastiform::CaseResult>& results) {
+      elastiform::expectPassed(results, "GPU");
+      const auto passed = std::count_if(results.begin(), results.end(), [](const auto& r) { return r.passed(); });
+      std::printf("gpu: %s: %td of %zu cases passed\n", what, passed, results.size());
+    };
+    check("wrappers", elastiform::cuda::runConformance());
+    check("kernels", elastiform::cuda::runExamples());
+    return elastiform::failures;
   }
 #endif
+  std::printf("gpu: no GPU here, nothing tested\n");
   return elastiform::failures;
 }

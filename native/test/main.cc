@@ -1,4 +1,4 @@
-// Runs the native tests: `elastiform_tests [runtime|gemm|kernels|device]...`, all of them without arguments.
+// Runs the native tests: `elastiform_tests [runtime|gemm|kernels|device|gpu]...`, all of them without arguments.
 #include <cstdio>
 #include <cstring>
 
@@ -7,12 +7,14 @@ int testRuntime();
 int testGemm();
 int testKernels();
 int testDevice();
+int testGpu();
 
 int main(int argc, char** argv) {
   const struct {
     const char* name;
     int (*run)();
-  } tests[] = {{"runtime", testRuntime}, {"gemm", testGemm}, {"kernels", testKernels}, {"device", testDevice}};
+  } tests[] = {{"runtime", testRuntime}, {"gemm", testGemm}, {"kernels", testKernels}, {"device", testDevice},
+               {"gpu", testGpu}};
   int failures = 0;
   for (const auto& test : tests) {
     bool wanted = argc == 1;

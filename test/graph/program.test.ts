@@ -32,10 +32,13 @@ describe('run', () => {
     using program = twice();
     for (const n of [5, 1, 3]) {
       const x = Float32Array.from({ length: 2 * n }, (_, i) => i);
-      const { outputs, dims, ms } = await program.run({ dims: { N: n }, feeds: { x } });
+      const { outputs, dims, ms, hostMs, deviceMs } = await program.run({ dims: { N: n }, feeds: { x } });
       expect([...outputs.y]).toEqual([...x].map((v) => 2 * v));
       expect(dims).toEqual({ N: n });
-      expect(ms).toBeGreaterThanOrEqual(0);
+      expect(ms).toBeGreaterThanOrEqual(hostMs);
+      expect(hostMs).toBeGreaterThanOrEqual(0);
+      if (engine.device === 'cpu') expect([hostMs, deviceMs]).toEqual([ms, 0]);
+      else expect(deviceMs).toBeGreaterThan(0);
     }
   });
 
