@@ -25,7 +25,6 @@ import { weightsByName } from '../../dist/model/weights.js';
 import { Engine, loadAddon, Tensor } from '../../dist/native/index.js';
 import { serve } from '../harness/serve.mjs';
 import { fill, generator, tokens } from '../model/random.mjs';
-import { takesBf16 } from './activations.mjs';
 
 const TURN_MS = 20; // of device time that a turn aims at
 const EPS = 1e-5;
@@ -391,16 +390,15 @@ function release() {
 
 await serve({
   setup({ device }) {
-    const activations = takesBf16() ? 'bf16' : 'f32';
-    settings = { device, activations };
+    settings = { device };
     const { version, devices } = loadAddon().info();
-    return { version, device: devices[device].description, activations };
+    return { version, device: devices[device].description, activations: 'f32' };
   },
   /** Prepares one or all cases of a group; key -> what is known of it, or why it does not run. */
   async group({ name, shape }) {
     // Engines keep memory for the largest program they have run: one for each group, or memory could not be told.
     engine?.dispose();
-    engine = new Engine(settings.device, { activations: settings.activations });
+    engine = new Engine(settings.device);
     const found = {};
     const add = async (key, make) => {
       try {
