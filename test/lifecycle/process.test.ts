@@ -83,7 +83,7 @@ describe('a process ends cleanly', () => {
        ${longRun}
        const { loadAddon } = await import(${native});
        const n2 = 1 << 18;
-       let own = new (loadAddon().Engine)();
+       let own = new (loadAddon().Engine)('cpu');
        const { promise } = own.run(program.native, Int32Array.of(n2), [new Float32Array(n2)]);
        own = null;
        for (let i = 0; i < 20; i++) { gc(); await sleep(1); }
