@@ -301,7 +301,7 @@ const groups = {
       });
       // Beyond the head, and f32 values of both hidden states, normalised and not, and of the gradient.
       const given = 2 * vocab * hidden + 5 * 4 * rows * hidden;
-      return { ...result, facts: { extraBytes: Math.max(0, loadAddon().memory().deviceBytes - before - given) } };
+      return { ...result, facts: { extraBytes: loadAddon().memory().deviceBytes - before - given } };
     });
   },
   async step(shape, add) {

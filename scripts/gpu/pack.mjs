@@ -10,8 +10,6 @@ import { loadConfigFromFile } from 'vite';
 const root = path.resolve(import.meta.dirname, '../..');
 const LIMIT = 30 * 2 ** 20; // what GPU hosts take, with room for the repository beside it
 const ARCHITECTURES = '80-real;90a-real';
-// Written for GPU hosts: the binaries must run where glibc is as old as Node itself asks for, and name no folder here.
-const CXX_FLAGS = `-ffile-prefix-map=${root}/=`;
 
 const { values } = parseArgs({
   options: {
@@ -56,8 +54,6 @@ function buildNative() {
     ELASTIFORM_CUDA: 'ON',
     ELASTIFORM_TESTS: 'ON',
     CMAKE_CUDA_ARCHITECTURES: ARCHITECTURES,
-    CMAKE_CXX_FLAGS: CXX_FLAGS,
-    CMAKE_CUDA_FLAGS: `-Xcompiler=${CXX_FLAGS}`,
     CMAKE_EXE_LINKER_FLAGS: '-static-libstdc++ -static-libgcc',
   };
   const flags = Object.entries(defines).map(([name, value]) => `--CD${name}=${value}`);

@@ -127,20 +127,25 @@ sanitizer() {
     echo 'no compute-sanitizer here'
     return 0
   fi
-  local failed=0 tool
-  for tool in memcheck racecheck synccheck; do
-    echo "$tool: wrappers and kernels"
-    compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 bin/elastiform_tests gpu || failed=1
+  local failed=0
+  # check TOOL WHAT COMMAND...: at most half a minute each, or one would take it all.
+  check() {
+    local tool=$1 what=$2 code
+    shift 2
+    timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$@" >"$work/sanitizer" 2>&1
+    code=$?
+    case $code in
+      0) echo "$tool, $what: nothing found" ;;
+      124) echo "$tool, $what: out of time" ;;
+      *) echo "$tool, $what: FAILED ($code)"; failed=1 ;;
+    esac
+    [ $code = 0 ] || grep -E '^=========|FAILED|^# fail' "$work/sanitizer" | head -n 40
+  }
+  local tool name
+  for tool in memcheck racecheck synccheck; do check $tool 'wrappers and kernels' bin/elastiform_tests gpu; done
+  for name in linear attention routing; do
+    for tool in memcheck racecheck; do check $tool "test/ops/$name.test.js" node "test/ops/$name.test.js"; done
   done
-  for tool in memcheck racecheck; do
-    for name in linear routing attention; do
-      echo "$tool: test/ops/$name.test.js"
-      compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 node "test/ops/$name.test.js" \
-        >"$work/sanitizer" 2>&1 || failed=1
-      grep -E '^=========|^# (pass|fail)' "$work/sanitizer" | head -n 30
-    done
-  done
-  [ $failed = 0 ] && echo 'nothing found'
   return $failed
 }
 
@@ -153,7 +158,7 @@ export -f machine conformance tests sanitizer benchmarks
 stage 1 machine 40 machine
 stage 2 conformance 60 conformance
 stage 3 tests 150 tests
-stage 4 sanitizer 90 sanitizer
+stage 4 sanitizer 120 sanitizer
 stage 5 benchmarks 400 benchmarks
 
 printf '\n'

@@ -35,7 +35,8 @@ function text() {
     }
     cards.set(card.name, { ...known, driver: card.driver });
   }
-  if (cards.size === 0) return 'Not yet measured on a GPU; [how it will be](docs/gpu.md).';
+  if (cards.size === 0)
+    return 'Their speed is **not yet measured on a GPU**; [docs/gpu.md](docs/gpu.md) says how it will be.';
   return [...cards]
     .map(([name, { groups, runs, driver }]) => {
       const when = [...runs].join('; ');
