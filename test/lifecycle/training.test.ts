@@ -50,7 +50,15 @@ it('1000 steps hold their live bytes constant, and leave none behind', () => {
   expect(steps).toBe(1000);
   expect(bytes).toHaveLength(1);
   expect(bytes[0]).toBeGreaterThan(0);
-  const nothing = { mappedBytes: 0, heapBytes: 0, packedBytes: 0, arenaBytes: 0, deviceBytes: 0, tensors: 0, programs: 0 };
+  const nothing = {
+    mappedBytes: 0,
+    heapBytes: 0,
+    packedBytes: 0,
+    arenaBytes: 0,
+    deviceBytes: 0,
+    tensors: 0,
+    programs: 0,
+  };
   expect(memory).toEqual(nothing);
 });
 
