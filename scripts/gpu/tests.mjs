@@ -10,6 +10,12 @@ const { values, positionals } = parseArgs({
 });
 const end = Number(values.seconds) > 0 ? performance.now() + 1000 * Number(values.seconds) : Number.POSITIVE_INFINITY;
 
+/** The message, and those of what caused it: fast-check puts the failure itself there. */
+function explain(error) {
+  const inner = error?.cause instanceof Error ? `${explain(error.cause)}\n` : '';
+  return inner + String(error?.message ?? error);
+}
+
 /** One file: counts, failures, and whether it came to its end. */
 async function runFile(file, milliseconds) {
   const result = {
@@ -34,8 +40,7 @@ async function runFile(file, milliseconds) {
       // A suite, or a file, fails with its tests; only what failed by itself counts.
       if (error?.failureType === 'subtestsFailed') continue;
       result.failed++;
-      const cause = error?.cause ?? error;
-      result.failures.push({ name: data.name, message: String(cause?.message ?? cause).slice(0, 1000) });
+      result.failures.push({ name: data.name, message: explain(error?.cause ?? error).slice(0, 1000) });
     }
   }
   result.seconds = Number(((performance.now() - started) / 1000).toFixed(2));
