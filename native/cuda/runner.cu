@@ -162,6 +162,7 @@ class Runner : public Device {
       if (event) quietly([&] { eventDestroy(event); });
     }
     quietly([&] { streamDestroy(stream_); });
+    account(-static_cast<int64_t>(block_.bytes()));
   }
 
   void run(Job& job) override {
@@ -191,10 +192,7 @@ class Runner : public Device {
 
   void dropQueued() noexcept {
     abandonCapture(stream_);
-    try {
-      streamDestroy(std::exchange(stream_, nullptr));
-    } catch (const std::exception&) {
-    }
+    quietly([&] { streamDestroy(std::exchange(stream_, nullptr)); });
   }
 
   void runJob(Job& job) {
@@ -448,6 +446,7 @@ class Runner : public Device {
       }
     }
     checked_.clear();
+    trusted_.clear();  // also of a recording that failed
     scratchWanted_ = 0;
     beginCapture(stream_);
     for (step_ = 0; step_ < static_cast<int>(program.steps.size()); ++step_) {
@@ -472,7 +471,6 @@ class Runner : public Device {
       if (std::strncmp(launch.op, "route_", 6) != 0) continue;
       for (const int tensor : step.out) trusted_.insert(tensor);
     }
-    trusted_.clear();
     step_ = -1;
     return endCapture(stream_);
   }
