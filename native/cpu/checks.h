@@ -2,11 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "core/error.h"
 #include "core/pool.h"
+#include "ops/attributes.h"
 #include "ops/op.h"
 
 namespace elastiform::cpu {
@@ -14,19 +14,11 @@ namespace elastiform::cpu {
 // Attribute i as an integer in [low, high].
 inline int64_t intAttribute(const KernelArgs& args, const char* op, int i, const char* name, int64_t low,
                             int64_t high) {
-  const double value = args.attr[i];
-  if (!(value >= static_cast<double>(low) && value <= static_cast<double>(high)) || value != std::floor(value)) {
-    fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be an integer in [%lld, %lld], got %g", op, name,
-         static_cast<long long>(low), static_cast<long long>(high), value);
-  }
-  return static_cast<int64_t>(value);
+  return checkedInteger(op, name, args.attr[i], low, high);
 }
 
 inline double finiteAttribute(const KernelArgs& args, const char* op, int i, const char* name) {
-  if (!std::isfinite(args.attr[i])) {
-    fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be finite, got %g", op, name, args.attr[i]);
-  }
-  return args.attr[i];
+  return checkedFinite(op, name, args.attr[i]);
 }
 
 // Row indices: ascending, unique, in [0, limit).

@@ -7,11 +7,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <string>
 
 #include "device/device.h"
+#include "ops/attributes.h"
 #include "ops/op.h"
 
 namespace elastiform::ELASTIFORM_DEVICE {
@@ -133,18 +133,10 @@ struct Launch {
   }
 
   int64_t intAttribute(int i, const char* name, int64_t low, int64_t high) const {
-    const double value = attr[i];
-    if (!(value >= static_cast<double>(low) && value <= static_cast<double>(high)) || value != std::floor(value)) {
-      fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be an integer in [%lld, %lld], got %g", op, name,
-           static_cast<long long>(low), static_cast<long long>(high), value);
-    }
-    return static_cast<int64_t>(value);
+    return checkedInteger(op, name, attr[i], low, high);
   }
   double finiteAttribute(int i, const char* name) const {
-    if (!std::isfinite(attr[i])) {
-      fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be finite, got %g", op, name, attr[i]);
-    }
-    return attr[i];
+    return checkedFinite(op, name, attr[i]);
   }
 };
 

@@ -1,0 +1,25 @@
+// Checks of the attributes of a step, for the kernels of every device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/error.h"
+
+namespace elastiform {
+
+// `value` of attribute `name` as an integer in [low, high].
+inline int64_t checkedInteger(const char* op, const char* name, double value, int64_t low, int64_t high) {
+  if (!(value >= static_cast<double>(low) && value <= static_cast<double>(high)) || value != std::floor(value)) {
+    fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be an integer in [%lld, %lld], got %g", op, name,
+         static_cast<long long>(low), static_cast<long long>(high), value);
+  }
+  return static_cast<int64_t>(value);
+}
+
+inline double checkedFinite(const char* op, const char* name, double value) {
+  if (!std::isfinite(value)) fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be finite, got %g", op, name, value);
+  return value;
+}
+
+}  // namespace elastiform
