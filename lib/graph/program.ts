@@ -67,7 +67,7 @@ export class Program implements Disposable {
       return tensor;
     });
     try {
-      const compiled = new CompiledProgram(lowered.code, lowered.attrs, lowered.opNames, tensors);
+      const compiled = new CompiledProgram(lowered.code, lowered.attrs, lowered.opNames, tensors, engine.activations);
       const declared = { dims: new Set(graph.dims.keys()), feeds: new Set(graph.feeds.keys()) };
       return new Program(compiled, engine, lowered, declared);
     } finally {

@@ -106,6 +106,7 @@ export interface NativeAddon {
     attributes: Float64Array,
     opNames: readonly string[],
     tensors: readonly NativeTensor[],
+    narrow: boolean,
   ) => NativeProgram;
   readonly Engine: new (device: DeviceName) => NativeEngine;
 }

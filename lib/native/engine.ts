@@ -16,11 +16,20 @@ export class CompiledProgram implements Disposable {
    * @param attributes - the attributes of all steps
    * @param opNames - the ops that the steps refer to by index
    * @param tensors - the bound tensors, in the order their entries appear in `code`
+   * @param activations - of an engine that is to run it: how temporaries may be stored
    * @throws InvalidProgramError that names the step and op that is wrong
    */
-  constructor(code: Int32Array, attributes: Float64Array, opNames: readonly string[], tensors: readonly Tensor[]) {
+  constructor(
+    code: Int32Array,
+    attributes: Float64Array,
+    opNames: readonly string[],
+    tensors: readonly Tensor[],
+    activations: Activations = 'f32',
+  ) {
     const natives = tensors.map((tensor) => tensor.native);
-    this.native = wrapNative(() => new (loadAddon().Program)(code, attributes, opNames, natives));
+    this.native = wrapNative(
+      () => new (loadAddon().Program)(code, attributes, opNames, natives, activations === 'bf16'),
+    );
     this.arenaBytes = this.native.arenaBytes;
   }
 
@@ -46,6 +55,10 @@ function resolveDevice(choice: string, source: string): DeviceName {
   return loadAddon().info().devices.cuda.available ? 'cuda' : 'cpu';
 }
 
+/** How activations between ops are stored: bf16 halves their memory and is what tensor cores multiply. */
+export type Activations = 'f32' | 'bf16';
+export const activationTypes: readonly Activations[] = ['f32', 'bf16'];
+
 /** Runs programs, one after the other, on a native thread. Pending runs keep the process alive; an idle engine does not. */
 export class Engine implements Disposable {
   private readonly native: NativeEngine;
@@ -53,15 +66,29 @@ export class Engine implements Disposable {
 
   /** Where programs run. */
   readonly device: DeviceName;
+  /** Programs for this engine are compiled for it. */
+  readonly activations: Activations;
 
   /**
    * @param device - default: `ELASTIFORM_DEVICE`, else the CPU
+   * @param options.activations - default: f32, the only one on the CPU. Arithmetic is in f32 but for products of bf16
+   *   activations with bf16 weights, which tensor cores sum in f32
    * @throws DeviceUnavailableError with the reason and what to do
+   * @throws InvalidArgumentError for bf16 activations on the CPU
    */
-  constructor(device?: DeviceChoice) {
+  constructor(device?: DeviceChoice, { activations = 'f32' }: { activations?: Activations } = {}) {
     const fromEnvironment = process.env.ELASTIFORM_DEVICE || 'cpu';
     this.device =
       device === undefined ? resolveDevice(fromEnvironment, 'ELASTIFORM_DEVICE') : resolveDevice(device, 'device');
+    if (!activationTypes.includes(activations)) {
+      throw new InvalidArgumentError(
+        `[Engine] activations must be one of ${activationTypes.join(', ')}, got ${activations}`,
+      );
+    }
+    if (activations !== 'f32' && this.device === 'cpu') {
+      throw new InvalidArgumentError(`[Engine] activations must be f32 on the CPU, got ${activations}`);
+    }
+    this.activations = activations;
     this.native = wrapNative(() => new (loadAddon().Engine)(this.device));
   }
 

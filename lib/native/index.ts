@@ -8,7 +8,14 @@ export type {
   NativeRunResult,
   TypedArray,
 } from './addon.js';
-export { CompiledProgram, type DeviceChoice, deviceChoices, Engine } from './engine.js';
+export {
+  type Activations,
+  activationTypes,
+  CompiledProgram,
+  type DeviceChoice,
+  deviceChoices,
+  Engine,
+} from './engine.js';
 export * from './errors.js';
 export { loadAddon } from './load.js';
 export { Mapping, Tensor } from './tensor.js';

@@ -38,6 +38,7 @@ class ProgramObject : public Napi::ObjectWrap<ProgramObject> {
       for (uint32_t i = 0; i < tensors.Length(); ++i) {
         source.tensors.push_back(tensorArgument(tensors.Get(i), "[Program] an entry of tensors"));
       }
+      source.narrow = call[4].ToBoolean();
       program_ = buildProgram(source, cpu::findKernel);
       external_ = addonData(call.Env()).external;
       ++memoryCounters().programs;

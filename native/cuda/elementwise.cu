@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 template <typename F, typename... Operands>
 __global__ void __launch_bounds__(kThreads, 6) mapKernel(F f, Operand y, Operands... x) {
   forElements(y.elements(), startsAligned(y, x...), [&]<typename V>(int64_t i) {
-    stGlobal(y.f32() + i, each(f, ldGlobal<V>(x.f32() + i)...));
+    store(y, i, each(f, load<V>(x, i)...));
   });
 }
 
@@ -33,9 +33,9 @@ template <Act act>
 __global__ void __launch_bounds__(kThreads, 4)
     gatedGradKernel(Operand dy, Operand g, Operand u, Operand dg, Operand du) {
   forElements(dg.elements(), startsAligned(dy, g, u, dg, du), [&]<typename V>(int64_t i) {
-    const V d = ldGlobal<V>(dy.f32() + i), a = ldGlobal<V>(g.f32() + i), b = ldGlobal<V>(u.f32() + i);
-    stGlobal(dg.f32() + i, each([](float d, float a, float b) { return d * b * activateGrad<act>(a); }, d, a, b));
-    stGlobal(du.f32() + i, each([](float d, float a) { return d * activate<act>(a); }, d, a));
+    const V d = load<V>(dy, i), a = load<V>(g, i), b = load<V>(u, i);
+    store(dg, i, each([](float d, float a, float b) { return d * b * activateGrad<act>(a); }, d, a, b));
+    store(du, i, each([](float d, float a) { return d * activate<act>(a); }, d, a));
   });
 }
 

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   const int width = y.size(1);
   const bool vectors = width % 4 == 0 && table.stride % 4 == 0 && startsAligned(table, y);
   forCells(y.size(0), width, vectors, [&]<typename V>(int r, int c) {
-    stGlobal(y.f32() + int64_t{r} * width + c, loadWeight<V>(table, ldGlobal(ids.i32() + r) * table.stride + c));
+    stGlobal(y.f32() + int64_t{r} * width + c, load<V>(table, ldGlobal(ids.i32() + r) * table.stride + c));
   });
 }
 

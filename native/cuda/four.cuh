@@ -72,6 +72,17 @@ DEVICE void storeFour(float* to, const float4& v, int count) {
   if (count > 3) stGlobal(to + 3, v.w);
 }
 
+DEVICE void storeFour(bf16* to, const float4& v, int count) {
+  if (count >= 4 && alignedFour(to)) {
+    stGlobal(to, uint2{packBf16(v.x, v.y), packBf16(v.z, v.w)});
+    return;
+  }
+  if (count > 0) stGlobal(to, toBf16(v.x));
+  if (count > 1) stGlobal(to + 1, toBf16(v.y));
+  if (count > 2) stGlobal(to + 2, toBf16(v.z));
+  if (count > 3) stGlobal(to + 3, toBf16(v.w));
+}
+
 DEVICE void spread(const float4& v, float (&elements)[4]) {
   elements[0] = v.x;
   elements[1] = v.y;

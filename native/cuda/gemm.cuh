@@ -1,8 +1,9 @@
-// The matrix engine: C[M,N] = A[M,K] B[N,K]^T with gathers, weights of any dtype and fused epilogues (gemm.cu).
+// The matrix engine: C[M,N] = A[M,K] B[N,K]^T with gathers, weights of any dtype and fused epilogues. gemm.cu chooses
+// between f32 on CUDA cores (gemm_f32.cu) and bf16 on tensor cores (gemm_mma.cu, gemm_wgmma.cu).
 //
-// Every element of C is one chain of fused multiply-adds over k = 0..K-1 in ascending order from 0, as on the CPU
-// (cpu/gemm/gemm.h), whichever of the kernel's loops computes it: a row's result does not depend on the rows beside it,
-// and a product over a prefix of K or N has the bits of the product of the extracted matrices.
+// Every element of C is one chain over k = 0..K-1 in ascending order from 0: a row's result does not depend on the rows
+// beside it, and a product over a prefix of K or N has the bits of the product of the extracted matrices. On CUDA cores
+// it is the chain of fused multiply-adds of the CPU (cpu/gemm/gemm.h), on tensor cores one of sums of 16 products.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -46,6 +47,7 @@ struct Matrix {
 
   Matrix() = default;
   explicit Matrix(const float* activations) : data(activations) {}
+  explicit Matrix(const bf16* activations) : data(activations), dtype(DType::BF16) {}
   explicit Matrix(const Operand& x, const Operand& gather = {})
       : data(x.data), dtype(x.dtype), rows(indices(gather)) {}
 
@@ -58,17 +60,29 @@ inline Matrix weight(const Operand& w) {
   return m;
 }
 
+// Elements in f32 or bf16 that a product reads or writes beside its factors; null where there are none.
+struct Cells {
+  void* data = nullptr;
+  DType dtype = DType::F32;
+
+  Cells() = default;
+  Cells(float* data) : data(data) {}
+  Cells(bf16* data) : data(data), dtype(DType::BF16) {}
+  Cells(const Operand& x) : data(x.data), dtype(x.dtype) {}
+  __host__ __device__ explicit operator bool() const { return data != nullptr; }
+};
+
 // C[m, n] goes through, in this order: y = c + bias[n]; pre[m, n] = y; y = act(y); y *= rowScale[m]; y += add[row, n];
 // out[row, n] = y, row = rows ? rows[m] : first + m. A product of two weights makes g and u of c and gives act(g) u.
 struct Product {
   Extent m, n, k;
   Matrix a, b[2];
   Operand bias[2];
-  float* pre[2] = {nullptr, nullptr};
+  Cells pre[2];
   Act act = Act::None;
   const float* rowScale = nullptr;
-  const float* add = nullptr;  // may be `out`
-  float* out = nullptr;
+  Cells add;  // may be `out`
+  Cells out;
   const int32_t* rows = nullptr;
   int first = 0;
   StepState state;
@@ -82,11 +96,22 @@ struct Product {
 // Rows of C that a block computes at most.
 constexpr int kProductRows = 128;
 
+// How an operand lies in memory: its rows run along k, as activations and weights of [N, K] do, or each is one k.
+enum class Layout { AlongK, AcrossK };
+
 // Launch a product: with the weight b[0] of [N, K]; with both weights, of one dtype; with the weight b[0] of [K, N];
-// and over rows, of A [K, M] and B [K, N], both activations.
+// and over rows, of A [K, M] and B [K, N], both activations. In bf16, with sums in f32, where both factors are bf16, or
+// the weight and the result are; else in f32.
 void multiplyWeight(const Launch& launch, const Product& p);
 void multiplyWeights(const Launch& launch, const Product& p);
 void multiplyTransposed(const Launch& launch, const Product& p);
 void multiplyRows(const Launch& launch, const Product& p);
+
+// The kernels. A and B lie as the layouts say, and there are kParts weights.
+template <Layout kLayoutA, Layout kLayoutB, int kParts>
+void multiplyF32(const Launch& launch, const Product& p);
+// A and B are bf16.
+template <Layout kLayoutA, Layout kLayoutB, int kParts>
+void multiplyMma(const Launch& launch, const Product& p);
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

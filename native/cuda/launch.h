@@ -35,12 +35,6 @@ struct Operand {
   }
   DEVICE float* f32() const { return static_cast<float*>(data); }
   DEVICE int32_t* i32() const { return static_cast<int32_t*>(data); }
-  // Element i of a weight of any floating dtype.
-  DEVICE float weight(int64_t i) const {
-    if (dtype == DType::F32) return ldGlobal(static_cast<const float*>(data) + i);
-    const uint16_t bits = ldGlobal(static_cast<const uint16_t*>(data) + i);
-    return dtype == DType::BF16 ? toFloat(bf16{bits}) : toFloat(f16{bits});
-  }
 
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
   int64_t boundElements() const {
@@ -114,6 +108,7 @@ struct Launch {
   int32_t* const* produced;  // where the i-th "+" dim of the signature gets its value, in device memory
   Stream stream;
   int multiprocessors;
+  bool hopper;  // the device has wgmma and TMA
   // Device memory until the end of the op, sized by bounds, aligned to 256 bytes.
   void* (*scratchAlloc)(void* context, size_t bytes);
   // Whether an input has not been checked for what `kind` stands for and the op must do so. Said once: the data of an

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, 8) widenKernel(Operand w, Operand y)
   const int width = y.size(1);
   const bool vectors = width % 4 == 0 && w.stride % 4 == 0 && startsAligned(w, y);
   forCells(y.size(0), width, vectors, [&]<typename V>(int r, int c) {
-    stGlobal(y.f32() + r * y.stride + c, loadWeight<V>(w, r * w.stride + c));
+    store(y, r * y.stride + c, load<V>(w, r * w.stride + c));
   });
 }
 
@@ -51,26 +51,25 @@ __global__ void __launch_bounds__(kThreads, 2) gateGradientKernel(GateGradient g
   const bool vectors = K % 4 == 0 && startsAligned(g.x, g.dx);
   const bool vectorsOfBias = D % 4 == 0 && startsAligned(g.dy, g.bias);
   for (int r = blockIdx.x; r < R; r += gridDim.x) {
-    const float* x = g.x.f32() + int64_t{r} * K;
-    float* t = g.dx.f32() + int64_t{r} * K;
+    const int64_t row = int64_t{r} * K;
     double sum = 0;
     const auto add = [&](float a, float b) {
       sum += double{a} * b;
       return 0.f;
     };
     forColumns(K, vectors, tid, kThreads,
-               [&]<typename V>(int c) { each(add, ldGlobal<V>(x + c), ldGlobal<V>(t + c)); });
+               [&]<typename V>(int c) { each(add, load<V>(g.x, row + c), load<V>(g.dx, row + c)); });
     if (g.bias) {
       const float* dy = g.dy.f32() + int64_t{g.rows ? ldGlobal(g.rows.i32() + r) : r} * D;
       forColumns(D, vectorsOfBias, tid, kThreads,
-                 [&]<typename V>(int c) { each(add, ldGlobal<V>(dy + c), loadWeight<V>(g.bias, c)); });
+                 [&]<typename V>(int c) { each(add, ldGlobal<V>(dy + c), load<V>(g.bias, c)); });
     }
     sum = blockTotal(sum, s.partial);
     if (tid == 0) stGlobal(g.dgate.f32() + r, static_cast<float>(sum));
     if (g.gate) {
       const float gate = ldGlobal(g.gate.f32() + r);
       forColumns(K, vectors, tid, kThreads, [&]<typename V>(int c) {
-        stGlobal(t + c, each([&](float v) { return v * gate; }, ldGlobal<V>(t + c)));
+        store(g.dx, row + c, each([&](float v) { return v * gate; }, load<V>(g.dx, row + c)));
       });
     }
   }
@@ -86,9 +85,9 @@ void linear(const Launch& launch) {
   p.a = Matrix(x, rows);
   p.b[0] = weight(w);
   p.bias[0] = bias;
-  p.pre[0] = floats(launch.out[1]);
+  p.pre[0] = launch.out[1];
   p.act = act;
-  p.out = floats(y);
+  p.out = y;
   multiplyWeight(launch, p);
 }
 
@@ -103,10 +102,10 @@ void linearGated(const Launch& launch) {
     const Operand& w = launch.in[1 + i];
     p.b[i] = weight(mixed && w.dtype != DType::F32 ? widened(launch, w) : w);
     p.bias[i] = launch.in[3 + i];
-    p.pre[i] = floats(launch.out[1 + i]);
+    p.pre[i] = launch.out[1 + i];
   }
   p.act = act;
-  p.out = floats(y);
+  p.out = y;
   multiplyWeights(launch, p);
 }
 
@@ -119,15 +118,15 @@ void linearAdd(const Launch& launch) {
   p.b[0] = weight(w);
   p.bias[0] = bias;
   p.rowScale = floats(gate);
-  p.add = floats(residual);
-  p.out = floats(y);
+  p.add = residual;
+  p.out = y;
   p.rows = indices(rows);
   p.countsRows = true;
   if (rows && residual.data != y.data) {
     // Rows that the product does not reach; it adds to those it does in place.
     LAUNCH(copyKernel, launch.blocks(y.boundElements(), 4 * kThreads), kThreads, 0, launch.stream, residual, y,
            launch.state);
-    p.add = floats(y);
+    p.add = y;
   }
   multiplyWeight(launch, p);
 }
@@ -137,8 +136,8 @@ void linearDx(const Launch& launch) {
   Product p(launch, {dx, 0}, {dx, 1}, {dy, 1});
   p.a = Matrix(dy);
   p.b[0] = weight(w);
-  p.add = floats(acc);
-  p.out = floats(dx);
+  p.add = acc;
+  p.out = dx;
   multiplyTransposed(launch, p);
 }
 
@@ -152,7 +151,7 @@ void linearAddGrad(const Launch& launch) {
   p.b[0] = weight(w);
   // The gradient of the gate needs the product before it is scaled: then the scaling comes in a second pass.
   if (!dgate) p.rowScale = floats(gate);
-  p.out = floats(dx);
+  p.out = dx;
   multiplyTransposed(launch, p);
   if (!dgate) return;
   const GateGradient g{dy, x, bias, rows, gate, dx, dgate};
@@ -176,7 +175,7 @@ void linearDw(const Launch& launch) {
   p.a = Matrix(dy, dyRows);
   p.a.scale = floats(gate);
   p.b[0] = Matrix(x, xRows);
-  p.out = floats(dw);
+  p.out = dw;
   multiplyRows(launch, p);
 }
 

@@ -177,7 +177,7 @@ struct Chunk {
     Product p(launch, rows, {dh, 1}, {w, 0});
     p.a = Matrix(gradient);
     p.b[0] = weight(w);
-    p.out = floats(dh);
+    p.out = dh;
     p.first = rows.first;
     p.countsFlops = false;
     multiplyTransposed(launch, p);
@@ -188,8 +188,8 @@ struct Chunk {
     p.a = Matrix(gradient);
     p.b[0] = Matrix(h);
     p.b[0].first = rows.first;
-    p.add = rows.first > 0 ? floats(dw) : nullptr;
-    p.out = floats(dw);
+    if (rows.first > 0) p.add = dw;
+    p.out = dw;
     p.countsFlops = false;
     multiplyRows(launch, p);
   }

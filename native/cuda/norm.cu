@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(kThreads, 5) normKernel(Norm n, float eps, Ste
   const auto forRow = [&](const auto& body) { forColumns(width, vectors, member, kGroup, body); };
   for (int r = (blockIdx.x * kThreads + threadIdx.x) / kGroup; r < count; r += gridDim.x * (kThreads / kGroup)) {
     const float* x = n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;
-    float* y = n.y.f32() + int64_t{r} * width;
     float mean = 0;
     if constexpr (kCentred) {
       float sum = 0;
@@ -53,9 +52,9 @@ __global__ void __launch_bounds__(kThreads, 5) normKernel(Norm n, float eps, Ste
     const float rstd = 1.f / sqrtf(groupSum<kGroup>(square, s) / width + eps);
     forRow([&]<typename V>(int c) {
       V value = each([&](float v, float w) { return centred(v) * rstd * w; }, ldGlobal<V>(x + c),
-                     loadWeight<V>(n.weight, c));
-      if (n.bias) value = each(Sum{}, value, loadWeight<V>(n.bias, c));
-      stGlobal(y + c, value);
+                     load<V>(n.weight, c));
+      if (n.bias) value = each(Sum{}, value, load<V>(n.bias, c));
+      store(n.y, int64_t{r} * width + c, value);
     });
     if (member == 0 && n.mean) stGlobal(n.mean.f32() + r, mean);
     if (member == 0 && n.rstd) stGlobal(n.rstd.f32() + r, rstd);
@@ -81,23 +80,23 @@ __global__ void __launch_bounds__(kThreads, 4) normGradKernel(NormGrad n, StepSt
   for (int p = (blockIdx.x * kThreads + threadIdx.x) / kGroup; p < parts; p += gridDim.x * (kThreads / kGroup)) {
     const int begin = p * length, end = begin + min(length, count - begin);
     for (int r = begin; r < end; ++r) {
-      const float* dy = n.dy.f32() + int64_t{r} * width;
+      const int64_t row = int64_t{r} * width;
       const float* x = n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;
       float* dx = n.dx.f32() + int64_t{r} * width;
       const float mean = kCentred ? ldGlobal(n.mean.f32() + r) : 0.f, rstd = ldGlobal(n.rstd.f32() + r);
       const auto centred = [&](float v) { return kCentred ? v - mean : v; };
       float plain = 0, inner = 0;
       forRow([&]<typename V>(int c) {
-        const V dyw = each([](float d, float w) { return d * w; }, ldGlobal<V>(dy + c), loadWeight<V>(n.weight, c));
+        const V dyw = each([](float d, float w) { return d * w; }, load<V>(n.dy, row + c), load<V>(n.weight, c));
         inner += sumOf(each([&](float d, float v) { return d * centred(v); }, dyw, ldGlobal<V>(x + c)));
         if constexpr (kCentred) plain += sumOf(dyw);
       });
       const float pull = rstd * rstd * (groupSum<kGroup>(inner, s) / width);
       if constexpr (kCentred) plain = groupSum<kGroup>(plain, s) / width;
       forRow([&]<typename V>(int c) {
-        const V d = ldGlobal<V>(dy + c), v = ldGlobal<V>(x + c);
+        const V d = load<V>(n.dy, row + c), v = ldGlobal<V>(x + c);
         stGlobal(dx + c, each([&](float d, float v, float w) { return rstd * (d * w - plain - centred(v) * pull); }, d,
-                              v, loadWeight<V>(n.weight, c)));
+                              v, load<V>(n.weight, c)));
         if (n.dweight) {
           float* sum = n.dweight + int64_t{p} * width + c;
           stGlobal(sum, each([&](float d, float v, float sum) { return fmaf(d, centred(v) * rstd, sum); }, d, v,

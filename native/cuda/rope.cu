@@ -1,5 +1,6 @@
 // Rotary positions.
 #include "cuda/kernels.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -47,30 +48,29 @@ __global__ void __launch_bounds__(kThreads, 4) ropeKernel(Rope t) {
   const int items = (heads + kHeads - 1) / kHeads * pairs, rest = t.headDim - 2 * pairs;
   const bool inPlace = t.x.data == t.y.data;
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    const float* x = t.x.f32() + int64_t{row} * width;
-    float* y = t.y.f32() + int64_t{row} * width;
+    const int64_t start = int64_t{row} * width;
     const float position = static_cast<float>(ldGlobal(t.positions.i32() + row));
     for (int i = threadIdx.x; i < items; i += kThreads) {
       const int pair = i % pairs, first = i / pairs * kHeads;
-      const auto [cosine, sine] = rotation(position, t.frequencies.weight(pair), t.sign, t.magnitude);
+      const auto [cosine, sine] = rotation(position, load<float>(t.frequencies, pair), t.sign, t.magnitude);
       float a[kHeads], b[kHeads];
       UNROLL
       for (int h = 0; h < kHeads; ++h) {
-        const float* from = x + min(first + h, heads - 1) * t.headDim + pair;
-        a[h] = ldGlobal(from);
-        b[h] = ldGlobal(from + pairs);
+        const int64_t from = start + min(first + h, heads - 1) * t.headDim + pair;
+        a[h] = load<float>(t.x, from);
+        b[h] = load<float>(t.x, from + pairs);
       }
       UNROLL
       for (int h = 0; h < kHeads; ++h) {
         if (first + h >= heads) continue;
-        float* to = y + (first + h) * t.headDim + pair;
-        stGlobal(to, a[h] * cosine - b[h] * sine);
-        stGlobal(to + pairs, b[h] * cosine + a[h] * sine);
+        const int64_t to = start + (first + h) * t.headDim + pair;
+        store(t.y, to, a[h] * cosine - b[h] * sine);
+        store(t.y, to + pairs, b[h] * cosine + a[h] * sine);
       }
     }
     for (int i = threadIdx.x; !inPlace && i < heads * rest; i += kThreads) {
-      const int at = i / rest * t.headDim + 2 * pairs + i % rest;
-      stGlobal(y + at, ldGlobal(x + at));
+      const int64_t at = start + i / rest * t.headDim + 2 * pairs + i % rest;
+      store(t.y, at, load<float>(t.x, at));
     }
   }
 }

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 8) gatherKernel(Operand x, Operand r
   if (state.faulted()) return;
   const int width = y.size(1);
   forCells(y.size(0), width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
-    stGlobal(y.f32() + int64_t{r} * width + c, ldGlobal<V>(x.f32() + int64_t{ldGlobal(rows.i32() + r)} * width + c));
+    store(y, int64_t{r} * width + c, load<V>(x, int64_t{ldGlobal(rows.i32() + r)} * width + c));
   });
 }
 
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 8) scatterAddKernel(Operand x, Opera
   const int width = x.size(1);
   forCells(x.size(0), width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
     float* to = y.f32() + int64_t{ldGlobal(rows.i32() + r)} * width + c;
-    stGlobal(to, each(Sum{}, ldGlobal<V>(to), ldGlobal<V>(x.f32() + int64_t{r} * width + c)));
+    stGlobal(to, each(Sum{}, ldGlobal<V>(to), load<V>(x, int64_t{r} * width + c)));
   });
 }
 
@@ -100,7 +100,14 @@ void sumRows(const Launch& launch) {
   const Operand& counted = rows ? rows : x;
   const Split split{4 * kColumnWarps, 64};  // some rows for every warp, and parts to fill a device
   double* part = launch.scratch<double>(std::max<int64_t>(1, split.parts(counted.bound[0])) * y.bound[0]);
-  sumColumns<float, double>(launch, {static_cast<float*>(x.data), y, counted, Split{}, rows, gate}, split, part);
+  const auto sum = [&]<typename T>() {
+    sumColumns<T, double>(launch, {static_cast<const T*>(x.data), y, counted, Split{}, rows, gate}, split, part);
+  };
+  if (x.dtype == DType::BF16) {
+    sum.template operator()<bf16>();
+  } else {
+    sum.template operator()<float>();
+  }
   sumColumns<double, float>(launch, {part, y, counted, split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
 }
 

@@ -466,7 +466,7 @@ class Runner : public Device {
       const StepState state{reinterpret_cast<FaultRecord*>(base),
                             reinterpret_cast<Counters*>(base + layout.counters) + step.tag, step_};
       const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced, stream_,
-                          multiprocessors(), allocateScratch, uncheckedInput, this};
+                          properties().multiprocessors, properties().computeMajor == 9, allocateScratch, uncheckedInput, this};
       findEmitter(launch.op)(launch);
       if (std::strncmp(launch.op, "route_", 6) != 0) continue;
       for (const int tensor : step.out) trusted_.insert(tensor);
@@ -501,9 +501,9 @@ class Runner : public Device {
     return !runner.trusted_.count(tensor) && runner.checked_.emplace(tensor, kind).second;
   }
 
-  int multiprocessors() {
-    if (!multiprocessors_) multiprocessors_ = deviceProperties(0).multiprocessors;
-    return multiprocessors_;
+  const DeviceProperties& properties() {
+    if (!properties_.multiprocessors) properties_ = deviceProperties(0);
+    return properties_;
   }
 
   std::shared_ptr<std::atomic<int64_t>> owned_;
@@ -513,7 +513,7 @@ class Runner : public Device {
   DeviceBlock block_;
   HostBlock staging_;
   std::unordered_map<const Program*, Recording> recordings_;
-  int multiprocessors_ = 0;
+  DeviceProperties properties_;
   int step_ = -1;  // being recorded, for messages
 
   // Of the recording under way.

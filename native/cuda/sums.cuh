@@ -30,6 +30,10 @@ struct ColumnSums {
 
 constexpr int kColumns = 32, kColumnWarps = 32;
 
+DEVICE double wide(double x) { return x; }
+DEVICE double wide(float x) { return x; }
+DEVICE double wide(bf16 x) { return toFloat(x); }
+
 struct ColumnSumsShared {
   double sum[kColumnWarps][kColumns];
 };
@@ -51,7 +55,7 @@ __global__ void __launch_bounds__(kColumnWarps * 32, 2)
       if (c < width) {
         for (int r = begin + warp; r < end; r += kColumnWarps) {
           const int64_t row = a.rows ? ldGlobal(a.rows.i32() + r) : r;
-          sum += (a.gate ? double{ldGlobal(a.gate.f32() + r)} : 1.0) * double{ldGlobal(a.x + row * width + c)};
+          sum += (a.gate ? double{ldGlobal(a.gate.f32() + r)} : 1.0) * wide(ldGlobal(a.x + row * width + c));
         }
       }
       s.sum[warp][lane] = sum;

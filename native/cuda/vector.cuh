@@ -29,17 +29,34 @@ struct Sum {
 DEVICE float sumOf(float x) { return x; }
 DEVICE float sumOf(const float4& x) { return (x.x + x.y) + (x.z + x.w); }
 
-// Elements i, ... of a weight of any floating dtype.
+// Elements i, ... of an operand of any floating dtype.
 template <typename V>
-DEVICE V loadWeight(const Operand& w, int64_t i) {
+DEVICE V load(const Operand& x, int64_t i) {
+  if (x.dtype == DType::F32) return ldGlobal<V>(x.f32() + i);
+  const uint16_t* from = static_cast<const uint16_t*>(x.data) + i;
   if constexpr (sizeof(V) == sizeof(float)) {
-    return w.weight(i);
+    const uint16_t bits = ldGlobal(from);
+    return x.dtype == DType::BF16 ? toFloat(bf16{bits}) : toFloat(f16{bits});
   } else {
-    if (w.dtype == DType::F32) return ldGlobal<float4>(w.f32() + i);
-    const uint2 bits = ldGlobal<uint2>(static_cast<const uint16_t*>(w.data) + i);
-    if (w.dtype == DType::BF16) return float4{lowBf16(bits.x), highBf16(bits.x), lowBf16(bits.y), highBf16(bits.y)};
+    const uint2 bits = ldGlobal<uint2>(from);
+    if (x.dtype == DType::BF16) return float4{lowBf16(bits.x), highBf16(bits.x), lowBf16(bits.y), highBf16(bits.y)};
     const auto half = [](uint32_t word) { return toFloat(f16{static_cast<uint16_t>(word)}); };
     return float4{half(bits.x), half(bits.x >> 16), half(bits.y), half(bits.y >> 16)};
+  }
+}
+
+// The same of an f32 or bf16 operand, to be written.
+template <typename V>
+DEVICE void store(const Operand& y, int64_t i, const V& value) {
+  if (y.dtype == DType::F32) {
+    stGlobal(y.f32() + i, value);
+    return;
+  }
+  bf16* to = static_cast<bf16*>(y.data) + i;
+  if constexpr (sizeof(V) == sizeof(float)) {
+    stGlobal(to, toBf16(value));
+  } else {
+    stGlobal(to, uint2{packBf16(value.x, value.y), packBf16(value.z, value.w)});
   }
 }
 

@@ -23,11 +23,14 @@ namespace elastiform {
 //   1          the constant one
 // `inplace`: index of an operand whose memory output 0 may take over when it is not read later; the kernel then sees
 // the same data pointer in both and must cope.
+// `narrow`: groups of f32 operands and outputs that a device may store as bf16, e.g. "x y,pre": a comma joins those
+// that are narrow together or not at all, a space parts groups. Arithmetic stays f32.
 struct OpDef {
   const char* name;
   const char* signature;
   std::vector<const char*> attributes;  // names, in order; values are doubles
   int inplace = -1;
+  const char* narrow = "";
 };
 
 // Counted by kernels from the sizes they really ran, per step tag (a tag names a layer and a place).

@@ -200,6 +200,7 @@ void runJob(Job& job, Workspace& workspace) {
   const auto start = std::chrono::steady_clock::now();
   Runner runner(job, workspace);
   try {
+    if (job.program->narrow) fail(ErrorCode::InvalidProgram, "[run] bf16 activations are not for the CPU");
     runner.run();
   } catch (const Error& error) {
     job.error.emplace(error.code, error.code == ErrorCode::Aborted ? error.what() : runner.where() + error.what());

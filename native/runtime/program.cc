@@ -66,6 +66,7 @@ class Builder {
     for (const int output : program_->outputs) {
       if (!written_[output]) reject("[Program] output tensor %d is never written", output);
     }
+    if (source_.narrow) narrowTemporaries();
     plan();
     listTensorsOfDims();
     listWritableUses();
@@ -390,6 +391,47 @@ class Builder {
     if (!dim.otherwise) return dim.letter;
     const int introducer = signature.introducer(dim.letter);
     return introducer >= 0 && current_.in[introducer] >= 0 ? dim.letter : dim.otherwise;
+  }
+
+  // Makes every f32 temporary bf16 whose ops all may have it so, by groups: the largest such set, found by taking out
+  // what may not be until nothing changes.
+  void narrowTemporaries() {
+    std::vector<bool> narrow(program_->tensors.size());
+    for (size_t t = 0; t < narrow.size(); ++t) {
+      narrow[t] = program_->tensors[t].kind == TensorKind::Temp && program_->tensors[t].dtype == DType::F32;
+    }
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (const Step& step : program_->steps) {
+        const Signature& signature = signatureOf(step.op);
+        std::map<int, bool> groups;  // whether all of a group are narrow; group 0 may not be
+        groups[0] = false;
+        const auto visit = [&](const auto& body) {
+          for (size_t i = 0; i < step.in.size(); ++i) {
+            if (step.in[i] >= 0) body(signature.inputs[i].narrowGroup, step.in[i]);
+          }
+          for (size_t i = 0; i < step.out.size(); ++i) {
+            if (step.out[i] >= 0) body(signature.outputs[i].narrowGroup, step.out[i]);
+          }
+        };
+        visit([&](int group, int tensor) {
+          const bool all = groups.emplace(group, true).first->second;
+          groups[group] = all && narrow[tensor];
+        });
+        visit([&](int group, int tensor) {
+          if (!narrow[tensor] || groups[group]) return;
+          narrow[tensor] = false;
+          changed = true;
+        });
+      }
+    }
+    for (size_t t = 0; t < narrow.size(); ++t) {
+      if (!narrow[t]) continue;
+      TensorDef& tensor = program_->tensors[t];
+      tensor.dtype = DType::BF16;
+      tensor.boundBytes /= 2;
+      program_->narrow = true;
+    }
   }
 
   // Gives every temporary its place in the arena. Temporaries that take over each other's memory share one lifetime.

@@ -57,6 +57,7 @@ struct Program {
   std::vector<Step> steps;
   int tags = 0;
   int64_t arenaBytes = 0;
+  bool narrow = false;  // some temporaries are stored as bf16, which the CPU's kernels do not know
   std::vector<int> feeds, outputs;                 // tensor indices in tensor order
   std::vector<std::shared_ptr<Tensor>> bound;      // in order of appearance
   std::vector<std::vector<int>> tensorsOfDim;      // for produced dims: tensors to resize when the value is known
@@ -77,6 +78,7 @@ struct ProgramSource {
   size_t attributeCount;
   std::vector<std::string> opNames;
   std::vector<std::shared_ptr<Tensor>> tensors;
+  bool narrow = false;  // store temporaries as bf16 where all their ops may (OpDef::narrow)
 };
 
 // Validates and plans; Error(InvalidProgram) names the step and op that is wrong.

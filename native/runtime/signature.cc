@@ -3,6 +3,7 @@
 
 #include <cctype>
 #include <cstring>
+#include <sstream>
 
 namespace elastiform {
 namespace {
@@ -103,10 +104,35 @@ int Signature::introducer(char letter) const {
 
 Signature parseSignature(const char* text) { return Parser(text).parse(); }
 
+namespace {
+
+void markNarrow(const char* groups, Signature& signature) {
+  std::istringstream split(groups);
+  std::string group;
+  for (int number = 1; split >> group; ++number) {
+    std::istringstream names(group);
+    for (std::string name; std::getline(names, name, ',');) {
+      OperandPattern* found = nullptr;
+      for (auto* side : {&signature.inputs, &signature.outputs}) {
+        for (OperandPattern& pattern : *side) {
+          if (pattern.name == name && pattern.type == OperandPattern::Type::F32) found = &pattern;
+        }
+      }
+      if (!found) fail(ErrorCode::Internal, "[signature] no f32 operand %s to be narrow", name.c_str());
+      found->narrowGroup = number;
+    }
+  }
+}
+
+}  // namespace
+
 const Signature& signatureOf(int op) {
   static const auto& signatures = *[] {
     auto* parsed = new std::vector<Signature>;
-    for (const OpDef& def : opDefs()) parsed->push_back(parseSignature(def.signature));
+    for (const OpDef& def : opDefs()) {
+      parsed->push_back(parseSignature(def.signature));
+      markNarrow(def.narrow, parsed->back());
+    }
     return parsed;
   }();
   return signatures[static_cast<size_t>(op)];

@@ -22,6 +22,7 @@ struct OperandPattern {
   bool optional = false;
   bool writable = false;
   Type type = Type::F32;
+  int narrowGroup = 0;  // of OpDef::narrow, from 1; 0: never narrow
   char wholeShape = 0;  // the letter of "*X"
   std::vector<DimPattern> dims;
 };

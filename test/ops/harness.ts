@@ -3,6 +3,7 @@ import { afterAll, describe, expect, test } from 'vitest';
 import { gradients } from '../../lib/graph/autodiff.js';
 import type { Dim, Shape } from '../../lib/graph/dims.js';
 import { Graph, type Node } from '../../lib/graph/graph.js';
+import { activation } from '../../lib/graph/ops/elementwise.js';
 import { Program, type RunOptions } from '../../lib/graph/program.js';
 import { type DType, Engine, loadAddon, Tensor, type TypedArray } from '../../lib/native/index.js';
 import { type Environment, interpret } from './interpreter.js';
@@ -31,6 +32,8 @@ export interface Case {
   surrogate?: Record<string, Reference>;
   /** Largest difference of the addon's results from float64, relative to the largest magnitude of each result. */
   tolerance?: number;
+  /** The same with activations stored as bf16, when the tests run on a device that can. Default: 0.02. */
+  narrowTolerance?: number;
 }
 
 /** A small seeded generator (mulberry32): uniform in [0, 1). */
@@ -130,8 +133,22 @@ interface Built {
   env: (data?: Record<string, readonly number[]>) => Environment;
 }
 
-/** Builds the graph of a case, with its gradients for the cotangent `$seed`. */
-export function construct(c: Case, tensorOf: (input: Input) => Tensor): Built {
+/** The nearest bf16, ties to even. */
+function roundToBf16(value: number): number {
+  const words = new Uint32Array(Float32Array.of(value).buffer);
+  words[0] = (words[0] + 0x7fff + ((words[0] >>> 16) & 1)) & 0xffff0000;
+  return new Float32Array(words.buffer)[0];
+}
+
+/**
+ * Builds the graph of a case, with its gradients for the cotangent `$seed`.
+ *
+ * @param narrow what goes in is exact in bf16, and passes like what comes out through an op that may store it so
+ */
+export function construct(c: Case, tensorOf: (input: Input) => Tensor, narrow = false): Built {
+  const cast = (node: Node): Node => (narrow && node.dtype === 'f32' ? activation(node, 'none') : node);
+  const exact = (input: Input): Input =>
+    narrow && input.kind === 'feed' && input.dtype === 'f32' ? { ...input, data: input.data.map(roundToBf16) } : input;
   const graph = new Graph();
   const sizes: Record<string, number> = {};
   const dim = (name: string, size: number, bound: number): Dim => {
@@ -145,7 +162,7 @@ export function construct(c: Case, tensorOf: (input: Input) => Tensor): Built {
   const nodes: Record<string, Node> = {};
   for (const [name, input] of Object.entries(c.inputs)) {
     if (input.kind === 'feed') {
-      nodes[name] = graph.feed(name, input.dtype as 'f32' | 'i32', shapeOf(input.shape));
+      nodes[name] = cast(graph.feed(name, input.dtype as 'f32' | 'i32', shapeOf(input.shape)));
     } else {
       const tensor = tensorOf(input);
       tensors.set(name, tensor);
@@ -153,28 +170,30 @@ export function construct(c: Case, tensorOf: (input: Input) => Tensor): Built {
     }
   }
   const outputs = c.build(nodes, dims);
-  const feeds = Object.entries(c.inputs).filter(([, input]) => input.kind === 'feed');
+  const feeds = Object.entries(c.inputs).flatMap(([name, input]) =>
+    input.kind === 'feed' ? [[name, exact(input)]] : [],
+  );
   const all: Record<string, Input> = Object.fromEntries(feeds);
   const grads: Record<string, Node> = {};
   if (c.wrt) {
     const [y] = Object.values(outputs);
     const seed = graph.feed('$seed', 'f32', y.shape);
     const shape = y.shape.map((size): Size => (typeof size === 'number' ? size : [size.name, sizes[size.name]]));
-    all.$seed = inputs(77).f32(...shape);
+    all.$seed = exact(inputs(77).f32(...shape));
     const found = gradients(
       y,
       c.wrt.map((name) => nodes[name]),
-      { seed },
+      { seed: cast(seed) },
     );
     c.wrt.forEach((name, i) => {
-      grads[name] = found[i];
+      grads[name] = cast(found[i]);
     });
   }
   const value = (name: string, input: Input, data?: Record<string, readonly number[]>): Value =>
     f64(input.shape.map(sizeOf), data?.[name] ?? input.data);
   return {
     graph,
-    outputs,
+    outputs: Object.fromEntries(Object.entries(outputs).map(([name, node]) => [name, cast(node)])),
     grads,
     tensors,
     run: {
@@ -226,7 +245,16 @@ export function testEngine(): Engine {
   engine ??= new Engine();
   return engine;
 }
-afterAll(() => engine?.dispose());
+let narrow: Engine | null = null;
+/** The one that stores activations as bf16; null on the CPU. */
+export function narrowEngine(): Engine | null {
+  if (testEngine().device !== 'cpu') narrow ??= new Engine(undefined, { activations: 'bf16' });
+  return narrow;
+}
+afterAll(() => {
+  engine?.dispose();
+  narrow?.dispose();
+});
 
 export function compare(actual: ArrayLike<number>, expected: ArrayLike<number>, tolerance: number, what: string): void {
   expect(actual.length, `size of ${what}`).toBe(expected.length);
@@ -241,17 +269,18 @@ export function compare(actual: ArrayLike<number>, expected: ArrayLike<number>, 
 }
 
 /** Runs a case through the addon and compares outputs, gradients and state with float64; the same bits on 1 and 2 threads. */
-export async function checkNative(c: Case): Promise<void> {
-  const built = construct(c, nativeTensor);
+export async function checkNative(c: Case, engine = testEngine()): Promise<void> {
+  const narrow = engine.activations === 'bf16';
+  const built = construct(c, nativeTensor, narrow);
   const { graph, outputs, grads, tensors } = built;
-  const tolerance = c.tolerance ?? 2e-5;
+  const tolerance = narrow ? (c.narrowTolerance ?? 0.02) : (c.tolerance ?? 2e-5);
   const env = built.env();
   const value = interpret(graph, env);
   const wanted = new Map<string, Node>(Object.entries(outputs));
   for (const [name, node] of Object.entries(grads)) if (graph.resolve(node).step) wanted.set(`d ${name}`, node);
   for (const [name, node] of wanted) graph.output(name, node);
 
-  using program = Program.compile(graph, testEngine());
+  using program = Program.compile(graph, engine);
   const writable = [...tensors].filter(([name]) => c.inputs[name].kind === 'state');
   const runs: { results: Record<string, TypedArray>; state: TypedArray[] }[] = [];
   for (const threads of [1, 2]) {
@@ -277,6 +306,8 @@ export function cases(op: string, list: readonly Case[]): void {
     for (const c of list) {
       if (c.wrt) test(`${c.name}: gradients are finite differences`, () => checkGradients(c));
       test(`${c.name}: the addon agrees with float64`, () => checkNative(c));
+      const narrow = narrowEngine();
+      if (narrow) test(`${c.name}: with bf16 activations too`, () => checkNative(c, narrow));
     }
   });
 }

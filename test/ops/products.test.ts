@@ -2,7 +2,17 @@
 import { expect, test } from 'vitest';
 import { linear, linearAdd, linearDw, linearDx, linearGated, Program } from '../../lib/graph/index.js';
 import { type DType, Engine, loadAddon, Tensor } from '../../lib/native/index.js';
-import { type Case, construct, type Input, inputs, type Size, testEngine, typed } from './harness.js';
+import {
+  type Case,
+  checkNative,
+  construct,
+  type Input,
+  inputs,
+  narrowEngine,
+  type Size,
+  testEngine,
+  typed,
+} from './harness.js';
 
 const sizeOf = (size: Size): number => (typeof size === 'number' ? size : size[1]);
 
@@ -34,42 +44,50 @@ const shapes = [
   [257, 260, 64],
 ] as const;
 
-// The portable kernels round products and sums separately.
-test
-  .skipIf(loadAddon().info().isa === 'portable')
-  .each(shapes.flatMap(([m, n, k]) => (['f32', 'bf16', 'f16'] as DType[]).map((dtype) => ({ m, n, k, dtype }))))(
-  '[$m,$k] x [$n,$k] of $dtype',
-  async ({ m, n, k, dtype }) => {
-    const make = inputs(m + n + k);
-    const selected = Math.ceil(m / 2);
-    const c: Case = {
-      name: 'products',
-      inputs: {
-        x: make.f32(['M', m], k),
-        w: make.weight(dtype, n, k),
-        wide: make.weight(dtype, n + 3, k + 8),
-        other: make.weight('f32', n, k),
-        b: make.weight(dtype, n),
-        rows: make.rows('R', selected, m),
-        gate: make.f32(['R', selected]),
-        some: make.f32(['R', selected], k),
-        r: make.f32(['M', m], n),
-        dy: make.f32(['M', m], n),
-        acc: make.f32(['M', m], k),
-      },
-      build: ({ x, w, wide, other, b, rows, gate, some, r, dy, acc }) => ({
-        y: linear(x, w, { bias: b, act: 'relu', rows }),
-        prefix: linear(x, wide, { width: n }),
-        gated: linearGated(x, w, w, { bg: b, act: 'relu' }),
-        mixed: linearGated(x, w, other, { act: 'relu', rows }),
-        added: linearAdd(r, some, w, { bias: b, rows, gate }),
-        dx: linearDx(dy, w),
-        accumulated: linearDx(dy, w, acc),
-        dw: linearDw(dy, x),
-        dwGated: linearDw(dy, x, { dyrows: rows, xrows: rows, gate }),
-      }),
-    };
-    using cpu = new Engine('cpu');
-    expect(await outputs(c, testEngine())).toEqual(await outputs(c, cpu));
-  },
+const productsOf = (m: number, n: number, k: number, dtype: DType): Case => {
+  const make = inputs(m + n + k);
+  const selected = Math.ceil(m / 2);
+  return {
+    name: `[${m},${k}] x [${n},${k}] of ${dtype}`,
+    inputs: {
+      x: make.f32(['M', m], k),
+      w: make.weight(dtype, n, k),
+      wide: make.weight(dtype, n + 3, k + 8),
+      other: make.weight('f32', n, k),
+      b: make.weight(dtype, n),
+      rows: make.rows('R', selected, m),
+      gate: make.f32(['R', selected]),
+      some: make.f32(['R', selected], k),
+      r: make.f32(['M', m], n),
+      dy: make.f32(['M', m], n),
+      acc: make.f32(['M', m], k),
+    },
+    build: ({ x, w, wide, other, b, rows, gate, some, r, dy, acc }) => ({
+      y: linear(x, w, { bias: b, act: 'relu', rows }),
+      prefix: linear(x, wide, { width: n }),
+      gated: linearGated(x, w, w, { bg: b, act: 'relu' }),
+      mixed: linearGated(x, w, other, { act: 'relu', rows }),
+      added: linearAdd(r, some, w, { bias: b, rows, gate }),
+      dx: linearDx(dy, w),
+      accumulated: linearDx(dy, w, acc),
+      dw: linearDw(dy, x),
+      dwGated: linearDw(dy, x, { dyrows: rows, xrows: rows, gate }),
+    }),
+    // Results are rounded to bf16 once, which is half of this.
+    narrowTolerance: 0.004,
+  };
+};
+
+const all = shapes.flatMap(([m, n, k]) =>
+  (['f32', 'bf16', 'f16'] as DType[]).map((dtype) => productsOf(m, n, k, dtype)),
 );
+
+// The portable kernels round products and sums separately.
+test.skipIf(loadAddon().info().isa === 'portable').each(all)('$name', async (c) => {
+  using cpu = new Engine('cpu');
+  expect(await outputs(c, testEngine())).toEqual(await outputs(c, cpu));
+});
+
+test.skipIf(narrowEngine() === null).each(all)('$name: with bf16 activations', async (c) => {
+  await checkNative(c, narrowEngine() as Engine);
+});

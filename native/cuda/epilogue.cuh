@@ -1,0 +1,106 @@
+// What the kernels of products share: where tiles lie, and what becomes of an element of C.
+#pragma once
+
+#include "cuda/four.cuh"
+#include "cuda/gemm.cuh"
+#include "cuda/vector.cuh"
+
+namespace elastiform::ELASTIFORM_DEVICE {
+
+// Counts the product; whether there is anything to compute.
+template <int kParts>
+DEVICE bool begin(const Product& p, int M, int N, int K) {
+  if (p.countsFlops && blockIdx.x == 0 && threadIdx.x == 0) {
+    p.state.count(2. * kParts * M * N * K, p.countsRows ? M : 0);
+  }
+  return M > 0 && N > 0 && (K > 0 || p.add.data != p.out.data || p.bias[0]);
+}
+
+// Where tile `index` begins. Tiles come in bands of some rows of them, which share what the caches hold of B.
+struct TilePlace {
+  int m, n;
+
+  DEVICE TilePlace(int index, int tilesM, int tilesN, int rows, int columns) {
+    constexpr int kBand = 16;
+    const int band = index / (kBand * tilesN) * kBand, height = min(kBand, tilesM - band);
+    const int inBand = index - band * tilesN;
+    m = (band + inBand % height) * rows;
+    n = inBand / height * columns;
+  }
+};
+
+DEVICE float activated(Act act, float x) {
+  switch (act) {
+    case Act::None: return x;
+    case Act::GeluTanh: return activate<Act::GeluTanh>(x);
+    case Act::GeluErf: return activate<Act::GeluErf>(x);
+    case Act::Silu: return activate<Act::Silu>(x);
+    case Act::Relu: return activate<Act::Relu>(x);
+  }
+  return x;
+}
+
+// Elements [at, at + 4) of cells, of which there are `count`.
+DEVICE float4 loadCells(const Cells& x, int64_t at, int count) {
+  if (x.dtype == DType::F32) return widened<float>(loadFour(static_cast<const float*>(x.data) + at, count));
+  return widened<bf16>(loadFour(static_cast<const bf16*>(x.data) + at, count));
+}
+DEVICE void storeCells(const Cells& x, int64_t at, const float4& v, int count) {
+  if (x.dtype == DType::F32) {
+    storeFour(static_cast<float*>(x.data) + at, v, count);
+  } else {
+    storeFour(static_cast<bf16*>(x.data) + at, v, count);
+  }
+}
+
+// Columns n .. n+3 of row m of C, of which N - n exist, through the epilogue (gemm.cuh); y: a product for each weight.
+template <int kParts>
+DEVICE void finishFour(const Product& p, float (&y)[kParts][4], int m, int n, int N) {
+  const int left = N - n;
+  UNROLL
+  for (int part = 0; part < kParts; ++part) {
+    if (p.bias[part]) {
+      UNROLL
+      for (int j = 0; j < 4; ++j) y[part][j] += j < left ? load<float>(p.bias[part], n + j) : 0.f;
+    }
+    if (p.pre[part]) storeCells(p.pre[part], int64_t{m} * N + n, gathered(y[part]), left);
+  }
+  UNROLL
+  for (int j = 0; j < 4; ++j) y[0][j] = activated(p.act, y[0][j]);
+  if constexpr (kParts == 2) {
+    UNROLL
+    for (int j = 0; j < 4; ++j) y[0][j] *= y[1][j];
+  }
+  if (p.rowScale) {
+    const float scale = ldGlobal(p.rowScale + m);
+    UNROLL
+    for (int j = 0; j < 4; ++j) y[0][j] *= scale;
+  }
+  const int64_t at = int64_t{p.rows ? ldGlobal(p.rows + m) : p.first + m} * N + n;
+  if (p.add) {
+    float added[4];
+    spread(loadCells(p.add, at, left), added);
+    UNROLL
+    for (int j = 0; j < 4; ++j) y[0][j] += added[j];
+  }
+  storeCells(p.out, at, gathered(y[0]), left);
+}
+
+// `rows` rows from m and kSpan / kParts columns from n of C through the epilogue; c is [rows][kPitch] in shared memory,
+// the parts side by side.
+template <int kSpan, int kParts, int kPitch, int kThreads>
+DEVICE void finishTile(const Product& p, const float* c, int m, int rows, int n, int N) {
+  constexpr int kPart = kSpan / kParts, kFours = kPart / 4;
+  for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
+    const int row = i / kFours, column = i % kFours * 4;
+    if (n + column >= N) continue;
+    float y[kParts][4];
+    UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      spread(ldShared<float4>(c + row * kPitch + part * kPart + column), y[part]);
+    }
+    finishFour<kParts>(p, y, m + row, n + column, N);
+  }
+}
+
+}  // namespace elastiform::ELASTIFORM_DEVICE
