@@ -1,8 +1,9 @@
 // `elastiform distill`: trains the routers of a plan by self-distillation.
 import { type DistillConfig, distill } from '../distill/distill.js';
+import { activationTypes } from '../native/index.js';
 import { type Command, UsageError } from './command.js';
 import { dataSource } from './data.js';
-import { dtypes } from './shared.js';
+import { dtypes, loadFlags } from './shared.js';
 import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';
 
 export const distillCommand: Command = {
@@ -12,6 +13,7 @@ export const distillCommand: Command = {
   flags: {
     ...trainingFlags,
     dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the frozen weights while training' },
+    activations: loadFlags.activations,
   },
   example: 'elastiform distill runs/plan --data train.txt --held-out 0.05 --steps 400 --out runs/tiny',
   async run(context) {
@@ -20,12 +22,14 @@ export const distillCommand: Command = {
     const data = await dataSource(context, 'data');
     const evalData = await dataSource(context, 'eval-data');
     const dtype = flags.choice('dtype', dtypes);
+    const activations = flags.choice('activations', activationTypes);
     const merged = {
       ...trainingOptions(flags, config),
       ...(positionals[0] !== undefined && { plan: positionals[0] }),
       ...(data && { data }),
       ...(evalData && { evalData }),
       ...(dtype && { dtype }),
+      ...(activations && { activations }),
     } as unknown as DistillConfig;
     if (merged.plan === undefined)
       throw new UsageError('[cli] the plan to train is missing: elastiform distill <plan>');

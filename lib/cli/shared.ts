@@ -1,7 +1,7 @@
 // Flags and conversions that several commands share.
 import type { Budget } from '../elastic/budget.js';
 import type { LoadOptions } from '../infer/types.js';
-import { deviceChoices } from '../native/index.js';
+import { activationTypes, deviceChoices } from '../native/index.js';
 import { type CommandContext, UsageError } from './command.js';
 
 export const dtypes = ['f32', 'bf16', 'f16'] as const;
@@ -10,6 +10,7 @@ export const dtypes = ['f32', 'bf16', 'f16'] as const;
 export const loadFlags = {
   dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the weights (default: as in the checkpoint)' },
   device: { type: 'string', value: 'cpu|cuda|simt|auto', help: 'where to run (default: ELASTIFORM_DEVICE, else cpu)' },
+  activations: { type: 'string', value: 'f32|bf16', help: 'storage of activations (bf16: on CUDA only)' },
   threads: { type: 'string', value: 'N', help: 'threads of the kernels (default: all cores)' },
 } as const;
 
@@ -17,7 +18,14 @@ export function loadOptions({ flags, signal }: CommandContext): LoadOptions {
   const dtype = flags.choice('dtype', dtypes);
   const threads = flags.integer('threads', { min: 1 });
   const device = flags.choice('device', deviceChoices);
-  return { ...(dtype ? { dtype } : {}), ...(device ? { device } : {}), ...(threads ? { threads } : {}), signal };
+  const activations = flags.choice('activations', activationTypes);
+  return {
+    ...(dtype ? { dtype } : {}),
+    ...(device ? { device } : {}),
+    ...(activations ? { activations } : {}),
+    ...(threads ? { threads } : {}),
+    signal,
+  };
 }
 
 /** `0.7`, `full` or the name of a level. */

@@ -12,7 +12,7 @@ import type { Place } from '../model/select.js';
 import { specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { Engine } from '../native/index.js';
+import { type Activations, Engine } from '../native/index.js';
 import { sensitivities, shapedCapacities } from './allocate.js';
 import { batchRun, firstBatches, trainingTexts, wholeEpoch } from './batches.js';
 import { calibrate } from './calibrate.js';
@@ -44,13 +44,15 @@ export interface DistillConfig extends TrainConfig {
   loss?: readonly LossTerm[];
   /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
+  /** How activations are stored; default: bf16 on CUDA with bf16 weights, else f32, the only one on the CPU. */
+  activations?: Activations;
   /** Tokens measured for the thresholds, at each of 8 capacities; default 8192. */
   calibrationTokens?: number;
 }
 
 /** Tokens on which divergence is measured to divide capacities among layers. */
 const probedTokens = 2048;
-const ownKeys = ['plan', 'out', 'data', 'evalData', 'heldOut', 'loss', 'dtype', 'calibrationTokens'];
+const ownKeys = ['plan', 'out', 'data', 'evalData', 'heldOut', 'loss', 'dtype', 'activations', 'calibrationTokens'];
 
 /**
  * Trains the routers of a plan, calibrates their thresholds and writes the elastic directory. Everything else stays
@@ -97,7 +99,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   return withLock(config.out, async () => {
     using checkpoint = Checkpoint.open(config.plan);
     using loaded = loadWeights(spec, checkpoint, config.dtype ? { dtype: config.dtype } : {});
-    using engine = new Engine(config.device);
+    using engine = new Engine(config.device, { activations: config.activations, weights: loaded.dtype });
     using trainable = new Trainable(routerPlan(policy));
     const start = flatten(trainable, elastic.routers);
     trainable.params.write(start);
@@ -128,6 +130,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         start: createHash('sha256').update(start).digest('hex'),
         losses,
         dtype: config.dtype ?? null,
+        activations: engine.activations,
         evalData: evalData?.sha256() ?? null,
       },
       lossRows: (batch) => batch.ids.length,

@@ -46,7 +46,15 @@ export interface Network {
  * wrong with it, InvalidArgumentError for an unknown option or a value out of range, AbortError.
  */
 export async function loadNetwork(dir: string, options: LoadOptions = {}): Promise<Network> {
-  checkOptions('loadModel', options, ['dtype', 'device', 'maxContext', 'threads', 'onProgress', 'signal']);
+  checkOptions('loadModel', options, [
+    'dtype',
+    'device',
+    'activations',
+    'maxContext',
+    'threads',
+    'onProgress',
+    'signal',
+  ]);
   const { dtype, threads, onProgress, signal } = options;
   if (dtype !== undefined && !dtypes.includes(dtype)) {
     throw new InvalidArgumentError(`[loadModel] dtype must be one of ${dtypes.join(', ')}, got ${String(dtype)}`);
@@ -97,7 +105,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
     progress(3);
 
     if (threads !== undefined) loadAddon().setThreads(threads);
-    const engine = new Engine(options.device);
+    const engine = new Engine(options.device, { activations: options.activations, weights: loaded.dtype });
     owned.push(engine);
     return {
       dir,

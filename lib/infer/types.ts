@@ -2,7 +2,7 @@
 
 import type { Budget } from '../elastic/budget.js';
 import type { ElasticSpec, Level } from '../elastic/policy.js';
-import type { DeviceChoice } from '../native/index.js';
+import type { Activations, DeviceChoice } from '../native/index.js';
 
 export type { Budget, ElasticSpec, Level };
 
@@ -83,6 +83,8 @@ export interface LoadOptions {
   maxContext?: number;
   /** Where the model runs; default: `ELASTIFORM_DEVICE`, else the CPU. `auto`: CUDA where it can be used. */
   device?: DeviceChoice;
+  /** How activations are stored; default: bf16 on CUDA with bf16 weights, else f32, the only one on the CPU. */
+  activations?: Activations;
   /** Threads of this process' kernels; default: all cores. */
   threads?: number;
   onProgress?: (event: { phase: string; done: number; total: number }) => void;

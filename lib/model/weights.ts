@@ -2,7 +2,7 @@
 import type { Graph, Node } from '../graph/graph.js';
 import type { Checkpoint, TensorData } from '../io/safetensors.js';
 import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
-import type { Tensor } from '../native/index.js';
+import type { DType, Tensor } from '../native/index.js';
 import type { ModelSpec } from './spec.js';
 
 /** A matrix `[out, in]` or a norm's scale `[features]`, and its bias. */
@@ -175,6 +175,8 @@ export interface LoadedWeights extends Disposable {
   readonly weights: DecoderTensors;
   /** The same by the names of `parameterPlan`. */
   readonly byName: ReadonlyMap<string, Tensor>;
+  /** Element type of the matrices while computing. */
+  readonly dtype: DType;
   /** Tensors of the checkpoint that are no weights of this architecture. */
   readonly unused: readonly string[];
   dispose(): void;
@@ -217,7 +219,7 @@ export function loadWeights(
     // A tied head may be stored all the same; it is the embedding.
     if (spec.tied) used.add('lm_head.weight');
     const unused = checkpoint.names().filter((name) => !used.has(name) && !BUFFERS.test(name));
-    return { weights, byName, unused, dispose, [Symbol.dispose]: dispose };
+    return { weights, byName, dtype: dtype ?? weights.embed.dtype, unused, dispose, [Symbol.dispose]: dispose };
   } catch (error) {
     dispose();
     throw error;

@@ -1,5 +1,5 @@
 // Compiled programs and the engine that runs them on a thread of its own.
-import type { DeviceName, NativeEngine, NativeProgram, NativeRunResult, TypedArray } from './addon.js';
+import type { DeviceName, DType, NativeEngine, NativeProgram, NativeRunResult, TypedArray } from './addon.js';
 import { AbortError, fromNative, InvalidArgumentError, wrapNative } from './errors.js';
 import { loadAddon } from './load.js';
 import type { Tensor } from './tensor.js';
@@ -71,15 +71,17 @@ export class Engine implements Disposable {
 
   /**
    * @param device - default: `ELASTIFORM_DEVICE`, else the CPU
-   * @param options.activations - default: f32, the only one on the CPU. Arithmetic is in f32 but for products of bf16
-   *   activations with bf16 weights, which tensor cores sum in f32
+   * @param options.weights - element type of most weights of the programs to come
+   * @param options.activations - default: bf16 on CUDA with such weights, else f32, the only one on the CPU. Arithmetic
+   *   is in f32 but for products of bf16 activations with bf16 weights, which tensor cores sum in f32
    * @throws DeviceUnavailableError with the reason and what to do
    * @throws InvalidArgumentError for bf16 activations on the CPU
    */
-  constructor(device?: DeviceChoice, { activations = 'f32' }: { activations?: Activations } = {}) {
+  constructor(device?: DeviceChoice, options: { activations?: Activations; weights?: DType } = {}) {
     const fromEnvironment = process.env.ELASTIFORM_DEVICE || 'cpu';
     this.device =
       device === undefined ? resolveDevice(fromEnvironment, 'ELASTIFORM_DEVICE') : resolveDevice(device, 'device');
+    const { activations = this.device === 'cuda' && options.weights === 'bf16' ? 'bf16' : 'f32' } = options;
     if (!activationTypes.includes(activations)) {
       throw new InvalidArgumentError(
         `[Engine] activations must be one of ${activationTypes.join(', ')}, got ${activations}`,

@@ -1,7 +1,6 @@
 // Chooses the kernel of a product, and converts a factor where the kernel wants it in the other precision.
-#include "cuda/gemm.cuh"
-
-#include "cuda/vector.cuh"
+#include "cuda/collectives.cuh"
+#include "cuda/epilogue.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -25,20 +24,48 @@ __global__ void __launch_bounds__(kThreads, 6) convertKernel(Conversion t, StepS
   });
 }
 
+Operand elements(const Matrix& x) {
+  Operand y;
+  y.data = const_cast<void*>(x.data);
+  y.dtype = x.dtype;
+  return y;
+}
+
 // A contiguous copy of the rows of x in another precision.
 template <typename T>
 Matrix converted(const Launch& launch, const Matrix& x, const Extent& rows, const Extent& columns) {
-  T* data = launch.scratch<T>(rows.boundCount() * columns.boundCount());
-  Matrix y(data);
+  Matrix y(launch.scratch<T>(rows.boundCount() * columns.boundCount()));
   y.scale = x.scale;
-  Conversion t{x, rows, columns, {}, {}};
-  t.from.data = const_cast<void*>(x.data);
-  t.from.dtype = x.dtype;
-  t.to.data = data;
-  t.to.dtype = y.dtype;
+  const Conversion t{x, rows, columns, elements(x), elements(y)};
   LAUNCH(convertKernel, launch.blocks(rows.boundCount() * columns.boundCount(), 4 * kThreads), kThreads, 0,
          launch.stream, t, launch.state);
   return y;
+}
+
+// Routers: few columns of C are bound by reading A, once; a warp has a row.
+constexpr int kFewColumns = 4;
+
+__global__ void __launch_bounds__(kThreads, 4)
+    fewColumnsKernel(const __grid_constant__ Product p, const __grid_constant__ Operand a,
+                     const __grid_constant__ Operand b) {
+  if (p.state.faulted()) return;
+  const int M = p.m.count(), N = p.n.count(), K = p.k.count(), lane = laneId();
+  if (!begin<1>(p, M, N, K)) return;
+  const bool vectors = K % 4 == 0 && p.b[0].stride % 4 == 0 && startsAligned(a, b);
+  for (int m = blockIdx.x * (kThreads / 32) + warpId(); m < M; m += gridDim.x * (kThreads / 32)) {
+    const int64_t row = int64_t{p.a.row(m)} * K;
+    float sum[1][kFewColumns] = {};
+    forColumns(K, vectors, lane, 32, [&]<typename V>(int k) {
+      const V x = load<V>(a, row + k);
+      UNROLL
+      for (int n = 0; n < kFewColumns; ++n) {
+        if (n < N) sum[0][n] += sumOf(each(Times{}, x, load<V>(b, int64_t{n} * p.b[0].stride + k)));
+      }
+    });
+    UNROLL
+    for (int n = 0; n < kFewColumns; ++n) sum[0][n] = warpTotal(sum[0][n]);
+    if (lane == 0) finishFour<1>(p, sum, m, 0, N);
+  }
 }
 
 // Few rows of C are bound by reading the weights, for which CUDA cores suffice.
@@ -49,6 +76,11 @@ template <Layout kLayoutB, int kParts = 1>
 void multiplyByWeight(const Launch& launch, Product p) {
   const bool narrow = p.a.dtype == DType::BF16 || p.out.dtype == DType::BF16;
   const bool few = kLayoutB == Layout::AlongK && p.m.boundCount() <= kFewRows;
+  if (kLayoutB == Layout::AlongK && kParts == 1 && p.a.dtype == DType::BF16 && p.n.boundCount() <= kFewColumns) {
+    LAUNCH(fewColumnsKernel, launch.blocks(p.m.boundCount(), kThreads / 32), kThreads, 0, launch.stream, p,
+           elements(p.a), elements(p.b[0]));
+    return;
+  }
   if (narrow && p.b[0].dtype == DType::BF16 && !few) {
     if (p.a.dtype != DType::BF16) p.a = converted<bf16>(launch, p.a, p.m, p.k);
     multiplyMma<Layout::AlongK, kLayoutB, kParts>(launch, p);

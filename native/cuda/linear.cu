@@ -2,6 +2,7 @@
 #include "cuda/collectives.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/kernels.h"
+#include "cuda/sums.cuh"
 #include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
@@ -169,6 +170,10 @@ void linearDw(const Launch& launch) {
   }
   if (dyRows) checkRows(launch, 2, dy, 0);
   if (xRows) checkRows(launch, 3, x, 0);
+  if (x.dtype == DType::BF16 && dw.bound[0] == 1 && !dyRows && !gate && reduced.dim[0] == xReduced.dim[0]) {
+    sumOfRows(launch, x, xRows, dy, dw, 1, 2);  // of a router
+    return;
+  }
   Extent k(reduced, 0);
   if (xReduced.dim[0] != reduced.dim[0]) k.limit = xReduced.sizes + xReduced.dim[0];
   Product p(launch, {dw, 0}, {dw, 1}, k);

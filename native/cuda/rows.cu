@@ -97,18 +97,7 @@ void scatterAdd(const Launch& launch) {
 void sumRows(const Launch& launch) {
   const Operand &x = launch.in[0], &rows = launch.in[1], &gate = launch.in[2], &y = launch.out[0];
   if (rows) checkRows(launch, 1, x, 0);
-  const Operand& counted = rows ? rows : x;
-  const Split split{4 * kColumnWarps, 64};  // some rows for every warp, and parts to fill a device
-  double* part = launch.scratch<double>(std::max<int64_t>(1, split.parts(counted.bound[0])) * y.bound[0]);
-  const auto sum = [&]<typename T>() {
-    sumColumns<T, double>(launch, {static_cast<const T*>(x.data), y, counted, Split{}, rows, gate}, split, part);
-  };
-  if (x.dtype == DType::BF16) {
-    sum.template operator()<bf16>();
-  } else {
-    sum.template operator()<float>();
-  }
-  sumColumns<double, float>(launch, {part, y, counted, split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
+  sumOfRows(launch, x, rows, gate, y, 0, 0);
 }
 
 void dot(const Launch& launch) {

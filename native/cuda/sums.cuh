@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <climits>
 
-#include "cuda/launch.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -26,6 +26,7 @@ struct ColumnSums {
   Operand counted;     // x has a row for every part
   Split given;         // of the first dim of `counted`
   Operand rows, gate;  // optional: which rows of x, and their factors
+  double flops = 0;    // counted for every element
 };
 
 constexpr int kColumns = 32, kColumnWarps = 32;
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(kColumnWarps * 32, 2)
   if (state.faulted()) return;
   const int lane = laneId(), warp = warpId(), width = a.width.size(0);
   const int count = a.given.parts(a.counted.size(0)), length = split.length(count), parts = max(1, split.parts(count));
+  if (a.flops > 0 && blockIdx.x + blockIdx.y + threadIdx.x == 0) state.count(a.flops * count * width, 0);
   for (int p = blockIdx.y; p < parts; p += gridDim.y) {
     const int begin = p * length, end = begin + min(length, count - begin);
     for (int first = blockIdx.x * kColumns; first < width; first += gridDim.x * kColumns) {
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kColumnWarps * 32, 2)
       if (c < width) {
         for (int r = begin + warp; r < end; r += kColumnWarps) {
           const int64_t row = a.rows ? ldGlobal(a.rows.i32() + r) : r;
-          sum += (a.gate ? double{ldGlobal(a.gate.f32() + r)} : 1.0) * wide(ldGlobal(a.x + row * width + c));
+          sum += (a.gate ? double{load<float>(a.gate, r)} : 1.0) * wide(ldGlobal(a.x + row * width + c));
         }
       }
       s.sum[warp][lane] = sum;
@@ -77,6 +79,27 @@ void sumColumns(const Launch& launch, const ColumnSums<In>& a, Split split, Out*
   const int64_t high = std::clamp<int64_t>(launch.blocks(tiles * parts, 1) / tiles, 1, parts);
   LAUNCH((columnSumsKernel<In, Out>), dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(high)),
          kColumnWarps * 32, sizeof(ColumnSumsShared), launch.stream, a, split, y, launch.state);
+}
+
+// y = sum of gate[r] x[rows[r]] over all rows of f32 or bf16; `dim` of y is the width.
+inline void sumOfRows(const Launch& launch, const Operand& x, const Operand& rows, const Operand& gate,
+                      const Operand& y, int dim, double flops) {
+  Operand width = y;
+  width.dim[0] = y.dim[dim];
+  width.bound[0] = y.bound[dim];
+  const Operand& counted = rows ? rows : x;
+  const Split split{4 * kColumnWarps, 64};  // some rows for every warp, and parts to fill a device
+  double* part = launch.scratch<double>(std::max<int64_t>(1, split.parts(counted.bound[0])) * width.bound[0]);
+  const auto sum = [&]<typename T>() {
+    sumColumns<T, double>(launch, {static_cast<const T*>(x.data), width, counted, Split{}, rows, gate, flops}, split,
+                          part);
+  };
+  if (x.dtype == DType::BF16) {
+    sum.template operator()<bf16>();
+  } else {
+    sum.template operator()<float>();
+  }
+  sumColumns<double, float>(launch, {part, width, counted, split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

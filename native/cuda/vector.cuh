@@ -22,6 +22,9 @@ DEVICE float4 each(const F& f, const float4& first, const X&... x) {
   return float4{f(first.x, x.x...), f(first.y, x.y...), f(first.z, x.z...), f(first.w, x.w...)};
 }
 
+struct Times {
+  DEVICE float operator()(float a, float b) const { return a * b; }
+};
 struct Sum {
   DEVICE float operator()(float a, float b) const { return a + b; }
 };
