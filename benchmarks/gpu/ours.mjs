@@ -392,13 +392,13 @@ await serve({
   setup({ device }) {
     settings = { device };
     const { version, devices } = loadAddon().info();
-    return { version, device: devices[device].description, activations: 'f32' };
+    return { version, device: devices[device].description, activations: 'bf16' };
   },
   /** Prepares one or all cases of a group; key -> what is known of it, or why it does not run. */
   async group({ name, shape }) {
     // Engines keep memory for the largest program they have run: one for each group, or memory could not be told.
     engine?.dispose();
-    engine = new Engine(settings.device);
+    engine = new Engine(settings.device, { activations: 'bf16' });
     const found = {};
     const add = async (key, make) => {
       try {

@@ -90,6 +90,5 @@ test.skipIf(loadAddon().info().isa === 'portable').each(all)('$name', async (c) 
   expect(await outputs(c, testEngine())).toEqual(await outputs(c, cpu));
 });
 
-test.skipIf(narrowEngine() === null).each(all)('$name: with bf16 activations', async (c) => {
-  await checkNative(c, narrowEngine() as Engine);
-});
+const narrow = narrowEngine();
+if (narrow) test.each(all)('$name: with bf16 activations', (c) => checkNative(c, narrow));
