@@ -54,8 +54,9 @@ DEVICE void storeCells(const Cells& x, int64_t at, const float4& v, int count) {
 }
 
 // Columns n .. n+3 of row m of C, of which N - n exist, through the epilogue (gemm.cuh); y: a product for each weight.
+// Returns their part of the dot product, for finishDot.
 template <int kParts>
-DEVICE void finishFour(const Product& p, float (&y)[kParts][4], int m, int n, int N) {
+DEVICE float finishFour(const Product& p, float (&y)[kParts][4], int m, int n, int N) {
   const int left = N - n;
   UNROLL
   for (int part = 0; part < kParts; ++part) {
@@ -71,6 +72,13 @@ DEVICE void finishFour(const Product& p, float (&y)[kParts][4], int m, int n, in
     UNROLL
     for (int j = 0; j < 4; ++j) y[0][j] *= y[1][j];
   }
+  float dot = 0;
+  if (p.dots) {
+    float with[4];
+    spread(loadCells(p.dotWith, int64_t{m} * N + n, left), with);
+    UNROLL
+    for (int j = 0; j < 4; ++j) dot += j < left ? y[0][j] * with[j] : 0.f;
+  }
   if (p.rowScale) {
     const float scale = ldGlobal(p.rowScale + m);
     UNROLL
@@ -84,6 +92,15 @@ DEVICE void finishFour(const Product& p, float (&y)[kParts][4], int m, int n, in
     for (int j = 0; j < 4; ++j) y[0][j] += added[j];
   }
   storeCells(p.out, at, gathered(y[0]), left);
+  return dot;
+}
+
+// The part of 64 columns from n of row m, of which 16 neighbouring lanes have four each; all lanes of the warp call.
+DEVICE void finishDot(const Product& p, float dot, int m, int n, int N, bool inside) {
+  if (!p.dots) return;
+  UNROLL
+  for (int lanes = 8; lanes > 0; lanes /= 2) dot += shflXor(dot, lanes);
+  if (inside && n % kDotColumns == 0) stGlobal(p.dots + int64_t{m} * dotParts(N) + n / kDotColumns, dot);
 }
 
 // `rows` rows from m and kSpan / kParts columns from n of C through the epilogue; c is [rows][kPitch] in shared memory,
@@ -91,15 +108,20 @@ DEVICE void finishFour(const Product& p, float (&y)[kParts][4], int m, int n, in
 template <int kSpan, int kParts, int kPitch, int kThreads>
 DEVICE void finishTile(const Product& p, const float* c, int m, int rows, int n, int N) {
   constexpr int kPart = kSpan / kParts, kFours = kPart / 4;
-  for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
+  const int count = rows * kFours;
+  for (int i = threadIdx.x; i / 32 * 32 < count; i += kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
-    if (n + column >= N) continue;
-    float y[kParts][4];
-    UNROLL
-    for (int part = 0; part < kParts; ++part) {
-      spread(ldShared<float4>(c + row * kPitch + part * kPart + column), y[part]);
+    const bool inside = i < count && n + column < N;
+    float dot = 0;
+    if (inside) {
+      float y[kParts][4];
+      UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        spread(ldShared<float4>(c + row * kPitch + part * kPart + column), y[part]);
+      }
+      dot = finishFour<kParts>(p, y, m + row, n + column, N);
     }
-    finishFour<kParts>(p, y, m + row, n + column, N);
+    if constexpr (kPart % kDotColumns == 0) finishDot(p, dot, m + row, n + column, N, inside);
   }
 }
 

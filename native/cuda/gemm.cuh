@@ -81,7 +81,9 @@ struct Product {
   Cells pre[2];
   Act act = Act::None;
   const float* rowScale = nullptr;
-  Cells add;  // may be `out`
+  Cells add;      // may be `out`
+  Cells dotWith;  // [M, N]: dots[m, i] = the dot product of its columns [64 i, 64 i + 64) with act(..) before rowScale
+  float* dots = nullptr;
   Cells out;
   const int32_t* rows = nullptr;
   int first = 0;
@@ -92,6 +94,10 @@ struct Product {
   Product(const Launch& launch, Extent m, Extent n, Extent k)
       : m(m), n(n), k(k), state(launch.state), multiprocessors(launch.multiprocessors) {}
 };
+
+// Columns of C that make one of `dots`, and how many there are.
+constexpr int kDotColumns = 64;
+inline __host__ __device__ int dotParts(int64_t N) { return static_cast<int>((N + kDotColumns - 1) / kDotColumns); }
 
 // Rows of C that a block computes at most.
 constexpr int kProductRows = 128;

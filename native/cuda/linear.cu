@@ -36,43 +36,27 @@ Operand widened(const Launch& launch, const Operand& w) {
   return y;
 }
 
-struct DotShared {
-  double partial[kThreads / 32];
-};
-
 struct GateGradient {
-  Operand dy, x, bias, rows, gate, dx, dgate;
+  Operand dy, dx, bias, rows, dgate;
+  const float* dots;  // [R, dotParts(K)]
 };
 
-// dgate[r] = x[r] . t + dy[rows[r]] . bias for the product t that dx holds, then dx = gate t; one block a row.
-__global__ void __launch_bounds__(kThreads, 2) gateGradientKernel(GateGradient g, StepState state) {
-  SHARED_MEMORY(DotShared, s);
+// dgate[r] = the sum of dots[r] + dy[rows[r]] . bias; a warp has a row.
+__global__ void __launch_bounds__(kThreads, 4) gateGradientKernel(GateGradient g, StepState state) {
   if (state.faulted()) return;
-  const int R = g.dx.size(0), K = g.dx.size(1), D = g.dy.size(1), tid = threadIdx.x;
-  const bool vectors = K % 4 == 0 && startsAligned(g.x, g.dx);
-  const bool vectorsOfBias = D % 4 == 0 && startsAligned(g.dy, g.bias);
-  for (int r = blockIdx.x; r < R; r += gridDim.x) {
-    const int64_t row = int64_t{r} * K;
-    double sum = 0;
-    const auto add = [&](float a, float b) {
-      sum += double{a} * b;
-      return 0.f;
-    };
-    forColumns(K, vectors, tid, kThreads,
-               [&]<typename V>(int c) { each(add, load<V>(g.x, row + c), load<V>(g.dx, row + c)); });
+  const int R = g.dx.size(0), parts = dotParts(g.dx.size(1)), D = g.dy.size(1), lane = laneId();
+  const bool vectors = D % 4 == 0 && startsAligned(g.dy, g.bias);
+  for (int r = blockIdx.x * (kThreads / 32) + warpId(); r < R; r += gridDim.x * (kThreads / 32)) {
+    float sum = 0;
+    for (int i = lane; i < parts; i += 32) sum += ldGlobal(g.dots + int64_t{r} * parts + i);
     if (g.bias) {
-      const float* dy = g.dy.f32() + int64_t{g.rows ? ldGlobal(g.rows.i32() + r) : r} * D;
-      forColumns(D, vectorsOfBias, tid, kThreads,
-                 [&]<typename V>(int c) { each(add, ldGlobal<V>(dy + c), load<V>(g.bias, c)); });
-    }
-    sum = blockTotal(sum, s.partial);
-    if (tid == 0) stGlobal(g.dgate.f32() + r, static_cast<float>(sum));
-    if (g.gate) {
-      const float gate = ldGlobal(g.gate.f32() + r);
-      forColumns(K, vectors, tid, kThreads, [&]<typename V>(int c) {
-        store(g.dx, row + c, each([&](float v) { return v * gate; }, load<V>(g.dx, row + c)));
+      const int64_t row = int64_t{g.rows ? ldGlobal(g.rows.i32() + r) : r} * D;
+      forColumns(D, vectors, lane, 32, [&]<typename V>(int c) {
+        sum += sumOf(each(Times{}, load<V>(g.dy, row + c), load<V>(g.bias, c)));
       });
     }
+    sum = warpTotal(sum);
+    if (lane == 0) stGlobal(g.dgate.f32() + r, sum);
   }
 }
 
@@ -150,14 +134,16 @@ void linearAddGrad(const Launch& launch) {
   Product p(launch, {dx, 0}, {dx, 1}, {dy, 1});
   p.a = Matrix(dy, rows);
   p.b[0] = weight(w);
-  // The gradient of the gate needs the product before it is scaled: then the scaling comes in a second pass.
-  if (!dgate) p.rowScale = floats(gate);
+  p.rowScale = floats(gate);
   p.out = dx;
+  if (dgate) {
+    p.dotWith = x;
+    p.dots = launch.scratch<float>(dx.bound[0] * dotParts(dx.bound[1]));
+  }
   multiplyTransposed(launch, p);
   if (!dgate) return;
-  const GateGradient g{dy, x, bias, rows, gate, dx, dgate};
-  LAUNCH(gateGradientKernel, launch.blocks(dx.bound[0], 1), kThreads, sizeof(DotShared), launch.stream, g,
-         launch.state);
+  const GateGradient g{dy, dx, bias, rows, dgate, p.dots};
+  LAUNCH(gateGradientKernel, launch.blocks(dx.bound[0], kThreads / 32), kThreads, 0, launch.stream, g, launch.state);
 }
 
 void linearDw(const Launch& launch) {

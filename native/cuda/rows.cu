@@ -94,6 +94,26 @@ void scatterAdd(const Launch& launch) {
   LAUNCH(scatterAddKernel, cellBlocks(launch, x), kThreads, 0, launch.stream, x, rows, y, launch.state);
 }
 
+void sumOfRows(const Launch& launch, const Operand& x, const Operand& rows, const Operand& gate, const Operand& y,
+               int dim, double flops) {
+  Operand width = y;
+  width.dim[0] = y.dim[dim];
+  width.bound[0] = y.bound[dim];
+  const Operand& counted = rows ? rows : x;
+  const Split split{4 * kColumnWarps, 64};  // some rows for every warp, and parts to fill a device
+  double* part = launch.scratch<double>(std::max<int64_t>(1, split.parts(counted.bound[0])) * width.bound[0]);
+  const auto sum = [&]<typename T>() {
+    sumColumns<T, double>(launch, {static_cast<const T*>(x.data), width, counted, Split{}, rows, gate, flops}, split,
+                          part);
+  };
+  if (x.dtype == DType::BF16) {
+    sum.template operator()<bf16>();
+  } else {
+    sum.template operator()<float>();
+  }
+  sumColumns<double, float>(launch, {part, width, counted, split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
+}
+
 void sumRows(const Launch& launch) {
   const Operand &x = launch.in[0], &rows = launch.in[1], &gate = launch.in[2], &y = launch.out[0];
   if (rows) checkRows(launch, 1, x, 0);

@@ -42,7 +42,7 @@ struct ColumnSumsShared {
 // y[p, c] = sum of gate[r] x[rows[r], c] over the rows r of part p, in double; one part at least, zeros without rows.
 // Lanes have a column each, warps take rows in turn, and the sums of warps are added in their order.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kColumnWarps * 32, 2)
+__global__ void __launch_bounds__(kColumnWarps * 32, 1)
     columnSumsKernel(ColumnSums<In> a, Split split, Out* y, StepState state) {
   SHARED_MEMORY(ColumnSumsShared, s);
   if (state.faulted()) return;
@@ -81,25 +81,9 @@ void sumColumns(const Launch& launch, const ColumnSums<In>& a, Split split, Out*
          kColumnWarps * 32, sizeof(ColumnSumsShared), launch.stream, a, split, y, launch.state);
 }
 
-// y = sum of gate[r] x[rows[r]] over all rows of f32 or bf16; `dim` of y is the width.
-inline void sumOfRows(const Launch& launch, const Operand& x, const Operand& rows, const Operand& gate,
-                      const Operand& y, int dim, double flops) {
-  Operand width = y;
-  width.dim[0] = y.dim[dim];
-  width.bound[0] = y.bound[dim];
-  const Operand& counted = rows ? rows : x;
-  const Split split{4 * kColumnWarps, 64};  // some rows for every warp, and parts to fill a device
-  double* part = launch.scratch<double>(std::max<int64_t>(1, split.parts(counted.bound[0])) * width.bound[0]);
-  const auto sum = [&]<typename T>() {
-    sumColumns<T, double>(launch, {static_cast<const T*>(x.data), width, counted, Split{}, rows, gate, flops}, split,
-                          part);
-  };
-  if (x.dtype == DType::BF16) {
-    sum.template operator()<bf16>();
-  } else {
-    sum.template operator()<float>();
-  }
-  sumColumns<double, float>(launch, {part, width, counted, split, {}, {}}, Split{1, 1}, static_cast<float*>(y.data));
-}
+// y = sum of gate[r] x[rows[r]] over all rows of f32 or bf16; `dim` of y is the width; `flops` are counted for every
+// element (rows.cu).
+void sumOfRows(const Launch& launch, const Operand& x, const Operand& rows, const Operand& gate, const Operand& y,
+               int dim, double flops);
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -150,6 +150,23 @@ cases('linear_add', [
       }),
     ),
   ),
+  // Several tiles of a device, and a gate's gradient of several parts.
+  ...(['f32', 'bf16'] as DType[]).map((dtype): Case => {
+    const make = inputs(23);
+    return {
+      name: `140 of 150 rows, gated, ${dtype} weight, 150 inputs`,
+      inputs: {
+        r: make.f32(['N', 150], 20),
+        x: make.f32(['R', 140], 150),
+        w: make.weight(dtype, 20, 150),
+        rows: make.rows('R', 140, 150),
+        b: make.weight(dtype, 20),
+        gate: make.f32(['R', 140]),
+      },
+      build: ({ r, x, w, b, rows, gate }) => ({ y: linearAdd(r, x, w, { bias: b, rows, gate }) }),
+      wrt: ['x', 'gate'],
+    };
+  }),
   {
     name: 'gate of every row',
     inputs: {
