@@ -202,7 +202,7 @@ class Runner : public Device {
     if (!ended_) ended_ = eventCreate();
     const Program& program = *job.program;
     const Layout layout(program);
-    const Recording& recording = record(job.program, layout);
+    const Recording& recording = recordWithRetry(job.program, layout);
     step_ = -1;
 
     uint8_t* staging = staging_.atLeast(layout.arena);
@@ -371,6 +371,22 @@ class Runner : public Device {
   }
 
   // ---- Recording
+
+  // Where memory is short, once more without what this engine keeps for later.
+  const Recording& recordWithRetry(const std::shared_ptr<const Program>& program, const Layout& layout) {
+    try {
+      return record(program, layout);
+    } catch (const Error& error) {
+      if (error.code != ErrorCode::OutOfMemory) throw;
+    }
+    dropQueued();
+    stream_ = streamCreate();
+    recordings_.clear();
+    account(-static_cast<int64_t>(block_.bytes()));
+    block_ = DeviceBlock();
+    scratchBytes_ = 0;
+    return record(program, layout);
+  }
 
   const Recording& record(const std::shared_ptr<const Program>& shared, const Layout& layout) {
     const Program& program = *shared;

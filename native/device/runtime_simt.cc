@@ -52,11 +52,17 @@ struct Allocation {
   size_t bytes;
 };
 
+// ELASTIFORM_SIMT_MEMORY: bytes of the device, for tests of what happens when they are few.
+size_t memoryBytes() {
+  const char* text = std::getenv("ELASTIFORM_SIMT_MEMORY");
+  return text ? std::strtoull(text, nullptr, 10) : size_t{64} << 30;
+}
+
 struct Heap {
   std::mutex mutex;
   std::map<uintptr_t, Allocation> allocations;  // by the address handed out
   std::shared_ptr<const MemoryMap> map = std::make_shared<const MemoryMap>();
-  size_t limit = size_t{64} << 30, used = 0;
+  size_t limit = memoryBytes(), used = 0;
 
   void refresh() {
     auto next = std::make_shared<MemoryMap>();
