@@ -111,7 +111,7 @@ void moveMatricesOp(void* const* operands, uint32_t mask) {
       offsets[r] = checkShared(row, 16, 16, name);
       rows[r] = reinterpret_cast<uint16_t*>(row);
     }
-    statistics.bankConflicts += bankConflicts(offsets, 8, 16);
+    if (current->block->countsConflicts()) statistics.bankConflicts += bankConflicts(offsets, 8, 16);
     ++statistics.ldmatrix;
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t& pair = operand<MatrixOperand>(operands, lane).registers[m];

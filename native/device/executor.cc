@@ -590,6 +590,7 @@ void noteSharedAccess(const void* p, uint32_t bytes, const Site& site) {
   Thread& self = *current;
   Warp& warp = self.block->warps[self.warp];
   const uint32_t offset = checkShared(p, bytes, bytes, "shared memory access");
+  if (!self.block->countsConflicts()) return;
   const uint32_t n = self.sharedAccesses++;
   if (n >= kRemembered) return;
   if (n >= warp.accesses.size()) warp.accesses.push_back({site.line(), bytes, 0, {}});

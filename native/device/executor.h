@@ -54,8 +54,9 @@ struct Statistics {
   int64_t ldmatrix = 0;  // ldmatrix and stmatrix, in 8x8 matrices
   int64_t cpAsync = 0;
   int64_t tmaBytes = 0;
-  // Extra cycles of shared memory because lanes met in a bank: ldmatrix, stmatrix, ldShared, stShared. Lanes that reach
-  // an access a different number of times between two meetings of the warp are not counted.
+  // Extra cycles of shared memory because lanes met in a bank: ldmatrix, stmatrix, ldShared, stShared of the launch's
+  // first block, which stands for the others. Lanes that reach an access a different number of times between two
+  // meetings of the warp are not counted.
   int64_t bankConflicts = 0;
 
   void add(const Statistics& other);
@@ -236,6 +237,7 @@ struct Block {
   std::vector<const Mbarrier*> landed;  // asynchronous operations have ended here since somebody last waited
   std::string defect;
 
+  bool countsConflicts() const { return index.x + index.y + index.z == 0; }
   uint32_t random(uint32_t below);
   void wake(int thread);
   // Finishes one asynchronous operation, chosen at random unless the schedule is fair (emulated.cc).

@@ -268,6 +268,22 @@ export function compare(actual: ArrayLike<number>, expected: ArrayLike<number>, 
   }
 }
 
+/** `toEqual` for arrays too long for it. */
+export function sameBits(
+  actual: Readonly<Record<string, TypedArray>>,
+  expected: Readonly<Record<string, TypedArray>>,
+  what: string,
+): void {
+  const bytes = ({ buffer, byteOffset, byteLength }: TypedArray) => Buffer.from(buffer, byteOffset, byteLength);
+  expect(Object.keys(actual), what).toEqual(Object.keys(expected));
+  for (const [name, wanted] of Object.entries(expected)) {
+    if (bytes(actual[name]).equals(bytes(wanted))) continue;
+    expect(actual[name].length, `${what}: size of ${name}`).toBe(wanted.length);
+    const at = wanted.findIndex((value, i) => !Object.is(value, actual[name][i]));
+    expect.fail(`${what}: ${name}[${at}] is ${actual[name][at]}, expected ${wanted[at]}`);
+  }
+}
+
 /** Runs a case through the addon and compares outputs, gradients and state with float64; the same bits on 1 and 2 threads. */
 export async function checkNative(c: Case, engine = testEngine()): Promise<void> {
   const narrow = engine.activations === 'bf16';
@@ -282,21 +298,22 @@ export async function checkNative(c: Case, engine = testEngine()): Promise<void>
 
   using program = Program.compile(graph, engine);
   const writable = [...tensors].filter(([name]) => c.inputs[name].kind === 'state');
-  const runs: { results: Record<string, TypedArray>; state: TypedArray[] }[] = [];
+  const runs: { results: Record<string, TypedArray>; state: Record<string, TypedArray> }[] = [];
   for (const threads of [1, 2]) {
     loadAddon().setThreads(threads);
     for (const [name, tensor] of writable) tensor.write(typed(tensor.dtype, c.inputs[name].data));
     const { outputs: results } = await program.run(built.run);
-    runs.push({ results, state: writable.map(([, tensor]) => tensor.read()) });
+    runs.push({ results, state: Object.fromEntries(writable.map(([name, tensor]) => [name, tensor.read()])) });
   }
-  expect(runs[1], 'two threads give the bits of one').toEqual(runs[0]);
+  sameBits(runs[1].results, runs[0].results, 'two threads');
+  sameBits(runs[1].state, runs[0].state, 'two threads');
 
   for (const [name, node] of wanted) {
     compare(runs[0].results[name], value(node).data, node.dtype === 'i32' ? 0 : tolerance, name);
   }
-  writable.forEach(([name, tensor], i) => {
-    compare(runs[0].state[i], (env.tensors.get(tensor) as Value).data, tolerance, `state ${name}`);
-  });
+  for (const [name, tensor] of writable) {
+    compare(runs[0].state[name], (env.tensors.get(tensor) as Value).data, tolerance, `state ${name}`);
+  }
   for (const tensor of tensors.values()) tensor.dispose();
 }
 

@@ -55,7 +55,7 @@ const actGrad: readonly Fn[] = [
   (x) => (x > 0 ? 1 : 0),
 ];
 
-const map = (x: Value, fn: (value: number, i: number) => number): Value => f64(x.shape, Array.from(x.data, fn));
+const map = (x: Value, fn: (value: number, i: number) => number): Value => ({ shape: x.shape, data: x.data.map(fn) });
 const rowOf = (rows: Value | null, r: number): number => (rows ? rows.data[r] : r);
 const count = (rows: Value | null, x: Value): number => (rows ? rows.data.length : x.shape[0]);
 
