@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "core/error.h"
@@ -60,6 +61,28 @@ inline int64_t checkOffsets(const char* op, const TensorView& offsets, int64_t r
          static_cast<long long>(segments), static_cast<long long>(rows), o[segments]);
   }
   return segments;
+}
+
+// Of routers.
+inline void checkScores(const char* op, const float* z, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::isnan(z[i])) fail(ErrorCode::InvalidData, "[%s] z[%lld] is NaN", op, static_cast<long long>(i));
+  }
+}
+
+inline void checkPerSegment(const char* op, const TensorView& values, int64_t segments) {
+  if (values.dim(0) != segments) {
+    fail(ErrorCode::InvalidProgram, "[%s] one value per segment wanted: %lld segments, got %lld values", op,
+         static_cast<long long>(segments), static_cast<long long>(values.dim(0)));
+  }
+}
+inline void checkShares(const char* op, const char* name, const float* shares, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(shares[i] >= 0 && shares[i] <= 1)) {
+      fail(ErrorCode::InvalidData, "[%s] %s[%lld] must be in [0, 1], got %g", op, name, static_cast<long long>(i),
+           static_cast<double>(shares[i]));
+    }
+  }
 }
 
 // Elements below which waking other threads costs more than it saves.

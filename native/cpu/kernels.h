@@ -55,6 +55,12 @@ void gateGrad(const KernelArgs&);
 void topkBce(const KernelArgs&);
 void topkBceGrad(const KernelArgs&);
 void topkCredit(const KernelArgs&);
+// expert.cc
+void expertChoice(const KernelArgs&);
+void expertGate(const KernelArgs&);
+void expertGateGrad(const KernelArgs&);
+void expertBalance(const KernelArgs&);
+void expertBalanceGrad(const KernelArgs&);
 // loss.cc (on gemm/)
 void distillKl(const KernelArgs&);
 void crossEntropy(const KernelArgs&);

@@ -19,19 +19,6 @@ struct Scored {
 // A strict order: larger first, then lower index.
 bool before(const Scored& a, const Scored& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
 
-void checkScores(const char* op, const float* z, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (std::isnan(z[i])) fail(ErrorCode::InvalidData, "[%s] z[%lld] is NaN", op, static_cast<long long>(i));
-  }
-}
-
-void checkPerSegment(const char* op, const TensorView& values, int64_t segments) {
-  if (values.dim(0) != segments) {
-    fail(ErrorCode::InvalidProgram, "[%s] one value per segment wanted: %lld segments, got %lld values", op,
-         static_cast<long long>(segments), static_cast<long long>(values.dim(0)));
-  }
-}
-
 // The output of a produced dim has room for the bound of that dim, which may be less than all rows.
 void checkRoom(const char* op, const TensorView& rows, int64_t count) {
   if (count > rows.dim(0)) {
@@ -94,12 +81,9 @@ void routeTopk(const KernelArgs& args) {
   checkPerSegment(op, args.in[2], segments);
   const float* capacity = args.in[2].f32();
   checkScores(op, z, total);
+  checkShares(op, "capacity", capacity, segments);
   int64_t longest = 0;
   for (int64_t s = 0; s < segments; ++s) {
-    if (!(capacity[s] >= 0 && capacity[s] <= 1)) {
-      fail(ErrorCode::InvalidData, "[%s] capacity[%lld] must be in [0, 1], got %g", op, static_cast<long long>(s),
-           static_cast<double>(capacity[s]));
-    }
     longest = std::max<int64_t>(longest, offsets[s + 1] - offsets[s]);
   }
   Scored* scored = args.scratch<Scored>(std::max<int64_t>(longest, 1));

@@ -56,6 +56,12 @@ void gateGrad(const Launch&);
 void topkBce(const Launch&);
 void topkBceGrad(const Launch&);
 void topkCredit(const Launch&);
+// expert.cu
+void expertChoice(const Launch&);
+void expertGate(const Launch&);
+void expertGateGrad(const Launch&);
+void expertBalance(const Launch&);
+void expertBalanceGrad(const Launch&);
 // loss.cu
 void distillKl(const Launch&);
 void crossEntropy(const Launch&);

@@ -77,6 +77,16 @@ const std::vector<OpDef>& opDefs() {
        "dy:f32[N,D] before:f32[N,D] after:f32[N,D] z:f32[N,1] offsets:i32[O] row_offsets:i32[O] weight:f32[N] -> "
        "dz:f32[N,1]",
        {}},
+      // experts
+      {"expert_choice", "z:f32[N,E] offsets:i32[O] share:f32[S] -> y:f32[N,1]", {"expert", "rule"}},
+      {"expert_gate",
+       "z:f32[N,E] offsets:i32[O] share:f32[S] rows:i32[R] -> g:f32[R]",
+       {"expert", "rule", "mode"}},
+      {"expert_gate_grad",
+       "dg:f32[R] z:f32[N,E] offsets:i32[O] share:f32[S] rows:i32[R] -> dz:f32[N,E]",
+       {"expert", "rule", "mode"}},
+      {"expert_balance", "z:f32[N,E] offsets:i32[O] share:f32[S] -> loss:f32[1]", {"rule"}},
+      {"expert_balance_grad", "dloss:f32[1] z:f32[N,E] offsets:i32[O] share:f32[S] -> dz:f32[N,E]", {"rule"}},
       // losses (chunked over rows: full logits never exist)
       {"distill_kl",
        "hs:f32[R,K] ht:f32[R,K] w:w[V,K<] weight:f32[R] targets?:i32[R] -> loss:f32[1] row?:f32[R] "

@@ -190,6 +190,49 @@ function selected(offsets: Value, choose: (rows: number[], segment: number) => n
 }
 
 /** The references by op name. Operands that an op writes to are changed in place. */
+interface ExpertRowValue {
+  weights: number[];
+  chosen: Set<number>;
+}
+
+/** The softmax and the chosen experts of every row. */
+function expertRows(z: Value, offsets: Value, share: Value, rule: number): ExpertRowValue[] {
+  const count = z.shape[1];
+  return Array.from({ length: z.shape[0] }, (_, n) => {
+    const segment = offsets.data.findIndex((end) => end > n) - 1;
+    const part = Math.fround(share.data[segment]);
+    const scores = Array.from(z.data.subarray(n * count, (n + 1) * count));
+    const top = Math.max(...scores);
+    const powers = scores.map((score) => Math.exp(score - top));
+    const total = powers.reduce((a, b) => a + b, 0);
+    const weights = powers.map((power) => power / total);
+    const order = scores.map((_, e) => e).sort((a, b) => scores[b] - scores[a] || a - b);
+    let mass = 0;
+    const chosen = order.filter((e, rank) => {
+      const before = mass;
+      mass += weights[e];
+      return rule === 0 ? rank < Math.ceil(part * count - 1e-6) : before < part;
+    });
+    return { weights, chosen: new Set(chosen) };
+  });
+}
+
+function expertGateValue({ weights, chosen }: ExpertRowValue, expert: number, mode: number): number {
+  if (mode === 0) return 1;
+  const among = mode === 2 ? [...chosen].reduce((sum, e) => sum + weights[e], 0) : 1;
+  return (weights.length * weights[expert]) / among;
+}
+
+function balance(z: Value, rows: readonly ExpertRowValue[]): { loss: number; load: number[] } {
+  const count = z.shape[1];
+  const mean = (of: (row: ExpertRowValue, e: number) => number): number[] =>
+    Array.from({ length: count }, (_, e) => rows.reduce((sum, row) => sum + of(row, e), 0) / rows.length);
+  const load = mean(({ chosen }, e) => Number(chosen.has(e)));
+  const weight = mean(({ weights }, e) => weights[e]);
+  const product = load.reduce((sum, f, e) => sum + f * weight[e], 0);
+  return { loss: count * product - load.reduce((a, b) => a + b, 0), load };
+}
+
 export const references: Readonly<Record<string, Reference>> = {
   embedding([table, ids]) {
     const d = table!.shape[1];
@@ -428,6 +471,53 @@ export const references: Readonly<Record<string, Reference>> = {
   },
   route_threshold: ([z, offsets, threshold]) =>
     selected(offsets!, (rows, s) => rows.filter((r) => z!.data[r] > threshold!.data[s])),
+  expert_choice([z, offsets, share], [expert, rule]) {
+    return [
+      f64(
+        [z!.shape[0], 1],
+        expertRows(z!, offsets!, share!, rule).map(({ chosen }) => Number(chosen.has(expert))),
+      ),
+    ];
+  },
+  expert_gate([z, offsets, share, rows], [expert, rule, mode]) {
+    const all = expertRows(z!, offsets!, share!, rule);
+    return [
+      f64(
+        rows!.shape,
+        Array.from(rows!.data, (n) => expertGateValue(all[n], expert, mode)),
+      ),
+    ];
+  },
+  expert_gate_grad([dg, z, offsets, share, rows], [expert, rule, mode]) {
+    const all = expertRows(z!, offsets!, share!, rule);
+    const dz = f64(z!.shape);
+    const count = z!.shape[1];
+    rows!.data.forEach((n, r) => {
+      const { weights, chosen } = all[n];
+      // d log gate / dz: of the softmax, or of the softmax over the chosen alone.
+      const among = mode === 2 ? [...chosen].reduce((sum, e) => sum + weights[e], 0) : 1;
+      for (let e = 0; e < count; ++e) {
+        const other = mode === 2 && !chosen.has(e) ? 0 : weights[e] / among;
+        dz.data[n * count + e] = dg!.data[r] * expertGateValue(all[n], expert, mode) * (Number(e === expert) - other);
+      }
+    });
+    return [dz];
+  },
+  expert_balance: ([z, offsets, share], [rule]) => [
+    f64([1], [balance(z!, expertRows(z!, offsets!, share!, rule)).loss]),
+  ],
+  expert_balance_grad([dloss, z, offsets, share], [rule]) {
+    const all = expertRows(z!, offsets!, share!, rule);
+    const { load } = balance(z!, all);
+    const count = z!.shape[1];
+    return [
+      map(z!, (_, i) => {
+        const { weights } = all[Math.floor(i / count)];
+        const mean = weights.reduce((sum, w, e) => sum + w * load[e], 0);
+        return ((dloss!.data[0] * count) / all.length) * weights[i % count] * (load[i % count] - mean);
+      }),
+    ];
+  },
   gate([z, rows], [mode]) {
     return [
       f64(

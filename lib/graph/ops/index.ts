@@ -15,6 +15,16 @@ export {
 } from './elementwise.js';
 export { embedding } from './embedding.js';
 export {
+  type ExpertGate,
+  type ExpertRule,
+  type ExpertScores,
+  expertBalance,
+  expertChoice,
+  expertGate,
+  expertGates,
+  expertRules,
+} from './expert.js';
+export {
   type LinearAddOptions,
   type LinearGatedOptions,
   type LinearOptions,

@@ -1,0 +1,100 @@
+// Experts (attention heads, blocks of a feed-forward layer): which rows choose one, its gates, and the balance of loads.
+import { InvalidArgumentError } from '../../native/errors.js';
+import { boundOf } from '../dims.js';
+import type { Node } from '../graph.js';
+import { defineOp } from '../op.js';
+
+/**
+ * How a share becomes a number of experts: `top-k`, the `ceil(share * E)` with the largest scores; `mass`, those with the
+ * largest scores until their softmax reaches the share (XMoE, arXiv 2403.18926). Ties go to the lowest index.
+ */
+export type ExpertRule = 'top-k' | 'mass';
+export const expertRules: readonly ExpertRule[] = ['top-k', 'mass'];
+
+/**
+ * The value of a gate, w being the softmax of a row's E scores: `straight-through` 1, with the gradient of log w;
+ * `softmax` E w; `renormalised` E w / (sum of w over the chosen).
+ */
+export type ExpertGate = 'straight-through' | 'softmax' | 'renormalised';
+export const expertGates: readonly ExpertGate[] = ['straight-through', 'softmax', 'renormalised'];
+
+/** What rows choose by: scores f32 [N, E], segments i32 [S + 1] of the N rows, share in [0, 1] of every segment f32 [S]. */
+export interface ExpertScores {
+  z: Node;
+  offsets: Node;
+  share: Node;
+  rule: ExpertRule;
+}
+
+const operands = ({ z, offsets, share }: ExpertScores): Node[] => [z, offsets, share];
+
+function ruleCode(op: string, rule: ExpertRule): number {
+  if (expertRules.includes(rule)) return expertRules.indexOf(rule);
+  throw new InvalidArgumentError(`[${op}] rule must be one of ${expertRules.join(', ')}, got ${rule}`);
+}
+
+function checkExpert(op: string, { z }: ExpertScores, expert: number): void {
+  const count = boundOf(z.shape[1]);
+  if (Number.isInteger(expert) && expert >= 0 && expert < count) return;
+  throw new InvalidArgumentError(`[${op}] expert must be an integer in [0, ${count}), got ${expert}`);
+}
+
+const expertChoiceOp = defineOp('expert_choice', 'z:f32[N,E] offsets:i32[O] share:f32[S] -> y:f32[N,1]', [
+  'expert',
+  'rule',
+]);
+
+/** 1 where a row chooses the expert, else 0: f32 [N, 1], without a gradient. NaN in z is InvalidData. */
+export function expertChoice(scores: ExpertScores, expert: number): Node {
+  checkExpert('expert_choice', scores, expert);
+  return expertChoiceOp.apply(operands(scores), [expert, ruleCode('expert_choice', scores.rule)])[0]!;
+}
+
+const expertGateOp = defineOp(
+  'expert_gate',
+  'z:f32[N,E] offsets:i32[O] share:f32[S] rows:i32[R] -> g:f32[R]',
+  ['expert', 'rule', 'mode'],
+  {
+    constant: ['share'],
+    gradient({ inputs: [z, offsets, share, rows], attrs, dy, add }) {
+      add(0, expertGateGradOp.apply([dy, z, offsets, share, rows], attrs)[0]!);
+    },
+  },
+);
+
+const expertGateGradOp = defineOp(
+  'expert_gate_grad',
+  'dg:f32[R] z:f32[N,E] offsets:i32[O] share:f32[S] rows:i32[R] -> dz:f32[N,E]',
+  ['expert', 'rule', 'mode'],
+);
+
+/** Gates of an expert for `rows`, i32 [R], which chose it: f32 [R]. */
+export function expertGate(scores: ExpertScores, expert: number, rows: Node, mode: ExpertGate): Node {
+  checkExpert('expert_gate', scores, expert);
+  if (!expertGates.includes(mode)) {
+    throw new InvalidArgumentError(`[expert_gate] mode must be one of ${expertGates.join(', ')}, got ${mode}`);
+  }
+  const attrs = [expert, ruleCode('expert_gate', scores.rule), expertGates.indexOf(mode)];
+  return expertGateOp.apply([...operands(scores), rows], attrs)[0]!;
+}
+
+const expertBalanceOp = defineOp('expert_balance', 'z:f32[N,E] offsets:i32[O] share:f32[S] -> loss:f32[1]', ['rule'], {
+  constant: ['share'],
+  gradient({ inputs: [z, offsets, share], attrs, dy, add }) {
+    add(0, expertBalanceGradOp.apply([dy, z, offsets, share], attrs)[0]!);
+  },
+});
+
+const expertBalanceGradOp = defineOp(
+  'expert_balance_grad',
+  'dloss:f32[1] z:f32[N,E] offsets:i32[O] share:f32[S] -> dz:f32[N,E]',
+  ['rule'],
+);
+
+/**
+ * `E sum over e of f_e P_e - sum over e of f_e`, f_e being the share of rows that choose expert e, which is taken as
+ * constant, and P_e the mean of its softmax: 0 when loads are equal (Switch Transformers, arXiv 2101.03961). f32 [1].
+ */
+export function expertBalance(scores: ExpertScores): Node {
+  return expertBalanceOp.apply(operands(scores), [ruleCode('expert_balance', scores.rule)])[0]!;
+}

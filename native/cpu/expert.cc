@@ -1,0 +1,144 @@
+// Experts: which rows choose one, its gates, and the loss that balances the load of all.
+#include "ops/expert.h"
+
+#include "cpu/checks.h"
+#include "cpu/kernels.h"
+
+namespace elastiform::cpu {
+
+namespace {
+
+struct Contiguous {
+  const float* z;
+  float operator()(int i) const { return z[i]; }
+};
+
+// The rows of z [N, E] with the shares of their segments.
+struct Experts {
+  const float* z;
+  int64_t rows, segments;
+  int count;
+  const int32_t* offsets;
+  const float* share;
+  ExpertRule rule;
+
+  ExpertRow<Contiguous> row(int64_t n, int64_t segment) const {
+    return {{z + n * count}, count, rule, share[segment]};
+  }
+  int64_t segmentOf(int64_t n) const { return std::upper_bound(offsets, offsets + segments, n) - offsets - 1; }
+};
+
+// Inputs z, offsets and share stand together from `first`.
+Experts checkedExperts(const KernelArgs& args, const char* op, int first, int ruleAttribute) {
+  const TensorView &z = args.in[first], &offsets = args.in[first + 1], &share = args.in[first + 2];
+  Experts e{z.f32(), z.dim(0), 0, static_cast<int>(z.dim(1)), offsets.i32(), share.f32(), {}};
+  e.segments = checkOffsets(op, offsets, e.rows);
+  e.rule = static_cast<ExpertRule>(intAttribute(args, op, ruleAttribute, "rule", 0, 1));
+  checkPerSegment(op, share, e.segments);
+  checkScores(op, e.z, e.rows * e.count);
+  checkShares(op, "share", e.share, e.segments);
+  return e;
+}
+
+int expertAttribute(const KernelArgs& args, const char* op, const Experts& e) {
+  return static_cast<int>(intAttribute(args, op, 0, "expert", 0, e.count - 1));
+}
+
+// load[i] and weight[i]: the share of rows that choose expert i, and the mean of its softmax.
+void measure(const Experts& e, const KernelArgs& args, double* load, double* weight) {
+  forChunks(e.count, 1, args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      load[i] = weight[i] = 0;
+      for (int64_t s = 0; s < e.segments; ++s) {
+        for (int64_t n = e.offsets[s]; n < e.offsets[s + 1]; ++n) {
+          const auto row = e.row(n, s);
+          load[i] += row.chosen(static_cast<int>(i));
+          weight[i] += ExpertWeights(row).weight(static_cast<int>(i));
+        }
+      }
+      load[i] /= static_cast<double>(std::max<int64_t>(e.rows, 1));
+      weight[i] /= static_cast<double>(std::max<int64_t>(e.rows, 1));
+    }
+  });
+}
+
+}  // namespace
+
+void expertChoice(const KernelArgs& args) {
+  const Experts e = checkedExperts(args, "expert_choice", 0, 1);
+  const int expert = expertAttribute(args, "expert_choice", e);
+  float* y = args.out[0].f32();
+  forChunks(e.rows, rowsPerChunk(e.count), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t n = begin; n < end; ++n) y[n] = e.row(n, e.segmentOf(n)).chosen(expert) ? 1.0f : 0.0f;
+  });
+}
+
+void expertGate(const KernelArgs& args) {
+  const char* op = "expert_gate";
+  const Experts e = checkedExperts(args, op, 0, 1);
+  const int expert = expertAttribute(args, op, e);
+  const auto mode = static_cast<ExpertGate>(intAttribute(args, op, 2, "mode", 0, 2));
+  const int32_t* rows = args.in[3].i32();
+  const int64_t count = args.out[0].dim(0);
+  float* g = args.out[0].f32();
+  checkRows(op, rows, count, e.rows);
+  forChunks(count, rowsPerChunk(e.count), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto row = e.row(rows[r], e.segmentOf(rows[r]));
+      g[r] = static_cast<float>(ExpertWeights(row).gate(mode, expert));
+    }
+  });
+}
+
+void expertGateGrad(const KernelArgs& args) {
+  const char* op = "expert_gate_grad";
+  const Experts e = checkedExperts(args, op, 1, 1);
+  const int expert = expertAttribute(args, op, e);
+  const auto mode = static_cast<ExpertGate>(intAttribute(args, op, 2, "mode", 0, 2));
+  const float* dg = args.in[0].f32();
+  const int32_t* rows = args.in[4].i32();
+  const int64_t count = args.in[0].dim(0);
+  float* dz = args.out[0].f32();
+  checkRows(op, rows, count, e.rows);
+  std::fill_n(dz, e.rows * e.count, 0.0f);
+  forChunks(count, rowsPerChunk(int64_t{e.count} * e.count), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto row = e.row(rows[r], e.segmentOf(rows[r]));
+      float* to = dz + int64_t{rows[r]} * e.count;
+      ExpertWeights(row).gateSlopes(mode, expert, [&](int i, double slope) { to[i] = static_cast<float>(dg[r] * slope); });
+    }
+  });
+}
+
+void expertBalance(const KernelArgs& args) {
+  const Experts e = checkedExperts(args, "expert_balance", 0, 0);
+  double *load = args.scratch<double>(e.count), *weight = args.scratch<double>(e.count);
+  measure(e, args, load, weight);
+  double product = 0, chosen = 0;
+  for (int i = 0; i < e.count; ++i) {
+    product += load[i] * weight[i];
+    chosen += load[i];
+  }
+  args.out[0].f32()[0] = static_cast<float>(e.count * product - chosen);
+}
+
+void expertBalanceGrad(const KernelArgs& args) {
+  const Experts e = checkedExperts(args, "expert_balance_grad", 1, 0);
+  double *load = args.scratch<double>(e.count), *weight = args.scratch<double>(e.count);
+  measure(e, args, load, weight);
+  const double factor = args.in[0].f32()[0] * static_cast<double>(e.count) / static_cast<double>(std::max<int64_t>(e.rows, 1));
+  float* dz = args.out[0].f32();
+  forChunks(e.rows, rowsPerChunk(int64_t{e.count} * e.count), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t n = begin; n < end; ++n) {
+      const auto row = e.row(n, e.segmentOf(n));
+      const ExpertWeights weights(row);
+      double mean = 0;
+      for (int i = 0; i < e.count; ++i) mean += load[i] * weights.weight(i);
+      for (int i = 0; i < e.count; ++i) {
+        dz[n * e.count + i] = static_cast<float>(factor * weights.weight(i) * (load[i] - mean));
+      }
+    }
+  });
+}
+
+}  // namespace elastiform::cpu

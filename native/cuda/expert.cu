@@ -1,0 +1,206 @@
+// Experts: which rows choose one, its gates, and the loss that balances the load of all. A thread has a row.
+#include "ops/expert.h"
+
+#include "cuda/attention.cuh"
+#include "cuda/collectives.cuh"
+#include "cuda/kernels.h"
+
+namespace elastiform::ELASTIFORM_DEVICE {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+struct GlobalScores {
+  const float* z;
+  DEVICE float operator()(int i) const { return ldGlobal(z + i); }
+};
+
+struct Experts {
+  Operand z, offsets, share;
+  int input;  // where z stands among the op's inputs; offsets and share follow
+  ExpertRule rule;
+
+  DEVICE int rows() const { return z.size(0); }
+  DEVICE int count() const { return z.size(1); }
+  DEVICE ExpertRow<GlobalScores> row(int n) const {
+    const int segment = segmentOf(offsets.i32(), offsets.size(0) - 1, n);
+    return {{z.f32() + int64_t{n} * count()}, count(), rule, ldGlobal(share.f32() + segment)};
+  }
+  DEVICE void check(int n, const StepState& state) const {
+    for (int i = 0; i < count(); ++i) {
+      const int64_t at = int64_t{n} * count() + i;
+      const float score = ldGlobal(z.f32() + at);
+      if (score != score) state.report(Fault::NaN, input, static_cast<double>(at), 0, 0, 0);
+    }
+  }
+};
+
+// Before kernels that believe the data.
+__global__ void __launch_bounds__(kThreads, 4) checkKernel(Experts e, StepState state) {
+  if (state.faulted()) return;
+  const int first = blockIdx.x * kThreads + threadIdx.x, segments = e.offsets.size(0) - 1;
+  if (e.share.size(0) != segments) {
+    if (first == 0) state.report(Fault::Segments, e.input + 2, 0, 0, segments, e.share.size(0));
+    return;
+  }
+  for (int s = first; s < segments; s += gridDim.x * kThreads) {
+    const float share = ldGlobal(e.share.f32() + s);
+    if (!(share >= 0 && share <= 1)) state.report(Fault::Range, e.input + 2, s, 0, 1, share);
+  }
+  for (int n = first; n < e.rows(); n += gridDim.x * kThreads) e.check(n, state);
+}
+
+__global__ void __launch_bounds__(kThreads, 4) choiceKernel(Experts e, int expert, Operand y, StepState state) {
+  if (state.faulted()) return;
+  for (int n = blockIdx.x * kThreads + threadIdx.x; n < e.rows(); n += gridDim.x * kThreads) {
+    stGlobal(y.f32() + n, e.row(n).chosen(expert) ? 1.f : 0.f);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    gateKernel(Experts e, int expert, ExpertGate mode, Operand rows, Operand g, StepState state) {
+  if (state.faulted()) return;
+  for (int r = blockIdx.x * kThreads + threadIdx.x; r < rows.size(0); r += gridDim.x * kThreads) {
+    const auto row = e.row(ldGlobal(rows.i32() + r));
+    stGlobal(g.f32() + r, static_cast<float>(ExpertWeights(row).gate(mode, expert)));
+  }
+}
+
+// dz is zero but for `rows`, which come after.
+__global__ void __launch_bounds__(kThreads, 4) clearKernel(Operand dz, StepState state) {
+  if (state.faulted()) return;
+  const int64_t count = dz.elements(), step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) stGlobal(dz.f32() + i, 0.f);
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    gateGradKernel(Experts e, int expert, ExpertGate mode, Operand dg, Operand rows, Operand dz, StepState state) {
+  if (state.faulted()) return;
+  for (int r = blockIdx.x * kThreads + threadIdx.x; r < rows.size(0); r += gridDim.x * kThreads) {
+    const int n = ldGlobal(rows.i32() + r);
+    const auto row = e.row(n);
+    const float slope = ldGlobal(dg.f32() + r);
+    float* to = dz.f32() + int64_t{n} * e.count();
+    ExpertWeights(row).gateSlopes(mode, expert, [&](int i, double s) { stGlobal(to + i, static_cast<float>(slope * s)); });
+  }
+}
+
+struct MeasureShared {
+  double partial[kThreads / 32];
+};
+
+// load[i] and weight[i]: the share of rows that choose expert i, and the mean of its softmax. A block has an expert.
+__global__ void __launch_bounds__(kThreads, 2)
+    measureKernel(Experts e, double* load, double* weight, StepState state) {
+  SHARED_MEMORY(MeasureShared, s);
+  if (state.faulted()) return;
+  const double rows = max(e.rows(), 1);
+  for (int i = blockIdx.x; i < e.count(); i += gridDim.x) {
+    double chosen = 0, sum = 0;
+    for (int n = threadIdx.x; n < e.rows(); n += kThreads) {
+      const auto row = e.row(n);
+      chosen += row.chosen(i);
+      sum += ExpertWeights(row).weight(i);
+    }
+    chosen = blockTotal(chosen, s.partial);
+    sum = blockTotal(sum, s.partial);
+    if (threadIdx.x > 0) continue;
+    stGlobal(load + i, chosen / rows);
+    stGlobal(weight + i, sum / rows);
+  }
+}
+
+__global__ void __launch_bounds__(32, 1)
+    balanceKernel(Experts e, const double* load, const double* weight, Operand loss, StepState state) {
+  if (state.faulted()) return;
+  double product = 0, chosen = 0;
+  for (int i = laneId(); i < e.count(); i += 32) {
+    product += ldGlobal(load + i) * ldGlobal(weight + i);
+    chosen += ldGlobal(load + i);
+  }
+  product = warpTotal(product);
+  chosen = warpTotal(chosen);
+  if (laneId() == 0) stGlobal(loss.f32(), static_cast<float>(e.count() * product - chosen));
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    balanceGradKernel(Experts e, const double* load, Operand dloss, Operand dz, StepState state) {
+  if (state.faulted()) return;
+  const double factor = ldGlobal(dloss.f32()) * static_cast<double>(e.count()) / max(e.rows(), 1);
+  for (int n = blockIdx.x * kThreads + threadIdx.x; n < e.rows(); n += gridDim.x * kThreads) {
+    const auto row = e.row(n);
+    const ExpertWeights weights(row);
+    double mean = 0;
+    for (int i = 0; i < e.count(); ++i) mean += ldGlobal(load + i) * weights.weight(i);
+    for (int i = 0; i < e.count(); ++i) {
+      stGlobal(dz.f32() + int64_t{n} * e.count() + i,
+               static_cast<float>(factor * weights.weight(i) * (ldGlobal(load + i) - mean)));
+    }
+  }
+}
+
+// Checks the inputs, which stand from `input`.
+Experts checkedExperts(const Launch& launch, int input, int ruleAttribute) {
+  const auto rule = static_cast<ExpertRule>(launch.intAttribute(ruleAttribute, "rule", 0, 1));
+  const Experts e{launch.in[input], launch.in[input + 1], launch.in[input + 2], input, rule};
+  checkOffsets(launch, input + 1, e.z, 0);
+  LAUNCH(checkKernel, launch.blocks(e.z.bound[0], kThreads), kThreads, 0, launch.stream, e, launch.state);
+  return e;
+}
+
+int expertAttribute(const Launch& launch, const Experts& e) {
+  return static_cast<int>(launch.intAttribute(0, "expert", 0, e.z.bound[1] - 1));
+}
+ExpertGate modeAttribute(const Launch& launch) { return static_cast<ExpertGate>(launch.intAttribute(2, "mode", 0, 2)); }
+
+struct Measured {
+  double *load, *weight;
+};
+Measured measure(const Launch& launch, const Experts& e) {
+  const int64_t count = e.z.bound[1];
+  const Measured m{launch.scratch<double>(count), launch.scratch<double>(count)};
+  LAUNCH(measureKernel, launch.blocks(count, 1), kThreads, sizeof(MeasureShared), launch.stream, e, m.load, m.weight,
+         launch.state);
+  return m;
+}
+
+}  // namespace
+
+void expertChoice(const Launch& launch) {
+  const Experts e = checkedExperts(launch, 0, 1);
+  LAUNCH(choiceKernel, launch.blocks(e.z.bound[0], kThreads), kThreads, 0, launch.stream, e, expertAttribute(launch, e),
+         launch.out[0], launch.state);
+}
+
+void expertGate(const Launch& launch) {
+  const Experts e = checkedExperts(launch, 0, 1);
+  const Operand& rows = launch.in[3];
+  checkRows(launch, 3, e.z, 0);
+  LAUNCH(gateKernel, launch.blocks(rows.bound[0], kThreads), kThreads, 0, launch.stream, e, expertAttribute(launch, e),
+         modeAttribute(launch), rows, launch.out[0], launch.state);
+}
+
+void expertGateGrad(const Launch& launch) {
+  const Experts e = checkedExperts(launch, 1, 1);
+  const Operand &dg = launch.in[0], &rows = launch.in[4], &dz = launch.out[0];
+  checkRows(launch, 4, e.z, 0);
+  LAUNCH(clearKernel, launch.blocks(dz.boundElements(), kThreads), kThreads, 0, launch.stream, dz, launch.state);
+  LAUNCH(gateGradKernel, launch.blocks(rows.bound[0], kThreads), kThreads, 0, launch.stream, e,
+         expertAttribute(launch, e), modeAttribute(launch), dg, rows, dz, launch.state);
+}
+
+void expertBalance(const Launch& launch) {
+  const Experts e = checkedExperts(launch, 0, 0);
+  const Measured m = measure(launch, e);
+  LAUNCH(balanceKernel, 1, 32, 0, launch.stream, e, m.load, m.weight, launch.out[0], launch.state);
+}
+
+void expertBalanceGrad(const Launch& launch) {
+  const Experts e = checkedExperts(launch, 1, 0);
+  const Measured m = measure(launch, e);
+  LAUNCH(balanceGradKernel, launch.blocks(e.z.bound[0], kThreads), kThreads, 0, launch.stream, e, m.load, launch.in[0],
+         launch.out[0], launch.state);
+}
+
+}  // namespace elastiform::ELASTIFORM_DEVICE

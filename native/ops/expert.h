@@ -1,0 +1,97 @@
+// Which experts (attention heads, blocks of a feed-forward layer) a row chooses by its scores, for the kernels of every
+// device.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define ELASTIFORM_EXPERT __host__ __device__ __forceinline__
+#else
+#define ELASTIFORM_EXPERT inline
+#endif
+
+namespace elastiform {
+
+// How a share becomes a number of experts: so many of all, or until so much of the softmax is covered (XMoE,
+// arXiv 2403.18926).
+enum class ExpertRule { TopK = 0, Mass = 1 };
+
+// The value of an expert's gate, w being the softmax of the row's E scores: 1, with the gradient of log w; E w; or
+// E w / (sum of w over the chosen).
+enum class ExpertGate { StraightThrough = 0, Softmax = 1, Renormalised = 2 };
+
+// One row of scores. scores(i) is the i-th of `count`, none NaN. Experts come in the order of falling scores, ties to the
+// lower index.
+template <typename Scores>
+struct ExpertRow {
+  Scores scores;
+  int count;
+  ExpertRule rule;
+  float share;  // in [0, 1]
+
+  ELASTIFORM_EXPERT double top() const {
+    float best = scores(0);
+    for (int i = 1; i < count; ++i) best = scores(i) > best ? scores(i) : best;
+    return best;
+  }
+  // Of the softmax, relative to the largest; equal scores of minus infinity are alike.
+  ELASTIFORM_EXPERT double exponential(int i, double top) const {
+    const double score = scores(i);
+    return score == top ? 1.0 : exp(score - top);
+  }
+  ELASTIFORM_EXPERT double total(double top) const {
+    double sum = 0;
+    for (int i = 0; i < count; ++i) sum += exponential(i, top);
+    return sum;
+  }
+
+  ELASTIFORM_EXPERT bool chosen(int expert) const {
+    const float own = scores(expert);
+    const auto before = [&](int i) { return scores(i) > own || (scores(i) == own && i < expert); };
+    if (rule == ExpertRule::TopK) {
+      int rank = 0;
+      for (int i = 0; i < count; ++i) rank += before(i);
+      return rank < ceil(static_cast<double>(share) * count - 1e-6);  // forgives the rounding of 0.1 to f32
+    }
+    if (share >= 1) return true;
+    const double highest = top();
+    double mass = 0;
+    for (int i = 0; i < count; ++i) mass += before(i) ? exponential(i, highest) : 0;
+    return mass < share * total(highest);
+  }
+};
+
+// The softmax of a row, and what gates make of it.
+template <typename Scores>
+struct ExpertWeights {
+  const ExpertRow<Scores>& row;
+  double top, total;
+
+  ELASTIFORM_EXPERT explicit ExpertWeights(const ExpertRow<Scores>& row)
+      : row(row), top(row.top()), total(row.total(top)) {}
+  ELASTIFORM_EXPERT double weight(int i) const { return row.exponential(i, top) / total; }
+
+  // The sum over those that are chosen.
+  ELASTIFORM_EXPERT double chosen() const {
+    double sum = 0;
+    for (int i = 0; i < row.count; ++i) sum += row.chosen(i) ? weight(i) : 0;
+    return sum;
+  }
+  ELASTIFORM_EXPERT double gate(ExpertGate mode, int expert) const {
+    if (mode == ExpertGate::StraightThrough) return 1;
+    return row.count * weight(expert) / (mode == ExpertGate::Renormalised ? chosen() : 1);
+  }
+  // Calls store(i, d gate / d scores(i)) for every i; of log w where the gate is straight-through. `expert` is chosen.
+  template <typename Store>
+  ELASTIFORM_EXPERT void gateSlopes(ExpertGate mode, int expert, const Store& store) const {
+    const bool renormalised = mode == ExpertGate::Renormalised;
+    const double all = renormalised ? chosen() : 1;
+    const double scale = mode == ExpertGate::StraightThrough ? 1 : row.count * weight(expert) / all;
+    for (int i = 0; i < row.count; ++i) {
+      const double other = renormalised && !row.chosen(i) ? 0 : weight(i) / all;
+      store(i, scale * ((i == expert) - other));
+    }
+  }
+};
+
+}  // namespace elastiform
