@@ -37,7 +37,7 @@ export const scoreFeed = (id: string): string => `score.${id}`;
 const gateMode = (mode: GateMode): 0 | 1 | 2 => gateModes.indexOf(mode) as 0 | 1 | 2;
 
 const gated = (selected: RowSelection, z: Node, mode: GateMode): RowSelection =>
-  mode === 'straight-through' ? selected : { ...selected, gate: gate(z, selected.rows, gateMode(mode)) };
+  mode === 'straight-through' ? selected : { ...selected, gate: (rows) => gate(z, rows, gateMode(mode)) };
 
 const routed = (policy: Pick<ElasticPolicy, 'tokens'>, s: SubLayer): boolean =>
   policy.tokens[s.place]?.layers.includes(s.layer) ?? false;

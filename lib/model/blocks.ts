@@ -4,7 +4,9 @@ import {
   add,
   attention,
   attentionCached,
+  boundOf,
   embedding,
+  gatedActivation,
   gatherIds,
   layerNorm,
   linear,
@@ -12,7 +14,9 @@ import {
   linearGated,
   rmsNorm,
   rope,
+  zeros,
 } from '../graph/index.js';
+import { InvalidArgumentError } from '../native/errors.js';
 import type { Place, RowSelection, Selector } from './select.js';
 import type { ModelSpec } from './spec.js';
 import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
@@ -74,7 +78,7 @@ function enter(context: BlockContext, layer: number, place: Place, residual: Nod
 
 // Adds the sub-layer's output to the rows that entered.
 function leave(residual: Node, y: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
-  return linearAdd(residual, y, weight, { bias, rows: selection?.rows, gate: selection?.gate });
+  return linearAdd(residual, y, weight, { bias, rows: selection?.rows, gate: selection?.gate?.(selection.rows) });
 }
 
 /**
@@ -127,9 +131,47 @@ export function feedForwardBlock(
   { norm2, gate, up, down }: LayerWeights<Node>,
 ): Node {
   const { act } = context.spec;
-  const { x, gather: rows, selection } = enter(context, layer, 'mlp', residual, norm2);
-  const hidden = gate
-    ? linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows })
-    : linear(x, up.weight, { bias: up.bias, act, rows });
-  return leave(residual, hidden, down, selection);
+  const { x, gather, selection } = enter(context, layer, 'mlp', residual, norm2);
+  const hidden = (up: Affine<Node>, gate: Affine<Node> | undefined, rows: Node | null) =>
+    gate
+      ? linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows })
+      : linear(x, up.weight, { bias: up.bias, act, rows });
+  const offsets = selection?.offsets ?? context.offsets;
+  const blocks = context.selector.blocks?.({ layer, x, gather, offsets });
+  if (!blocks) return leave(residual, hidden(up, gate, gather), down, selection);
+
+  // A sum over blocks of units: each reads and adds to the rows that chose it, one block after the other.
+  const { graph } = context;
+  const part = (axis: 0 | 1, i: number, { weight, bias }: Affine<Node>): Affine<Node> => ({
+    weight: weightPart(graph, weight, axis, i, blocks.length),
+    ...(bias && axis === 0 && { bias: weightPart(graph, bias, 0, i, blocks.length) }),
+  });
+  let y = residual;
+  for (const [i, { rows, gate: factor }] of blocks.entries()) {
+    const at = selection ? gatherIds(selection.rows, rows) : rows;
+    const units = hidden(part(0, i, up), gate && part(0, i, gate), gather ? at : rows);
+    const token = selection?.gate?.(at);
+    const both = token && factor ? gatedActivation(token, factor, 'none') : (token ?? factor);
+    y = linearAdd(y, units, part(1, i, down).weight, { rows: at, gate: both });
+  }
+  return down.bias ? graph.tag(`${graph.currentTag}.bias`, () => addBias(y, down, selection ?? null)) : y;
+}
+
+/** Part `i` of `count` of a bound weight. */
+function weightPart(graph: Graph, weight: Node, axis: 0 | 1, i: number, count: number): Node {
+  const tensor = weight.leaf?.kind === 'weight' ? weight.leaf.tensor : null;
+  if (!tensor) throw new InvalidArgumentError('[model] only frozen weights can be cut into blocks');
+  return graph.weight(tensor.part(axis, i, count), `${weight.name} ${i}/${count}`);
+}
+
+// Once for every row that entered, whatever it chose: a product with zeros that has the bias.
+function addBias(residual: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
+  const count = selection ? selection.rows.shape[0] : residual.shape[0];
+  const rows = selection?.rows;
+  const column = weightPart(residual.graph, weight, 1, 0, boundOf(weight.shape[1]));
+  return linearAdd(residual, zeros(residual.graph, [count, 1]), column, {
+    bias,
+    rows,
+    gate: selection?.gate?.(selection.rows),
+  });
 }

@@ -13,8 +13,27 @@ export interface RowSelection {
   readonly offsets: Node;
   /** Whether rows that do not enter attention still have keys and values; default no. */
   readonly allKeys?: boolean;
-  /** Factor of what each selected row adds to the residual stream, f32 [R]; absent: 1. */
+  /** Factor of what selected rows, i32 [R], add to the residual stream, f32 [R]; absent: 1. */
+  readonly gate?: (rows: Node) => Node;
+}
+
+/** Rows that chose one block of a feed-forward layer. */
+export interface BlockSelection {
+  /** Ascending indices into the rows that entered the layer, i32 [R]. */
+  readonly rows: Node;
+  /** Factor of what each of them adds to the residual stream, f32 [R]; absent: 1. */
   readonly gate?: Node;
+}
+
+/** The rows that entered a feed-forward layer, as its products read them. */
+export interface EnteredRows {
+  readonly layer: number;
+  /** Normalised, f32 [N or R, D]. */
+  readonly x: Node;
+  /** Which rows of `x` entered, i32 [R]; null: all. */
+  readonly gather: Node | null;
+  /** Their segments, i32 [S + 1]. */
+  readonly offsets: Node;
 }
 
 /** What a selector sees of the sub-layer it decides about. */
@@ -35,6 +54,8 @@ export interface Selector {
   runs(layer: number, place: Place): boolean;
   /** The rows that enter a sub-layer; null: all. */
   rows(subLayer: SubLayer): RowSelection | null;
+  /** Of a feed-forward layer cut into as many blocks of equal width, who chose each; null or absent: not cut. */
+  blocks?(entered: EnteredRows): readonly BlockSelection[] | null;
 }
 
 /** The backbone as it is. */

@@ -50,6 +50,7 @@ export interface NativeTensor {
   readonly writable: boolean;
   readonly disposed: boolean;
   slice(elementOffset: number, shape: readonly number[], strides?: readonly number[]): NativeTensor;
+  part(axis: number, index: number, count: number): NativeTensor;
   setPackAs(dtype: DType): void;
   read(): TypedArray;
   readFloat(): Float32Array;

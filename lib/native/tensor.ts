@@ -44,6 +44,7 @@ export class Tensor implements Disposable {
   readonly dtype: DType;
   readonly shape: readonly number[];
   readonly writable: boolean;
+  readonly #parts = new Map<string, Tensor>();
 
   private constructor(native: NativeTensor) {
     this.native = native;
@@ -84,6 +85,20 @@ export class Tensor implements Disposable {
     return wrapNative(() => new Tensor(this.native.slice(elementOffset, shape, strides)));
   }
 
+  /**
+   * Part `index` of `count` equal parts along an axis of a matrix, as a slice that lives as long as this tensor: the same
+   * object at every call, so that programs share its packed copy.
+   */
+  part(axis: 0 | 1, index: number, count: number): Tensor {
+    const key = `${axis} ${index} ${count}`;
+    let part = this.#parts.get(key);
+    if (!part) {
+      part = wrapNative(() => new Tensor(this.native.part(axis, index, count)));
+      this.#parts.set(key, part);
+    }
+    return part;
+  }
+
   /** Element type of the packed copy that matrix products make of this weight. Before its first use. */
   setPackAs(dtype: DType): void {
     wrapNative(() => this.native.setPackAs(dtype));
@@ -106,6 +121,7 @@ export class Tensor implements Disposable {
 
   /** Ends the use of this object; idempotent. A run that uses the tensor goes on safely. */
   dispose(): void {
+    for (const part of this.#parts.values()) part.dispose();
     this.native.dispose();
   }
 

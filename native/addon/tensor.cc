@@ -140,6 +140,7 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
                         InstanceAccessor<&TensorObject::writable>("writable"),
                         InstanceAccessor<&TensorObject::disposed>("disposed"),
                         InstanceMethod<&TensorObject::slice>("slice"),
+                        InstanceMethod<&TensorObject::part>("part"),
                         InstanceMethod<&TensorObject::setPackAs>("setPackAs"),
                         InstanceMethod<&TensorObject::read>("read"),
                         InstanceMethod<&TensorObject::readFloat>("readFloat"),
@@ -287,6 +288,27 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
       }
       auto tensor = makeTensor(from.storage, from.dtype, layout,
                                from.byteOffset + static_cast<size_t>(offset) * dtypeSize(from.dtype));
+      tensor->packAs = from.packAs;
+      return wrap(call.Env(), std::move(tensor));
+    });
+  }
+
+  Napi::Value part(const Napi::CallbackInfo& call) {
+    return guarded(call.Env(), [&] {
+      const Tensor& from = *alive();
+      const int64_t axis = integerArgument(call[0], "[Tensor.part] axis", 0, from.rank - 1);
+      const int64_t extent = from.shape[axis];
+      const int64_t count = integerArgument(call[2], "[Tensor.part] count", 1, std::max<int64_t>(extent, 1));
+      const int64_t index = integerArgument(call[1], "[Tensor.part] index", 0, count - 1);
+      if (extent % count != 0) {
+        fail(ErrorCode::InvalidArgument, "[Tensor.part] %lld parts must divide axis %lld of size %lld",
+             static_cast<long long>(count), static_cast<long long>(axis), static_cast<long long>(extent));
+      }
+      Layout whole = layoutOf(from);
+      whole.shape[axis] = extent / count;
+      const Layout layout = makeLayout(std::move(whole.shape), std::move(whole.strides), "Tensor.part");
+      const auto offset = static_cast<size_t>(index * layout.shape[axis] * layout.strides[axis]);
+      auto tensor = makeTensor(from.storage, from.dtype, layout, from.byteOffset + offset * dtypeSize(from.dtype));
       tensor->packAs = from.packAs;
       return wrap(call.Env(), std::move(tensor));
     });

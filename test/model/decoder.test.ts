@@ -124,6 +124,83 @@ describe.each(models)('%s', (name) => {
     }
   });
 
+  it('is the sum of the blocks of its feed-forward layers', async () => {
+    const everyRow = Int32Array.from(golden.ids, (_, i) => i);
+    const some = everyRow.filter((row) => row % 3 !== 1);
+    const someOffsets = Int32Array.from(golden.offsets, (end) => some.filter((row) => row < end).length);
+    const cut = (count: number, chosen: (block: number) => Int32Array, selected = false) => {
+      const feeds: Record<string, TypedArray> = selected ? { some, someOffsets } : {};
+      const select = (graph: Graph): Selector => ({
+        runs: () => true,
+        rows: ({ place }) =>
+          selected && place === 'mlp'
+            ? {
+                rows: graph.feed('some', 'i32', [some.length]),
+                offsets: graph.feed('someOffsets', 'i32', [someOffsets.length]),
+              }
+            : null,
+        blocks: () =>
+          Array.from({ length: count }, (_, block) => {
+            feeds[`block${block}`] = chosen(block);
+            return { rows: graph.feed(`block${block}`, 'i32', [chosen(block).length]) };
+          }),
+      });
+      return forward(spec, weights, sequences, select, feeds);
+    };
+    const { perLayer } = forwardFlops(spec, lengths);
+    for (const count of [1, 2, 4]) {
+      const { outputs, counters } = await cut(count, () => everyRow);
+      expect(largestDifference(outputs.logits, golden.logits)).toBeLessThan(1e-4);
+      expect(counters['L1.mlp']).toEqual({ flops: perLayer.mlp, rows: count * golden.ids.length });
+    }
+
+    // One of two blocks gives the model whose other units have zero weights.
+    const zeroed: Tensor[] = [];
+    const firstHalf = (tensor: Tensor): Tensor => {
+      const data = tensor.readFloat();
+      data.fill(0, data.length / 2);
+      zeroed.push(Tensor.fromData('f32', tensor.shape, data));
+      return zeroed.at(-1)!;
+    };
+    const halved: DecoderTensors = {
+      ...weights,
+      layers: weights.layers.map((layer) => ({
+        ...layer,
+        up: { weight: firstHalf(layer.up.weight), ...(layer.up.bias && { bias: firstHalf(layer.up.bias) }) },
+      })),
+    };
+    const wanted = await forward(spec, halved, sequences);
+    // Only the first row of the last sequence chooses the other block.
+    const last = golden.offsets.at(-2)!;
+    const half = await cut(2, (block) => (block === 0 ? everyRow : Int32Array.of(last)));
+    const before = last * spec.vocab;
+    expect(
+      largestDifference(half.outputs.logits.slice(0, before), wanted.outputs.logits.slice(0, before)),
+    ).toBeLessThan(1e-4);
+    expect(largestDifference(half.outputs.logits, wanted.outputs.logits)).toBeGreaterThan(1e-3);
+    for (const tensor of zeroed) tensor.dispose();
+
+    // Among rows that were selected, and all of those in every block.
+    const tokens = await forward(
+      spec,
+      weights,
+      sequences,
+      (graph) => ({
+        runs: () => true,
+        rows: ({ place }) =>
+          place === 'mlp'
+            ? {
+                rows: graph.feed('some', 'i32', [some.length]),
+                offsets: graph.feed('someOffsets', 'i32', [someOffsets.length]),
+              }
+            : null,
+      }),
+      { some, someOffsets },
+    );
+    const both = await cut(2, () => everyRow.subarray(0, some.length), true);
+    expect(largestDifference(both.outputs.logits, tokens.outputs.logits)).toBeLessThan(1e-4);
+  });
+
   it('continues from caches', async () => {
     const segments = lengths.length;
     const width = spec.kvHeads * spec.headDim;
@@ -213,7 +290,7 @@ describe.each(goldenNames('routed-raw.safetensors'))('%s with rows given', (name
         return {
           rows: graph.feed(`${id}.rows`, 'i32', [rows.length]),
           offsets: graph.feed(`${id}.offsets`, 'i32', [golden.offsets.length]),
-          gate: graph.feed(`${id}.gate`, 'f32', [rows.length]),
+          gate: () => graph.feed(`${id}.gate`, 'f32', [rows.length]),
         };
       },
     });
