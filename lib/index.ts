@@ -12,7 +12,7 @@ export {
   type Recipe,
   type TrainCapacity,
 } from './elastic/elastify.js';
-export type { AttentionKeys, ElasticSpec, GateMode, Level, TokenCapacity } from './elastic/policy.js';
+export type { AttentionKeys, Axis, Capacity, ElasticSpec, GateMode, Level } from './elastic/policy.js';
 export {
   type Baseline,
   type EvalDocument,

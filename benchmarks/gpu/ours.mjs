@@ -318,7 +318,7 @@ const groups = {
       trainable.params.write(random(trainable.plan.size).map((value) => 0.02 * value));
       const { rows, segments } = shape;
       const model = { spec, weights, policy, trainable, engine, batchTokens: rows };
-      const program = own(trainProgram(model, { kl: 1, topkBce: 0 }));
+      const program = own(trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 }));
       const graph = new Graph();
       const [p, g, m, v] = ['params', 'grads', 'm', 'v'].map((name) => graph.state(trainable[name], name));
       graph.output('norm', adamw(p, g, m, v, graph.feed('hyper', 'f32', [8]), trainable.plan.decayCount));

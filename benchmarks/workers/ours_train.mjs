@@ -106,7 +106,7 @@ await serve({
     trainable = new Trainable(routerPlan(policy));
     settings = { policy, capacity };
     const model = { spec, weights, policy, trainable, engine, batchTokens: rows };
-    step = trainProgram(model, { kl: 1, topkBce: 0 }, { recompute });
+    step = trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 }, { recompute });
     fs.mkdirSync(scratch, { recursive: true });
     process.on('exit', () => fs.rmSync(scratch, { recursive: true, force: true }));
     startTraining({ spec, engine, rows, lr, scratch });

@@ -6,12 +6,14 @@ import { percent } from './shared.js';
 
 export const elastifyCommand: Command = {
   name: 'elastify',
-  summary: 'Attach token routers to a pretrained model and write the plan that `distill` trains.',
+  summary: 'Attach routers to a pretrained model and write the plan that `distill` trains.',
   positionals: '<model>',
   flags: {
     out: { type: 'string', short: 'o', value: 'DIR', help: 'directory to write (required)' },
     attn: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train attention for (default: 0.3:1)' },
     mlp: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train the FFN for (default: 0.3:1)' },
+    blocks: { type: 'string', value: 'N', help: 'cut the FFN into N blocks, of which every token uses a share' },
+    'block-share': { type: 'string', value: 'C|LOW:HIGH', help: 'share of blocks to train for (default: 0.3:1)' },
     layers: { type: 'string', value: 'all|even|0,1,...', help: 'layers to route (default: all)' },
     keys: {
       type: 'string',
@@ -26,6 +28,9 @@ export const elastifyCommand: Command = {
     if (out === undefined) throw new UsageError('[cli] elastify needs --out, the directory to write');
     const attn = capacity(flags, 'attn');
     const mlp = capacity(flags, 'mlp');
+    const count = flags.integer('blocks', { min: 2 });
+    const share = capacity(flags, 'block-share');
+    if (share !== undefined && count === undefined) throw new UsageError('[cli] --block-share needs --blocks');
     const layers = flags.string('layers');
     const keys = flags.choice('keys', attentionKeys);
     const gate = flags.choice('gate', gateModes);
@@ -34,6 +39,7 @@ export const elastifyCommand: Command = {
       ...(attn !== undefined || mlp !== undefined
         ? { tokens: { ...(attn !== undefined && { attn }), ...(mlp !== undefined && { mlp }) } }
         : {}),
+      ...(count === undefined ? {} : { blocks: { count, ...(share !== undefined && { share }) } }),
       ...(layers === undefined ? {} : { layers: layers === 'all' || layers === 'even' ? layers : layerIds(layers) }),
       ...(keys ? { keys } : {}),
       ...(gate ? { gate } : {}),

@@ -1,7 +1,6 @@
 // How a share of tokens is divided among sub-layers: a little to those that can spare it, by measured divergence.
 import { flopsRatio } from '../elastic/budget.js';
-import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
-import { type Place, places } from '../model/select.js';
+import { type Axis, axes, type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
 import type { DivergenceProbe } from './probe.js';
@@ -39,26 +38,27 @@ export async function sensitivities(
 }
 
 /**
- * Capacities to train at whose mean over the routers of a place is `mean[place]`: sigmoid(sensitivity - level), so that a
+ * Capacities to train at whose mean over the routers of an axis is `mean[axis]`: sigmoid(sensitivity - level), so that a
  * sub-layer nothing can spare stays nearly whole while others give up more, and every router sees many capacities.
  */
 export function shapedCapacities(
   sensitivity: readonly number[],
   policy: ElasticPolicy,
-  mean: Readonly<Record<Place, number>>,
+  mean: Readonly<Partial<Record<Axis, number>>>,
 ): number[] {
   const routers = routerPlaces(policy);
   const capacities = Array<number>(routers.length).fill(1);
-  for (const place of places) {
-    const own = routers.flatMap((router, i) => (router.place === place ? [i] : []));
-    if (own.length === 0 || mean[place] >= 1) continue;
+  for (const axis of axes) {
+    const own = routers.flatMap((router, i) => (router.axis === axis ? [i] : []));
+    const wanted = mean[axis] ?? 1;
+    if (own.length === 0 || wanted >= 1) continue;
     const shares = (level: number) => own.map((i) => 1 / (1 + Math.exp(level - sensitivity[i])));
     const all = own.map((i) => sensitivity[i]);
     let [low, high] = [Math.min(...all) - 40, Math.max(...all) + 40];
     for (let step = 0; step < 60; step++) {
       const middle = (low + high) / 2;
       const got = shares(middle).reduce((a, b) => a + b, 0) / own.length;
-      if (got > mean[place]) low = middle;
+      if (got > wanted) low = middle;
       else high = middle;
     }
     shares(high).forEach((share, k) => {
@@ -104,7 +104,9 @@ export async function allocationPath(
   const measure = async (i: number): Promise<Candidate> => {
     const from = steps.indexOf(at[i]);
     let best: Candidate | null = null;
-    for (const to of steps.slice(from + 1, from + 3)) {
+    // A feed-forward without any block is one that no token enters, which is for the router of tokens to say.
+    const least = routers[i].axis === 'blocks' ? 1 : 0;
+    for (const to of steps.slice(from + 1, Math.min(from + 3, steps.length - least))) {
       const capacities = at.with(i, to);
       const measured = await probe.measure(capacities, signal);
       const slope = (measured.kl - kl) / (cost(at) - cost(capacities));
@@ -122,7 +124,7 @@ export async function allocationPath(
     at = at.with(i, best.to);
     kl = best.kl;
     path.push(at);
-    if (best.to === 0) candidates.delete(i);
+    if (best.to === (routers[i].axis === 'blocks' ? steps.at(-2) : 0)) candidates.delete(i);
     else candidates.set(i, { ...best, age: -1 });
     await onProgress?.(Math.round(100 * Math.min(1, (start - cost(at)) / (start - least))), 100);
   }

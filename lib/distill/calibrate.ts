@@ -1,6 +1,6 @@
 // Calibration: the path along which compute is taken away, quantiles of router logits on it, and a check of thresholds.
 import { flopsRatio, pointOnPath } from '../elastic/budget.js';
-import { type Calibration, meanCapacity, routerPlaces, thresholds } from '../elastic/policy.js';
+import { type Calibration, meanCapacity, type RouterPlace, routerPlaces, thresholds } from '../elastic/policy.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import { allocationPath } from './allocate.js';
 import { batchRun, firstBatches } from './batches.js';
@@ -39,14 +39,16 @@ export async function calibrate(
 ): Promise<{ calibration: Calibration; warnings: Warning[] }> {
   const { policy, spec } = model;
   const batches = firstBatches(data, model.batchTokens, tokens, seed);
-  const ids = routerPlaces(policy).map((r) => r.id);
+  const routers = routerPlaces(policy);
+  const ids = routers.flatMap(({ id, axis }) => (axis === 'blocks' ? [] : [id]));
   const count = batches.reduce((sum, batch) => sum + batch.ids.length, 0);
   const length = typicalLength(batches);
 
-  using program = logitsProgram(model);
-  /** Logits of every router, sorted, with all at these capacities. */
+  using program = ids.length > 0 ? logitsProgram(model) : null;
+  /** Logits of every router of tokens, sorted, with all at these capacities. */
   const sortedLogits = async (capacities: readonly number[]): Promise<Map<string, Float32Array>> => {
     const logits = new Map(ids.map((id) => [id, new Float32Array(count)]));
+    if (!program) return logits;
     let at = 0;
     for (const batch of batches) {
       const { dims, feeds } = batchRun(batch);
@@ -62,9 +64,9 @@ export async function calibrate(
     return logits;
   };
 
-  const full = await sortedLogits(ids.map(() => 1));
+  const full = await sortedLogits(routers.map(() => 1));
   const collapsed = new Set([...full].filter(([, z]) => z[count - 1] - z[0] < leastSpread).map(([id]) => id));
-  const lowest = routerPlaces(policy).map(({ place }) => reach * policy.capacity[place]![0]);
+  const lowest = routers.map(({ axis }) => (axis === 'blocks' ? 1 : reach) * policy.capacity[axis]![0]);
   const path = await allocationPath(probe, spec, policy, (id) => !collapsed.has(id), {
     length,
     least: flopsRatio(spec, policy, lowest, length),
@@ -132,8 +134,9 @@ async function offTarget(
   const { policy } = model;
   const capacities = onPath(calibration.path, calibration.capacities[Math.floor(calibration.capacities.length / 2)]);
   const wanted = thresholds(policy, calibration, capacities);
-  // Where no router has to choose there is nothing to miss, and nothing to run.
-  if (![...wanted.values()].some(Number.isFinite)) return [];
+  // Where no router has to choose tokens there is nothing to miss, and nothing to run.
+  const chooses = ({ id, axis }: RouterPlace) => axis !== 'blocks' && Number.isFinite(wanted.get(id));
+  if (!routerPlaces(policy).some(chooses)) return [];
   const asked = new Map(routerPlaces(policy).map(({ id }, i) => [id, capacities[i]]));
   const passed = new Map<string, number>();
   using program = thresholdProgram(model, wanted);

@@ -2,13 +2,12 @@
 import { createHash } from 'node:crypto';
 import { join, resolve } from 'node:path';
 import { standardLevels } from '../elastic/budget.js';
-import type { ElasticPolicy, Router } from '../elastic/policy.js';
+import type { Axis, ElasticPolicy, Router } from '../elastic/policy.js';
 import { policyToJson, routerPlaces } from '../elastic/policy.js';
 import { readElastic, writeElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer } from '../io/tokenizer.js';
-import type { Place } from '../model/select.js';
 import { specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
@@ -28,7 +27,9 @@ export type LossTerm =
   /** Forward KL from the full model's next-token distribution to the routed model's. */
   | { kind: 'kl'; weight: number }
   /** Binary cross-entropy of every router against its own top-k choice: makes thresholds, which are causal, agree. */
-  | { kind: 'topk-bce'; weight: number };
+  | { kind: 'topk-bce'; weight: number }
+  /** Load balance of the blocks of every layer that is cut into some: 0 when all are used alike. */
+  | { kind: 'load-balance'; weight: number };
 
 export interface DistillConfig extends TrainConfig {
   /** A directory written by elastify, or an elastic model to train further. */
@@ -40,7 +41,7 @@ export interface DistillConfig extends TrainConfig {
   evalData?: DataSource;
   /** Without evalData: share of the documents to hold out. */
   heldOut?: number;
-  /** Default: kl at weight 1 and topk-bce at 0.1. */
+  /** Default: kl at weight 1, topk-bce at 0.1 and, with blocks, load-balance at 0.01. */
   loss?: readonly LossTerm[];
   /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
@@ -176,36 +177,45 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   });
 }
 
+const lossNames: Readonly<Record<LossTerm['kind'], keyof LossWeights>> = {
+  kl: 'kl',
+  'topk-bce': 'topkBce',
+  'load-balance': 'loadBalance',
+};
+
 function lossWeights(
   terms: readonly LossTerm[] = [
     { kind: 'kl', weight: 1 },
     { kind: 'topk-bce', weight: 0.1 },
+    { kind: 'load-balance', weight: 0.01 },
   ],
 ): LossWeights {
-  const weights: LossWeights = { kl: 0, topkBce: 0 };
+  const weights: LossWeights = { kl: 0, topkBce: 0, loadBalance: 0 };
   for (const term of terms) {
     checkKeys('distill', 'key of a loss term', term, ['kind', 'weight']);
-    if (term.kind !== 'kl' && term.kind !== 'topk-bce') {
+    const name = lossNames[term.kind];
+    if (!name) {
+      const known = Object.keys(lossNames).join(', ');
       throw new InvalidArgumentError(
-        `[distill] a loss must be kl or topk-bce, got ${JSON.stringify((term as LossTerm).kind)}`,
+        `[distill] a loss must be one of ${known}, got ${JSON.stringify((term as LossTerm).kind)}`,
       );
     }
     if (!(Number.isFinite(term.weight) && term.weight > 0)) {
       throw new InvalidArgumentError(`[distill] the weight of ${term.kind} must be positive, got ${term.weight}`);
     }
-    weights[term.kind === 'kl' ? 'kl' : 'topkBce'] += term.weight;
+    weights[name] += term.weight;
   }
   if (weights.kl === 0) throw new InvalidArgumentError('[distill] loss must have a kl term');
   return weights;
 }
 
-/** Mean capacity of each place at a draw from 0, the low end of its range, to 1, the high end. */
-function meanCapacities({ capacity }: ElasticPolicy, draw: number): Record<Place, number> {
-  const mean = (place: Place) => {
-    const [low, high] = capacity[place] ?? [1, 1];
+/** Mean capacity of each axis at a draw from 0, the low end of its range, to 1, the high end. */
+function meanCapacities({ capacity }: ElasticPolicy, draw: number): Record<Axis, number> {
+  const mean = (axis: Axis) => {
+    const [low, high] = capacity[axis] ?? [1, 1];
     return low + (high - low) * draw;
   };
-  return { attn: mean('attn'), mlp: mean('mlp') };
+  return { attn: mean('attn'), mlp: mean('mlp'), blocks: mean('blocks') };
 }
 
 /** KL and agreement with the full model by top-k at three capacities of the trained range; the metric is the mean KL. */
@@ -218,7 +228,7 @@ function evaluator(probe: DivergenceProbe, policy: ElasticPolicy, sensitivity: r
     for (const draw of draws) {
       const mean = meanCapacities(policy, draw);
       const { kl, agree } = await probe.measure(shapedCapacities(sensitivity, policy, mean), signal);
-      levels[`capacity ${Math.min(mean.attn, mean.mlp).toFixed(2)}`] = { kl, top1_agreement: agree };
+      levels[`capacity ${Math.min(...Object.values(mean)).toFixed(2)}`] = { kl, top1_agreement: agree };
       sum += kl;
     }
     return { levels, metric: sum / draws.length };
@@ -230,7 +240,7 @@ function flatten(trainable: Trainable, routers: ReadonlyMap<string, Router>): Fl
   for (const { name, offset } of trainable.plan.parameters) {
     const [, id, part] = /^(.*)\.(weight|bias)$/.exec(name)!;
     const router = routers.get(id)!;
-    flat.set(part === 'weight' ? router.weight : [router.bias], offset);
+    flat.set(part === 'weight' ? router.weight : router.bias, offset);
   }
   return flat;
 }
@@ -240,7 +250,7 @@ function unflatten(trainable: Trainable, policy: ElasticPolicy): Map<string, Rou
   return new Map(
     routerPlaces(policy).map(({ id }) => [
       id,
-      { weight: values.get(`${id}.weight`)!, bias: values.get(`${id}.bias`)![0] },
+      { weight: values.get(`${id}.weight`)!, bias: values.get(`${id}.bias`)! },
     ]),
   );
 }

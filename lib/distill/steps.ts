@@ -1,5 +1,5 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
-import { type ElasticPolicy, routerId, routerPlaces } from '../elastic/policy.js';
+import { type ElasticPolicy, type Routing, routerId, routerParameters, routerPlaces } from '../elastic/policy.js';
 import {
   capacityFeed,
   inferenceSelector,
@@ -12,6 +12,7 @@ import {
   add,
   distillKl,
   dot,
+  expertBalance,
   Graph,
   gradients,
   type Node,
@@ -46,27 +47,22 @@ export interface DistillModel {
 export interface LossWeights {
   kl: number;
   topkBce: number;
+  loadBalance: number;
 }
 
 /** Where every router's parameters lie in the flat vector: all weights, which decay, then all biases. */
-export function routerPlan(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hidden'>): ParameterPlan {
-  const ids = routerPlaces(policy).map((r) => r.id);
-  const { hidden } = policy;
-  const decayCount = ids.length * hidden;
-  return {
-    parameters: [
-      ...ids.map((id, i) => ({
-        name: `${id}.weight`,
-        shape: [1, hidden],
-        offset: i * hidden,
-        size: hidden,
-        decay: true,
-      })),
-      ...ids.map((id, i) => ({ name: `${id}.bias`, shape: [1], offset: decayCount + i, size: 1, decay: false })),
-    ],
-    size: decayCount + ids.length,
-    decayCount,
+export function routerPlan(policy: Routing & Pick<ElasticPolicy, 'hidden'>): ParameterPlan {
+  let offset = 0;
+  const place = (name: string, shape: readonly number[], decay: boolean) => {
+    const size = shape.reduce((product, n) => product * n, 1);
+    offset += size;
+    return { name, shape, offset: offset - size, size, decay };
   };
+  const routers = routerPlaces(policy);
+  const weights = routers.map(({ id, outputs }) => place(`${id}.weight`, [outputs, policy.hidden], true));
+  const decayCount = offset;
+  const biases = routers.map(({ id, outputs }) => place(`${id}.bias`, [outputs], false));
+  return { parameters: [...weights, ...biases], size: routerParameters(policy), decayCount };
 }
 
 /** Capacity feeds: a share of rows for every router, in the order of execution, and segment. */
@@ -95,7 +91,7 @@ export function noiseFeeds(policy: ElasticPolicy, rows: number, random: Random):
     return Math.log(u / (1 - u));
   };
   return Object.fromEntries(
-    routerPlaces(policy).map(({ id }) => [noiseFeed(id), Float32Array.from({ length: rows }, draw)]),
+    routerPlaces(policy).map(({ id, outputs }) => [noiseFeed(id), Float32Array.from({ length: rows * outputs }, draw)]),
   );
 }
 
@@ -132,9 +128,10 @@ function credited(
 }
 
 /**
- * One micro-batch of training: adds the gradients of `kl weight * KL + bce weight * mean over routers of BCE` to
- * `trainable.grads`. Feeds besides the batch: `weight` f32 [rows], `share` f32 [1] (this micro-batch's part of the
- * step's rows), capacities, and with `explore` noise. Outputs `loss`, `kl`, `agree` and, when it has a weight, `bce`.
+ * One micro-batch of training: adds the gradients of `kl weight * KL + bce weight * mean over routers of BCE + balance
+ * weight * mean over layers cut into blocks of their load balance` to `trainable.grads`. Feeds besides the batch: `weight` f32 [rows], `share` f32 [1] (this micro-batch's part of the
+ * step's rows), capacities, and with `explore` noise. Outputs `loss`, `kl`, `agree` and, when they have a weight, `bce` and
+ * `balance`.
  */
 export function trainProgram(
   model: DistillModel,
@@ -154,7 +151,7 @@ export function trainProgram(
   const ht = graph.tag('teacher/head', () => finalNorm(spec, weights, teacher));
   const selector = trainingSelector(graph, policy, routerNodes(graph, trainable), segments, { explore });
   const student = decoder(graph, spec, weights, inputs, selector, { recompute, residuals });
-  const { routed } = selector;
+  const { routed, routedBlocks } = selector;
   const weight = graph.feed('weight', 'f32', [rows]);
   const share = graph.feed('share', 'f32', [1]);
   const { loss: kl, agree } = graph.tag('head', () =>
@@ -162,24 +159,34 @@ export function trainProgram(
   );
   graph.output('kl', kl);
   graph.output('agree', dot(agree, weight));
-  let bce: Node | null = null;
-  if (losses.topkBce > 0) {
-    bce = graph.tag('routers', () => {
-      const sum = routed.map((r) => topkBce(r.detached, r.rows)).reduce((a, b) => add(a, b));
-      return scale(sum, 1 / routed.length, share);
+  const extra: Node[] = [];
+  const auxiliary = (name: string, weight: number, terms: () => readonly Node[]): void => {
+    if (weight === 0) return;
+    graph.tag('routers', () => {
+      const each = terms();
+      if (each.length === 0) return;
+      const mean = scale(
+        each.reduce((a, b) => add(a, b)),
+        1 / each.length,
+        share,
+      );
+      graph.output(name, mean);
+      extra.push(scale(mean, weight));
     });
-    graph.output('bce', bce);
-  }
-  const total = (divergence: Node): Node => {
-    const weighted = scale(divergence, losses.kl);
-    return bce ? add(weighted, scale(bce, losses.topkBce)) : weighted;
   };
+  auxiliary('bce', losses.topkBce, () => routed.map((r) => topkBce(r.detached, r.rows)));
+  auxiliary('balance', losses.loadBalance, () => routedBlocks.map((r) => expertBalance(r.detached)));
+  const total = (divergence: Node): Node => extra.reduce((sum, term) => add(sum, term), scale(divergence, losses.kl));
   const loss = total(kl);
   graph.output('loss', loss);
-  const objective =
-    policy.gate === 'straight-through'
-      ? graph.tag('routers', () => total(credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight)))
-      : loss;
+  // Gates of blocks, and of tokens that are not straight-through, are in the divergence itself.
+  const byCredit = policy.gate === 'straight-through' && routed.length > 0;
+  const objective = byCredit
+    ? graph.tag('routers', () => {
+        const credit = credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight);
+        return total(routedBlocks.length > 0 ? add(credit, kl) : credit);
+      })
+    : loss;
   trainable.accumulateGradients(graph, objective, (name) => graph.state(trainable.view(name)));
   return Program.compile(graph, model.engine);
 }
@@ -211,7 +218,7 @@ export function evalProgram(model: DistillModel): Program {
   return Program.compile(graph, model.engine);
 }
 
-/** Every router's logits, f32 [rows, 1] each, as outputs named by router id, routed by top-k at the capacities fed. */
+/** The logits of every router of tokens, f32 [rows, 1] each, as outputs named by router id, routed by top-k at the capacities fed. */
 export function logitsProgram(model: DistillModel): Program {
   const graph = new Graph();
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
@@ -221,14 +228,14 @@ export function logitsProgram(model: DistillModel): Program {
   return Program.compile(graph, model.engine);
 }
 
-/** Rows that pass each router's threshold where it is finite, i32, as outputs named by router id. Feeds: thresholdFeeds. */
+/** Rows that pass the threshold of each router of tokens where it is finite, i32, as outputs named by router id. Feeds: thresholdFeeds. */
 export function thresholdProgram(model: DistillModel, thresholds: ReadonlyMap<string, number>): Program {
   const graph = new Graph();
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
   const routers = routerNodes(graph, model.trainable);
   const selector = inferenceSelector(graph, model.policy, routers, segments, thresholds);
   decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, {
-    runs: selector.runs,
+    ...selector,
     rows(subLayer) {
       const selection = selector.rows(subLayer);
       if (selection) graph.output(routerId(subLayer.layer, subLayer.place), selection.rows);

@@ -4,17 +4,24 @@ import { type Place, places } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import {
+  type Axis,
+  axes,
+  blocksUsed,
   type Calibration,
+  type Capacity,
+  capacityRule,
   type ElasticPolicy,
   type ElasticSpec,
-  isTokenCapacity,
+  isCapacity,
   type Level,
   meanCapacity,
+  type Routing,
+  routedLayers,
   routerCapacities,
   routerPlaces,
-  type TokenCapacity,
+  specByAxis,
+  specOfAxes,
   thresholds,
-  tokenCapacityRule,
 } from './policy.js';
 
 /**
@@ -28,11 +35,11 @@ export interface OperatingPoint {
   level: string | null;
   /** Settings that differ from full. */
   spec: ElasticSpec;
-  /** Mean share of tokens over the routed layers of each place; 1 where none is routed. */
-  capacity: { attn: number; mlp: number };
+  /** Mean share over the routed layers of each axis; 1 where none is routed. */
+  capacity: Record<Axis, number>;
   /** No routing at all: the plain backbone runs. */
   full: boolean;
-  /** Logit threshold of every router; empty when full. */
+  /** What decides at every router (`thresholds` of policy.ts); empty when full. */
   thresholds: ReadonlyMap<string, number>;
   /** Expected FLOPs over those of the full model, at the length the budget was resolved for. */
   flopsRatio: number;
@@ -40,15 +47,24 @@ export interface OperatingPoint {
   why: string;
 }
 
-type Routing = Pick<ElasticPolicy, 'tokens' | 'layers'>;
-
-// Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, with the router that it takes
-// to choose them: none at 0 and 1.
-function routedFlops(spec: ModelSpec, policy: Routing, place: Place, c: number, length: number): number {
-  if (c <= 0) return 0;
-  if (c >= 1) return place === 'mlp' ? feedForwardFlops(spec, length) : attentionFlops(spec, [length]);
-  const router = 2 * length * spec.hidden;
-  if (place === 'mlp') return router + feedForwardFlops(spec, c * length);
+// Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, and uses the share b of its
+// blocks, with the routers that it takes to choose them: none at 0 and 1.
+function routedFlops(
+  spec: ModelSpec,
+  policy: Routing,
+  place: Place,
+  { c, b }: { c: number; b: number },
+  length: number,
+): number {
+  if (c <= 0 || b <= 0) return 0;
+  const router = c < 1 ? 2 * length * spec.hidden : 0;
+  if (place === 'mlp') {
+    if (b >= 1) return router + feedForwardFlops(spec, c * length);
+    const { count } = policy.blocks!;
+    const blocks = 2 * c * length * spec.hidden * count;
+    return router + blocks + (feedForwardFlops(spec, c * length) * blocksUsed(b, count)) / count;
+  }
+  if (c >= 1) return attentionFlops(spec, [length]);
   if (policy.tokens.attn!.keys === 'selected') return router + attentionFlops(spec, [c * length]);
   return router + c * attentionFlops(spec, [length]) + (1 - c) * keyValueFlops(spec, length);
 }
@@ -61,10 +77,17 @@ function routedFlops(spec: ModelSpec, policy: Routing, place: Place, c: number, 
  */
 export function flopsRatio(spec: ModelSpec, policy: Routing, capacities: readonly number[], length: number): number {
   const { perLayer, total } = forwardFlops(spec, [length]);
-  const saved = routerPlaces(policy).map(
-    ({ place }, i) => perLayer[place] - routedFlops(spec, policy, place, capacities[i], length),
-  );
-  return (total - saved.reduce((a, b) => a + b, 0)) / total;
+  const subLayers = new Map<string, { place: Place; c: number; b: number }>();
+  for (const [i, { layer, place, axis }] of routerPlaces(policy).entries()) {
+    const key = `${layer} ${place}`;
+    const shares = subLayers.get(key) ?? { place, c: 1, b: 1 };
+    subLayers.set(key, { ...shares, [axis === 'blocks' ? 'b' : 'c']: capacities[i] });
+  }
+  let saved = 0;
+  for (const { place, c, b } of subLayers.values()) {
+    saved += perLayer[place] - routedFlops(spec, policy, place, { c, b }, length);
+  }
+  return (total - saved) / total;
 }
 
 /** The first capacities on the path where `measure`, which falls along it, is at most `target`; null when it never is. */
@@ -133,7 +156,7 @@ export function resolveBudget(
         `[budget] budget ${budget} cannot be reached: this model was calibrated down to ${floor.toFixed(3)} of the FLOPs at ${at} tokens; ask for ${(Math.ceil(floor * 100) / 100).toFixed(2)} or more`,
       );
     }
-    return routedPoint(placeCapacities(routed, capacities), spec, routed, at, null);
+    return routedPoint(axisCapacities(routed, capacities), spec, routed, at, null);
   }
   if (typeof budget === 'object' && budget !== null) {
     const unknown = Object.keys(budget).find((key) => key !== 'spec');
@@ -150,7 +173,7 @@ function fullPoint(level: string | null): OperatingPoint {
   return {
     level,
     spec: {},
-    capacity: { attn: 1, mlp: 1 },
+    capacity: { attn: 1, mlp: 1, blocks: 1 },
     full: true,
     thresholds: new Map(),
     flopsRatio: 1,
@@ -180,67 +203,67 @@ function explicit(
   level: string | null,
 ): OperatingPoint {
   for (const key of Object.keys(wanted)) {
-    if (key !== 'tokenCapacity')
-      throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there is tokenCapacity`);
+    if (key !== 'tokenCapacity' && key !== 'blockShare')
+      throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there are tokenCapacity and blockShare`);
   }
-  const capacity: Shares = {};
-  for (const [place, value] of Object.entries(wanted.tokenCapacity ?? {})) {
-    if (!places.includes(place as Place)) {
-      throw new InvalidArgumentError(
-        `[budget] unknown place '${place}' in tokenCapacity; it takes ${places.join(', ')}`,
-      );
-    }
+  for (const place of Object.keys(wanted.tokenCapacity ?? {})) {
+    if (places.includes(place as Place)) continue;
+    throw new InvalidArgumentError(`[budget] unknown place '${place}' in tokenCapacity; it takes ${places.join(', ')}`);
+  }
+  const shares: Shares = {};
+  for (const [axis, value] of Object.entries(specByAxis(wanted)) as [Axis, unknown][]) {
     if (value === undefined) continue;
-    const layers = policy?.tokens[place as Place]?.layers.length ?? 0;
-    if (!isTokenCapacity(value, layers)) {
-      throw new InvalidArgumentError(
-        `[budget] tokenCapacity.${place} must be ${tokenCapacityRule(layers)}, got ${JSON.stringify(value)}`,
-      );
+    const name = axis === 'blocks' ? 'blockShare' : `tokenCapacity.${axis}`;
+    const layers = policy ? routedLayers(policy, axis).length : 0;
+    if (!isCapacity(value, layers)) {
+      throw new InvalidArgumentError(`[budget] ${name} must be ${capacityRule(layers)}, got ${JSON.stringify(value)}`);
     }
     if (isFull(value)) continue;
-    if (!needRouters(policy, { spec: wanted }).tokens[place as Place]) {
+    if (routedLayers(needRouters(policy, { spec: wanted }), axis).length === 0) {
       throw new InvalidArgumentError(
-        `[budget] tokenCapacity.${place} is ${JSON.stringify(value)}, but ${place} has no routers in this model`,
+        `[budget] ${name} is ${JSON.stringify(value)}, but ${axis} has no routers in this model`,
       );
     }
-    capacity[place as Place] = value;
+    shares[axis] = value;
   }
-  if (Object.keys(capacity).length === 0) return fullPoint(level);
-  return routedPoint(capacity, spec, needRouters(policy, { spec: wanted }), length, level);
+  if (Object.keys(shares).length === 0) return fullPoint(level);
+  return routedPoint(shares, spec, needRouters(policy, { spec: wanted }), length, level);
 }
 
-type Shares = { attn?: TokenCapacity; mlp?: TokenCapacity };
+type Shares = Partial<Record<Axis, Capacity>>;
 
-const isFull = (share: TokenCapacity): boolean => [share].flat().every((c) => c === 1);
+const isFull = (share: Capacity): boolean => [share].flat().every((c) => c === 1);
 
-/** Capacities of all routers as shares per place. */
-function placeCapacities(policy: Routing, capacities: readonly number[]): Shares {
-  const shares: Shares = {};
-  for (const place of places) {
-    if (policy.tokens[place]) shares[place] = capacities.filter((_, i) => routerPlaces(policy)[i].place === place);
-  }
-  return shares;
+/** Capacities of all routers as shares per axis. */
+function axisCapacities(policy: Routing, capacities: readonly number[]): Shares {
+  const routers = routerPlaces(policy);
+  return Object.fromEntries(
+    axes
+      .filter((axis) => routedLayers(policy, axis).length > 0)
+      .map((axis) => [axis, capacities.filter((_, i) => routers[i].axis === axis)]),
+  );
 }
 
 function routedPoint(
-  tokenCapacity: Shares,
+  shares: Shares,
   spec: ModelSpec,
   policy: ElasticPolicy,
   length: number,
   level: string | null,
 ): OperatingPoint {
-  const capacities = routerCapacities(policy, tokenCapacity);
-  const mean = { attn: meanCapacity(tokenCapacity.attn ?? 1), mlp: meanCapacity(tokenCapacity.mlp ?? 1) };
-  const notes = places.flatMap((place) => {
-    if (mean[place] === 1) return [];
-    const low = policy.capacity[place]?.[0] ?? 1;
-    const below = mean[place] < low ? `, below the ${low * 100} % it was trained for` : '';
-    return `${(mean[place] * 100).toFixed(1)} % of tokens into ${place}${below}`;
+  const capacities = routerCapacities(policy, shares);
+  const mean = (axis: Axis) => meanCapacity(shares[axis] ?? 1);
+  const notes = axes.flatMap((axis) => {
+    if (mean(axis) === 1) return [];
+    const low = policy.capacity[axis]?.[0] ?? 1;
+    const below = mean(axis) < low ? `, below the ${low * 100} % it was trained for` : '';
+    const what = axis === 'blocks' ? 'of the blocks of the feed-forward' : `of tokens into ${axis}`;
+    return `${(mean(axis) * 100).toFixed(1)} % ${what}${below}`;
   });
   return {
     level,
-    spec: { tokenCapacity },
-    capacity: mean,
+    spec: specOfAxes(shares),
+    capacity: { attn: mean('attn'), mlp: mean('mlp'), blocks: mean('blocks') },
     full: false,
     thresholds: thresholds(policy, needCalibration(policy), capacities),
     flopsRatio: flopsRatio(spec, policy, capacities, length),
@@ -262,7 +285,7 @@ export function standardLevels(
     const capacities = solved.map((c) => Math.round(c * 1e4) / 1e4);
     levels.push({
       name: `p${percent}`,
-      spec: { tokenCapacity: placeCapacities(policy, capacities) },
+      spec: specOfAxes(axisCapacities(policy, capacities)),
       flopsRatio: Math.round(flopsRatio(spec, policy, capacities, length) * 1e4) / 1e4,
     });
   }

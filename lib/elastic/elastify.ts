@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { mkdir, readdir, realpath, rename, rm, rmdir } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
+import { type ExpertGate, expertGates } from '../graph/index.js';
 import { FileSystemError, inFileSystem, readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { type Place, places } from '../model/select.js';
@@ -17,6 +18,8 @@ import {
   gateModes,
   type Range,
   type Router,
+  type Routing,
+  routerParameters,
   routerPlaces,
 } from './policy.js';
 import { baseFiles, elasticConfigFile, hashFiles, weightsSha256, writeElastic } from './store.js';
@@ -31,6 +34,8 @@ export interface ElastiformerRecipe {
   tokens?: { attn?: TrainCapacity; mlp?: TrainCapacity };
   /** Which rows routed attention attends to; default 'all'. 'selected' saves more and loses more. */
   keys?: AttentionKeys;
+  /** Cuts the feed-forward into `count` blocks, of which every token uses a share; default not. */
+  blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate };
   /** Layers to route; 'even' leaves every second one dense (1, 3, 5, ... are routed). Default 'all'. */
   layers?: 'all' | 'even' | readonly number[];
   /** Default 'straight-through': exactly the teacher at full capacity. 'raw' is the paper's. */
@@ -52,7 +57,10 @@ const defaultRange: Range = [0.3, 1];
  * The policy of a recipe for a model, without hashes of a checkpoint.
  * Errors: InvalidArgumentError for an unknown kind or key, a capacity outside (0, 1], a layer the model lacks.
  */
-export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidden'>): Omit<ElasticPolicy, 'base'> {
+export function policyOf(
+  recipe: Recipe,
+  spec: Pick<ModelSpec, 'layers' | 'hidden' | 'ffn'>,
+): Omit<ElasticPolicy, 'base'> {
   const fail = (message: string): never => {
     throw new InvalidArgumentError(`[elastify] ${message}`);
   };
@@ -60,43 +68,69 @@ export function policyOf(recipe: Recipe, spec: Pick<ModelSpec, 'layers' | 'hidde
   if (recipe.kind !== 'elastiformer') {
     fail(`recipe.kind must be 'elastiformer', got ${JSON.stringify((recipe as { kind?: unknown }).kind)}`);
   }
-  const { kind: _, tokens: given, layers: which = 'all', gate = 'straight-through', keys = 'all', ...rest } = recipe;
+  const { kind: _, tokens: given, blocks: cut, layers: which = 'all', ...others } = recipe;
+  const { gate = 'straight-through', keys = 'all', ...rest } = others;
   for (const key of Object.keys(rest))
-    fail(`unknown recipe key '${key}'; elastiformer takes tokens, keys, layers, gate`);
+    fail(`unknown recipe key '${key}'; elastiformer takes tokens, blocks, keys, layers, gate`);
   if (!gateModes.includes(gate)) fail(`gate must be one of ${gateModes.join(', ')}, got ${JSON.stringify(gate)}`);
   if (!attentionKeys.includes(keys))
     fail(`keys must be one of ${attentionKeys.join(', ')}, got ${JSON.stringify(keys)}`);
   const layers = layersOf(which, spec.layers, fail);
 
-  const chosen: Partial<Record<Place, TrainCapacity>> = given ?? { attn: defaultRange, mlp: defaultRange };
+  const everything: Partial<Record<Place, TrainCapacity>> = cut ? {} : { attn: defaultRange, mlp: defaultRange };
+  const chosen = given ?? everything;
   for (const key of Object.keys(chosen)) {
     if (!places.includes(key as Place)) fail(`unknown place '${key}' in recipe.tokens; it takes ${places.join(', ')}`);
   }
   const tokens: ElasticPolicy['tokens'] = {};
-  const capacity: { attn?: Range; mlp?: Range } = {};
-  for (const place of places) {
-    const value = chosen[place];
-    if (value === undefined) continue;
+  const capacity: ElasticPolicy['capacity'] = {};
+  const rangeOf = (key: string, value: TrainCapacity): Range => {
     const range: Range = typeof value === 'number' ? [value, value] : value;
     const good =
       Array.isArray(range) && range.length === 2 && range.every((c) => typeof c === 'number' && c > 0 && c <= 1);
-    if (!good) fail(`tokens.${place}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
-    if (range[0] > range[1]) fail(`tokens.${place}: the capacity range must ascend, got ${JSON.stringify(value)}`);
+    if (!good) fail(`${key}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
+    if (range[0] > range[1]) fail(`${key}: the capacity range must ascend, got ${JSON.stringify(value)}`);
+    return [range[0], range[1]];
+  };
+  for (const place of places) {
+    const value = chosen[place];
+    if (value === undefined) continue;
     if (place === 'attn') tokens.attn = { layers, keys };
     else tokens.mlp = { layers };
-    capacity[place] = [range[0], range[1]];
+    capacity[place] = rangeOf(`tokens.${place}`, value);
   }
-  if (!tokens.attn && !tokens.mlp) fail('recipe.tokens must route attn, mlp or both');
+  const blocks = cut && blocksOf(cut, layers, spec.ffn, fail);
+  if (cut) capacity.blocks = rangeOf('blocks.share', cut.share ?? defaultRange);
+  if (!tokens.attn && !tokens.mlp && !blocks) fail('the recipe must route tokens of attn, mlp or both, or blocks');
   return {
     version: 1,
     hidden: spec.hidden,
     layers: spec.layers,
     gate,
     tokens,
+    ...(blocks && { blocks }),
     capacity,
     calibration: null,
     levels: [{ name: 'full', spec: {} }],
   };
+}
+
+function blocksOf(
+  { count, gate = 'straight-through', share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
+  layers: readonly number[],
+  ffn: number,
+  fail: (message: string) => never,
+): NonNullable<ElasticPolicy['blocks']> {
+  for (const key of Object.keys(rest)) fail(`unknown key 'blocks.${key}'; blocks takes count, share, gate`);
+  if (!Number.isInteger(count) || count < 2 || ffn % count !== 0) {
+    fail(
+      `blocks.count must be an integer from 2 that divides the feed-forward's width ${ffn}, got ${JSON.stringify(count)}`,
+    );
+  }
+  if (!expertGates.includes(gate)) {
+    fail(`blocks.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
+  }
+  return { layers, count, gate };
 }
 
 function layersOf(
@@ -119,9 +153,15 @@ function layersOf(
   return sorted;
 }
 
-/** Routers that score every token 0. */
-export function zeroRouters(policy: Pick<ElasticPolicy, 'tokens' | 'layers' | 'hidden'>): Map<string, Router> {
-  return new Map(routerPlaces(policy).map(({ id }) => [id, { weight: new Float32Array(policy.hidden), bias: 0 }]));
+/** Routers that give every token, and every block, the score 0. */
+export function zeroRouters(policy: Routing & Pick<ElasticPolicy, 'hidden'>): Map<string, Router> {
+  const zeros = (n: number) => new Float32Array(n);
+  return new Map(
+    routerPlaces(policy).map(({ id, outputs }) => [
+      id,
+      { weight: zeros(outputs * policy.hidden), bias: zeros(outputs) },
+    ]),
+  );
 }
 
 /**
@@ -155,7 +195,7 @@ export async function elastify(model: string, recipe: Recipe, { out }: { out: st
   } finally {
     await rm(temporary, { recursive: true, force: true });
   }
-  const trainableParameters = routerPlaces(policy).length * (spec.hidden + 1);
+  const trainableParameters = routerParameters(policy);
   const warnings = sha256['tokenizer.json'] ? [] : [`${model} has no tokenizer.json: text cannot be encoded with it`];
   return { dir: out, trainableParameters, trainableShare: trainableParameters / backbone, warnings };
 }

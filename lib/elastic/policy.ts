@@ -1,5 +1,6 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 
+import { type ExpertGate, expertGates } from '../graph/index.js';
 import { type Place, places } from '../model/select.js';
 import { InvalidDataError } from '../native/errors.js';
 
@@ -14,13 +15,33 @@ export const gateModes: readonly GateMode[] = ['straight-through', 'raw', 'two-s
 export type AttentionKeys = 'all' | 'selected';
 export const attentionKeys: readonly AttentionKeys[] = ['all', 'selected'];
 
-/** Share of tokens: one in (0, 1] for all routed layers of a place, or one in [0, 1] for each of them, ascending. */
-export type TokenCapacity = number | readonly number[];
+/**
+ * What is routed: tokens into attention, tokens into the feed-forward, and for every token blocks of the feed-forward's
+ * units.
+ */
+export type Axis = Place | 'blocks';
+export const axes: readonly Axis[] = [...places, 'blocks'];
+
+/** A share: one in (0, 1] for all routed layers of an axis, or one in [0, 1] for each of them, ascending. */
+export type Capacity = number | readonly number[];
 
 /** Explicit settings per axis; an absent axis is full. */
 export interface ElasticSpec {
   /** Share of tokens that routed sub-layers process. */
-  tokenCapacity?: { attn?: TokenCapacity; mlp?: TokenCapacity };
+  tokenCapacity?: { attn?: Capacity; mlp?: Capacity };
+  /** Share of the feed-forward's blocks that every token uses, rounded up to whole blocks. */
+  blockShare?: Capacity;
+}
+
+/** The settings of a spec by axis, and back. */
+export function specByAxis({ tokenCapacity, blockShare }: ElasticSpec): Partial<Record<Axis, Capacity>> {
+  return { ...tokenCapacity, ...(blockShare !== undefined && { blocks: blockShare }) };
+}
+export function specOfAxes({ blocks, ...tokens }: Partial<Record<Axis, Capacity>>): ElasticSpec {
+  return {
+    ...(Object.keys(tokens).length > 0 && { tokenCapacity: tokens }),
+    ...(blocks !== undefined && { blockShare: blocks }),
+  };
 }
 
 export interface QualityValue {
@@ -72,24 +93,31 @@ export interface ElasticPolicy {
   gate: GateMode;
   /** Routed layers of each place, ascending. */
   tokens: { attn?: { layers: readonly number[]; keys: AttentionKeys }; mlp?: { layers: readonly number[] } };
-  /** Mean capacities each place is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
-  capacity: { attn?: Range; mlp?: Range };
+  /** Layers whose feed-forward is cut into `count` blocks of equal width, of which every token uses some. */
+  blocks?: { layers: readonly number[]; count: number; gate: ExpertGate };
+  /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
+  capacity: Partial<Record<Axis, Range>>;
   /** Null until trained: a budget below full needs it. */
   calibration: Calibration | null;
   levels: readonly Level[];
 }
 
 export interface Router {
-  /** [hidden] */
+  /** [outputs, hidden] */
   weight: Float32Array;
-  bias: number;
+  /** [outputs] */
+  bias: Float32Array;
 }
 
-/** A routed sub-layer. Routers are always listed in the order of execution: layer by layer, attn before mlp. */
+/** A router. They are always listed in the order of execution: layer by layer, attn before mlp, tokens before blocks. */
 export interface RouterPlace {
   id: string;
   layer: number;
+  axis: Axis;
+  /** Of whose sub-layer it decides. */
   place: Place;
+  /** Scores it gives a token: one, or one for every block. */
+  outputs: number;
 }
 
 /** `layers.{layer}.{place}.token`, the name of a token router in files, programs and reports. */
@@ -97,61 +125,84 @@ export function routerId(layer: number, place: Place): string {
   return `layers.${layer}.${place}.token`;
 }
 
+/** `layers.{layer}.mlp.blocks` */
+export const blockRouterId = (layer: number): string => `layers.${layer}.mlp.blocks`;
+
+/** What is routed in a policy. */
+export type Routing = Pick<ElasticPolicy, 'tokens' | 'blocks' | 'layers'>;
+
+/** The layers routed on an axis, ascending. */
+export function routedLayers(policy: Pick<Routing, 'tokens' | 'blocks'>, axis: Axis): readonly number[] {
+  return (axis === 'blocks' ? policy.blocks : policy.tokens[axis])?.layers ?? [];
+}
+
 /** Every router of a policy, in the order of execution. */
-export function routerPlaces(policy: Pick<ElasticPolicy, 'tokens' | 'layers'>): RouterPlace[] {
+export function routerPlaces(policy: Routing): RouterPlace[] {
   const all: RouterPlace[] = [];
   for (let layer = 0; layer < policy.layers; layer++) {
-    for (const place of places) {
-      if (policy.tokens[place]?.layers.includes(layer)) all.push({ id: routerId(layer, place), layer, place });
+    for (const axis of axes) {
+      if (!routedLayers(policy, axis).includes(layer)) continue;
+      if (axis === 'blocks') {
+        all.push({ id: blockRouterId(layer), layer, axis, place: 'mlp', outputs: policy.blocks!.count });
+      } else {
+        all.push({ id: routerId(layer, axis), layer, axis, place: axis, outputs: 1 });
+      }
     }
   }
   return all;
 }
 
-/** Whether a value is a share of tokens for a place with so many routed layers. */
-export function isTokenCapacity(value: unknown, layers: number): value is TokenCapacity {
+/** Weights and biases of all routers. */
+export function routerParameters(policy: Routing & Pick<ElasticPolicy, 'hidden'>): number {
+  return routerPlaces(policy).reduce((sum, { outputs }) => sum + outputs * (policy.hidden + 1), 0);
+}
+
+/** The whole blocks that a share of `count` comes to, as the kernels count them. */
+export const blocksUsed = (share: number, count: number): number => Math.ceil(Math.fround(share) * count - 1e-6);
+
+/** Whether a value is a share for an axis with so many routed layers. */
+export function isCapacity(value: unknown, layers: number): value is Capacity {
   if (!Array.isArray(value)) return typeof value === 'number' && value > 0 && value <= 1;
   return value.length === layers && value.every((c) => typeof c === 'number' && c >= 0 && c <= 1);
 }
 
-/** The rule of isTokenCapacity in words. */
-export const tokenCapacityRule = (layers: number): string => `in (0, 1] or ${layers} numbers in [0, 1], one per layer`;
+/** The rule of isCapacity in words. */
+export const capacityRule = (layers: number): string => `in (0, 1] or ${layers} numbers in [0, 1], one per layer`;
 
-/** One capacity per router, in the order of execution, from shares per place; absent places are full. */
-export function routerCapacities(
-  policy: Pick<ElasticPolicy, 'tokens' | 'layers'>,
-  { attn = 1, mlp = 1 }: { attn?: TokenCapacity; mlp?: TokenCapacity },
-): number[] {
-  return routerPlaces(policy).map(({ layer, place }) => {
-    const share = place === 'attn' ? attn : mlp;
-    return typeof share === 'number' ? share : share[policy.tokens[place]!.layers.indexOf(layer)];
+/** One capacity per router, in the order of execution, from shares per axis; absent axes are full. */
+export function routerCapacities(policy: Routing, shares: Partial<Record<Axis, Capacity>>): number[] {
+  return routerPlaces(policy).map(({ layer, axis }) => {
+    const share = shares[axis] ?? 1;
+    return typeof share === 'number' ? share : share[routedLayers(policy, axis).indexOf(layer)];
   });
 }
 
 /** Mean of capacities; 1 when there is none. */
-export function meanCapacity(capacities: TokenCapacity): number {
+export function meanCapacity(capacities: Capacity): number {
   const all = [capacities].flat();
   return all.length === 0 ? 1 : all.reduce((a, b) => a + b, 0) / all.length;
 }
 
 /**
- * Logit threshold of each router so that it passes about its capacity; minus infinity for full ones, infinity for 0.
- * Quantiles are interpolated linearly between points and between calibrated capacities.
+ * What decides at each router so that it passes about its capacity: the logit threshold of tokens, the share of blocks;
+ * minus infinity for full ones, infinity for 0. Quantiles are interpolated linearly between points and between calibrated
+ * capacities.
  *
  * @param capacities one per router, in the order of execution
  */
 export function thresholds(
-  policy: Pick<ElasticPolicy, 'tokens' | 'layers'>,
+  policy: Routing,
   calibration: Calibration,
   capacities: readonly number[],
 ): Map<string, number> {
   // What dropped rows upstream is the mean capacity over routed sub-layers.
   const mean = meanCapacity(capacities);
   return new Map(
-    routerPlaces(policy).map(({ id }, i) => {
+    routerPlaces(policy).map(({ id, axis }, i) => {
       const c = capacities[i];
       if (c >= 1) return [id, Number.NEGATIVE_INFINITY];
       if (c <= 0) return [id, Number.POSITIVE_INFINITY];
+      if (axis === 'blocks') return [id, c];
       // A router that scores all tokens alike cannot choose: all pass.
       const table = calibration.quantiles.get(id)!;
       if (Math.max(...table) === Math.min(...table)) return [id, Number.NEGATIVE_INFINITY];
@@ -199,7 +250,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
       decode: 'threshold',
     };
   }
-  const { calibration } = policy;
+  const { calibration, blocks } = policy;
   return {
     elastic_version: 1,
     base: {
@@ -209,13 +260,15 @@ export function policyToJson(policy: ElasticPolicy): Json {
     },
     gate: policy.gate,
     tokens,
-    routers: routerPlaces(policy).map(({ id }) => ({
+    ...(blocks && {
+      blocks: { layers: blocks.layers, count: blocks.count, gate: blocks.gate, train_share: policy.capacity.blocks },
+    }),
+    routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
       id,
-      kind: 'token',
+      ...routerKind(axis),
       in: policy.hidden,
       hidden: 0,
-      out: 1,
-      act: 'sigmoid',
+      out: outputs,
       tensors: [`${id}.weight`, `${id}.bias`],
     })),
     calibration: calibration && {
@@ -234,6 +287,9 @@ export function policyToJson(policy: ElasticPolicy): Json {
   };
 }
 
+const routerKind = (axis: Axis): { kind: string; act: string } =>
+  axis === 'blocks' ? { kind: 'blocks', act: 'softmax' } : { kind: 'token', act: 'sigmoid' };
+
 /**
  * Reads and checks the content of elastic_config.json. Calibration quantiles live in the routers' file, so the
  * calibration comes back with an empty `quantiles`.
@@ -242,7 +298,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
 export function policyFromJson(
   json: unknown,
   file: string,
-  model: { layers: number; hidden: number },
+  model: { layers: number; hidden: number; ffn: number },
   warnings: string[],
 ): ElasticPolicy {
   const read = new Reader(file, warnings);
@@ -253,7 +309,7 @@ export function policyFromJson(
       `[elastic] ${file}: elastic_version must be 1, got ${JSON.stringify(version)}; it was written by a newer elastiform`,
     );
   }
-  read.known(root, '', ['elastic_version', 'base', 'gate', 'tokens', 'routers', 'calibration', 'levels']);
+  read.known(root, '', ['elastic_version', 'base', 'gate', 'tokens', 'blocks', 'routers', 'calibration', 'levels']);
 
   const base = read.object(root.base, 'base');
   read.known(base, 'base.', ['name_or_path', 'revision', 'weights_sha256', 'tokenizer_sha256']);
@@ -262,7 +318,25 @@ export function policyFromJson(
   if (!gateModes.includes(gate)) read.fail('gate', `one of ${gateModes.join(', ')}`, gate);
 
   const tokens: ElasticPolicy['tokens'] = {};
-  const capacity: { attn?: Range; mlp?: Range } = {};
+  const capacity: ElasticPolicy['capacity'] = {};
+  const layersAt = (entry: Json, key: string): number[] => {
+    const layers = read.numbers(entry.layers, `${key}.layers`);
+    layers.forEach((layer, i) => {
+      const ascending = i === 0 || layer > layers[i - 1];
+      if (!Number.isInteger(layer) || layer < 0 || layer >= model.layers || !ascending) {
+        read.fail(`${key}.layers`, `ascending layer ids below ${model.layers}`, layers);
+      }
+    });
+    if (layers.length === 0) read.fail(`${key}.layers`, 'at least one layer', layers);
+    return layers;
+  };
+  const rangeAt = (value: unknown, key: string): Range => {
+    const range = read.numbers(value, key);
+    if (range.length !== 2 || !(range[0] > 0 && range[0] <= range[1] && range[1] <= 1)) {
+      read.fail(key, 'two ascending numbers in (0, 1]', range);
+    }
+    return [range[0], range[1]];
+  };
   const tokensJson = read.object(root.tokens, 'tokens');
   read.known(tokensJson, 'tokens.', places);
   for (const place of places) {
@@ -276,25 +350,29 @@ export function policyFromJson(
       'decode',
       ...(place === 'attn' ? ['keys'] : []),
     ]);
-    const layers = read.numbers(entry.layers, `${key}.layers`);
-    layers.forEach((layer, i) => {
-      const ascending = i === 0 || layer > layers[i - 1];
-      if (!Number.isInteger(layer) || layer < 0 || layer >= model.layers || !ascending) {
-        read.fail(`${key}.layers`, `ascending layer ids below ${model.layers}`, layers);
-      }
-    });
-    if (layers.length === 0) read.fail(`${key}.layers`, 'at least one layer', layers);
-    const range = read.numbers(entry.train_capacity, `${key}.train_capacity`);
-    if (range.length !== 2 || !(range[0] > 0 && range[0] <= range[1] && range[1] <= 1)) {
-      read.fail(`${key}.train_capacity`, 'two ascending numbers in (0, 1]', range);
-    }
+    const layers = layersAt(entry, key);
     const keys = entry.keys as AttentionKeys;
     if (place === 'attn' && !attentionKeys.includes(keys)) {
       read.fail(`${key}.keys`, `one of ${attentionKeys.join(', ')}`, keys);
     }
     if (place === 'attn') tokens.attn = { layers, keys };
     else tokens.mlp = { layers };
-    capacity[place] = [range[0], range[1]];
+    capacity[place] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
+  }
+
+  let blocks: ElasticPolicy['blocks'];
+  if (root.blocks !== undefined) {
+    const entry = read.object(root.blocks, 'blocks');
+    read.known(entry, 'blocks.', ['layers', 'count', 'gate', 'train_share']);
+    const layers = layersAt(entry, 'blocks');
+    const count = entry.count as number;
+    if (!Number.isInteger(count) || count < 2 || model.ffn % count !== 0) {
+      read.fail('blocks.count', `an integer from 2 that divides ${model.ffn}, the feed-forward's width`, count);
+    }
+    const blockGate = entry.gate as ExpertGate;
+    if (!expertGates.includes(blockGate)) read.fail('blocks.gate', `one of ${expertGates.join(', ')}`, blockGate);
+    blocks = { layers, count, gate: blockGate };
+    capacity.blocks = rangeAt(entry.train_share, 'blocks.train_share');
   }
 
   const policy: ElasticPolicy = {
@@ -309,23 +387,28 @@ export function policyFromJson(
     layers: model.layers,
     gate,
     tokens,
+    ...(blocks && { blocks }),
     capacity,
     calibration: null,
     levels: [],
   };
 
-  const expected = routerPlaces(policy).map((r) => r.id);
+  const routers = routerPlaces(policy);
+  const expected = routers.map((r) => r.id);
   if (!Array.isArray(root.routers)) read.fail('routers', 'a list', root.routers);
   const listed = (root.routers as unknown[]).map((entry, i) => {
     const router = read.object(entry, `routers[${i}]`);
     read.known(router, `routers[${i}].`, ['id', 'kind', 'in', 'hidden', 'out', 'act', 'tensors']);
     const id = read.string(router.id, `routers[${i}].id`);
-    if (router.kind !== 'token') read.fail(`routers[${i}].kind`, '"token"', router.kind);
+    const wanted = routers.find((r) => r.id === id);
+    if (!wanted) read.fail(`routers[${i}].id`, `one of ${expected.join(', ')}`, id);
+    const { kind, act } = routerKind(wanted!.axis);
+    if (router.kind !== kind) read.fail(`routers[${i}].kind`, JSON.stringify(kind), router.kind);
     if (router.in !== model.hidden)
       read.fail(`routers[${i}].in`, `${model.hidden}, the model's hidden size`, router.in);
     if (router.hidden !== 0) read.fail(`routers[${i}].hidden`, '0 (a linear router)', router.hidden);
-    if (router.out !== 1) read.fail(`routers[${i}].out`, '1', router.out);
-    if (router.act !== 'sigmoid') read.fail(`routers[${i}].act`, '"sigmoid"', router.act);
+    if (router.out !== wanted!.outputs) read.fail(`routers[${i}].out`, `${wanted!.outputs}`, router.out);
+    if (router.act !== act) read.fail(`routers[${i}].act`, JSON.stringify(act), router.act);
     const names = [`${id}.weight`, `${id}.bias`];
     if (JSON.stringify(router.tensors) !== JSON.stringify(names)) {
       read.fail(`routers[${i}].tensors`, JSON.stringify(names), router.tensors);
@@ -369,7 +452,7 @@ export function policyFromJson(
   return policy;
 }
 
-function readLevels(read: Reader, { tokens }: ElasticPolicy, json: unknown): Level[] {
+function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[] {
   if (!Array.isArray(json)) read.fail('levels', 'a list', json);
   const names = new Set<string>();
   return (json as unknown[]).map((entry, i) => {
@@ -380,20 +463,23 @@ function readLevels(read: Reader, { tokens }: ElasticPolicy, json: unknown): Lev
     if (names.has(name)) read.fail(`${key}.name`, 'unique', name);
     names.add(name);
     const specJson = read.object(level.spec, `${key}.spec`);
-    read.known(specJson, `${key}.spec.`, ['tokenCapacity']);
+    read.known(specJson, `${key}.spec.`, ['tokenCapacity', 'blockShare']);
     const spec: ElasticSpec = {};
+    const capacityAt = (value: unknown, axis: Axis, name: string): Capacity => {
+      const layers = routedLayers(policy, axis).length;
+      if (!isCapacity(value, layers)) read.fail(`${key}.spec.${name}`, capacityRule(layers), value);
+      return value as Capacity;
+    };
     if (specJson.tokenCapacity !== undefined) {
       const capacity = read.object(specJson.tokenCapacity, `${key}.spec.tokenCapacity`);
       read.known(capacity, `${key}.spec.tokenCapacity.`, places);
       spec.tokenCapacity = {};
       for (const place of places) {
-        const c = capacity[place];
-        if (c === undefined) continue;
-        const layers = tokens[place]?.layers.length ?? 0;
-        if (!isTokenCapacity(c, layers)) read.fail(`${key}.spec.tokenCapacity.${place}`, tokenCapacityRule(layers), c);
-        spec.tokenCapacity[place] = c;
+        if (capacity[place] === undefined) continue;
+        spec.tokenCapacity[place] = capacityAt(capacity[place], place, `tokenCapacity.${place}`);
       }
     }
+    if (specJson.blockShare !== undefined) spec.blockShare = capacityAt(specJson.blockShare, 'blocks', 'blockShare');
     const result: Level = { name, spec };
     if (level.flops_ratio !== undefined) {
       const ratio = level.flops_ratio;

@@ -1,11 +1,24 @@
-// Token routing: which rows enter a sub-layer in training, at inference, and in the two baselines.
+// Routing: which rows enter a sub-layer and which blocks they use, in training, at inference, and in the two baselines.
 import type { Dim } from '../graph/dims.js';
 import type { Graph, Node } from '../graph/graph.js';
-import { add, gate, linear, type Routed, routeThreshold, routeTopk, stopGradient } from '../graph/index.js';
-import type { Place, RowSelection, Selector, SubLayer } from '../model/select.js';
-import { type ElasticPolicy, type GateMode, gateModes, routerId } from './policy.js';
+import {
+  add,
+  type ExpertScores,
+  expertChoice,
+  expertGate,
+  gate,
+  gatherRows,
+  linear,
+  type Routed,
+  routeThreshold,
+  routeTopk,
+  stopGradient,
+  zeros,
+} from '../graph/index.js';
+import type { BlockSelection, EnteredRows, Place, RowSelection, Selector, SubLayer } from '../model/select.js';
+import { blockRouterId, type ElasticPolicy, type GateMode, gateModes, type Routing, routerId } from './policy.js';
 
-/** Parameters of one router in a graph: weight [1, hidden], bias [1]. */
+/** Parameters of one router in a graph: weight [outputs, hidden], bias [outputs]. */
 export interface RouterNodes {
   weight: Node;
   bias: Node;
@@ -25,13 +38,20 @@ export interface RoutedPlace {
   offsets: Node;
 }
 
+/** How the rows of a layer chose among its blocks in a training graph. */
+export interface RoutedBlocks {
+  id: string;
+  /** Scores that blocks were chosen by, as a function of the router only: no gradient reaches the router's input. */
+  detached: ExpertScores;
+}
+
 /** Name of the feed f32 [S] with a router's capacity for every segment. */
 export const capacityFeed = (id: string): string => `capacity.${id}`;
-/** Name of the feed f32 [N, 1] with what is added to a router's logits before rows are chosen in training. */
+/** Name of the feed f32 [N, outputs] with what is added to a router's logits before rows are chosen in training. */
 export const noiseFeed = (id: string): string => `noise.${id}`;
-/** Name of the feed f32 [S] with a router's logit threshold for every segment; minus infinity passes all rows. */
+/** Name of the feed f32 [S] with a router's logit threshold, or share of blocks, for every segment. */
 export const thresholdFeed = (id: string): string => `threshold.${id}`;
-/** Name of the feed f32 [N, 1] with the scores that stand in for a router's logits in the random baseline. */
+/** Name of the feed f32 [N, outputs] with the scores that stand in for a router's logits in the random baseline. */
 export const scoreFeed = (id: string): string => `score.${id}`;
 
 const gateMode = (mode: GateMode): 0 | 1 | 2 => gateModes.indexOf(mode) as 0 | 1 | 2;
@@ -50,6 +70,29 @@ function logits(s: SubLayer, router: RouterNodes): Node {
   return linear(s.normed(), router.weight, { bias: router.bias });
 }
 
+const cut = (policy: Pick<ElasticPolicy, 'blocks'>, layer: number): boolean =>
+  policy.blocks?.layers.includes(layer) ?? false;
+
+/** Scores of the rows that entered, f32 [R, count]. */
+function blockLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
+  return linear(x, router.weight, { bias: router.bias, rows: gather });
+}
+
+/** The rows of `entered` that choose each block. Without a mode gates are 1. */
+function chosenBlocks(
+  scores: ExpertScores,
+  count: number,
+  gateOf: (block: number, rows: Node) => Node | undefined,
+): BlockSelection[] {
+  // What is chosen is 1 and the rest 0: above 0 are the rows to take.
+  const threshold = zeros(scores.z.graph, scores.share.shape);
+  return Array.from({ length: count }, (_, block) => {
+    const { rows } = routeThreshold(expertChoice(scores, block), scores.offsets, threshold);
+    const gate = gateOf(block, rows);
+    return { rows, ...(gate && { gate }) };
+  });
+}
+
 /**
  * Top-k routing per segment, for training. Feeds `capacity.<router id>`, f32 [segments], one per router; with `explore`
  * also `noise.<router id>`, f32 [rows, 1], which counts in choosing rows. `routed` fills, in the order of execution, while
@@ -61,11 +104,30 @@ export function trainingSelector(
   routers: (id: string) => RouterNodes,
   segments: Dim | number,
   { explore = false }: { explore?: boolean } = {},
-): Selector & { readonly routed: readonly RoutedPlace[] } {
+): Selector & { readonly routed: readonly RoutedPlace[]; readonly routedBlocks: readonly RoutedBlocks[] } {
   const all: RoutedPlace[] = [];
+  const blocks: RoutedBlocks[] = [];
   return {
     routed: all,
+    routedBlocks: blocks,
     runs: () => true,
+    blocks(entered: EnteredRows): BlockSelection[] | null {
+      if (!cut(policy, entered.layer)) return null;
+      const { count, gate: mode } = policy.blocks!;
+      const id = blockRouterId(entered.layer);
+      const router = routers(id);
+      const share = graph.feed(capacityFeed(id), 'f32', [segments]);
+      const explored = (z: Node): Node => {
+        if (!explore) return z;
+        const noise = graph.feed(noiseFeed(id), 'f32', [entered.residual.shape[0], count]);
+        return add(z, entered.rows ? gatherRows(noise, entered.rows) : noise);
+      };
+      const z = blockLogits(entered, router);
+      const scores: ExpertScores = { z: explored(z), offsets: entered.offsets, share, rule: 'top-k' };
+      const detached = blockLogits({ ...entered, x: stopGradient(entered.x) }, router);
+      blocks.push({ id, detached: { ...scores, z: explored(detached) } });
+      return chosenBlocks(scores, count, (block, rows) => expertGate(scores, block, rows, mode));
+    },
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;
       const id = routerId(s.layer, s.place);
@@ -93,8 +155,20 @@ export function inferenceSelector(
   segments: Dim | number,
   known: ReadonlyMap<string, number> = new Map(),
 ): Selector {
+  const absent = (id: string) => known.get(id) === Number.POSITIVE_INFINITY;
   return {
-    runs: (layer, place) => known.get(routerId(layer, place)) !== Number.POSITIVE_INFINITY,
+    runs: (layer, place) => !absent(routerId(layer, place)) && !(place === 'mlp' && absent(blockRouterId(layer))),
+    blocks(entered: EnteredRows): BlockSelection[] | null {
+      const id = blockRouterId(entered.layer);
+      if (!cut(policy, entered.layer) || known.get(id) === Number.NEGATIVE_INFINITY) return null;
+      const { count, gate: mode } = policy.blocks!;
+      const share = graph.feed(thresholdFeed(id), 'f32', [segments]);
+      const z = blockLogits(entered, routers(id));
+      const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: 'top-k' };
+      return chosenBlocks(scores, count, (block, rows) =>
+        mode === 'straight-through' ? undefined : expertGate(scores, block, rows, mode),
+      );
+    },
     rows(s: SubLayer): RowSelection | null {
       const id = routerId(s.layer, s.place);
       if (!routed(policy, s) || known.get(id) === Number.NEGATIVE_INFINITY) return null;
@@ -121,13 +195,23 @@ export function thresholdFeeds(
  */
 export function randomSelector(
   graph: Graph,
-  policy: Pick<ElasticPolicy, 'tokens'>,
+  policy: Pick<Routing, 'tokens' | 'blocks'>,
   rows: Dim | number,
   segments: Dim | number,
   absent: ReadonlySet<string> = new Set(),
 ): Selector {
   return {
-    runs: (layer, place) => !absent.has(routerId(layer, place)),
+    runs: (layer, place) =>
+      !absent.has(routerId(layer, place)) && !(place === 'mlp' && absent.has(blockRouterId(layer))),
+    blocks(entered: EnteredRows): BlockSelection[] | null {
+      if (!cut(policy, entered.layer)) return null;
+      const id = blockRouterId(entered.layer);
+      const { count } = policy.blocks!;
+      const all = graph.feed(scoreFeed(id), 'f32', [rows, count]);
+      const z = entered.rows ? gatherRows(all, entered.rows) : all;
+      const share = graph.feed(capacityFeed(id), 'f32', [segments]);
+      return chosenBlocks({ z, offsets: entered.offsets, share, rule: 'top-k' }, count, () => undefined);
+    },
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;
       const id = routerId(s.layer, s.place);
@@ -142,7 +226,7 @@ export function droppedSelector(dropped: ReadonlySet<string>): Selector {
   return { runs: (layer, place) => !dropped.has(routerId(layer, place)), rows: () => null };
 }
 
-/** Router nodes read from constant tensors; `tensors` holds weight [1, hidden] and bias [1] per router id. */
+/** Router nodes read from constant tensors; `tensors` holds weight [outputs, hidden] and bias [outputs] per router id. */
 export function routerNodes(
   graph: Graph,
   tensors: ReadonlyMap<string, { weight: Parameters<Graph['weight']>[0]; bias: Parameters<Graph['weight']>[0] }>,

@@ -149,9 +149,10 @@ function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPoli
       throw new InvalidDataError(`[elastic] ${file}: ${name} holds values that are not finite`);
     return data;
   };
-  for (const { id } of routerPlaces(policy)) {
-    routers.set(id, { weight: load(`${id}.weight`, [1, policy.hidden]), bias: load(`${id}.bias`, [1])[0] });
-    if (!calibration) continue;
+  for (const { id, axis, outputs } of routerPlaces(policy)) {
+    const bias = load(`${id}.bias`, [outputs]);
+    routers.set(id, { weight: load(`${id}.weight`, [outputs, policy.hidden]), bias });
+    if (!calibration || axis === 'blocks') continue;
     const table = load(`${id}.quantiles`, [calibration.capacities.length, calibration.points]);
     for (let i = 1; i < table.length; i++) {
       if (i % calibration.points !== 0 && table[i] < table[i - 1]) {
@@ -184,11 +185,11 @@ export async function writeElastic(
     for (const name of names) await takeOver(join(base, name), join(out, name));
   }
   const tensors: Record<string, TensorData> = {};
-  for (const { id } of routerPlaces(policy)) {
+  for (const { id, axis, outputs } of routerPlaces(policy)) {
     const { weight, bias } = routers.get(id)!;
-    tensors[`${id}.weight`] = { dtype: 'f32', shape: [1, policy.hidden], data: weight };
-    tensors[`${id}.bias`] = { dtype: 'f32', shape: [1], data: Float32Array.of(bias) };
-    if (policy.calibration) {
+    tensors[`${id}.weight`] = { dtype: 'f32', shape: [outputs, policy.hidden], data: weight };
+    tensors[`${id}.bias`] = { dtype: 'f32', shape: [outputs], data: bias };
+    if (policy.calibration && axis !== 'blocks') {
       const { capacities, points, quantiles } = policy.calibration;
       tensors[`${id}.quantiles`] = { dtype: 'f32', shape: [capacities.length, points], data: quantiles.get(id)! };
     }

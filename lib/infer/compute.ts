@@ -9,7 +9,11 @@ export class ComputeMeter {
   rows = 0;
   readonly #entered: Record<Place, Float64Array>;
 
-  constructor(layers: number) {
+  /** @param blocks into how many a feed-forward is cut where it is: a row counts there once for every block it uses */
+  constructor(
+    layers: number,
+    private readonly blocks = 1,
+  ) {
     this.#entered = { attn: new Float64Array(layers), mlp: new Float64Array(layers) };
   }
 
@@ -18,12 +22,14 @@ export class ComputeMeter {
     this.rows += rows;
     for (const [tag, counter] of Object.entries(result.counters)) {
       if (!except.includes(tag)) this.flops += counter.flops;
-      const place = /^L(\d+)\.(attn|mlp)$/.exec(tag);
-      if (place) this.#entered[place[2] as Place][Number(place[1])] += counter.rows;
+      const found = /^L(\d+)\.(attn|mlp)(\.blocks)?$/.exec(tag);
+      if (!found) continue;
+      const [, layer, place, cut] = found;
+      this.#entered[place as Place][Number(layer)] += counter.rows / (cut ? this.blocks : 1);
     }
   }
 
-  /** Mean share of rows that entered each sub-layer. */
+  /** Mean share of rows that entered each sub-layer, times the share of its blocks that they used. */
   layersRun(): { attn: Float32Array; mlp: Float32Array } {
     const share = (entered: Float64Array): Float32Array =>
       Float32Array.from(entered, (n) => (this.rows > 0 ? n / this.rows : 0));

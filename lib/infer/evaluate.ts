@@ -1,6 +1,6 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
 import { type Budget, resolveBudget } from '../elastic/budget.js';
-import { routerId, routerPlaces } from '../elastic/policy.js';
+import { blocksUsed, routerCapacities, routerId, routerPlaces, specByAxis } from '../elastic/policy.js';
 import { capacityFeed, droppedSelector, randomSelector, scoreFeed, thresholdFeeds } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
@@ -248,7 +248,7 @@ class Evaluation {
   // The full model on every batch: hidden states for comparisons, and its own quality.
   async #teach(): Promise<Comparison> {
     const network = this.#network;
-    const meter = new ComputeMeter(network.spec.layers);
+    const meter = new ComputeMeter(network.spec.layers, network.policy?.blocks?.count);
     const sums: Sums[] = [];
     using program = compileScore(network, this.#limits, () => selectEverything);
     for (const batch of [...this.#calibration, ...this.#batches]) {
@@ -269,7 +269,7 @@ class Evaluation {
     feeds: (batch: Batch, index: number) => Record<string, TypedArray>,
     batches = this.#batches,
   ): Promise<Comparison> {
-    const meter = new ComputeMeter(this.#network.spec.layers);
+    const meter = new ComputeMeter(this.#network.spec.layers, this.#network.policy?.blocks?.count);
     const sums: Sums[] = [];
     using program = compileCompare(this.#network, this.#limits, select);
     for (const [i, batch] of batches.entries()) {
@@ -293,15 +293,26 @@ class Evaluation {
 
   async #random(budget: Budget, routed: EvalLevel): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
     const policy = this.#network.policy!;
-    const shares = routerPlaces(policy).map(({ id, layer, place }) => ({ id, share: routed.layersRun[place][layer] }));
+    const routers = routerPlaces(policy);
+    const capacities = routerCapacities(policy, specByAxis(this.#resolve(budget).spec));
+    // A feed-forward ran on its share of tokens times its share of blocks, of which whole ones are used.
+    const blocks = new Map(
+      routers.flatMap(({ layer, axis, outputs }, i) =>
+        axis === 'blocks' ? [[layer, blocksUsed(capacities[i], outputs) / outputs] as const] : [],
+      ),
+    );
+    const shares = routers.map(({ id, layer, place, axis, outputs }) => {
+      const used = place === 'mlp' ? (blocks.get(layer) ?? 1) : 1;
+      return { id, outputs, share: axis === 'blocks' ? used : routed.layersRun[place][layer] / used };
+    });
     const present = shares.filter(({ share }) => share > 0);
     const absent = new Set(shares.filter(({ share }) => share === 0).map(({ id }) => id));
     const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments, absent);
     const feeds = (batch: Batch, index: number): Record<string, TypedArray> =>
       Object.fromEntries(
-        present.flatMap(({ id, share }, r) => [
+        present.flatMap(({ id, outputs, share }, r) => [
           [capacityFeed(id), new Float32Array(batch.sequences.length).fill(Math.min(1, share))],
-          [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length)],
+          [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length * outputs)],
         ]),
       );
     const measured = await this.#compare(selector, feeds);

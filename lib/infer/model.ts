@@ -1,5 +1,6 @@
 // A model to call: generation, scoring and logits, each at a budget.
 import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import { routerParameters } from '../elastic/policy.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
 import { forwardFlops } from '../model/flops.js';
@@ -42,7 +43,7 @@ export class ElasticModel implements AsyncDisposable {
   constructor(network: Network) {
     this.network = network;
     this.#sessions = new SessionPool(network);
-    const { spec, policy, routers } = network;
+    const { spec, policy } = network;
     this.info = {
       task: 'causal-lm',
       architecture: spec.family,
@@ -57,7 +58,7 @@ export class ElasticModel implements AsyncDisposable {
       parameters: parameterPlan(spec).size,
       elastic: policy !== null,
       calibrated: policy?.calibration != null,
-      routerParameters: routers.size * (spec.hidden + 1),
+      routerParameters: policy ? routerParameters(policy) : 0,
       levels: policy?.levels ?? [],
     };
   }
@@ -151,7 +152,7 @@ export class ElasticModel implements AsyncDisposable {
   }
 
   #report(requested: Budget, point: OperatingPoint, result: RunResult, rows: number, ms: number): ComputeReport {
-    const meter = new ComputeMeter(this.network.spec.layers);
+    const meter = new ComputeMeter(this.network.spec.layers, this.network.policy?.blocks?.count);
     meter.add(result, rows);
     const flopsFull = forwardFlops(this.network.spec, [rows]).total;
     return {

@@ -91,8 +91,8 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
     owned.push(loaded);
     const routers = new Map<string, RouterTensors>();
     for (const [id, router] of elastic?.routers ?? []) {
-      const weight = Tensor.fromData('f32', [1, spec.hidden], router.weight);
-      const bias = Tensor.fromData('f32', [1], Float32Array.of(router.bias));
+      const weight = Tensor.fromData('f32', [router.bias.length, spec.hidden], router.weight);
+      const bias = Tensor.fromData('f32', [router.bias.length], router.bias);
       owned.push(weight, bias);
       routers.set(id, { weight, bias });
     }

@@ -137,7 +137,7 @@ export function feedForwardBlock(
       ? linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows })
       : linear(x, up.weight, { bias: up.bias, act, rows });
   const offsets = selection?.offsets ?? context.offsets;
-  const blocks = context.selector.blocks?.({ layer, x, gather, offsets });
+  const blocks = context.selector.blocks?.({ layer, x, gather, residual, rows: selection?.rows ?? null, offsets });
   if (!blocks) return leave(residual, hidden(up, gate, gather), down, selection);
 
   // A sum over blocks of units: each reads and adds to the rows that chose it, one block after the other.
@@ -147,13 +147,15 @@ export function feedForwardBlock(
     ...(bias && axis === 0 && { bias: weightPart(graph, bias, 0, i, blocks.length) }),
   });
   let y = residual;
-  for (const [i, { rows, gate: factor }] of blocks.entries()) {
-    const at = selection ? gatherIds(selection.rows, rows) : rows;
-    const units = hidden(part(0, i, up), gate && part(0, i, gate), gather ? at : rows);
-    const token = selection?.gate?.(at);
-    const both = token && factor ? gatedActivation(token, factor, 'none') : (token ?? factor);
-    y = linearAdd(y, units, part(1, i, down).weight, { rows: at, gate: both });
-  }
+  graph.tag(`${graph.currentTag}.blocks`, () => {
+    for (const [i, { rows, gate: factor }] of blocks.entries()) {
+      const at = selection ? gatherIds(selection.rows, rows) : rows;
+      const units = hidden(part(0, i, up), gate && part(0, i, gate), gather ? at : rows);
+      const token = selection?.gate?.(at);
+      const both = token && factor ? gatedActivation(token, factor, 'none') : (token ?? factor);
+      y = linearAdd(y, units, part(1, i, down).weight, { rows: at, gate: both });
+    }
+  });
   return down.bias ? graph.tag(`${graph.currentTag}.bias`, () => addBias(y, down, selection ?? null)) : y;
 }
 

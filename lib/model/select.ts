@@ -32,6 +32,10 @@ export interface EnteredRows {
   readonly x: Node;
   /** Which rows of `x` entered, i32 [R]; null: all. */
   readonly gather: Node | null;
+  /** The residual stream, f32 [N, D]. */
+  readonly residual: Node;
+  /** Which rows of it they are, i32 [R]; null: all. */
+  readonly rows: Node | null;
   /** Their segments, i32 [S + 1]. */
   readonly offsets: Node;
 }

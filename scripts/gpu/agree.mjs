@@ -50,7 +50,10 @@ async function compute(engine, dtype) {
 
   const trainable = new Trainable(routerPlan(policy));
   trainable.params.write(Float32Array.from({ length: trainable.plan.size }, (_, i) => 0.02 * Math.sin(0.7 * i)));
-  const step = trainProgram({ spec, weights, policy, trainable, engine, batchTokens: rows }, { kl: 1, topkBce: 0 });
+  const step = trainProgram(
+    { spec, weights, policy, trainable, engine, batchTokens: rows },
+    { kl: 1, topkBce: 0, loadBalance: 0 },
+  );
   const { outputs } = await step.run({
     dims,
     feeds: {

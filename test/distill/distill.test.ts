@@ -197,7 +197,7 @@ describe('refusals', () => {
     [{ optimizer: { lr: -1 } }, /optimizer.lr must be a positive number, got -1/],
     [{ optimizer: { rate: 1 } }, /unknown optimizer option 'rate'/],
     [{ optimizer: { schedule: 'step' } }, /schedule must be cosine, linear or constant/],
-    [{ loss: [{ kind: 'mse', weight: 1 }] }, /a loss must be kl or topk-bce/],
+    [{ loss: [{ kind: 'mse', weight: 1 }] }, /a loss must be one of kl, topk-bce, load-balance, got "mse"/],
     [{ loss: [{ kind: 'topk-bce', weight: 1 }] }, /loss must have a kl term/],
     [{ loss: [{ kind: 'kl', weight: 0 }] }, /weight of kl must be positive/],
     [{ resume: 'yes' }, /resume must be 'auto' or false/],

@@ -151,7 +151,7 @@ describe.each(models)('%s', (name) => {
     for (const count of [1, 2, 4]) {
       const { outputs, counters } = await cut(count, () => everyRow);
       expect(largestDifference(outputs.logits, golden.logits)).toBeLessThan(1e-4);
-      expect(counters['L1.mlp']).toEqual({ flops: perLayer.mlp, rows: count * golden.ids.length });
+      expect(counters['L1.mlp.blocks']).toEqual({ flops: perLayer.mlp, rows: count * golden.ids.length });
     }
 
     // One of two blocks gives the model whose other units have zero weights.
