@@ -91,11 +91,11 @@ const std::vector<OpDef>& opDefs() {
       {"distill_kl",
        "hs:f32[R,K] ht:f32[R,K] w:w[V,K<] weight:f32[R] targets?:i32[R] -> loss:f32[1] row?:f32[R] "
        "dh?:f32[R,K] agree?:f32[R] ce?:f32[R]",
-       {}},
+       {}, -1, "hs,ht dh"},
       {"cross_entropy",
        "h:f32[R,K] w:w[V,K<] targets:i32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] dh?:f32[R,K] "
        "dw?:f32[V,K] correct?:f32[R]",
-       {}},
+       {}, -1, "h dh"},
       // optimizer
       {"accumulate", "state!:f32[P] x:f32[*X] ->", {"offset"}},
       {"adamw", "p!:f32[P] g!:f32[P] m!:f32[P] v!:f32[P] hyper:f32[8] -> grad_norm:f32[1]", {"decay_count"}},

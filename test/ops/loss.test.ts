@@ -1,8 +1,8 @@
 // distill_kl and cross_entropy.
 import { expect, test } from 'vitest';
-import { crossEntropy, distillKl, gradients, scale } from '../../lib/graph/index.js';
+import { crossEntropy, distillKl, Graph, gradients, Program, scale } from '../../lib/graph/index.js';
 import { type DType, Tensor } from '../../lib/native/index.js';
-import { type Case, cases, checkNative, failure, inputs } from './harness.js';
+import { type Case, cases, checkNative, compare, failure, inputs, narrowEngine, testEngine } from './harness.js';
 
 const sizes = [
   [1, 3, 2],
@@ -10,6 +10,8 @@ const sizes = [
   [33, 65, 3],
   [70, 33, 8],
   [5, 600, 17],
+  [2, 4099, 3],
+  [3, 9002, 2],
 ] as const;
 
 /** Targets below `v`, every third missing. */
@@ -94,18 +96,152 @@ cases('cross_entropy', [
   }),
 ]);
 
-test('identical hidden states have no divergence and agree', async () => {
-  const make = inputs(11);
-  const c: Case = {
-    name: 'equal',
-    inputs: { h: make.f32(['R', 9], 17), w: make.weight('f32', 33, 17), weight: make.f32(['R', 9]) },
-    build: ({ h, w, weight }) => {
-      const { loss, row, agree } = distillKl(h, scale(h, 1), w, weight);
-      return { loss, row, agree };
+test.each([
+  // Two chunks of logits in one of gradients; on few multiprocessors two of both, as dh is wide.
+  [260, 5, 3],
+  [131, 3, 600],
+])('chunks of %i rows, vocabulary %i, width %i', async (r, v, k) => {
+  const make = inputs(12);
+  const h = make.f32(['R', r], k);
+  const [w, targets, weight] = [make.param(v, k), targetsOf(make, r, v), make.f32(['R', r])];
+  const both: Case[] = [
+    {
+      name: 'distill_kl',
+      inputs: { hs: h, ht: make.f32(['R', r], k), w: make.weight('bf16', v, k), weight, targets },
+      build: ({ hs, ht, w, weight, targets }) => {
+        const { loss, row, ce } = distillKl(hs, ht, w, weight, targets);
+        return { loss, row, ce: ce! };
+      },
+      wrt: ['hs', 'weight'],
     },
-    tolerance: 1e-6,
+    {
+      name: 'cross_entropy',
+      inputs: { h, w, targets, weight },
+      build: ({ h, w, targets, weight }) => {
+        const { loss, row } = crossEntropy(h, w, targets, weight);
+        return { loss, row };
+      },
+      wrt: ['h', 'w', 'weight'],
+    },
+  ];
+  for (const c of both) {
+    await checkNative({ ...c, tolerance: 1e-4 });
+    const narrow = narrowEngine();
+    if (narrow) await checkNative({ ...c, narrowTolerance: 0.05 }, narrow);
+  }
+});
+
+/** Both losses, and their gradients, of hidden states that are numbers: the logits are these times the head. */
+async function ofNumbers(head: readonly number[], hs: readonly number[], ht: readonly number[], targets: number[]) {
+  const r = hs.length;
+  using w = Tensor.fromData('f32', [head.length, 1], Float32Array.from(head));
+  const g = new Graph();
+  const [student, teacher] = [g.feed('hs', 'f32', [r, 1]), g.feed('ht', 'f32', [r, 1])];
+  const [weight, wanted] = [g.feed('weight', 'f32', [r]), g.feed('targets', 'i32', [r])];
+  const kl = distillKl(student, teacher, g.weight(w), weight, wanted);
+  const plain = crossEntropy(student, g.weight(w), wanted, weight);
+  const nodes = { row: kl.row, agree: kl.agree, ce: kl.ce!, crossEntropy: plain.row, correct: plain.correct };
+  for (const [name, node] of Object.entries(nodes)) g.output(name, node);
+  g.output('dkl', gradients(kl.loss, [student])[0]);
+  g.output('dce', gradients(plain.loss, [student])[0]);
+  using program = Program.compile(g, testEngine());
+  const feeds = {
+    hs: Float32Array.from(hs),
+    ht: Float32Array.from(ht),
+    weight: new Float32Array(r).fill(1),
+    targets: Int32Array.from(targets),
   };
-  await checkNative(c);
+  return (await program.run({ feeds })).outputs;
+}
+
+test('logits of -inf are as good as absent', async () => {
+  const make = inputs(13);
+  const head = Array.from({ length: 9001 }, (_, i) =>
+    i < 4500 || i % 7 === 0 ? Number.NEGATIVE_INFINITY : i < 6000 ? -200 : 4 * make.next(),
+  );
+  const present = head.filter(Number.isFinite);
+  const at = [5003, 8000];
+  const all = await ofNumbers(head, [1, 2], [1.5, 2], at);
+  const without = await ofNumbers(
+    present,
+    [1, 2],
+    [1.5, 2],
+    at.map((i) => present.indexOf(head[i], present.length - head.slice(i).filter(Number.isFinite).length)),
+  );
+  for (const name of ['row', 'agree', 'ce', 'crossEntropy', 'correct']) {
+    compare(all[name], [...without[name]], 1e-6, name);
+  }
+});
+
+test('logits as far apart as floats are do not overflow', async () => {
+  const { row, agree, ce, crossEntropy, dkl, dce } = await ofNumbers([1e38, 0, -1e38], [1, 1], [-1, 1], [2, 0]);
+  compare(row, [2e38, 0], 1e-6, 'row');
+  compare(agree, [0, 1], 0, 'agree');
+  for (const values of [ce, crossEntropy, dce]) compare(values, [2e38, 0], 1e-6, 'cross-entropy');
+  compare(dkl, [2e38, 0], 1e-6, 'dkl');
+});
+
+test('a row with NaN is NaN, agrees with nothing and leaves other rows alone', async () => {
+  const head = Array.from({ length: 5000 }, (_, i) => Math.sin(i));
+  const nan = await ofNumbers(head, [1, Number.NaN, 2], [1, Number.NaN, 1], [7, 7, -1]);
+  const plain = await ofNumbers(head, [1, 1, 2], [1, 1, 1], [7, 7, -1]);
+  for (const [name, values] of Object.entries(nan)) {
+    expect([values[0], values[2]], name).toEqual([plain[name][0], plain[name][2]]);
+    expect(values[1], name).toBe(name === 'agree' || name === 'correct' ? 0 : Number.NaN);
+  }
+  for (const at of [0, 3000, 4999]) {
+    const { row, agree, correct, crossEntropy } = await ofNumbers(head.with(at, Number.NaN), [1], [1], [3]);
+    expect([row[0], agree[0], correct[0], crossEntropy[0]], `NaN at ${at}`).toEqual([Number.NaN, 0, 0, Number.NaN]);
+  }
+});
+
+test('of equal logits the first is the prediction', async () => {
+  const ties = [
+    [5, 6],
+    [4, 2048],
+    [2047, 2048],
+    [3, 4096],
+    [4095, 4100],
+    [0, 4999],
+    [2050, 4098, 4999],
+  ];
+  for (const at of ties) {
+    const head = Array.from({ length: 5000 }, (_, i) => (at.includes(i) ? 1 : 0.25 * Math.sin(i)));
+    const { correct } = await ofNumbers(
+      head,
+      at.map(() => 1),
+      at.map(() => 1),
+      at,
+    );
+    expect([...correct], `${at}`).toEqual(at.map((_, i) => (i === 0 ? 1 : 0)));
+    // A teacher that prefers the last of them.
+    const hidden = head.map((x, i) => (i === at.at(-1) ? x + 1 : x));
+    using w = Tensor.fromData('f32', [5000, 2], Float32Array.from(head.flatMap((x, i) => [x, hidden[i]])));
+    const g = new Graph();
+    const [hs, ht] = [g.feed('hs', 'f32', [2, 2]), g.feed('ht', 'f32', [2, 2])];
+    g.output('agree', distillKl(hs, ht, g.weight(w), g.feed('weight', 'f32', [2])).agree);
+    using program = Program.compile(g, testEngine());
+    const weight = Float32Array.of(1, 1);
+    const { outputs } = await program.run({
+      feeds: { hs: Float32Array.of(1, 0, 1, 0), ht: Float32Array.of(0, 1, 1, 0), weight },
+    });
+    expect([...outputs.agree], `${at}`).toEqual([0, 1]);
+  }
+});
+
+test('identical hidden states have no divergence, no gradient and agree, exactly', async () => {
+  const make = inputs(11);
+  const hidden = make.values(
+    Array.from({ length: 9 }, () => 40 * make.next() - 20),
+    9,
+  ).data;
+  for (const v of [33, 9001]) {
+    const head = Array.from({ length: v }, () => 2 * make.next() - 1);
+    const { row, agree, dkl } = await ofNumbers(head, hidden, hidden, new Array(9).fill(-1));
+    expect([...row]).toEqual(new Array(9).fill(0));
+    expect([...agree]).toEqual(new Array(9).fill(1));
+    expect([...dkl].every((d) => d === 0)).toBe(true);
+  }
 });
 
 test('a target past the vocabulary, or below -1, is InvalidData', async () => {
