@@ -8,8 +8,7 @@ namespace elastiform::ELASTIFORM_DEVICE {
 
 namespace {
 
-// A group of threads has a row: a warp up to a width, a block above it. A row is read again for every sum over it: it
-// is in the cache by then.
+// A group of threads has a row: a warp up to a width, a block above it.
 constexpr int kThreads = 256;
 constexpr int kWarpWidth = 1024;
 
@@ -29,35 +28,67 @@ struct Norm {
   Operand y, mean, rstd;
 };
 
-template <bool kCentred, int kGroup>
-__global__ void __launch_bounds__(kThreads, 5) normKernel(Norm n, float eps, StepState state) {
-  SHARED_MEMORY(NormShared, s);
-  if (state.faulted()) return;
-  const int count = n.y.size(0), width = n.y.size(1), member = threadIdx.x % kGroup;
-  const bool vectors = width % 4 == 0 && startsAligned(n.x, n.weight, n.bias, n.y);
-  const auto forRow = [&](const auto& body) { forColumns(width, vectors, member, kGroup, body); };
+// A row of x that a group of kGroup threads has. It is read once: what a thread has of it is in registers, but for the
+// columns past kHeld steps of the group.
+template <typename V, int kGroup>
+struct Row {
+  static constexpr int kHeld = 6, kLanes = sizeof(V) / sizeof(float), kStep = kGroup * kLanes;
+  const float* x;
+  int width, first = static_cast<int>(threadIdx.x) % kGroup * kLanes;
+  V held[kHeld] = {};
+
+  DEVICE Row(const float* x, int width) : x(x), width(width) {
+    UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kStep < width) held[i] = ldGlobal<V>(x + first + i * kStep);
+    }
+  }
+  // Calls body(elements, column) on the elements of this thread.
+  template <typename Body>
+  DEVICE void each(const Body& body) const {
+    UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kStep < width) body(held[i], first + i * kStep);
+    }
+    for (int c = first + kHeld * kStep; c < width; c += kStep) body(ldGlobal<V>(x + c), c);
+  }
+};
+
+template <typename V, bool kCentred, int kGroup>
+DEVICE void normRows(const Norm& n, float eps, NormShared& s) {
+  const int count = n.y.size(0), width = n.y.size(1);
   for (int r = (blockIdx.x * kThreads + threadIdx.x) / kGroup; r < count; r += gridDim.x * (kThreads / kGroup)) {
-    const float* x = n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;
+    const Row<V, kGroup> row(n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width, width);
     float mean = 0;
     if constexpr (kCentred) {
       float sum = 0;
-      forRow([&]<typename V>(int c) { sum += sumOf(ldGlobal<V>(x + c)); });
+      row.each([&](const V& x, int) { sum += sumOf(x); });
       mean = groupSum<kGroup>(sum, s) / width;
     }
     const auto centred = [&](float v) { return kCentred ? v - mean : v; };
     float square = 0;
-    forRow([&]<typename V>(int c) {
-      square += sumOf(each([&](float v) { return centred(v) * centred(v); }, ldGlobal<V>(x + c)));
+    row.each([&](const V& x, int) {
+      square += sumOf(each([&](float v) { return centred(v) * centred(v); }, x));
     });
     const float rstd = 1.f / sqrtf(groupSum<kGroup>(square, s) / width + eps);
-    forRow([&]<typename V>(int c) {
-      V value = each([&](float v, float w) { return centred(v) * rstd * w; }, ldGlobal<V>(x + c),
-                     load<V>(n.weight, c));
+    row.each([&](const V& x, int c) {
+      V value = each([&](float v, float w) { return centred(v) * rstd * w; }, x, load<V>(n.weight, c));
       if (n.bias) value = each(Sum{}, value, load<V>(n.bias, c));
       store(n.y, int64_t{r} * width + c, value);
     });
-    if (member == 0 && n.mean) stGlobal(n.mean.f32() + r, mean);
-    if (member == 0 && n.rstd) stGlobal(n.rstd.f32() + r, rstd);
+    if (row.first == 0 && n.mean) stGlobal(n.mean.f32() + r, mean);
+    if (row.first == 0 && n.rstd) stGlobal(n.rstd.f32() + r, rstd);
+  }
+}
+
+template <bool kCentred, int kGroup>
+__global__ void __launch_bounds__(kThreads, 3) normKernel(Norm n, float eps, StepState state) {
+  SHARED_MEMORY(NormShared, s);
+  if (state.faulted()) return;
+  if (n.y.size(1) % 4 == 0 && startsAligned(n.x, n.weight, n.bias, n.y)) {
+    normRows<float4, kCentred, kGroup>(n, eps, s);
+  } else {
+    normRows<float, kCentred, kGroup>(n, eps, s);
   }
 }
 
@@ -68,7 +99,8 @@ struct NormGrad {
   Split split;
 };
 
-// A group has a part of the rows, and its threads have the same columns in all of them.
+// A group has a part of the rows, and its threads have the same columns in all of them. A row is read again after the
+// sums over it: it is in the cache by then.
 template <bool kCentred, int kGroup>
 __global__ void __launch_bounds__(kThreads, 4) normGradKernel(NormGrad n, StepState state) {
   SHARED_MEMORY(NormShared, s);

@@ -11,6 +11,11 @@ const shapes = [
   // Rows wider than what one warp takes, of an odd width too; more rows than partial sums of the gradient.
   [9, 1100, 5],
   [2, 1027, null],
+  // Wider than what the registers of a warp or a block hold of a row.
+  [3, 601, null],
+  [2, 900, null],
+  [2, 2053, 1],
+  [2, 8204, null],
   [4200, 4, null],
 ] as const;
 
