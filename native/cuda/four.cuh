@@ -1,4 +1,4 @@
-// Four neighbouring elements of a row at a time: one access where they are aligned, else one each.
+// Four or eight neighbouring elements of a row at a time: one access where they are aligned, else one each.
 #pragma once
 
 #include "cuda/launch.h"
@@ -48,6 +48,23 @@ DEVICE void copyFour(float* to, const float* from, int count) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
     if (i < count) cpAsync4(to + i, from + i);
+  }
+}
+
+// The first `count` of the eight elements at `from`, any number, to shared memory; the others become 0. `any` is some
+// aligned address.
+DEVICE void copyEight(bf16* to, const bf16* from, int count, const void* any) {
+  if (count >= 8 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    cpAsync16(to, from);
+  } else if (count <= 0) {
+    cpAsync16(to, any, false);
+  } else {
+    uint32_t pair[4] = {};
+    UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) pair[i / 2] |= uint32_t{ldGlobal(from + i).bits} << i % 2 * 16;
+    }
+    stShared(to, uint4{pair[0], pair[1], pair[2], pair[3]});
   }
 }
 

@@ -71,6 +71,22 @@ __global__ void __launch_bounds__(kThreads, 4)
 // Few rows of C are bound by reading the weights, for which CUDA cores suffice.
 constexpr int kFewRows = 32;
 
+// Whether wgmma is to compute a product in bf16: where its tiles of 128 x 128 take no longer than tiles of 64 x 64 by
+// mma.sync, a quarter of the work at about half the rate, counted in rounds of all multiprocessors. By bounds, so that a
+// row has the same bits at whatever sizes a recording runs.
+bool suitsWgmma(const Launch& launch, const Product& p, int parts) {
+  if (!launch.hopper) return false;
+  for (int i = 0; i < parts; ++i) {
+    if (reinterpret_cast<uintptr_t>(p.b[i].data) % 16 != 0 || p.b[i].stride % 8 != 0) return false;
+  }
+  const auto rounds = [&](int64_t tile) {
+    const auto tiles = [&](int64_t size) { return (size + tile - 1) / tile; };
+    return (tiles(p.m.boundCount()) * tiles(p.n.boundCount() * parts) + launch.multiprocessors - 1) /
+           launch.multiprocessors;
+  };
+  return 2 * rounds(128) <= rounds(64);
+}
+
 // A weight: rows of B are the same for all rows of A.
 template <Layout kLayoutB, int kParts = 1>
 void multiplyByWeight(const Launch& launch, Product p) {
@@ -83,7 +99,11 @@ void multiplyByWeight(const Launch& launch, Product p) {
   }
   if (narrow && p.b[0].dtype == DType::BF16 && !few) {
     if (p.a.dtype != DType::BF16) p.a = converted<bf16>(launch, p.a, p.m, p.k);
-    multiplyMma<Layout::AlongK, kLayoutB, kParts>(launch, p);
+    if (suitsWgmma(launch, p, kParts)) {
+      multiplyWgmma<Layout::AlongK, kLayoutB, kParts>(launch, p);
+    } else {
+      multiplyMma<Layout::AlongK, kLayoutB, kParts>(launch, p);
+    }
   } else {
     if (p.a.dtype != DType::F32) p.a = converted<float>(launch, p.a, p.m, p.k);
     multiplyF32<Layout::AlongK, kLayoutB, kParts>(launch, p);

@@ -119,5 +119,8 @@ void multiplyF32(const Launch& launch, const Product& p);
 // A and B are bf16.
 template <Layout kLayoutA, Layout kLayoutB, int kParts>
 void multiplyMma(const Launch& launch, const Product& p);
+// The same on launch.hopper, where the rows of weights begin at multiples of 16 bytes.
+template <Layout kLayoutA, Layout kLayoutB, int kParts>
+void multiplyWgmma(const Launch& launch, const Product& p);
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -30,23 +30,6 @@ union MmaShared {
   TileShared<kSmallTile> small;
 };
 
-// The first `count` of the eight elements at `from`, any number, to shared memory; the others become 0. `any` is some
-// aligned address.
-DEVICE void copyEight(bf16* to, const bf16* from, int count, const void* any) {
-  if (count >= 8 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    cpAsync16(to, from);
-  } else if (count <= 0) {
-    cpAsync16(to, any, false);
-  } else {
-    uint32_t pair[4] = {};
-    UNROLL
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) pair[i / 2] |= uint32_t{ldGlobal(from + i).bits} << i % 2 * 16;
-    }
-    stShared(to, uint4{pair[0], pair[1], pair[2], pair[3]});
-  }
-}
-
 // One side of a block's tile, as it lies in memory: rows along k of kDepth elements, or rows across k of kSpan. Pieces of
 // eight elements are permuted within rows so that ldmatrix reads from all banks. With two parts the first half of the
 // tile comes from x[0], the second from x[1].

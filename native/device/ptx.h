@@ -509,7 +509,8 @@ DEVICE void wgmmaBf16(float (&d)[R], const uint32_t (&fragmentA)[4], uint64_t de
 #undef ELASTIFORM_D32
 #undef ELASTIFORM_D4
 
-// Registers per thread from here on, in the whole warpgroup; the sum over warpgroups stays within 65536 / 128.
+// Registers per thread from here on, in the whole warpgroup; the sum over warpgroups stays within what the launch gave
+// them: 504 for three, each of which begins with 168.
 template <int N>
 DEVICE void registersDecrease() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);

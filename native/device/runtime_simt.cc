@@ -189,9 +189,14 @@ std::string deviceProblem() { return ""; }
 
 DeviceProperties deviceProperties(int device) {
   setDevice(device);
+  const char* text = std::getenv("ELASTIFORM_SIMT_CAPABILITY");
+  const std::string capability = text ? text : "90";
+  if (capability != "80" && capability != "90") {
+    fail(ErrorCode::InvalidArgument, "[simt] ELASTIFORM_SIMT_CAPABILITY must be 80 or 90, got %.20s", text);
+  }
   DeviceProperties properties;
   properties.name = "SIMT emulation";
-  properties.computeMajor = 9;
+  properties.computeMajor = capability[0] - '0';
   properties.multiprocessors = 4;
   properties.memoryBytes = memoryInfo().totalBytes;
   properties.sharedBytesPerBlock = kSharedBytesMax;

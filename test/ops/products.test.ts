@@ -1,5 +1,5 @@
 // Products have the bits of the CPU engine on every device, whichever of a device's loops computes them.
-import { test } from 'vitest';
+import { afterAll, beforeAll, describe, test } from 'vitest';
 import { linear, linearAdd, linearDw, linearDx, linearGated, Program } from '../../lib/graph/index.js';
 import { type DType, Engine, loadAddon, Tensor, type TypedArray } from '../../lib/native/index.js';
 import {
@@ -18,8 +18,10 @@ import {
 const sizeOf = (size: Size): number => (typeof size === 'number' ? size : size[1]);
 
 async function outputs(c: Case, engine: Engine): Promise<Record<string, TypedArray>> {
-  const built = construct(c, ({ dtype, shape, data }: Input) =>
-    Tensor.fromData(dtype, shape.map(sizeOf), typed(dtype, data)),
+  const built = construct(
+    c,
+    ({ dtype, shape, data }: Input) => Tensor.fromData(dtype, shape.map(sizeOf), typed(dtype, data)),
+    engine.activations === 'bf16',
   );
   for (const [name, node] of Object.entries(built.outputs)) built.graph.output(name, node);
   using program = Program.compile(built.graph, engine);
@@ -93,3 +95,104 @@ test.skipIf(loadAddon().info().isa === 'portable').each(all)('$name', async (c) 
 
 const narrow = narrowEngine();
 if (narrow) test.each(all)('$name: with bf16 activations', (c) => checkNative(c, narrow));
+
+/** A weight of which a prefix is used: what lies beyond is NaN, and must not have any effect. */
+function widened(input: Input, rows: number, columns: number): Input {
+  const [n, k] = input.shape.map(sizeOf);
+  const data = Array.from({ length: rows * columns }, (_, i) => {
+    const [r, c] = [Math.floor(i / columns), i % columns];
+    return r < n && c < k ? input.data[r * k + c] : Number.NaN;
+  });
+  return { ...input, shape: [rows, columns], data };
+}
+
+// For the four multiprocessors of the emulated device: tiles of 256 columns, a block with two of them, and more of k than
+// the stages hold; of 128 columns, for products of few tiles, and with two tiles to a block; the same across k and for
+// two weights.
+const tensorShapes = [
+  [300, 504, 136],
+  [300, 72, 500],
+  [140, 130, 136],
+  [140, 100, 40],
+  [600, 100, 200],
+] as const;
+
+const onTensorCores = ([m, n, k]: readonly [number, number, number]): Case => {
+  const make = inputs(m + n + k);
+  const selected = Math.ceil(m / 2);
+  return {
+    name: `[${m},${k}] x [${n},${k}]`,
+    inputs: {
+      x: make.f32(['M', m], k),
+      w: make.weight('bf16', n, k),
+      v: make.weight('bf16', n, k),
+      b: make.weight('f32', n),
+      rows: make.rows('R', selected, m),
+      gate: make.f32(['R', selected]),
+      some: make.f32(['R', selected], k),
+      r: make.f32(['M', m], n),
+      dy: make.f32(['M', m], n),
+      acc: make.f32(['M', m], k),
+    },
+    build: ({ x, w, v, b, rows, gate, some, r, dy, acc }) => ({
+      added: linearAdd(r, some, w, { bias: b, rows, gate }),
+      y: linear(x, w, { bias: b, act: 'relu' }),
+      gated: linearGated(x, w, v, { bg: b, act: 'silu', rows }),
+      accumulated: linearDx(dy, w, acc),
+    }),
+    wrt: ['some', 'gate'],
+    narrowTolerance: 0.004,
+  };
+};
+
+// The used part of a weight is set at run, and rows of the activations need not begin at multiples of 16 bytes.
+const ofPrefixes = ([m, n, k]: readonly [number, number, number]): Case => {
+  const make = inputs(m + n + k);
+  const wide = () => widened(make.weight('bf16', n, k), n + 5, Math.ceil((k + 3) / 8) * 8);
+  return {
+    name: `prefix of [${n},${k}] of wider weights`,
+    inputs: {
+      x: make.f32(['M', m], ['K', k]),
+      dy: make.f32(['M', m], ['N', n]),
+      still: make.f32(['M', m], k),
+      w: wide(),
+      v: wide(),
+    },
+    build: ({ x, dy, still, w, v }) => ({
+      y: linear(x, w, { width: dy.shape[1] }),
+      constant: linear(still, w, { width: n }),
+      gated: linearGated(x, w, v, { act: 'relu', width: dy.shape[1] }),
+      dx: linearDx(dy, w, null, x.shape[1]),
+      dxConstant: linearDx(dy, w, null, k),
+    }),
+    narrowTolerance: 0.004,
+  };
+};
+
+const tensorCases = [
+  ...tensorShapes.map(onTensorCores),
+  ...(
+    [
+      [300, 260, 100],
+      [140, 121, 72],
+      [150, 128, 192],
+    ] as const
+  ).map(ofPrefixes),
+];
+
+if (narrow) test.each(tensorCases)('on tensor cores: $name', (c) => checkNative(c, narrow));
+
+// The emulation adds in one order, whatever computes; GPUs need not.
+describe.skipIf(testEngine().device !== 'simt')('by mma.sync', () => {
+  let engine: Engine;
+  beforeAll(async () => {
+    engine = new Engine(undefined, { activations: 'bf16' });
+    process.env.ELASTIFORM_SIMT_CAPABILITY = '80'; // which an engine reads with its first program
+    await outputs(onTensorCores([1, 1, 1]), engine);
+    delete process.env.ELASTIFORM_SIMT_CAPABILITY;
+  });
+  afterAll(() => engine.dispose());
+  test.each(tensorCases)('$name: the bits of wgmma', async (c) => {
+    sameBits(await outputs(c, engine), await outputs(c, narrow as Engine), 'mma.sync');
+  });
+});

@@ -1,0 +1,314 @@
+// Products on tensor cores by wgmma, on sm_90a: bf16 factors, f32 sums. One block to a multiprocessor walks over tiles of
+// C. A warpgroup fills a ring of stages in shared memory, running ahead into the next tile while two others, of 64 rows
+// each, empty it and take C through the epilogue.
+#include "cuda/epilogue.cuh"
+
+namespace elastiform::ELASTIFORM_DEVICE {
+
+namespace {
+
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kThreads = 3 * kGroup;
+constexpr int kWarps = 2 * kGroup / 32;           // that multiply
+constexpr int kRows = kProductRows;               // of a tile
+constexpr int kWide = 256, kNarrow = 128;         // columns of a tile, those of both weights counted
+constexpr int kDepth = 64;                        // of k in a stage: the 128 bytes of the swizzle
+constexpr int kBox = 64;                          // rows (along k) or columns (across k) of a weight in one TMA copy
+constexpr int kWarpRows = 16, kWarpColumns = 64;  // of C that a warp takes through shared memory at a time
+
+// A stage is kRows rows of A, then kWidth rows of B or, across k, kWidth / kBox boxes of kDepth rows.
+template <int kWidth>
+constexpr int kStageElements = (kRows + kWidth) * kDepth;
+constexpr int kRingElements = 4 * kStageElements<kWide>;
+template <int kWidth>
+constexpr int kStages = kRingElements / kStageElements<kWidth>;
+
+struct WgmmaShared {
+  alignas(1024) bf16 ring[kRingElements];
+  alignas(16) float c[kWarps][kWarpRows * kWarpColumns];
+  Mbarrier full[kStages<kNarrow>], empty[kStages<kNarrow>];
+};
+
+template <int kParts>
+struct Weights {
+  TensorMap part[kParts];
+  int depth;  // of k that the maps cover; beyond it TMA reads zeros
+};
+
+struct Sizes {
+  int m, n, k;
+};
+
+// Where one side, the producer or a consumer, is in the ring.
+template <int kWidth>
+struct Ring {
+  WgmmaShared& s;
+  int stage = 0;
+  uint32_t round = 0;  // of the ring, its parity
+
+  DEVICE explicit Ring(WgmmaShared& s) : s(s) {}
+  DEVICE bf16* a() const { return s.ring + stage * kStageElements<kWidth>; }
+  DEVICE bf16* b() const { return a() + kRows * kDepth; }
+  DEVICE void advance() {
+    if (++stage < kStages<kWidth>) return;
+    stage = 0;
+    round ^= 1;
+  }
+};
+
+// Calls body(place) for the block's tiles.
+template <int kParts, int kWidth, typename Body>
+DEVICE void forTiles(const Sizes& size, const Body& body) {
+  constexpr int kColumns = kWidth / kParts;
+  const int tilesM = (size.m + kRows - 1) / kRows, tilesN = (size.n + kColumns - 1) / kColumns;
+  for (int tile = blockIdx.x; tile < tilesM * tilesN; tile += gridDim.x) {
+    body(TilePlace(tile, tilesM, tilesN, kRows, kColumns));
+  }
+}
+
+// `rows` rows of a stage in pieces of eight elements; of(row, piece, from, count) says where a piece comes from.
+template <typename Of>
+DEVICE void copyRows(bf16* to, int rows, const void* any, const Of& of) {
+  const int piece = threadIdx.x % 8;
+  for (int row = threadIdx.x / 8; row < rows; row += kGroup / 8) {
+    const bf16* from;
+    int count;
+    of(row, piece, from, count);
+    copyEight(to + swizzle128(row, piece) / 2, from, count, any);
+  }
+}
+
+// The producer. Rows of A are gathered, and may be as long as a dim that is set at run: they come by cp.async. Weights
+// are what the recording knows: they come by TMA, for which one thread is enough.
+template <Layout kLayoutB, int kParts, int kWidth>
+DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShared& s, const Sizes& size) {
+  constexpr int kColumns = kWidth / kParts, kRowsAtOnce = kGroup / 8, kPasses = kRows / kRowsAtOnce;
+  constexpr bool kAlong = kLayoutB == Layout::AlongK;
+  const int tid = threadIdx.x, piece = tid % 8, K = size.k;
+  const bf16* a = static_cast<const bf16*>(p.a.data);
+  const int64_t strideA = p.a.stride ? p.a.stride : K;
+  const bool wholePieces = K % 8 == 0 && strideA % 8 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
+  Ring<kWidth> ring(s);
+  forTiles<kParts, kWidth>(size, [&](const TilePlace& place) {
+    int rows[kPasses];  // of A in memory, -1 outside
+    UNROLL
+    for (int i = 0; i < kPasses; ++i) {
+      const int m = place.m + tid / 8 + i * kRowsAtOnce;
+      rows[i] = m < size.m ? p.a.row(m) : -1;
+    }
+    for (int k = 0; k < K; k += kDepth, ring.advance()) {
+      Mbarrier& full = s.full[ring.stage];
+      mbarrierWait(s.empty[ring.stage], ring.round ^ 1);
+      // The last step of a prefix of K must not see the weights beyond, which need not be finite.
+      const bool byTma = k + kDepth <= K || K == weights.depth;
+      if (byTma && tid == 0) {
+        mbarrierExpectTx(full, kWidth * kDepth * sizeof(bf16));
+        UNROLL
+        for (int box = 0; box < kWidth; box += kBox) {
+          const int n = place.n + box % kColumns;
+          tmaLoad2d(ring.b() + box * kDepth, weights.part[box / kColumns], full, kAlong ? k : n, kAlong ? n : k);
+        }
+      }
+      if (!byTma) {
+        copyRows(ring.b(), kWidth, a, [&](int row, int piece, const bf16*& from, int& count) {
+          const Matrix& b = p.b[kAlong ? row / kColumns : 0];
+          const int n = place.n + (kAlong ? row % kColumns : row / kDepth * kBox + piece * 8);
+          const int at = k + (kAlong ? piece * 8 : row % kDepth);
+          from = static_cast<const bf16*>(b.data) + (kAlong ? int64_t{n} * b.stride + at : int64_t{at} * b.stride + n);
+          count = n < size.n && at < K ? (kAlong ? K - at : size.n - n) : 0;
+        });
+      }
+      if (wholePieces) {
+        const bool inside = k + piece * 8 < K;
+        const bf16* from = a + k + piece * 8;
+        UNROLL
+        for (int i = 0; i < kPasses; ++i) {
+          const bool present = inside && rows[i] >= 0;
+          cpAsync16(ring.a() + swizzle128(tid / 8 + i * kRowsAtOnce, piece) / 2,
+                    present ? from + rows[i] * strideA : a, present);
+        }
+      } else {
+        copyRows(ring.a(), kRows, a, [&](int row, int piece, const bf16*& from, int& count) {
+          const int m = place.m + row, at = k + piece * 8;
+          from = m < size.m ? a + p.a.row(m) * strideA + at : a;
+          count = m < size.m ? K - at : 0;
+        });
+      }
+      if (byTma && wholePieces) {
+        cpAsyncArrive(full);
+      } else {  // some elements were written one by one
+        cpAsyncCommit();
+        cpAsyncWait<0>();
+        fenceProxyAsync();
+        mbarrierArrive(full);
+      }
+    }
+  });
+}
+
+// Where C's element lies in a warp's share of shared memory: permuted so that neither the lanes that write eight rows
+// of pairs nor those that read fours of a row meet in a bank.
+DEVICE int placeInC(int row, int column) { return row * kWarpColumns + (column ^ (row & 3) * 8); }
+
+// The warp's rows, from m on, of a tile that begins at column n, through the epilogue.
+template <int kParts, int kColumns>
+DEVICE void finishRows(const Product& p, const float (&sum)[kParts][kColumns / 2], float* c, int m, int n,
+                       const Sizes& size) {
+  constexpr int kTogether = kWarpColumns / kParts, kFours = kTogether / 4;
+  const int lane = laneId();
+  for (int first = 0; first < kColumns; first += kTogether) {
+    UNROLL  // a loop over constants, so that the accumulators stay in registers and the epilogue is there once
+    for (int own = 0; own < kColumns; own += kTogether) {
+      if (own != first) continue;
+      UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        UNROLL
+        for (int column = 0; column < kTogether; column += 8) {
+          UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const float* pair = &sum[part][(own + column) / 2 + half * 2];
+            stShared(&c[placeInC(half * 8 + lane / 4, part * kTogether + column + lane % 4 * 2)],
+                     float2{pair[0], pair[1]});
+          }
+        }
+      }
+    }
+    syncWarp();  // c is complete
+    for (int i = lane; i < kWarpRows * kFours; i += 32) {
+      const int row = i / kFours, column = i % kFours * 4;
+      const bool inside = m + row < size.m && n + first + column < size.n;
+      float dot = 0;
+      if (inside) {
+        float y[kParts][4];
+        UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          spread(ldShared<float4>(&c[placeInC(row, part * kTogether + column)]), y[part]);
+        }
+        dot = finishFour<kParts>(p, y, m + row, n + first + column, size.n);
+      }
+      if constexpr (kTogether == kDotColumns) finishDot(p, dot, m + row, n + first + column, size.n, inside);
+    }
+    syncWarp();  // c has been read
+  }
+}
+
+template <Layout kLayoutB, int kParts, int kWidth>
+DEVICE void consume(const Product& p, WgmmaShared& s, const Sizes& size) {
+  constexpr int kColumns = kWidth / kParts;
+  constexpr bool kAlong = kLayoutB == Layout::AlongK;
+  constexpr Major kMajor = kAlong ? Major::K : Major::MN;
+  const int lane = laneId(), warp = warpId() - kGroup / 32;
+  Ring<kWidth> ring(s);
+  forTiles<kParts, kWidth>(size, [&](const TilePlace& place) {
+    float sum[kParts][kColumns / 2] = {};
+    int before = 0;  // the stage of the previous step
+    const auto release = [&] {
+      if (lane == 0) mbarrierArrive(s.empty[before]);
+    };
+    for (int k = 0; k < size.k; k += kDepth, ring.advance()) {
+      mbarrierWait(s.full[ring.stage], ring.round);
+      fenceProxyAsync();  // rows that cp.async wrote, for wgmma
+      const uint64_t a = descriptorK(ring.a() + warp / 4 * 64 * kDepth);
+      wgmmaFence();
+      UNROLL
+      for (int i = 0; i < kDepth; i += 16) {
+        UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          const bf16* b = ring.b() + part * kColumns * kDepth;
+          // 16 more of k: 32 bytes within the rows of a K-major tile, 16 rows of an MN-major one.
+          wgmmaBf16<kMajor>(sum[part], descriptorAdvance(a, i * 2),
+                            kAlong ? descriptorAdvance(descriptorK(b), i * 2)
+                                   : descriptorMN(b + i * kBox, kBox * kDepth * sizeof(bf16)),
+                            true);
+        }
+      }
+      wgmmaCommit();
+      if constexpr (kParts == 1) {
+        wgmmaWait<1>(sum[0]);
+      } else {
+        wgmmaWait<1>(sum[0], sum[1]);
+      }
+      if (k > 0) release();
+      before = ring.stage;
+    }
+    if constexpr (kParts == 1) {
+      wgmmaWait<0>(sum[0]);
+    } else {
+      wgmmaWait<0>(sum[0], sum[1]);
+    }
+    if (size.k > 0) release();
+    finishRows<kParts, kColumns>(p, sum, s.c[warp], place.m + warp * kWarpRows, place.n, size);
+  });
+}
+
+// Rounds of all multiprocessors that tiles of `columns` columns take.
+DEVICE int rounds(const Product& p, const Sizes& size, int columns) {
+  const int tiles = (size.m + kRows - 1) / kRows * ((size.n + columns - 1) / columns);
+  return (tiles + p.multiprocessors - 1) / p.multiprocessors;
+}
+
+template <Layout kLayoutB, int kParts>
+__global__ void __launch_bounds__(kThreads, 1)
+    wgmmaKernel(const __grid_constant__ Product p, const __grid_constant__ Weights<kParts> weights) {
+  SHARED_MEMORY(WgmmaShared, s);
+  if (p.state.faulted()) return;
+  const Sizes size{shflIdx(p.m.count(), 0), shflIdx(p.n.count(), 0), shflIdx(p.k.count(), 0)};
+  if (!begin<kParts>(p, size.m, size.n, size.k)) return;
+  // Tiles take as long as their stages take to load, 48 KB or 32 KB: narrow ones where rounding up to whole rounds
+  // costs the wide ones more than that.
+  const bool wide = rounds(p, size, kWide / kParts) * 3 <= rounds(p, size, kNarrow / kParts) * 2;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages<kNarrow>; ++i) {
+      mbarrierInit(s.full[i], kGroup);   // the producers; one of them announces TMA's bytes as well
+      mbarrierInit(s.empty[i], kWarps);  // one lane of each
+    }
+    fenceMbarrierInit();
+  }
+  syncThreads();
+  if (threadIdx.x < kGroup) {
+    registersDecrease<72>();
+    if (wide) {
+      produce<kLayoutB, kParts, kWide>(p, weights, s, size);
+    } else {
+      produce<kLayoutB, kParts, kNarrow>(p, weights, s, size);
+    }
+  } else {
+    registersIncrease<216>();
+    if (wide) {
+      consume<kLayoutB, kParts, kWide>(p, s, size);
+    } else {
+      consume<kLayoutB, kParts, kNarrow>(p, s, size);
+    }
+  }
+}
+
+}  // namespace
+
+template <Layout kLayoutA, Layout kLayoutB, int kParts>
+void multiplyWgmma(const Launch& launch, const Product& p) {
+  static_assert(kLayoutA == Layout::AlongK);
+  constexpr bool kAlong = kLayoutB == Layout::AlongK;
+  const int64_t M = p.m.boundCount(), N = p.n.boundCount(), K = p.k.boundCount();
+  Weights<kParts> weights{};
+  weights.depth = static_cast<int>(K);
+  for (int i = 0; i < kParts; ++i) {
+    TensorMapDesc desc;
+    desc.base = p.b[i].data;
+    desc.columns = static_cast<uint64_t>(kAlong ? K : N);
+    desc.rows = static_cast<uint64_t>(kAlong ? N : K);
+    desc.rowBytes = static_cast<uint64_t>(p.b[i].stride) * sizeof(bf16);
+    desc.boxColumns = kAlong ? kDepth : kBox;
+    desc.boxRows = kAlong ? kBox : kDepth;
+    weights.part[i] = encodeTensorMap(desc);
+  }
+  const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
+  const int64_t most = tiles(M, kRows) * tiles(N * kParts, kNarrow);
+  LAUNCH((wgmmaKernel<kLayoutB, kParts>), static_cast<unsigned>(std::min<int64_t>(most, launch.multiprocessors)),
+         kThreads, sizeof(WgmmaShared), launch.stream, p, weights);
+}
+
+template void multiplyWgmma<Layout::AlongK, Layout::AlongK, 1>(const Launch&, const Product&);
+template void multiplyWgmma<Layout::AlongK, Layout::AlongK, 2>(const Launch&, const Product&);
+template void multiplyWgmma<Layout::AlongK, Layout::AcrossK, 1>(const Launch&, const Product&);
+
+}  // namespace elastiform::ELASTIFORM_DEVICE
