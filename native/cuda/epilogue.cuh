@@ -20,9 +20,8 @@ DEVICE bool begin(const Product& p, int M, int N, int K) {
 struct TilePlace {
   int m, n;
 
-  DEVICE TilePlace(int index, int tilesM, int tilesN, int rows, int columns) {
-    constexpr int kBand = 16;
-    const int band = index / (kBand * tilesN) * kBand, height = min(kBand, tilesM - band);
+  DEVICE TilePlace(int index, int tilesM, int tilesN, int rows, int columns, int bandRows = 16) {
+    const int band = index / (bandRows * tilesN) * bandRows, height = min(bandRows, tilesM - band);
     const int inBand = index - band * tilesN;
     m = (band + inBand % height) * rows;
     n = inBand / height * columns;

@@ -1,6 +1,7 @@
-// Products on tensor cores by wgmma, on sm_90a: bf16 factors, f32 sums. One block to a multiprocessor walks over tiles of
-// C. A warpgroup fills a ring of stages in shared memory, running ahead into the next tile while two others, of 64 rows
-// each, empty it and take C through the epilogue.
+// Products on tensor cores by wgmma, on sm_90a: bf16 factors, f32 sums. One block to a multiprocessor walks over tiles
+// of C. A warpgroup fills a ring of stages in shared memory, running ahead into the next tile while two others, of 64
+// rows each, empty it and take C through the epilogue. Two neighbouring blocks are a cluster, and may share what they
+// load of B.
 #include "cuda/epilogue.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
@@ -9,6 +10,7 @@ namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
+constexpr int kPair = 2;                          // blocks of a cluster
 constexpr int kWarps = 2 * kGroup / 32;           // that multiply
 constexpr int kRows = kProductRows;               // of a tile
 constexpr int kWide = 256, kNarrow = 128;         // columns of a tile, those of both weights counted
@@ -39,6 +41,13 @@ struct Sizes {
   int m, n, k;
 };
 
+// How a product is cut: into tiles for blocks, or into tiles one above the other for pairs of them, of which each block
+// loads half of B for both.
+struct Cut {
+  Sizes size;
+  bool wide, paired;
+};
+
 // Where one side, the producer or a consumer, is in the ring.
 template <int kWidth>
 struct Ring {
@@ -56,13 +65,15 @@ struct Ring {
   }
 };
 
-// Calls body(place) for the block's tiles.
+// Calls body(m, n) for the block's tiles. A pair has as many for each block, of which the last may lie below C.
 template <int kParts, int kWidth, typename Body>
-DEVICE void forTiles(const Sizes& size, const Body& body) {
+DEVICE void forTiles(const Cut& cut, const Body& body) {
   constexpr int kColumns = kWidth / kParts;
-  const int tilesM = (size.m + kRows - 1) / kRows, tilesN = (size.n + kColumns - 1) / kColumns;
-  for (int tile = blockIdx.x; tile < tilesM * tilesN; tile += gridDim.x) {
-    body(TilePlace(tile, tilesM, tilesN, kRows, kColumns));
+  const int blocks = cut.paired ? kPair : 1, rows = blocks * kRows, row = cut.paired ? clusterRank() * kRows : 0;
+  const int tilesM = (cut.size.m + rows - 1) / rows, tilesN = (cut.size.n + kColumns - 1) / kColumns;
+  for (int tile = blockIdx.x / blocks; tile < tilesM * tilesN; tile += gridDim.x / blocks) {
+    const TilePlace place(tile, tilesM, tilesN, rows, kColumns, 16 / blocks);
+    body(place.m + row, place.n);
   }
 }
 
@@ -81,20 +92,20 @@ DEVICE void copyRows(bf16* to, int rows, const void* any, const Of& of) {
 // The producer. Rows of A are gathered, and may be as long as a dim that is set at run: they come by cp.async. Weights
 // are what the recording knows: they come by TMA, for which one thread is enough.
 template <Layout kLayoutB, int kParts, int kWidth>
-DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShared& s, const Sizes& size) {
+DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShared& s, const Cut& cut) {
   constexpr int kColumns = kWidth / kParts, kRowsAtOnce = kGroup / 8, kPasses = kRows / kRowsAtOnce;
   constexpr bool kAlong = kLayoutB == Layout::AlongK;
-  const int tid = threadIdx.x, piece = tid % 8, K = size.k;
+  const int tid = threadIdx.x, piece = tid % 8, M = cut.size.m, N = cut.size.n, K = cut.size.k;
   const bf16* a = static_cast<const bf16*>(p.a.data);
   const int64_t strideA = p.a.stride ? p.a.stride : K;
   const bool wholePieces = K % 8 == 0 && strideA % 8 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
   Ring<kWidth> ring(s);
-  forTiles<kParts, kWidth>(size, [&](const TilePlace& place) {
+  forTiles<kParts, kWidth>(cut, [&](int tileM, int tileN) {
     int rows[kPasses];  // of A in memory, -1 outside
     UNROLL
     for (int i = 0; i < kPasses; ++i) {
-      const int m = place.m + tid / 8 + i * kRowsAtOnce;
-      rows[i] = m < size.m ? p.a.row(m) : -1;
+      const int m = tileM + tid / 8 + i * kRowsAtOnce;
+      rows[i] = m < M ? p.a.row(m) : -1;
     }
     for (int k = 0; k < K; k += kDepth, ring.advance()) {
       Mbarrier& full = s.full[ring.stage];
@@ -105,17 +116,21 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
         mbarrierExpectTx(full, kWidth * kDepth * sizeof(bf16));
         UNROLL
         for (int box = 0; box < kWidth; box += kBox) {
-          const int n = place.n + box % kColumns;
-          tmaLoad2d(ring.b() + box * kDepth, weights.part[box / kColumns], full, kAlong ? k : n, kAlong ? n : k);
+          const int n = tileN + box % kColumns, x = kAlong ? k : n, y = kAlong ? n : k;
+          if (!cut.paired) {
+            tmaLoad2d(ring.b() + box * kDepth, weights.part[box / kColumns], full, x, y);
+          } else if (box / (kWidth / kPair) == clusterRank()) {
+            tmaLoad2dMulticast(ring.b() + box * kDepth, weights.part[box / kColumns], full, x, y, (1 << kPair) - 1);
+          }
         }
       }
       if (!byTma) {
         copyRows(ring.b(), kWidth, a, [&](int row, int piece, const bf16*& from, int& count) {
           const Matrix& b = p.b[kAlong ? row / kColumns : 0];
-          const int n = place.n + (kAlong ? row % kColumns : row / kDepth * kBox + piece * 8);
+          const int n = tileN + (kAlong ? row % kColumns : row / kDepth * kBox + piece * 8);
           const int at = k + (kAlong ? piece * 8 : row % kDepth);
           from = static_cast<const bf16*>(b.data) + (kAlong ? int64_t{n} * b.stride + at : int64_t{at} * b.stride + n);
-          count = n < size.n && at < K ? (kAlong ? K - at : size.n - n) : 0;
+          count = n < N && at < K ? (kAlong ? K - at : N - n) : 0;
         });
       }
       if (wholePieces) {
@@ -129,9 +144,9 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
         }
       } else {
         copyRows(ring.a(), kRows, a, [&](int row, int piece, const bf16*& from, int& count) {
-          const int m = place.m + row, at = k + piece * 8;
-          from = m < size.m ? a + p.a.row(m) * strideA + at : a;
-          count = m < size.m ? K - at : 0;
+          const int m = tileM + row, at = k + piece * 8;
+          from = m < M ? a + p.a.row(m) * strideA + at : a;
+          count = m < M ? K - at : 0;
         });
       }
       if (byTma && wholePieces) {
@@ -193,19 +208,23 @@ DEVICE void finishRows(const Product& p, const float (&sum)[kParts][kColumns / 2
 }
 
 template <Layout kLayoutB, int kParts, int kWidth>
-DEVICE void consume(const Product& p, WgmmaShared& s, const Sizes& size) {
+DEVICE void consume(const Product& p, WgmmaShared& s, const Cut& cut) {
   constexpr int kColumns = kWidth / kParts;
   constexpr bool kAlong = kLayoutB == Layout::AlongK;
   constexpr Major kMajor = kAlong ? Major::K : Major::MN;
   const int lane = laneId(), warp = warpId() - kGroup / 32;
   Ring<kWidth> ring(s);
-  forTiles<kParts, kWidth>(size, [&](const TilePlace& place) {
+  forTiles<kParts, kWidth>(cut, [&](int tileM, int tileN) {
     float sum[kParts][kColumns / 2] = {};
     int before = 0;  // the stage of the previous step
-    const auto release = [&] {
-      if (lane == 0) mbarrierArrive(s.empty[before]);
+    const auto release = [&] {  // to both blocks that write it
+      if (cut.paired) {
+        if (lane < kPair) mbarrierArriveAt(s.empty[before], lane);
+      } else if (lane == 0) {
+        mbarrierArrive(s.empty[before]);
+      }
     };
-    for (int k = 0; k < size.k; k += kDepth, ring.advance()) {
+    for (int k = 0; k < cut.size.k; k += kDepth, ring.advance()) {
       mbarrierWait(s.full[ring.stage], ring.round);
       fenceProxyAsync();  // rows that cp.async wrote, for wgmma
       const uint64_t a = descriptorK(ring.a() + warp / 4 * 64 * kDepth);
@@ -236,15 +255,31 @@ DEVICE void consume(const Product& p, WgmmaShared& s, const Sizes& size) {
     } else {
       wgmmaWait<0>(sum[0], sum[1]);
     }
-    if (size.k > 0) release();
-    finishRows<kParts, kColumns>(p, sum, s.c[warp], place.m + warp * kWarpRows, place.n, size);
+    if (cut.size.k > 0) release();
+    finishRows<kParts, kColumns>(p, sum, s.c[warp], tileM + warp * kWarpRows, tileN, cut.size);
   });
 }
 
-// Rounds of all multiprocessors that tiles of `columns` columns take.
-DEVICE int rounds(const Product& p, const Sizes& size, int columns) {
-  const int tiles = (size.m + kRows - 1) / kRows * ((size.n + columns - 1) / columns);
-  return (tiles + p.multiprocessors - 1) / p.multiprocessors;
+// The fastest way to cut a product. A block's step costs the rows that it loads, of A and its share of B, and the
+// columns of C, since loading one and multiplying by one take about as long; and blocks work in rounds.
+template <int kParts>
+DEVICE Cut cutOf(const Sizes& size) {
+  Cut best{size, false, false};
+  int least = INT32_MAX;
+  UNROLL
+  for (int blocks = kPair; blocks > 0; --blocks) {
+    UNROLL
+    for (int width = kWide; width >= kNarrow; width -= kNarrow) {
+      const int rows = blocks * kRows, columns = width / kParts, atOnce = static_cast<int>(gridDim.x) / blocks;
+      const int tiles = (size.m + rows - 1) / rows * ((size.n + columns - 1) / columns);
+      const int cost = (tiles + atOnce - 1) / atOnce * (kRows + width / blocks + width);
+      if (cost >= least) continue;
+      least = cost;
+      best.wide = width == kWide;
+      best.paired = blocks == kPair;
+    }
+  }
+  return best;
 }
 
 template <Layout kLayoutB, int kParts>
@@ -254,32 +289,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (p.state.faulted()) return;
   const Sizes size{shflIdx(p.m.count(), 0), shflIdx(p.n.count(), 0), shflIdx(p.k.count(), 0)};
   if (!begin<kParts>(p, size.m, size.n, size.k)) return;
-  // Tiles take as long as their stages take to load, 48 KB or 32 KB: narrow ones where rounding up to whole rounds
-  // costs the wide ones more than that.
-  const bool wide = rounds(p, size, kWide / kParts) * 3 <= rounds(p, size, kNarrow / kParts) * 2;
+  const Cut cut = cutOf<kParts>(size);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages<kNarrow>; ++i) {
-      mbarrierInit(s.full[i], kGroup);   // the producers; one of them announces TMA's bytes as well
-      mbarrierInit(s.empty[i], kWarps);  // one lane of each
+      mbarrierInit(s.full[i], kGroup);  // the producers; one of them announces TMA's bytes as well
+      mbarrierInit(s.empty[i], cut.paired ? kPair * kWarps : kWarps);
     }
     fenceMbarrierInit();
   }
-  syncThreads();
+  clusterSync();  // the barriers are there, in both blocks
   if (threadIdx.x < kGroup) {
     registersDecrease<72>();
-    if (wide) {
-      produce<kLayoutB, kParts, kWide>(p, weights, s, size);
+    if (cut.wide) {
+      produce<kLayoutB, kParts, kWide>(p, weights, s, cut);
     } else {
-      produce<kLayoutB, kParts, kNarrow>(p, weights, s, size);
+      produce<kLayoutB, kParts, kNarrow>(p, weights, s, cut);
     }
   } else {
     registersIncrease<216>();
-    if (wide) {
-      consume<kLayoutB, kParts, kWide>(p, s, size);
+    if (cut.wide) {
+      consume<kLayoutB, kParts, kWide>(p, s, cut);
     } else {
-      consume<kLayoutB, kParts, kNarrow>(p, s, size);
+      consume<kLayoutB, kParts, kNarrow>(p, s, cut);
     }
   }
+  clusterSync();  // the other block reaches for this one's stages and barriers no more
 }
 
 }  // namespace
@@ -302,9 +336,11 @@ void multiplyWgmma(const Launch& launch, const Product& p) {
     weights.part[i] = encodeTensorMap(desc);
   }
   const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
-  const int64_t most = tiles(M, kRows) * tiles(N * kParts, kNarrow);
-  LAUNCH((wgmmaKernel<kLayoutB, kParts>), static_cast<unsigned>(std::min<int64_t>(most, launch.multiprocessors)),
-         kThreads, sizeof(WgmmaShared), launch.stream, p, weights);
+  const int64_t most = tiles(tiles(M, kRows) * tiles(N * kParts, kNarrow), kPair);
+  const int64_t clusters =
+      std::min<int64_t>(most, clustersAtOnce(wgmmaKernel<kLayoutB, kParts>, kPair, kThreads, sizeof(WgmmaShared)));
+  LAUNCH_CLUSTERS((wgmmaKernel<kLayoutB, kParts>), kPair, static_cast<unsigned>(clusters * kPair), kThreads,
+                  sizeof(WgmmaShared), launch.stream, p, weights);
 }
 
 template void multiplyWgmma<Layout::AlongK, Layout::AlongK, 1>(const Launch&, const Product&);

@@ -698,6 +698,66 @@ void testTma(Cases& cases, DType dtype, Swizzle swizzle, int column, int row) {
   cases.exact("tmaStore2d" + suffix, stored.download(), wantStored);
 }
 
+// ---- Clusters: two blocks load half a tile each for both, and load again when both have read all of it
+
+constexpr int kClusterRounds = 3, kHalfRows = 16;
+
+struct ClusterShared {
+  alignas(1024) unsigned char tile[2][kHalfRows * 128];
+  Mbarrier landed, read;
+};
+
+__global__ void __launch_bounds__(128)
+    shareTiles(const __grid_constant__ TensorMap from, unsigned char* tiles, uint32_t* ranks) {
+  SHARED_MEMORY(ClusterShared, s);
+  const int tid = threadIdx.x, rank = clusterRank();
+  if (tid == 0) {
+    ranks[blockIdx.x] = rank;
+    mbarrierInit(s.landed, 1);
+    mbarrierInit(s.read, 2);
+    fenceMbarrierInit();
+  }
+  clusterSync();
+  for (int round = 0; round < kClusterRounds; ++round) {
+    if (tid == 0) {
+      mbarrierWait(s.read, (round & 1) ^ 1);
+      mbarrierArriveExpectTx(s.landed, sizeof s.tile);
+      const int row = ((blockIdx.x / 2 * kClusterRounds + round) * 2 + rank) * kHalfRows;
+      tmaLoad2dMulticast(s.tile[rank], from, s.landed, 0, row, 3);
+    }
+    mbarrierWait(s.landed, round & 1);
+    unsigned char* to = tiles + (blockIdx.x * kClusterRounds + round) * sizeof s.tile;
+    for (int i = tid; i < int(sizeof s.tile); i += 128) to[i] = s.tile[i / sizeof s.tile[0]][i % sizeof s.tile[0]];
+    syncThreads();  // the tile has been read
+    if (tid < 2) mbarrierArriveAt(s.read, tid);
+  }
+  clusterSync();  // the other block arrives at this one's barrier no more
+}
+
+void testClusters(Cases& cases) {
+  constexpr int kBlocks = 4, kRows = kBlocks * kClusterRounds * kHalfRows, kTileBytes = 2 * kHalfRows * 128;
+  std::vector<unsigned char> in(kRows * 128), want;
+  for (unsigned char& byte : in) byte = static_cast<unsigned char>(randomBits());
+  const DeviceArray<unsigned char> device(in), out(kBlocks * kClusterRounds * kTileBytes);
+  const DeviceArray<uint32_t> ranks(kBlocks);
+  TensorMapDesc desc;
+  desc.base = device.data();
+  desc.columns = 64;
+  desc.rows = kRows;
+  desc.rowBytes = 128;
+  desc.boxColumns = 64;
+  desc.boxRows = kHalfRows;
+  LAUNCH_CLUSTERS(shareTiles, 2, kBlocks, 128, sizeof(ClusterShared), nullptr, encodeTensorMap(desc), out.data(),
+                  ranks.data());
+  for (int block = 0; block < kBlocks; ++block) {
+    const int first = block / 2 * kClusterRounds * kTileBytes;
+    for (int i = 0; i < kClusterRounds * kTileBytes; ++i) want.push_back(in[first + (i ^ (i >> 7 & 7) << 4)]);
+  }
+  cases.exact("clusterRank", ranks.download(), {0, 1, 0, 1});
+  cases.exact("tmaLoad2dMulticast", out.download(), want);
+  cases.exact<uint32_t>("clustersAtOnce", {clustersAtOnce(shareTiles, 2, 128, sizeof(ClusterShared)) > 0}, {1});
+}
+
 // ---- wgmma: d = a b^T with a [64, 64] and b [n, 64], or b [64, n] when it is MN-major
 
 template <int N>
@@ -813,6 +873,7 @@ std::vector<CaseResult> runConformance() {
     cases.run("TMA", [&] { testTma(cases, DType::BF16, Swizzle::Bytes128, 64, 50); });
     cases.run("TMA", [&] { testTma(cases, DType::BF16, Swizzle::Bytes128, -9, -4); });
     cases.run("TMA", [&] { testTma(cases, DType::F32, Swizzle::None, 81, 60); });
+    cases.run("clusters", [&] { testClusters(cases); });
     testWgmmaSizes<Form::Shared>(cases);
     testWgmmaSizes<Form::SharedMN>(cases);
     testWgmmaSizes<Form::Registers>(cases);

@@ -260,7 +260,7 @@ MbarrierState stateOf(const Mbarrier& barrier, const char* what) {
 
 // Stores the state; a phase without pending arrivals and bytes ends, and those that wait look again.
 void update(Mbarrier& barrier, MbarrierState state) {
-  Block& block = *current->block;
+  Block& block = ownerOf(&barrier, "mbarrier");
   if (state.pending == 0 && state.bytes == 0) {
     state.phase ^= 1;
     state.pending = state.expected;
@@ -280,6 +280,18 @@ void arriveAt(Mbarrier& barrier, const char* what) {
   update(barrier, state);
 }
 
+// What lies at p's place in the shared memory of block `rank` of the cluster.
+template <typename T>
+T* inBlock(T* p, int rank, const char* what) {
+  const Block& block = *current->block;
+  if (rank < 0 || rank >= static_cast<int>(block.clusterBlocks)) {
+    report("%s: block %d of a cluster of %u", what, rank, block.clusterBlocks);
+  }
+  const Block& other = block.cluster[rank];
+  if (other.live == 0) report("%s: block %d of the cluster has exited", what, rank);
+  return reinterpret_cast<T*>(other.shared + checkShared(p, 1, 1, what));
+}
+
 }  // namespace
 
 void mbarrierInit(Mbarrier& barrier, int count) {
@@ -296,6 +308,10 @@ void mbarrierInvalidate(Mbarrier& barrier) {
 }
 
 void mbarrierArrive(Mbarrier& barrier) { arriveAt(barrier, "mbarrierArrive"); }
+
+void mbarrierArriveAt(Mbarrier& barrier, int rank) {
+  arriveAt(*inBlock(&barrier, rank, "mbarrierArriveAt"), "mbarrierArriveAt");
+}
 
 void mbarrierExpectTx(Mbarrier& barrier, uint32_t bytes) {
   MbarrierState state = stateOf(barrier, "mbarrierExpectTx");
@@ -349,7 +365,7 @@ Tile tileOf(const TensorMap& map, const void* shared, int column, int row, const
 // Moves a box between the matrix and shared memory, element by element at the matrix's edges.
 void moveTile(const Tile& tile, bool load) {
   const TensorMapFields& map = tile.map;
-  const unsigned char* base = current->block->shared;
+  unsigned char* base = ownerOf(tile.shared, "TMA").shared;
   const uint32_t rowBytes = map.boxColumns * map.elementBytes;
   const int64_t chunkColumns = 16 / map.elementBytes;
   for (uint32_t r = 0; r < map.boxRows; ++r) {
@@ -358,7 +374,7 @@ void moveTile(const Tile& tile, bool load) {
     for (uint32_t byte = 0; byte < rowBytes; byte += 16) {
       size_t offset = static_cast<size_t>(tile.shared - base) + r * rowBytes + byte;
       if (map.swizzled) offset ^= (offset >> 7 & 7) << 4;
-      unsigned char* shared = current->block->shared + offset;
+      unsigned char* shared = base + offset;
       const int64_t column = tile.x + static_cast<int64_t>(byte / map.elementBytes);
       if (load) std::memset(shared, 0, 16);
       if (!rowInside) continue;
@@ -375,14 +391,32 @@ void moveTile(const Tile& tile, bool load) {
 
 }  // namespace
 
-void tmaLoad2d(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row) {
-  stateOf(barrier, "tmaLoad2d");
-  Job& job = current->block->jobs.emplace_back();
-  job.tile = tileOf(map, shared, column, row, "tmaLoad2d");
+namespace {
+
+void queueLoad(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row, const char* what) {
+  stateOf(barrier, what);
+  Job& job = ownerOf(&barrier, what).jobs.emplace_back();
+  job.tile = tileOf(map, shared, column, row, what);
   job.tileBytes = bytesOf(job.tile.map);
   job.barrier = &barrier;
   std::memset(shared, kPoison, job.tileBytes);
-  current->block->statistics.tmaBytes += job.tileBytes;
+}
+
+}  // namespace
+
+void tmaLoad2d(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row) {
+  queueLoad(shared, map, barrier, column, row, "tmaLoad2d");
+  current->block->statistics.tmaBytes += bytesOf(fieldsOf(map, "tmaLoad2d"));
+}
+
+void tmaLoad2dMulticast(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row, uint16_t ranks) {
+  const char* what = "tmaLoad2dMulticast";
+  for (int rank = 0; rank < 16; ++rank) {
+    if (ranks >> rank & 1) {
+      queueLoad(inBlock(shared, rank, what), map, *inBlock(&barrier, rank, what), column, row, what);
+    }
+  }
+  current->block->statistics.tmaBytes += bytesOf(fieldsOf(map, what));
 }
 
 void tmaStore2d(const TensorMap& map, const void* shared, int column, int row) {

@@ -28,7 +28,10 @@
 #define SHARED_MEMORY(Type, name) Type& name = *reinterpret_cast<Type*>(::elastiform::simt::sharedMemory(sizeof(Type)))
 
 #define LAUNCH(kernel, grid, block, sharedBytes, stream, ...) \
-  ::elastiform::simt::launch(#kernel, kernel, grid, block, sharedBytes, stream __VA_OPT__(, ) __VA_ARGS__)
+  LAUNCH_CLUSTERS(kernel, 1, grid, block, sharedBytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define LAUNCH_CLUSTERS(kernel, clusterBlocks, grid, block, sharedBytes, stream, ...) \
+  ::elastiform::simt::launch(#kernel, kernel, clusterBlocks, grid, block, sharedBytes, \
+                             stream __VA_OPT__(, ) __VA_ARGS__)
 
 namespace elastiform::simt {
 
@@ -57,12 +60,18 @@ struct alignas(16) float4 {
 void* sharedMemory(size_t bytes);
 
 template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t sharedBytes, Stream stream,
-            Args&&... args) {
+void launch(const char* name, void (*kernel)(Params...), unsigned clusterBlocks, dim3 grid, dim3 block,
+            size_t sharedBytes, Stream stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "the kernel takes another number of arguments");
   if (current) report("launches %s from a kernel", name);
   auto bound = std::make_shared<const std::tuple<std::decay_t<Params>...>>(std::forward<Args>(args)...);
-  enqueue(stream, [=] { runKernel(name, grid, block, sharedBytes, [&] { std::apply(kernel, *bound); }); });
+  enqueue(stream,
+          [=] { runKernel(name, grid, block, clusterBlocks, sharedBytes, [&] { std::apply(kernel, *bound); }); });
+}
+
+template <typename... Params>
+int clustersAtOnce(void (*)(Params...), unsigned clusterBlocks, dim3, size_t) {
+  return deviceProperties(0).multiprocessors / static_cast<int>(clusterBlocks);
 }
 
 // ---- Bits and arithmetic
@@ -131,6 +140,8 @@ inline void syncWarp(uint32_t mask = ~0u, Site site = Site::current()) {
 inline void syncThreads(Site site = Site::current()) { barrierWait(0, 0, site); }
 inline void barrierSync(int id, int threads, Site site = Site::current()) { barrierWait(id, threads, site); }
 // barrierArrive(id, threads) is the executor's.
+inline int clusterRank() { return static_cast<int>(current->block->rank); }
+inline void clusterSync(Site site = Site::current()) { clusterWait(site); }
 inline void threadFence() {}
 inline void threadFenceBlock() {}
 
@@ -253,6 +264,7 @@ void mbarrierInit(Mbarrier& barrier, int count);
 void mbarrierInvalidate(Mbarrier& barrier);
 inline void fenceMbarrierInit() {}
 void mbarrierArrive(Mbarrier& barrier);
+void mbarrierArriveAt(Mbarrier& barrier, int rank);
 void mbarrierExpectTx(Mbarrier& barrier, uint32_t bytes);
 void mbarrierArriveExpectTx(Mbarrier& barrier, uint32_t bytes);
 void mbarrierWait(Mbarrier& barrier, uint32_t parity, Site site = Site::current());
@@ -262,6 +274,7 @@ void cpAsyncArrive(Mbarrier& barrier);
 
 inline void tmaPrefetch(const TensorMap&) {}
 void tmaLoad2d(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row);
+void tmaLoad2dMulticast(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row, uint16_t ranks);
 void tmaStore2d(const TensorMap& map, const void* shared, int column, int row);
 inline void bulkCommit() { current->stores.commit(); }
 void finishStores(int pending);

@@ -28,6 +28,8 @@ namespace {
 constexpr int kThreadsMax = 1024;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kSharedRedZone = 1024;
+constexpr size_t kSharedBlock = kSharedBytesMax + kSharedRedZone;
+static_assert(kSharedBlock % 1024 == 0);
 
 // ---- Fibers
 
@@ -118,13 +120,14 @@ class Stacks {
 
 struct Executor {
   Stacks stacks;
-  std::vector<Fiber> fibers{kThreadsMax};
-  Block block;
+  std::vector<Fiber> fibers{kThreadsMax * kClusterMax};
+  Block blocks[kClusterMax];
   Fiber host;  // the stack that called the launch
-  AlignedBuffer memory{kSharedBytesMax + kSharedRedZone + 1024, false, "emulated shared memory"};
+  AlignedBuffer memory{kClusterMax * kSharedBlock + 1024, false, "emulated shared memory"};
 
-  unsigned char* shared() const {
-    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) & ~uintptr_t{1023});
+  unsigned char* shared(unsigned rank) const {
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory.data()) + 1023) & ~uintptr_t{1023};
+    return reinterpret_cast<unsigned char*>(begin) + rank * kSharedBlock;
   }
 };
 
@@ -175,8 +178,8 @@ int chooseLane(Block& block, const Warp& warp, bool sameWarp) {
   return block.descending ? highestBit(warp.ready) : lowestBit(warp.ready);
 }
 
-// The next thread to run, or null when none can.
-Thread* pick(Block& block) {
+// The block's next thread to run, or null when none can.
+Thread* pickInBlock(Block& block) {
   const bool fair = block.schedule.order == Order::Fair;
   while (!block.jobs.empty() && (block.readyWarps == 0 || block.turnOver || (!fair && block.random(8) == 0))) {
     block.finishJob();
@@ -191,6 +194,37 @@ Thread* pick(Block& block) {
   warp.ready &= ~(1u << lane);
   if (warp.ready == 0) block.readyWarps &= ~(1u << w);
   return &block.threads[w * 32 + lane];
+}
+
+// Whether the schedule leaves a block that could go on for another of its cluster.
+bool leaves(Block& block) {
+  if (block.clusterBlocks == 1) return false;
+  return block.turnOver || block.schedule.order == Order::Fair ||
+         block.random(block.schedule.order == Order::Sprint ? 1024 : 2) == 0;
+}
+
+// The next thread of the cluster to run after one of this block, or null when none can.
+Thread* pick(Block& block) {
+  const unsigned first = block.rank + (leaves(block) ? 1 : 0);
+  for (unsigned i = 0; i < block.clusterBlocks; ++i) {
+    if (Thread* next = pickInBlock(block.cluster[(first + i) % block.clusterBlocks])) return next;
+  }
+  return nullptr;
+}
+
+// Threads of the cluster that have not exited.
+int liveInCluster(const Block& block) {
+  int live = 0;
+  for (unsigned i = 0; i < block.clusterBlocks; ++i) live += block.cluster[i].live;
+  return live;
+}
+
+// Lets those who wait for the cluster go on when all are there.
+void settleCluster(Block& block) {
+  std::vector<Thread*>& waiting = block.cluster->clusterWaiting;
+  if (static_cast<int>(waiting.size()) < liveInCluster(block)) return;
+  for (Thread* thread : waiting) thread->block->wake(thread->linear);
+  waiting.clear();
 }
 
 std::string describe(const Thread& thread) {
@@ -241,11 +275,13 @@ void yield() {
   Block& block = *self->block;
   Thread* next = pick(block);
   if (next == self) return;
-  if (!next && block.live > 0) {
+  if (!next && liveInCluster(block) > 0) {
+    Block& stuck = *std::find_if(block.cluster, block.cluster + block.clusterBlocks,
+                                 [](const Block& other) { return other.live > 0; });
     char text[640];  // abandon does not return: nothing on this stack may own memory
-    std::snprintf(text, sizeof text, "%s", deadlock(block).c_str());
+    std::snprintf(text, sizeof text, "%s", deadlock(stuck).c_str());
     const auto waits = [](const Thread& thread) { return !thread.done; };
-    abandon(*std::find_if(block.threads.begin(), block.threads.end(), waits), text);
+    abandon(*std::find_if(stuck.threads.begin(), stuck.threads.end(), waits), text);
   }
   ++block.statistics.switches;
   current = next;
@@ -268,6 +304,7 @@ void exitThread() {
     barrier.waiting.clear();
     barrier.arrived = 0;
   }
+  settleCluster(block);
   if (block.live == 0 && (!block.jobs.empty() || !block.landed.empty())) {
     report("the block exits and nobody has waited for TMA or cp.async at an mbarrier");
   }
@@ -297,8 +334,7 @@ void fiberMain() {
   __builtin_unreachable();
 }
 
-void start(Executor& self, int i) {
-  Block& block = self.block;
+void start(Executor& self, Block& block, int i) {
   Thread& thread = block.threads[i];
   const dim3 dim = block.dim;
   thread.block = &block;
@@ -314,12 +350,13 @@ void start(Executor& self, int i) {
   thread.sharedAccesses = 0;
   // Stacks lie a whole number of pages apart, so the same variable of every thread would fall into one set of the L1
   // cache; offsets of an odd number of cache lines spread them.
-  const size_t offset = static_cast<size_t>(i) * 13 % 64 * 64;
-  unsigned char* low = self.stacks.low(i);
+  const int place = static_cast<int>(block.rank * block.threads.size()) + i;
+  const size_t offset = static_cast<size_t>(place) * 13 % 64 * 64;
+  unsigned char* low = self.stacks.low(place);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(low, kStackBytes);
 #endif
-  Fiber& fiber = self.fibers[i];
+  Fiber& fiber = self.fibers[place];
   fiber.stackLow = low;
   fiber.stackBytes = kStackBytes;
   prepare(fiber, low, kStackBytes - offset);
@@ -327,8 +364,7 @@ void start(Executor& self, int i) {
   block.wake(i);
 }
 
-void reset(Executor& self) {
-  Block& block = self.block;
+void reset(Executor& self, Block& block) {
   const int threads = static_cast<int>(block.dim.count()), warps = (threads + 31) / 32;
   block.threads.resize(threads);
   block.warps.resize(warps);
@@ -337,6 +373,7 @@ void reset(Executor& self) {
   block.jobs.clear();
   block.barrierWaiters.clear();
   block.landed.clear();
+  block.clusterWaiting.clear();
   block.defect.clear();
   block.currentWarp = block.currentLane = 0;
   block.descending = block.schedule.order != Order::Fair && block.random(2) == 1;
@@ -354,19 +391,13 @@ void reset(Executor& self) {
     warp.accumulators.clear();
     warp.accesses.clear();
   }
-  block.shared = self.shared();
+  block.shared = self.shared(block.rank);
   std::memset(block.shared, kPoison, block.sharedBytes + kSharedRedZone);
-  for (int i = 0; i < threads; ++i) start(self, i);
+  for (int i = 0; i < threads; ++i) start(self, block, i);
 }
 
-// Runs the block that self.block describes; throws what its threads reported.
-void runBlock(Executor& self) {
-  Block& block = self.block;
-  reset(self);
-  current = pick(block);
-  switchFiber(self.host, *current->fiber);
-  current = nullptr;
-  if (!block.defect.empty()) throw Error(ErrorCode::Internal, block.defect);
+// What the threads of a block that has ended cannot have seen.
+void inspect(Block& block) {
   for (size_t i = block.sharedBytes; i < block.sharedBytes + kSharedRedZone; ++i) {
     if (block.shared[i] == kPoison) continue;
     fail(ErrorCode::Internal,
@@ -374,6 +405,18 @@ void runBlock(Executor& self) {
          block.index.x, block.index.y, block.index.z, i, block.sharedBytes);
   }
   for (size_t w = 0; w < block.warps.size(); ++w) settleAccesses(block, static_cast<int>(w));
+}
+
+// Runs the cluster that self.blocks describes; throws what its threads reported.
+void runCluster(Executor& self, unsigned blocks) {
+  for (unsigned i = 0; i < blocks; ++i) reset(self, self.blocks[i]);
+  current = pick(self.blocks[0]);
+  switchFiber(self.host, *current->fiber);
+  current = nullptr;
+  for (unsigned i = 0; i < blocks; ++i) {
+    if (!self.blocks[i].defect.empty()) throw Error(ErrorCode::Internal, self.blocks[i].defect);
+  }
+  for (unsigned i = 0; i < blocks; ++i) inspect(self.blocks[i]);
 }
 
 std::atomic<uint64_t> scheduleSeed{0};
@@ -546,6 +589,14 @@ void barrierArrive(int id, int threads) {
   arrive(current->block->barriers[id], id, threads);
 }
 
+void clusterWait(const Site& site) {
+  Block& block = *current->block;
+  block.cluster->clusterWaiting.push_back(current);
+  // The last to arrive has woken itself too.
+  settleCluster(block);
+  waitUntilWoken("clusterSync", site);
+}
+
 void checkGlobal(const void* p, size_t bytes, const char* what) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
   if (begin % bytes != 0) report("%s: address %p is not aligned to %zu bytes", what, p, bytes);
@@ -559,10 +610,18 @@ void checkGlobal(const void* p, size_t bytes, const char* what) {
          static_cast<long long>(begin) - static_cast<long long>(range->first), range->second - range->first);
 }
 
-uint32_t checkShared(const void* p, size_t bytes, size_t alignment, const char* what) {
+Block& ownerOf(const void* p, const char* what) {
   const Block& block = *current->block;
+  for (unsigned i = 0; i < block.clusterBlocks; ++i) {
+    Block& owner = block.cluster[i];
+    if (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(owner.shared) < kSharedBytesMax) return owner;
+  }
+  report("%s: address %p is not in shared memory", what, p);
+}
+
+uint32_t checkShared(const void* p, size_t bytes, size_t alignment, const char* what) {
+  const Block& block = ownerOf(p, what);
   const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(block.shared);
-  if (offset >= kSharedBytesMax) report("%s: address %p is not in shared memory", what, p);
   if (offset % alignment != 0) report("%s: shared offset %zu is not aligned to %zu bytes", what, offset, alignment);
   if (offset + bytes > block.sharedBytes) {
     report("%s: %zu bytes at shared offset %zu, past the launch's %zu bytes", what, bytes, offset, block.sharedBytes);
@@ -652,7 +711,8 @@ void Statistics::add(const Statistics& o) {
 const Statistics& lastLaunch() { return statisticsOfLastLaunch; }
 Statistics takeStatistics() { return std::exchange(statisticsOfLaunches, {}); }
 
-void runKernel(const char* name, dim3 grid, dim3 dim, size_t sharedBytes, const std::function<void()>& body) {
+void runKernel(const char* name, dim3 grid, dim3 dim, unsigned clusterBlocks, size_t sharedBytes,
+               const std::function<void()>& body) {
   // LAUNCH((kernel<1, 2>), ...) is how a comma gets through a macro.
   std::string kernel = name;
   if (kernel.size() > 2 && kernel.front() == '(' && kernel.back() == ')') kernel = kernel.substr(1, kernel.size() - 2);
@@ -665,14 +725,19 @@ void runKernel(const char* name, dim3 grid, dim3 dim, size_t sharedBytes, const 
     fail(ErrorCode::Internal, "[simt] %s: %zu bytes of shared memory, more than the %zu of a block", text, sharedBytes,
          kSharedBytesMax);
   }
+  if (clusterBlocks == 0 || clusterBlocks > kClusterMax || grid.x % clusterBlocks != 0) {
+    fail(ErrorCode::Internal, "[simt] %s: clusters of %u in a grid %u wide; they have up to %u blocks and divide it",
+         text, clusterBlocks, grid.x, kClusterMax);
+  }
   const Schedule schedule = currentSchedule();
   const std::shared_ptr<const MemoryMap> memory = memoryMap();
   Statistics total;
   std::mutex totalMutex;
-  const auto runOne = [&](int64_t b, int) {
-    Executor& self = executor();
-    Block& block = self.block;
-    const uint64_t x = static_cast<uint64_t>(b);
+  const auto describe = [&](Executor& self, unsigned rank, uint64_t x) {
+    Block& block = self.blocks[rank];
+    block.cluster = self.blocks;
+    block.clusterBlocks = clusterBlocks;
+    block.rank = rank;
     block.kernel = text;
     block.index = {static_cast<unsigned>(x % grid.x), static_cast<unsigned>(x / grid.x % grid.y),
                    static_cast<unsigned>(x / (uint64_t{grid.x} * grid.y))};
@@ -685,15 +750,19 @@ void runKernel(const char* name, dim3 grid, dim3 dim, size_t sharedBytes, const 
     block.memory = memory;
     block.body = &body;
     block.randomState = (schedule.seed * 0x9e3779b97f4a7c15ull ^ (x + 1) * 0xbf58476d1ce4e5b9ull) | 1;
-    runBlock(self);
-    const std::lock_guard<std::mutex> lock(totalMutex);
-    total.add(block.statistics);
   };
-  const int64_t blocks = static_cast<int64_t>(grid.count());
-  if (blocks == 1) {
+  const auto runOne = [&](int64_t cluster, int) {
+    Executor& self = executor();
+    for (unsigned i = 0; i < clusterBlocks; ++i) describe(self, i, static_cast<uint64_t>(cluster) * clusterBlocks + i);
+    runCluster(self, clusterBlocks);
+    const std::lock_guard<std::mutex> lock(totalMutex);
+    for (unsigned i = 0; i < clusterBlocks; ++i) total.add(self.blocks[i].statistics);
+  };
+  const int64_t clusters = static_cast<int64_t>(grid.count() / clusterBlocks);
+  if (clusters == 1) {
     runOne(0, 0);
   } else {
-    parallelFor(blocks, runOne, nullptr);
+    parallelFor(clusters, runOne, nullptr);
   }
   checkRedZones(text);
   statisticsOfLastLaunch = total;

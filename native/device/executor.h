@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, one fiber per CUDA thread, and reports what would be a defect on a GPU.
 //
-// A block runs on one OS thread; blocks of a launch are spread over the process's pool. A warp-wide operation is done
-// once, by the last lane to arrive, on pointers to every lane's operands. Asynchronous effects are as late as they may
-// be, their targets poisoned until then. A defect abandons the block and is thrown by the launch as Error(Internal).
+// A block, or a cluster of them, runs on one OS thread; those of a launch are spread over the process's pool. A
+// warp-wide operation is done once, by the last lane to arrive, on pointers to every lane's operands. Asynchronous
+// effects are as late as they may be, their targets poisoned until then. A defect abandons the block and is thrown by
+// the launch as Error(Internal).
 #pragma once
 
 #include <cstddef>
@@ -65,10 +66,12 @@ struct Statistics {
 const Statistics& lastLaunch();
 Statistics takeStatistics();
 
-// Calls body once per thread of the grid. `name` is for reports.
-void runKernel(const char* name, dim3 grid, dim3 block, size_t sharedBytes, const std::function<void()>& body);
+// Calls body once per thread of the grid, whose neighbouring blocks run in clusters of so many. `name` is for reports.
+void runKernel(const char* name, dim3 grid, dim3 block, unsigned clusterBlocks, size_t sharedBytes,
+               const std::function<void()>& body);
 
 constexpr size_t kSharedBytesMax = 232448;  // 227 KiB: what sm_90 lets a block opt in to
+constexpr unsigned kClusterMax = 2;         // blocks in a cluster
 constexpr size_t kRedZone = 256;            // watched bytes on both sides of every device allocation
 constexpr int kPoison = 0xff;               // in every byte: a NaN of all floating types, -1 of the integers
 
@@ -220,6 +223,8 @@ struct Block {
   const char* kernel = "";
   uint3 index{};
   dim3 dim, grid;
+  Block* cluster = nullptr;  // its first block; the others follow
+  unsigned clusterBlocks = 1, rank = 0;
   unsigned char* shared = nullptr;
   size_t sharedBytes = 0;
   Schedule schedule;
@@ -232,6 +237,7 @@ struct Block {
   uint32_t readyWarps = 0;
   Barrier barriers[16];
   int live = 0;
+  std::vector<Thread*> clusterWaiting;  // of the cluster, in its first block
   std::vector<Job> jobs;
   std::vector<BarrierWaiter> barrierWaiters;
   std::vector<const Mbarrier*> landed;  // asynchronous operations have ended here since somebody last waited
@@ -260,6 +266,8 @@ void meet(const char* name, uint32_t mask, WarpOp op, void* operand, const Site&
 // Barrier `id` of the block for `threads` threads; threads 0 is every thread of the block that has not exited.
 void barrierWait(int id, int threads, const Site& site);
 void barrierArrive(int id, int threads);
+// Until every thread of the cluster is here or has exited.
+void clusterWait(const Site& site);
 // Lets others run until Block::wake is called for this thread; `waitsFor` is for the deadlock report.
 void waitUntilWoken(const char* waitsFor, const Site& site);
 // Lets others run; this thread may go on at any time.
@@ -267,6 +275,8 @@ void pollPause();
 
 // Reports unless p is aligned to `bytes` and, when near a device allocation, inside it.
 void checkGlobal(const void* p, size_t bytes, const char* what);
+// The block of the running cluster in whose shared memory p lies.
+Block& ownerOf(const void* p, const char* what);
 // The same for shared memory; returns the offset in the block's shared memory.
 uint32_t checkShared(const void* p, size_t bytes, size_t alignment, const char* what);
 // One lane's access to shared memory, for the count of bank conflicts.

@@ -18,7 +18,11 @@
   Type& name = *reinterpret_cast<Type*>(name##SharedBytes)
 
 #define LAUNCH(kernel, grid, block, sharedBytes, stream, ...) \
-  ::elastiform::cuda::launch(#kernel, kernel, grid, block, sharedBytes, stream __VA_OPT__(, ) __VA_ARGS__)
+  LAUNCH_CLUSTERS(kernel, 1, grid, block, sharedBytes, stream __VA_OPT__(, ) __VA_ARGS__)
+// In clusters of so many neighbouring blocks (sm_90).
+#define LAUNCH_CLUSTERS(kernel, clusterBlocks, grid, block, sharedBytes, stream, ...) \
+  ::elastiform::cuda::launch(#kernel, kernel, clusterBlocks, grid, block, sharedBytes, \
+                             stream __VA_OPT__(, ) __VA_ARGS__)
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ELASTIFORM_SM90A(...) __VA_ARGS__
@@ -31,10 +35,10 @@ namespace elastiform::cuda {
 // Error(Internal) with CUDA's words unless `status` is success.
 void check(cudaError_t status, const char* what);
 
-template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t sharedBytes, Stream stream,
-            Args&&... args) {
-  static_assert(sizeof...(Params) == sizeof...(Args), "the kernel takes another number of arguments");
+// The configuration of a launch, for which the kernel may take as much shared memory; `cluster` is part of it.
+template <typename... Params>
+cudaLaunchConfig_t configuration(const char* name, void (*kernel)(Params...), unsigned clusterBlocks, dim3 grid,
+                                 dim3 block, size_t sharedBytes, cudaLaunchAttribute& cluster) {
   constexpr size_t kWithoutOptIn = 48 << 10;
   if (sharedBytes > kWithoutOptIn) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes)),
@@ -44,8 +48,34 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = sharedBytes;
+  if (clusterBlocks > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {clusterBlocks, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), unsigned clusterBlocks, dim3 grid, dim3 block,
+            size_t sharedBytes, Stream stream, Args&&... args) {
+  static_assert(sizeof...(Params) == sizeof...(Args), "the kernel takes another number of arguments");
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = configuration(name, kernel, clusterBlocks, grid, block, sharedBytes, cluster);
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...), name);
+}
+
+// Clusters of a kernel that the device runs at the same time: blocks of one need neighbouring multiprocessors.
+template <typename... Params>
+int clustersAtOnce(void (*kernel)(Params...), unsigned clusterBlocks, dim3 block, size_t sharedBytes) {
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config =
+      configuration("clustersAtOnce", kernel, clusterBlocks, clusterBlocks, block, sharedBytes, cluster);
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return clusters;
 }
 
 // ---- Bits and arithmetic
@@ -126,6 +156,16 @@ DEVICE void syncThreads() { __syncthreads(); }
 DEVICE void barrierSync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void barrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// The place of this block in its cluster, and a barrier for all threads of it. No block exits while others may still
+// reach its shared memory.
+DEVICE int clusterRank() {
+  uint32_t rank = 0;
+  ELASTIFORM_SM90A(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
+  return static_cast<int>(rank);
+}
+DEVICE void clusterSync() {
+  ELASTIFORM_SM90A(asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" :: : "memory"));
 }
 DEVICE void threadFence() { __threadfence(); }
 DEVICE void threadFenceBlock() { __threadfence_block(); }
@@ -346,6 +386,14 @@ DEVICE void mbarrierArrive(Mbarrier& barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(sharedAddress(&barrier))
                : "memory");
 }
+// At the barrier that lies at this place in block `rank` of the cluster. It says that what wgmma or this block read is
+// free; ordinary writes become visible to other blocks by clusterSync.
+DEVICE void mbarrierArriveAt(Mbarrier& barrier, int rank) {
+  ELASTIFORM_SM90A(asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(sharedAddress(&barrier)),
+      "r"(rank) : "memory"));
+}
 DEVICE void mbarrierExpectTx(Mbarrier& barrier, uint32_t bytes) {
   ELASTIFORM_SM90A(
       asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(sharedAddress(&barrier)),
@@ -388,6 +436,15 @@ DEVICE void tmaLoad2d(void* shared, const TensorMap& map, Mbarrier& barrier, int
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
           "r"(sharedAddress(shared)),
       "l"(&map), "r"(sharedAddress(&barrier)), "r"(column), "r"(row) : "memory"));
+}
+// The same for the blocks of the cluster whose bits are set: to this place in the shared memory of each, its bytes
+// counted at the barrier there.
+DEVICE void tmaLoad2dMulticast(void* shared, const TensorMap& map, Mbarrier& barrier, int column, int row,
+                               uint16_t ranks) {
+  ELASTIFORM_SM90A(asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(sharedAddress(shared)),
+      "l"(&map), "r"(sharedAddress(&barrier)), "r"(column), "r"(row), "h"(ranks) : "memory"));
 }
 // After fenceProxyAsync by the threads that wrote the tile, and a barrier among them.
 DEVICE void tmaStore2d(const TensorMap& map, const void* shared, int column, int row) {

@@ -72,14 +72,16 @@ void (*defect)();
 
 void runDefect() { defect(); }
 
-void expectReport(int line, const char* text, int threads, size_t sharedBytes, void (*body)()) {
+void expectReport(int line, const char* text, unsigned blocks, int threads, size_t sharedBytes, void (*body)()) {
   underEverySchedule([&](const char*) {
     defect = body;
     failures += expectError(__FILE__, line, ErrorCode::Internal, text,
-                            [&] { LAUNCH(runDefect, 1, threads, sharedBytes, nullptr); });
+                            [&] { LAUNCH_CLUSTERS(runDefect, blocks, blocks, threads, sharedBytes, nullptr); });
   });
 }
-#define EXPECT_REPORT(text, threads, sharedBytes, body) expectReport(__LINE__, text, threads, sharedBytes, +[]() body)
+#define EXPECT_REPORT(text, threads, sharedBytes, body) \
+  expectReport(__LINE__, text, 1, threads, sharedBytes, +[]() body)
+#define EXPECT_REPORT_OF_PAIR(text, sharedBytes, body) expectReport(__LINE__, text, 2, 32, sharedBytes, +[]() body)
 
 float* device = nullptr;  // 64 floats
 TensorMap tensorMap;
@@ -139,6 +141,32 @@ void testBarrierDefects() {
   EXPECT_REPORT("barrier 3: ", 64, 0, { barrierSync(3, threadIdx.x < 32 ? 64 : 96); });
   EXPECT_REPORT("named barrier 0: ids are 1 to 15", 32, 0, { barrierSync(0, 32); });
   EXPECT_REPORT("named barrier 1: 40 threads is not a number of warps", 32, 0, { barrierArrive(1, 40); });
+}
+
+void testClusterDefects() {
+  const size_t shared = sizeof(Scratch);
+  EXPECT_REPORT_OF_PAIR("mbarrierArriveAt: block 1 of the cluster has exited", shared, {
+    SHARED_MEMORY(Scratch, s);
+    if (clusterRank() == 1) return;
+    clusterSync();
+    mbarrierArriveAt(s.barrier, 1);
+  });
+  EXPECT_REPORT_OF_PAIR("mbarrierArriveAt: the mbarrier is not initialised", shared, {
+    SHARED_MEMORY(Scratch, s);
+    if (clusterRank() == 0) mbarrierArriveAt(s.barrier, 1);
+    clusterSync();
+  });
+  EXPECT_REPORT_OF_PAIR("block 2 of a cluster of 2", shared, {
+    SHARED_MEMORY(Scratch, s);
+    mbarrierArriveAt(s.barrier, 2);
+  });
+  EXPECT_REPORT_OF_PAIR("block (0,0,0) thread 0: deadlock: 32 of 32 threads have not exited: 0-31 at clusterSync", 0, {
+    if (clusterRank() == 0 || threadIdx.x > 0) clusterSync();
+    if (clusterRank() == 1 && threadIdx.x == 0) barrierSync(1, 64);
+  });
+  EXPECT_REPORT_OF_PAIR("block (1,0,0): byte 70 of shared memory was written, the launch gave 64", 64, {
+    if (clusterRank() == 1) static_cast<char*>(sharedMemory(64))[70] = 1;
+  });
 }
 
 void testMemoryDefects() {
@@ -304,6 +332,8 @@ void testLaunchDefects() {
   EXPECT_REPORT("1 blocks of 33 threads; blocks are whole warps", 33, 0, {});
   EXPECT_REPORT("1 blocks of 1056 threads", 1056, 0, {});
   EXPECT_REPORT("232449 bytes of shared memory, more than", 32, kSharedBytesMax + 1, {});
+  CHECK_ERROR(Internal, "clusters of 2 in a grid 3 wide", LAUNCH_CLUSTERS(runDefect, 2, 3, 32, 0, nullptr));
+  CHECK_ERROR(Internal, "clusters of 4 in a grid 4 wide", LAUNCH_CLUSTERS(runDefect, 4, 4, 32, 0, nullptr));
   // The place of a report, and the largest block there is.
   defect = [] {
     if (blockIdx.x == 1 && blockIdx.y == 2 && threadIdx.x == 1023) report("here");
@@ -544,6 +574,7 @@ void testEmulation() {
   });
   testWarpDefects();
   testBarrierDefects();
+  testClusterDefects();
   testMemoryDefects();
   testAsyncDefects();
   testWgmmaDefects();

@@ -106,15 +106,17 @@ function widened(input: Input, rows: number, columns: number): Input {
   return { ...input, shape: [rows, columns], data };
 }
 
-// For the four multiprocessors of the emulated device: tiles of 256 columns, a block with two of them, and more of k than
-// the stages hold; of 128 columns, for products of few tiles, and with two tiles to a block; the same across k and for
-// two weights.
+// For the four multiprocessors of the emulated device: pairs of blocks with tiles of 256 columns, twice and with more of k
+// than the stages hold, and with tiles of 128, for products of few tiles; blocks by themselves where C is not as high;
+// all this for one weight, for two, and across k.
 const tensorShapes = [
-  [300, 504, 136],
-  [300, 72, 500],
+  [260, 504, 136],
+  [260, 72, 504],
   [140, 130, 136],
-  [140, 100, 40],
-  [600, 100, 200],
+  [520, 100, 200],
+  [100, 760, 40],
+  [100, 504, 40],
+  [100, 72, 704],
 ] as const;
 
 const onTensorCores = ([m, n, k]: readonly [number, number, number]): Case => {
