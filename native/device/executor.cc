@@ -200,7 +200,7 @@ Thread* pickInBlock(Block& block) {
 bool leaves(Block& block) {
   if (block.clusterBlocks == 1) return false;
   return block.turnOver || block.schedule.order == Order::Fair ||
-         block.random(block.schedule.order == Order::Sprint ? 1024 : 2) == 0;
+         block.random(block.schedule.order == Order::Sprint ? 4096 : 2) == 0;
 }
 
 // The next thread of the cluster to run after one of this block, or null when none can.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -500,6 +501,11 @@ void testGraphs() {
 
 void testMemory() {
   CHECK(deviceCount() == 1 && deviceProperties(0).computeMajor == 9);
+  setenv("ELASTIFORM_SIMT_CAPABILITY", "80", 1);
+  CHECK(deviceProperties(0).computeMajor == 8);
+  setenv("ELASTIFORM_SIMT_CAPABILITY", "75", 1);
+  CHECK_ERROR(InvalidArgument, "must be 80 or 90, got 75", deviceProperties(0));
+  unsetenv("ELASTIFORM_SIMT_CAPABILITY");
   CHECK_ERROR(Internal, "device 1 of 1", setDevice(1));
   const MemoryInfo before = memoryInfo();
   setMemoryLimit(before.totalBytes - before.freeBytes + 1000);
