@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 8) zerosKernel(Operand y) {
 __global__ void __launch_bounds__(kThreads, 8) scaleKernel(Operand x, Operand s, Operand y, double factor) {
   const float total = static_cast<float>(s ? factor * ldGlobal(s.f32()) : factor);
   forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) {
-    stGlobal(y.f32() + i, each([&](float v) { return v * total; }, ldGlobal<V>(x.f32() + i)));
+    store(y, i, each([&](float v) { return v * total; }, load<V>(x, i)));
   });
 }
 

@@ -13,7 +13,7 @@ const std::vector<OpDef>& opDefs() {
       // elementwise and rows
       {"zeros", "-> y:f32[*X]", {}},
       {"add", "a:f32[*X] b:f32[*X] -> y:f32[*X]", {}, 0},
-      {"scale", "x:f32[*X] s?:f32[1] -> y:f32[*X]", {"factor"}, 0},
+      {"scale", "x:f32[*X] s?:f32[1] -> y:f32[*X]", {"factor"}, 0, "x,y"},
       {"activation", "x:f32[*X] -> y:f32[*X]", {"act"}, -1, "x y"},
       {"activation_grad", "dy:f32[*X] x:f32[*X] -> dx:f32[*X]", {"act"}, 0, "dy,x,dx"},
       {"gated_activation", "g:f32[*X] u:f32[*X] -> y:f32[*X]", {"act"}, -1, "g,u,y"},
