@@ -19,7 +19,7 @@ export default defineConfig({
           include: [
             'test/{ops,graph,elastic}/**/*.test.ts',
             'test/model/decoder.test.ts',
-            'test/distill/golden.test.ts',
+            'test/distill/{golden,blocks}.test.ts',
             'test/infer/{generate,narrow}.test.ts',
           ],
           env: { ELASTIFORM_DEVICE: 'simt' },

@@ -309,6 +309,9 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
       const Layout layout = makeLayout(std::move(whole.shape), std::move(whole.strides), "Tensor.part");
       const auto offset = static_cast<size_t>(index * layout.shape[axis] * layout.strides[axis]);
       auto tensor = makeTensor(from.storage, from.dtype, layout, from.byteOffset + offset * dtypeSize(from.dtype));
+      tensor->whole = alive();
+      tensor->partAxis = static_cast<int>(axis);
+      tensor->partIndex = index;
       tensor->packAs = from.packAs;
       return wrap(call.Env(), std::move(tensor));
     });

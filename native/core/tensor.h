@@ -73,6 +73,10 @@ struct Tensor {
   std::array<int64_t, kMaxRank> strides{};  // in elements; weights [out, in] may be transposed or sliced views
   size_t byteOffset = 0;
   DType packAs = DType::F32;  // element type of the packed copy; arithmetic is always f32
+  // Where this is one of equal parts of a weight along an axis: it lies in the copies that devices have of the whole.
+  std::shared_ptr<Tensor> whole;
+  int partAxis = 0;
+  int64_t partIndex = 0;
 
   std::mutex packMutex;
   std::shared_ptr<const PackedWeight> packed;

@@ -313,11 +313,22 @@ class Runner : public Device {
     return static_cast<StateMirror*>(storage.mirror.get())->data();
   }
 
-  const DeviceWeight& weightOf(Tensor& tensor) {
+  struct WeightView {
+    uint8_t* data;
+    DType dtype;
+    int64_t stride;  // elements between rows
+  };
+  WeightView weightOf(Tensor& tensor) {
+    if (tensor.whole) {
+      WeightView view = weightOf(*tensor.whole);
+      const int64_t step = tensor.partAxis == tensor.rank - 1 ? 1 : view.stride;
+      view.data += tensor.partIndex * tensor.shape[tensor.partAxis] * step * static_cast<int64_t>(dtypeSize(view.dtype));
+      return view;
+    }
     auto& copy = tensor.deviceWeights[static_cast<size_t>(kKind)];
     const std::lock_guard lock(tensor.packMutex);
     if (!copy) copy = upload(tensor);
-    return *copy;
+    return {static_cast<uint8_t*>(copy->data), copy->dtype, tensor.rank > 0 ? tensor.shape[tensor.rank - 1] : 1};
   }
 
   // Narrower elements are what the weight is asked to be packed as.
@@ -396,7 +407,7 @@ class Runner : public Device {
     std::vector<const void*> bound;
     for (const auto& tensor : program.bound) {
       bound.push_back(tensor->storage->writable ? mirrorOf(*tensor->storage) + tensor->byteOffset
-                                                : static_cast<const uint8_t*>(weightOf(*tensor).data));
+                                                : weightOf(*tensor).data);
     }
     Recording& recording = recordings_[&program];
     const bool sameProgram = recording.program.lock() == shared;
@@ -455,7 +466,9 @@ class Runner : public Device {
           if (tensor.storage->writable) {
             requireContiguous(tensor);
           } else {
-            operand.dtype = weightOf(*program.bound[def.slot]).dtype;
+            const WeightView view = weightOf(*program.bound[def.slot]);
+            operand.dtype = view.dtype;
+            if (def.rank == 2) operand.stride = view.stride;
           }
           break;
         }

@@ -109,6 +109,7 @@ describe('a trained model', async () => {
       optimizer: { lr: 2e-2 },
       calibrationTokens: 512,
       seed: 3,
+      device: 'cpu',
       onEvent: (event) => void events.push(event),
     });
     const mean = (e: TrainEvent | undefined) =>
