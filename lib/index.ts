@@ -24,6 +24,7 @@ export {
 export { type ElasticModel, loadModel } from './infer/model.js';
 export { getRuntime } from './infer/runtime.js';
 export type { Measured } from './infer/statistics.js';
+export type { ElasticTrace } from './infer/trace.js';
 export type {
   ComputeReport,
   Dtype,

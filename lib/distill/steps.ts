@@ -1,11 +1,12 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
-import { type ElasticPolicy, type Routing, routerId, routerParameters, routerPlaces } from '../elastic/policy.js';
+import { type ElasticPolicy, type Routing, routerParameters, routerPlaces } from '../elastic/policy.js';
 import {
   capacityFeed,
   inferenceSelector,
   noiseFeed,
   type RoutedPlace,
   type RouterNodes,
+  recordedSelector,
   trainingSelector,
 } from '../elastic/rows.js';
 import {
@@ -234,13 +235,6 @@ export function thresholdProgram(model: DistillModel, thresholds: ReadonlyMap<st
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
   const routers = routerNodes(graph, model.trainable);
   const selector = inferenceSelector(graph, model.policy, routers, segments, thresholds);
-  decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, {
-    ...selector,
-    rows(subLayer) {
-      const selection = selector.rows(subLayer);
-      if (selection) graph.output(routerId(subLayer.layer, subLayer.place), selection.rows);
-      return selection;
-    },
-  });
+  decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, recordedSelector(graph, selector));
   return Program.compile(graph, model.engine);
 }

@@ -179,6 +179,18 @@ export function inferenceSelector(
   };
 }
 
+/** The same selector; the rows that enter each routed sub-layer become outputs of the graph, i32, named by router id. */
+export function recordedSelector(graph: Graph, selector: Selector): Selector {
+  return {
+    ...selector,
+    rows(s: SubLayer): RowSelection | null {
+      const selection = selector.rows(s);
+      if (selection) graph.output(routerId(s.layer, s.place), selection.rows);
+      return selection;
+    },
+  };
+}
+
 /** Values of the feeds of inferenceSelector for so many segments, when it knows these thresholds. */
 export function thresholdFeeds(
   thresholds: ReadonlyMap<string, number>,

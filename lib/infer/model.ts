@@ -12,8 +12,12 @@ import { ComputeMeter } from './compute.js';
 import { generate, promptIds } from './generate.js';
 import { loadNetwork, type Network } from './network.js';
 import { checkOptions } from './options.js';
-import { budgetSelector, compileLogits, compileScore, ProgramCache, packedDims } from './programs.js';
+import { budgetSelector, compileLogits, compileScore, compileTrace, ProgramCache, packedDims } from './programs.js';
+import { type ElasticTrace, traceOf } from './trace.js';
 import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
+
+const compilers = { score: compileScore, logits: compileLogits, trace: compileTrace };
+type Api = keyof typeof compilers;
 
 interface CallOptions {
   /** Default 'full'. */
@@ -108,6 +112,17 @@ export class ElasticModel implements AsyncDisposable {
     return logits;
   }
 
+  /**
+   * Which sub-layers each token of a finished text enters at a budget: routing is causal, so these are the choices that
+   * generating the text made.
+   */
+  async trace(input: string | readonly number[], options: CallOptions = {}): Promise<ElasticTrace> {
+    const { ids, point, run } = this.#forward('trace', input, options);
+    // Without a router that has a choice there is nothing to run.
+    const outputs = [...point.thresholds.values()].some(Number.isFinite) ? (await run({})).outputs : {};
+    return traceOf(this.network, ids, point, outputs);
+  }
+
   /** Ends what runs and frees the model. Generations under way finish with reason 'abort'. */
   async dispose(): Promise<void> {
     if (this.#closed.signal.aborted) return;
@@ -125,7 +140,7 @@ export class ElasticModel implements AsyncDisposable {
     if (this.#closed.signal.aborted) throw new DisposedError(`[${api}] the model was disposed`);
   }
 
-  #forward(api: 'score' | 'logits', input: string | readonly number[], options: CallOptions) {
+  #forward(api: Api, input: string | readonly number[], options: CallOptions) {
     this.#alive(api);
     checkOptions(api, options, ['budget', 'signal']);
     const { network } = this;
@@ -134,20 +149,18 @@ export class ElasticModel implements AsyncDisposable {
       throw new InvalidArgumentError(`[${api}] ${ids.length} tokens do not fit the context of ${network.maxContext}`);
     }
     const point = resolveBudget(options.budget ?? 'full', network.spec, network.policy, { length: ids.length });
-    const program = this.#program(api, point);
     const batch = { ids, positions: Int32Array.from(ids, (_, i) => i), offsets: Int32Array.of(0, ids.length) };
     const feeds = { ...batch, ...thresholdFeeds(point.thresholds, 1) };
     const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
-      program.run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
+      this.#program(api, point).run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
     return { ids, point, run };
   }
 
-  #program(api: 'score' | 'logits', point: OperatingPoint): Program {
+  #program(api: Api, point: OperatingPoint): Program {
     const { network } = this;
-    const compile = api === 'score' ? compileScore : compileLogits;
     const limits = { rows: network.maxContext, segments: 1 };
     return this.#programs.get(api, point, () =>
-      compile(network, limits, (graph, _rows, segments) => budgetSelector(graph, network, point, segments)),
+      compilers[api](network, limits, (graph, _rows, segments) => budgetSelector(graph, network, point, segments)),
     );
   }
 

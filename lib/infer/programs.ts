@@ -1,6 +1,6 @@
 // The programs inference runs: next token with caches, and whole sequences without.
 import type { OperatingPoint } from '../elastic/budget.js';
-import { inferenceSelector, routerNodes } from '../elastic/rows.js';
+import { inferenceSelector, recordedSelector, routerNodes } from '../elastic/rows.js';
 import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
@@ -165,6 +165,14 @@ export function compileCompare(network: Network, limits: PackedLimits, select: S
     graph.output('agree', agree);
     graph.output('ce', ce!);
   });
+  return Program.compile(graph, network.engine);
+}
+
+/** Rows that enter each sub-layer whose router has a choice, i32, as outputs named by router id. */
+export function compileTrace(network: Network, limits: PackedLimits, select: SelectorFactory): Program {
+  const { graph } = packed(network, limits, (graph, rows, segments) =>
+    recordedSelector(graph, select(graph, rows, segments)),
+  );
   return Program.compile(graph, network.engine);
 }
 

@@ -1,0 +1,60 @@
+// Which sub-layers each token of a text entered.
+import type { OperatingPoint } from '../elastic/budget.js';
+import { routerId } from '../elastic/policy.js';
+import { type Place, places } from '../model/select.js';
+import type { TypedArray } from '../native/index.js';
+import type { Network } from './network.js';
+
+export interface ElasticTrace {
+  /**
+   * The text each token adds; joined they are the decoded text. Empty for special tokens and where the character is not
+   * complete yet. Without a tokenizer, the id and a space.
+   */
+  readonly tokens: readonly string[];
+  /** Layers that each token used: those where it entered attention, the FFN or both. */
+  readonly depth: Uint8Array;
+  /** 1 where a token entered a layer's attention, [tokens, layers]. */
+  readonly attn: Uint8Array;
+  /** 1 where a token entered a layer's FFN, [tokens, layers]. */
+  readonly mlp: Uint8Array;
+  readonly layers: number;
+  /** The arrays as base64. */
+  toJSON(): { tokens: readonly string[]; layers: number; depth: string; attn: string; mlp: string };
+}
+
+/** @param outputs of the program of compileTrace at `point`: rows of the sub-layers where some tokens enter and some do not */
+export function traceOf(
+  { spec: { layers }, tokenizer }: Network,
+  ids: Int32Array,
+  { thresholds }: OperatingPoint,
+  outputs: Readonly<Record<string, TypedArray>>,
+): ElasticTrace {
+  const entered = (place: Place): Uint8Array => {
+    const bits = new Uint8Array(ids.length * layers);
+    for (let layer = 0; layer < layers; layer++) {
+      const id = routerId(layer, place);
+      const absent = thresholds.get(id) === Number.POSITIVE_INFINITY;
+      const rows: Iterable<number> = absent ? [] : (outputs[id] ?? ids.keys());
+      for (const row of rows) bits[row * layers + layer] = 1;
+    }
+    return bits;
+  };
+  const [attn, mlp] = places.map(entered);
+  const depth = new Uint8Array(ids.length);
+  for (const i of attn.keys()) depth[Math.floor(i / layers)] += attn[i] | mlp[i];
+  const base64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString('base64');
+  const tokens = tokenPieces(ids, tokenizer);
+  return {
+    ...{ tokens, depth, attn, mlp, layers },
+    toJSON: () => ({ tokens, layers, depth: base64(depth), attn: base64(attn), mlp: base64(mlp) }),
+  };
+}
+
+function tokenPieces(ids: Int32Array, tokenizer: Network['tokenizer']): string[] {
+  if (!tokenizer) return Array.from(ids, (id) => `${id} `);
+  const stream = tokenizer.stream();
+  const pieces = Array.from(ids, (id) => stream.push(id));
+  const rest = stream.end();
+  if (rest !== '') pieces[pieces.length - 1] += rest;
+  return pieces;
+}
