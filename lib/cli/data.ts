@@ -1,4 +1,5 @@
 // Documents named on the command line.
+import { basename } from 'node:path';
 import { type DataSource, readDocuments } from '../distill/data.js';
 import { type CommandContext, UsageError } from './command.js';
 
@@ -26,6 +27,10 @@ export async function documentsOf(context: CommandContext, flag: string): Promis
   if (field !== undefined && lines.length === 0) throw new UsageError('[cli] --field is for .jsonl files');
   return lines.length > 0 ? readDocuments({ kind: 'jsonl', files, ...(field ? { field } : {}) }) : readTexts(files);
 }
+
+/** Names of the files a flag lists, without their folders. */
+export const fileNames = ({ flags }: CommandContext, flag: string): string =>
+  (flags.list(flag) ?? []).map((file) => basename(file)).join(', ');
 
 /** Documents of text files. */
 export async function readTexts(files: readonly string[]): Promise<string[]> {

@@ -17,6 +17,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
   },
   eval: { summary: 'measure quality and speed at budgets', load: async () => (await import('./eval.js')).evalCommand },
   generate: { summary: 'generate text at a budget', load: async () => (await import('./generate.js')).generateCommand },
+  report: {
+    summary: 'write a page of quality, compute, time, routers and texts',
+    load: async () => (await import('./report.js')).reportCommand,
+  },
   demo: {
     summary: 'make a small model elastic and write a report',
     load: async () => (await import('./demo.js')).demo,

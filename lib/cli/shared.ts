@@ -1,5 +1,4 @@
 // Flags and conversions that several commands share.
-import type { Budget } from '../elastic/budget.js';
 import type { LoadOptions } from '../infer/types.js';
 import { activationTypes, deviceChoices } from '../native/index.js';
 import { type CommandContext, UsageError } from './command.js';
@@ -29,7 +28,7 @@ export function loadOptions({ flags, signal }: CommandContext): LoadOptions {
 }
 
 /** `0.7`, `full` or the name of a level. */
-export function parseBudget(text: string): Budget {
+export function parseBudget(text: string): number | string {
   const value = Number(text);
   if (text.trim() === '' || Number.isNaN(value)) return text;
   if (!(value > 0 && value <= 1))

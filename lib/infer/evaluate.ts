@@ -75,6 +75,8 @@ export interface EvalLevel {
   agreement: Measured;
   /** Prefill, median of repeated runs; null when not measured. */
   tokensPerSecond: number | null;
+  /** Time of prefill over that of the full model, the two run in turns; null when not measured. */
+  timeRatio: number | null;
   /** Sub-layers left out by 'drop', in the smaller of its two models. */
   dropped?: string[];
   /** How much better the routed model is at the same budget, on the same sequences; positive is better. */
@@ -338,6 +340,7 @@ class Evaluation {
     );
     const layers = (place: Place) => a.level.layersRun[place].map((x, l) => mean(x, b.level.layersRun[place][l]));
     const [fast, slow] = [b.level.tokensPerSecond, a.level.tokensPerSecond];
+    const [less, more] = [b.level.timeRatio, a.level.timeRatio];
     const result: EvalLevel = {
       ...a.level,
       ...this.#quality(sums),
@@ -346,6 +349,7 @@ class Evaluation {
       share: mean(a.level.share, b.level.share),
       layersRun: { attn: layers('attn'), mlp: layers('mlp') },
       tokensPerSecond: slow && fast && 1 / mean(1 / slow, 1 / fast),
+      timeRatio: less && more && mean(more, less),
       dropped: [...order[below].dropped],
     };
     this.#progress(`drop at ${label(budget)}`);
@@ -405,7 +409,9 @@ class Evaluation {
       share: sum(all, (x) => x) / all.length,
       layersRun,
       ...this.#quality(sums),
-      tokensPerSecond: (this.#options.speed ?? true) ? await this.#speed(select, feeds) : null,
+      ...((this.#options.speed ?? true)
+        ? await this.#speed(method, select, feeds)
+        : { tokensPerSecond: null, timeRatio: null }),
     };
   }
 
@@ -426,23 +432,33 @@ class Evaluation {
     return (meter.flops + headFlops(spec, meter.rows)) / forwardFlops(spec, lengths).total;
   }
 
-  // Median over runs of the first batch, after one to warm up.
+  // Medians over runs of the first batch, after one to warm up. The full model takes turns with the other, so that what
+  // else the machine does slows both.
   async #speed(
+    method: Method,
     select: SelectorFactory,
     feeds: (batch: Batch, index: number) => Record<string, TypedArray>,
-  ): Promise<number> {
+  ): Promise<Pick<EvalLevel, 'tokensPerSecond' | 'timeRatio'>> {
     const batch = this.#batches[0];
-    using program: Program = compilePrefill(this.#network, this.#limits, select);
     const segments = batch.sequences.length;
-    const sampling = new Float32Array(segments * 4);
     const last = batch.offsets.slice(1).map((end) => end - 1);
-    const all = { ...base(batch), ...feeds(batch, 0), last, sampling };
-    const ms: number[] = [];
+    const common = { ...base(batch), last, sampling: new Float32Array(segments * 4) };
+    const { signal } = this.#options;
+    const timed = async (program: Program, more: Record<string, TypedArray>): Promise<number> =>
+      (await program.run({ dims: packedDims(batch), feeds: { ...common, ...more }, signal })).ms;
+
+    using program = compilePrefill(this.#network, this.#limits, select);
+    using full = method === 'full' ? null : compilePrefill(this.#network, this.#limits, () => selectEverything);
+    const own = feeds(batch, 0);
+    const [ms, fullMs]: [number[], number[]] = [[], []];
     for (let i = 0; i <= timedRuns; i++) {
-      const result = await program.run({ dims: packedDims(batch), feeds: all, signal: this.#options.signal });
-      if (i > 0) ms.push(result.ms);
+      const [a, b] = [full && (await timed(full, {})), await timed(program, own)];
+      if (i === 0) continue;
+      ms.push(b);
+      fullMs.push(a ?? b);
     }
-    return (batch.ids.length / median(ms)) * 1000;
+    const typical = median(ms);
+    return { tokensPerSecond: (batch.ids.length / typical) * 1000, timeRatio: typical / median(fullMs) };
   }
 }
 

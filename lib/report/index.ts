@@ -4,11 +4,20 @@ export { agreementChart, levelsCsv, qualityChart, reportHtml } from './html.js';
 export {
   type BarChartOptions,
   barChart,
-  type HeatMapOptions,
-  heatMap,
   type LineChartOptions,
   lineChart,
   type Point,
   type Series,
 } from './svg.js';
-export type { LevelResult, Measured, Method, ReportData, Sample, TrainingPoint } from './types.js';
+export type {
+  LevelResult,
+  Measured,
+  Method,
+  PerLayer,
+  ReportData,
+  RouterMap,
+  Sample,
+  SampleTrace,
+  TrainingEvaluation,
+  TrainingPoint,
+} from './types.js';

@@ -1,4 +1,4 @@
-// A small chart writer: line charts with intervals, bar charts and heat maps as standalone SVG text.
+// A small chart writer: line charts with intervals and bar charts as standalone SVG text, at any width.
 
 export interface Point {
   readonly x: number;
@@ -35,17 +35,10 @@ export interface BarChartOptions {
   readonly width?: number;
 }
 
-export interface HeatMapOptions {
-  readonly title: string;
-  readonly columns: readonly string[];
-  readonly rows: readonly { readonly name: string; readonly values: readonly (number | null)[] }[];
-  readonly width?: number;
-}
-
 // Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), brighter on dark grounds.
 const style = `
-.ef{--bg:#ffffff;--ink:#1c2430;--soft:#5b6675;--line:#d5dbe3;--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#a1588c;--heat:0,114,178}
-@media (prefers-color-scheme:dark){.ef{--bg:#11161d;--ink:#e6ebf2;--soft:#9aa7b8;--line:#2c3644;--s0:#56b4e9;--s1:#ff9d4d;--s2:#34d1a0;--s3:#e29fce;--heat:86,180,233}}
+.ef{--bg:#ffffff;--ink:#1c2430;--soft:#5b6675;--line:#d5dbe3;--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#a1588c}
+@media (prefers-color-scheme:dark){.ef{--bg:#11161d;--ink:#e6ebf2;--soft:#9aa7b8;--line:#2c3644;--s0:#56b4e9;--s1:#ff9d4d;--s2:#34d1a0;--s3:#e29fce}}
 .ef text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--soft)}
 .ef .title{font-size:15px;font-weight:600;fill:var(--ink)}
 .ef .ink{fill:var(--ink)}
@@ -62,7 +55,15 @@ const seriesColours = 4;
 export function lineChart(o: LineChartOptions): string {
   const width = o.width ?? 720;
   const height = o.height ?? 420;
-  const box = { left: 68, right: width - 20, top: 78, bottom: height - 52 };
+  const head = heading(o.title, width);
+  const legend = legendRows(o.series, width - 20);
+  const xLabel = wrap(o.xLabel, width - 88, labelWidth);
+  const box = {
+    left: 68,
+    right: width - 20,
+    top: head.bottom + legend.at(-1)!.y + 22,
+    bottom: height - 36 - 16 * xLabel.length,
+  };
   const points = o.series.flatMap((s) => s.points).filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y));
   const log = o.yScale === 'log';
   const ys = points
@@ -72,7 +73,7 @@ export function lineChart(o: LineChartOptions): string {
     points.map((p) => p.x),
     box.left,
     box.right,
-    8,
+    Math.max(2, Math.round((box.right - box.left) / 80)),
   );
   const yAxis = log ? logAxis(ys, box.bottom, box.top) : linearAxis(ys, box.bottom, box.top, 6);
 
@@ -90,11 +91,13 @@ export function lineChart(o: LineChartOptions): string {
   parts.push(`<line class="axis" x1="${box.left}" x2="${box.right}" y1="${box.bottom}" y2="${box.bottom}"/>`);
   const middle = (box.top + box.bottom) / 2;
   parts.push(
-    `<text class="ink" x="${(box.left + box.right) / 2}" y="${height - 12}" text-anchor="middle">${escapeXml(o.xLabel)}</text>`,
+    ...xLabel.map(
+      (line, i) =>
+        `<text class="ink" x="${(box.left + box.right) / 2}" y="${box.bottom + 40 + 16 * i}" text-anchor="middle">${escapeXml(line)}</text>`,
+    ),
     `<text class="ink" x="18" y="${middle}" text-anchor="middle" transform="rotate(-90 18 ${middle})">${escapeXml(o.yLabel)}</text>`,
   );
 
-  let legendX = box.left;
   o.series.forEach((s, i) => {
     const colour = i % seriesColours;
     const seen = s.points
@@ -114,11 +117,13 @@ export function lineChart(o: LineChartOptions): string {
       const tip = p.note === undefined ? '' : `<title>${escapeXml(p.note)}</title>`;
       parts.push(marker(i, x, num(yAxis.at(p.y)), tip));
     }
-    parts.push(`<path class="l l${colour}" d="M${legendX} 52h22"${dash(i)}/>`, marker(i, legendX + 11, 52, ''));
-    parts.push(`<text class="ink" x="${legendX + 28}" y="56">${escapeXml(s.name)}</text>`);
-    legendX += 28 + textWidth(s.name) + 22;
+    const at = legend[i];
+    const y = head.bottom + at.y;
+    parts.push(`<path class="l l${colour}" d="M${at.x} ${y}h22"${dash(i)}/>`);
+    if (!s.plain) parts.push(marker(i, at.x + 11, y, ''));
+    parts.push(`<text class="ink" x="${at.x + 28}" y="${y + 4}">${escapeXml(s.name)}</text>`);
   });
-  return svg(width, height, o.title, parts);
+  return svg(width, height, o.title, [...head.parts, ...parts]);
 }
 
 /** Horizontal bars, one per entry, from zero. `group` chooses the colour. */
@@ -127,10 +132,13 @@ export function barChart(o: BarChartOptions): string {
   const rowHeight = 26;
   const left = Math.min(220, 24 + Math.max(0, ...o.bars.map((b) => textWidth(b.name))));
   const right = width - 90;
-  const top = 48;
+  const head = heading(o.title, width);
+  const top = head.bottom + 8;
   const height = top + o.bars.length * rowHeight + 44;
   const most = Math.max(0, ...o.bars.map((b) => b.value)) || 1;
   const format = o.format ?? tick;
+  // Under the axis where there is room, else from the edge.
+  const xLabelAt = left + textWidth(o.xLabel) < width ? left : 20;
   const parts: string[] = [];
   o.bars.forEach((bar, i) => {
     const y = top + i * rowHeight;
@@ -142,39 +150,8 @@ export function barChart(o: BarChartOptions): string {
     );
   });
   parts.push(`<line class="axis" x1="${left}" x2="${left}" y1="${top}" y2="${height - 40}"/>`);
-  parts.push(`<text class="ink" x="${left}" y="${height - 14}">${escapeXml(o.xLabel)}</text>`);
-  return svg(width, height, o.title, parts);
-}
-
-/** Shares in [0, 1] as cells, darker meaning more; `null` is an empty cell. */
-export function heatMap(o: HeatMapOptions): string {
-  const width = o.width ?? 720;
-  const left = 24 + Math.max(0, ...o.rows.map((r) => textWidth(r.name)));
-  const cell = Math.min(64, (width - left - 20) / Math.max(1, o.columns.length));
-  const rowHeight = 34;
-  const top = 70;
-  const height = top + o.rows.length * rowHeight + 20;
-  const parts: string[] = [];
-  o.columns.forEach((name, c) => {
-    parts.push(
-      `<text x="${num(left + (c + 0.5) * cell)}" y="${top - 10}" text-anchor="middle">${escapeXml(name)}</text>`,
-    );
-  });
-  o.rows.forEach((row, r) => {
-    const y = top + r * rowHeight;
-    parts.push(`<text class="ink" x="${left - 8}" y="${y + 21}" text-anchor="end">${escapeXml(row.name)}</text>`);
-    row.values.forEach((value, c) => {
-      const x = num(left + c * cell);
-      const share = value === null ? 0 : Math.min(1, Math.max(0, value));
-      const fill = value === null ? 'none' : `rgba(var(--heat),${num(0.06 + 0.74 * share)})`;
-      const label = value === null ? '–' : String(Math.round(share * 100));
-      parts.push(
-        `<rect x="${x}" y="${y}" width="${num(cell - 2)}" height="${rowHeight - 2}" rx="2" style="fill:${fill};stroke:var(--line)"><title>${escapeXml(`${row.name}, ${o.columns[c]}: ${value === null ? 'not routed' : `${label} %`}`)}</title></rect>`,
-        `<text class="ink" x="${num(x + cell / 2 - 1)}" y="${y + 21}" text-anchor="middle">${label}</text>`,
-      );
-    });
-  });
-  return svg(width, height, o.title, parts);
+  parts.push(`<text class="ink" x="${xLabelAt}" y="${height - 14}">${escapeXml(o.xLabel)}</text>`);
+  return svg(width, height, o.title, [...head.parts, ...parts]);
 }
 
 export function escapeXml(text: string): string {
@@ -184,6 +161,7 @@ export function escapeXml(text: string): string {
     .replaceAll('>', '&gt;')
     .replaceAll('"', '&quot;')
     .replaceAll("'", '&#39;')
+    .replaceAll('\r', '&#13;')
     .replace(unprintable, '\ufffd');
 }
 
@@ -196,11 +174,32 @@ function svg(width: number, height: number, title: string, parts: readonly strin
     `<svg xmlns="http://www.w3.org/2000/svg" class="ef" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" aria-label="${name}">`,
     `<style>${style}</style>`,
     `<rect width="${width}" height="${height}" style="fill:var(--bg)"/>`,
-    `<text class="title" x="20" y="28">${name}</text>`,
     ...parts,
     '</svg>',
     '',
   ].join('\n');
+}
+
+// The title in as many lines as it takes.
+function heading(title: string, width: number): { readonly parts: readonly string[]; readonly bottom: number } {
+  const lines = wrap(title, width - 40, titleWidth);
+  return {
+    parts: lines.map((line, i) => `<text class="title" x="20" y="${28 + 20 * i}">${escapeXml(line)}</text>`),
+    bottom: 20 + 20 * lines.length,
+  };
+}
+
+// Where each entry of a legend begins: entries that do not fit start a new row.
+function legendRows(series: readonly Series[], right: number): readonly { readonly x: number; readonly y: number }[] {
+  let [x, y] = [20, 14];
+  const starts = series.map(({ name }) => {
+    const length = 28 + textWidth(name);
+    if (x > 20 && x + length > right) [x, y] = [20, y + 20];
+    const start = { x, y };
+    x += length + 22;
+    return start;
+  });
+  return starts.length > 0 ? starts : [{ x, y }];
 }
 
 interface Axis {
@@ -267,7 +266,20 @@ function tick(value: number): string {
   return String(Number(value.toPrecision(4)));
 }
 
-// SVG cannot measure text; 6.6 px is the mean advance of a 12 px sans-serif face, rounded up.
+// SVG cannot measure text: the mean advance of a sans-serif face, rounded up, at 12 px and at 15 px semi-bold.
+const labelWidth = 6.6;
+const titleWidth = 8.2;
+
 function textWidth(text: string): number {
-  return Math.ceil(text.length * 6.6);
+  return Math.ceil(text.length * labelWidth);
+}
+
+function wrap(text: string, width: number, advance: number): string[] {
+  const lines = [''];
+  for (const word of text.split(' ')) {
+    const longer = lines.at(-1) === '' ? word : `${lines.at(-1)} ${word}`;
+    if (lines.at(-1) === '' || longer.length * advance <= width) lines[lines.length - 1] = longer;
+    else lines.push(word);
+  }
+  return lines;
 }

@@ -12,8 +12,8 @@ export type Method = 'routed' | 'random' | 'drop';
 /** One method at one budget. */
 export interface LevelResult {
   readonly method: Method;
-  /** Share of FLOPs asked for. */
-  readonly budget: number;
+  /** Share of FLOPs asked for, or the name of a level. */
+  readonly budget: number | string;
   /** Share of the full model's FLOPs the kernels counted. */
   readonly ratio: number;
   /** Mean share of tokens that entered a sub-layer. */
@@ -27,13 +27,36 @@ export interface LevelResult {
   readonly agreement: Measured;
   /** Prefill tokens per second, measured; null when not timed. */
   readonly tokensPerSecond: number | null;
+  /** Time of prefill over that of the full model; null when not timed. */
+  readonly timeRatio: number | null;
   /** Mean share of tokens processed, per layer. */
-  readonly layers: { readonly attn: readonly number[]; readonly mlp: readonly number[] };
+  readonly layers: PerLayer<number>;
 }
 
 export interface TrainingPoint {
   readonly step: number;
   readonly loss: number;
+}
+
+/** Quality on held-out text while training: metrics by the name of what was evaluated. */
+export interface TrainingEvaluation {
+  readonly step: number;
+  readonly levels: Readonly<Record<string, Readonly<Record<string, number>>>>;
+}
+
+/** A number for every layer's attention and FFN. */
+export interface PerLayer<T> {
+  readonly attn: readonly T[];
+  readonly mlp: readonly T[];
+}
+
+/** What the routers did at a budget. */
+export interface RouterMap {
+  readonly budget: number | string;
+  /** Share of tokens that entered. */
+  readonly measured: PerLayer<number>;
+  /** Share of tokens meant to enter; null where there is no router. */
+  readonly target: PerLayer<number | null>;
 }
 
 export interface Sample {
@@ -42,6 +65,17 @@ export interface Sample {
   readonly text: string;
   readonly ratio: number;
   readonly tokensPerSecond: number;
+  readonly trace: SampleTrace;
+}
+
+/** Which sub-layers the tokens of prompt and text entered. */
+export interface SampleTrace {
+  readonly tokens: readonly string[];
+  readonly promptTokens: number;
+  readonly layers: number;
+  /** Base64 of one byte for every token and layer, [tokens, layers]: 1 where the token entered. */
+  readonly attn: string;
+  readonly mlp: string;
 }
 
 export interface ReportData {
@@ -60,15 +94,23 @@ export interface ReportData {
   readonly elastic: { readonly trainable: number; readonly share: number; readonly places: string };
   readonly training: {
     readonly steps: number;
-    readonly seconds: number;
+    /** Null when not known. */
+    readonly seconds: number | null;
     readonly tokensPerSecond: number;
     readonly points: readonly TrainingPoint[];
+    readonly evaluations: readonly TrainingEvaluation[];
   };
+  /** Null when there was no text to evaluate on. */
   readonly evaluation: {
     readonly data: string;
     readonly tokens: number;
     readonly sequences: number;
     readonly levels: readonly LevelResult[];
+  } | null;
+  readonly routing: {
+    /** What the shares were counted on. */
+    readonly on: string;
+    readonly maps: readonly RouterMap[];
   };
   readonly samples: readonly Sample[];
   /** What a reader should know before quoting a number. */

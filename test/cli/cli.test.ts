@@ -25,7 +25,17 @@ describe('help', () => {
     expect(overview).toMatchObject({ code: 0, stderr: '' });
     const names = [...overview.stdout.matchAll(/^ {2}([a-z]+) +\S/gm)].map((match) => match[1]);
     expect(names).toEqual(
-      expect.arrayContaining(['doctor', 'inspect', 'elastify', 'distill', 'eval', 'generate', 'pretrain', 'demo']),
+      expect.arrayContaining([
+        'doctor',
+        'inspect',
+        'elastify',
+        'distill',
+        'eval',
+        'generate',
+        'report',
+        'pretrain',
+        'demo',
+      ]),
     );
     for (const name of names) {
       const { code, stdout, stderr } = await run(name, '--help');
@@ -49,6 +59,7 @@ describe('bad usage: exit code 2 and one line that says what', () => {
     [['generate', shipped, '--ids', '1', '--prompt', 'a'], 'give --prompt or --ids, not both'],
     [['eval', shipped], 'the text to evaluate on is missing: give --data'],
     [['eval', shipped, '--data', 'a.txt,b.jsonl'], '--data must list text files or .jsonl files, not both'],
+    [['report'], 'report takes <run>, got none'],
     [['elastify', shipped], 'elastify needs --out'],
     [['elastify', shipped, '--out', 'x', '--gate', 'soft'], '--gate must be one of'],
     [['distill', '--data', data, '--out', 'x'], 'the plan to train is missing'],

@@ -112,7 +112,11 @@ describe('a tiny elastic model', () => {
 
   test('speed is measured', async () => {
     const report = await evaluate(model, { data: held, budgets: ['full', 0.7] });
-    for (const level of report.levels) expect(level.tokensPerSecond).toBeGreaterThan(0);
+    for (const level of report.levels) {
+      expect(level.tokensPerSecond).toBeGreaterThan(0);
+      expect(level.timeRatio).toBeGreaterThan(0);
+      if (level.method === 'full') expect(level.timeRatio).toBe(1);
+    }
   });
 
   test('bad input is a typed error', async () => {

@@ -1,27 +1,22 @@
 // Charts and the HTML report are well-formed and self-contained, whatever text they show.
-import { expect, test } from 'vitest';
-import {
-  barChart,
-  heatMap,
-  type LevelResult,
-  levelsCsv,
-  lineChart,
-  type ReportData,
-  reportHtml,
-  toCsv,
-} from '../../lib/report/index.js';
+import { describe, expect, test } from 'vitest';
+import { barChart, levelsCsv, lineChart, reportHtml, toCsv } from '../../lib/report/index.js';
+import { hostile, reportData } from './fixture.js';
 
-const void_ = new Set(['meta', 'br', 'img', 'link', 'hr']);
+const void_ = new Set(['meta', 'br', 'img', 'link', 'hr', 'input']);
+
+/** Without style and script. */
+const shown = (html: string): string => html.replace(/<style>[^<]*<\/style>|<script>[^<]*<\/script>/g, '');
 
 /** Throws on tags that do not nest, attributes without quotes and bare ampersands. */
 function checkMarkup(text: string): void {
   const open: string[] = [];
-  const body = text.replace(/<!doctype html>/i, '').replace(/<style>[^<]*<\/style>/g, '');
+  const body = shown(text).replace(/<!doctype html>/i, '');
   let at = 0;
   for (const match of body.matchAll(/<(\/?)([a-zA-Z0-9]+)((?:\s+[\w:-]+="[^"<]*")*)\s*(\/?)>/g)) {
     const between = body.slice(at, match.index);
     expect(between).not.toMatch(/[<>]/);
-    expect(between.replace(/&(amp|lt|gt|quot|#39);/g, '')).not.toContain('&');
+    expect(between.replace(/&(amp|lt|gt|quot|#39|#13);/g, '')).not.toContain('&');
     at = match.index + match[0].length;
     const [, closing, name, , selfClosing] = match;
     if (closing) expect(open.pop()).toBe(name);
@@ -30,21 +25,6 @@ function checkMarkup(text: string): void {
   expect(body.slice(at).trim()).toBe('');
   expect(open).toEqual([]);
 }
-
-const hostile = 'a<b>&"\'\u0000\ud800</svg><script>alert(1)</script>';
-const measured = (value: number) => ({ value, low: value * 0.9, high: value * 1.1 });
-const level = (method: LevelResult['method'], budget: number): LevelResult => ({
-  method,
-  budget,
-  ratio: budget + 0.01,
-  share: budget,
-  perplexity: measured(5),
-  bitsPerByte: method === 'drop' ? null : measured(1.2),
-  kl: measured(1 - budget),
-  agreement: measured(budget),
-  tokensPerSecond: method === 'routed' ? 1234 / budget : null,
-  layers: { attn: [budget, 1], mlp: [budget, 0.5] },
-});
 
 test('line chart: markup, intervals, legend, hostile text', () => {
   const chart = lineChart({
@@ -88,58 +68,89 @@ test.each(['linear', 'log'] as const)('line chart survives odd data on a %s axis
   }
 });
 
-test('bar chart and heat map', () => {
-  for (const chart of [
-    barChart({
-      title: 't',
-      xLabel: 'x',
-      bars: [
-        { name: hostile, value: 3 },
-        { name: 'zero', value: 0 },
-      ],
-    }),
-    barChart({ title: 't', xLabel: 'x', bars: [] }),
-    heatMap({ title: 't', columns: ['a', 'b'], rows: [{ name: 'r', values: [0.25, null] }] }),
+test('bar chart', () => {
+  for (const bars of [
+    [
+      { name: hostile, value: 3 },
+      { name: 'zero', value: 0 },
+    ],
+    [],
   ]) {
+    const chart = barChart({ title: 't', xLabel: 'x', bars });
     checkMarkup(chart);
     expect(chart).not.toMatch(/NaN|Infinity|undefined/);
   }
 });
 
-test('the report is one self-contained page', () => {
-  const data: ReportData = {
-    title: 'Elastic',
-    version: '1.0.0',
-    created: '2026-01-01T00:00:00Z',
-    machine: 'test',
-    model: { name: 'tiny', architecture: 'llama', parameters: 1000, layers: 2, hidden: 8 },
-    elastic: { trainable: 18, share: 0.018, places: 'attention and FFN of every layer' },
-    training: {
-      steps: 2,
-      seconds: 1,
-      tokensPerSecond: 100,
-      points: [
-        { step: 1, loss: 1 },
-        { step: 2, loss: 0.5 },
-      ],
-    },
-    evaluation: {
-      data: 'text',
-      tokens: 100,
-      sequences: 4,
-      levels: [1, 0.7].flatMap((b) => (['routed', 'random', 'drop'] as const).map((m) => level(m, b))),
-    },
-    samples: [{ label: 'full', prompt: hostile, text: hostile, ratio: 1, tokensPerSecond: 10 }],
-    notes: [hostile],
-    seconds: 2,
-  };
-  const html = reportHtml(data);
-  checkMarkup(html);
-  expect(html).not.toContain('<script');
-  expect(html.replaceAll('http://www.w3.org/2000/svg', '')).not.toMatch(/https?:|src=|@import|url\(/);
-  const csv = levelsCsv(data.evaluation.levels).trimEnd().split('\r\n');
-  expect(csv.length).toBe(7);
-  expect(new Set(csv.map((line) => line.split(',').length)).size).toBe(1);
+test('in a narrow chart, title, legend and axis label take several lines inside its width', () => {
+  const words = 'several words that do not fit on one line of a telephone';
+  const series = ['one name', 'another name', 'a third name'].map((name) => ({ name, points: [{ x: 1, y: 1 }] }));
+  const chart = lineChart({ title: words, xLabel: words, yLabel: 'y', series, width: 320, height: 300 });
+  checkMarkup(chart);
+  const texts = [...chart.matchAll(/<text class="(ink|title)" x="([\d.]+)"( [^>]*)?>([^<]*)</g)];
+  expect(texts.filter(([, kind]) => kind === 'title').length).toBeGreaterThan(1);
+  for (const [, kind, x, more, text] of texts) {
+    if (more?.includes('rotate')) continue;
+    const width = text.length * (kind === 'title' ? 8.2 : 6.6);
+    const left = more?.includes('middle') ? Number(x) - width / 2 : Number(x);
+    expect(left).toBeGreaterThanOrEqual(0);
+    expect(left + width).toBeLessThanOrEqual(320);
+  }
+});
+
+describe('the report', () => {
+  test('is one page that loads nothing and escapes whatever it shows', () => {
+    const html = reportHtml(reportData());
+    checkMarkup(html);
+    expect(html.match(/<script/g)).toHaveLength(1);
+    expect(html).not.toMatch(/<img|onerror=alert\(2\)>/);
+    expect(html).toContain("default-src 'none'");
+    expect(html.replaceAll('http://www.w3.org/2000/svg', '')).not.toMatch(/https?:|src=x?"|@import|url\(/);
+    expect(shown(html)).not.toMatch(/NaN|undefined|Infinity/);
+  });
+
+  test('names the worst retention', () => {
+    const html = reportHtml(reportData());
+    // perplexity and bits per byte keep as much as agreement, which comes first; e^-0.5 is more than 0.5
+    expect(html).toContain('The worst: <strong>same next token</strong>, 50.0 % at level p50');
+    expect(html.match(/class="worst"/g)).toHaveLength(6);
+  });
+
+  test('marks shares far from their target', () => {
+    const html = reportHtml(reportData(4));
+    expect(html).toContain('style="--c:0.250">25 % <small>target 50, off</small>');
+    expect(html).toContain('style="--c:1.000">100 % <small>target 95</small>');
+    expect(html).toContain('<small>no router</small>');
+  });
+
+  test('without an evaluation has no quality and no speed, and says so', () => {
+    const html = reportHtml({ ...reportData(), evaluation: null });
+    checkMarkup(html);
+    expect(html).toContain('nothing: quality needs a text');
+    expect(shown(html)).not.toMatch(/Quality against compute|Measured speed|axis-time|undefined/);
+  });
+
+  test('without times has no switch', () => {
+    const data = reportData();
+    const levels = data.evaluation!.levels.map((l) => ({ ...l, tokensPerSecond: null, timeRatio: null }));
+    const html = reportHtml({ ...data, evaluation: { ...data.evaluation!, levels } });
+    checkMarkup(html);
+    expect(html).not.toMatch(/name="axis"|Measured speed/);
+  });
+
+  test('tokens keep their text and carry their layers', () => {
+    const html = reportHtml(reportData(3));
+    expect(html).toContain('style="--c:1" data-attn="111" data-ffn="111"> whale</span>');
+    expect(html).toContain('data-attn="010" data-ffn="100"> whale</span>');
+    // A parser would make a line feed of a carriage return.
+    expect(html).toContain('>\n&#13;</span>');
+  });
+
+  test('as CSV has a row for every method and budget', () => {
+    const csv = levelsCsv(reportData().evaluation!.levels).trimEnd().split('\r\n');
+    expect(csv.length).toBe(10);
+    expect(new Set(csv.map((line) => line.split(',').length)).size).toBe(1);
+  });
 });
 
 test('CSV quotes what it must', () => {

@@ -1,0 +1,308 @@
+// What `demo` and `report` share: measuring a model, reading how it was trained, and writing the report.
+import { randomBytes } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
+import type { Budget, OperatingPoint } from '../elastic/budget.js';
+import { routerCapacities, routerPlaces } from '../elastic/policy.js';
+import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
+import { promptIds } from '../infer/generate.js';
+import type { ElasticModel } from '../infer/model.js';
+import { median } from '../infer/statistics.js';
+import type { ElasticTrace } from '../infer/trace.js';
+import { FileSystemError, inFileSystem } from '../io/files.js';
+import { InvalidFileError } from '../native/errors.js';
+import { loadAddon } from '../native/index.js';
+import {
+  type LevelResult,
+  levelsCsv,
+  type PerLayer,
+  qualityChart,
+  type ReportData,
+  type RouterMap,
+  reportHtml,
+  type Sample,
+} from '../report/index.js';
+import type { CommandContext } from './command.js';
+import { machineLine } from './doctor.js';
+import { levelTable } from './eval.js';
+import { Progress } from './progress.js';
+
+const sampledTokens = 100;
+
+export interface MeasureOptions {
+  /** Levels are given by name, shares by number; 1 comes first. */
+  readonly budgets: readonly (number | string)[];
+  /** Null: only texts are generated. */
+  readonly data: { readonly name: string; readonly heldOut: string[]; readonly calibration?: string[] } | null;
+  readonly prompt: string;
+  readonly seed: number;
+  readonly limit?: number;
+  readonly sequenceLength?: number;
+}
+
+export interface Measurements extends Pick<ReportData, 'evaluation' | 'routing' | 'samples' | 'notes'> {
+  /** As evaluated, with what the report leaves out. */
+  readonly evaluated: EvalReport | null;
+}
+
+/** A prompt: how a text begins. */
+export function firstWords(text: string): string {
+  const words = text.trimStart().split(/(?<=\s)/);
+  return words.slice(0, 8).join('').trimEnd();
+}
+
+/** Evaluates a model at budgets and against baselines, and generates texts; prints the table of levels. */
+export async function measureModel(
+  context: CommandContext,
+  model: ElasticModel,
+  { budgets, data, prompt, seed, limit = 8192, sequenceLength = 256 }: MeasureOptions,
+): Promise<Measurements> {
+  const { signal } = context;
+  const length = Math.min(sequenceLength, model.network.maxContext);
+  const baselines: Baseline[] = ['random', 'drop'];
+  const progress = new Progress('evaluate');
+  const evaluated =
+    data &&
+    (await evaluate(model, {
+      ...{ data: data.heldOut, budgets, baselines, sequenceLength: length, limit, seed, signal },
+      ...(data.calibration && { calibration: data.calibration }),
+      onProgress: ({ phase, done, total }) => progress.update({ done, total, facts: [phase] }),
+    }).finally(() => progress.finish()));
+  if (evaluated && !context.json) context.print(`\n${levelTable(evaluated.levels)}`);
+
+  const sampled = sampleBudgets(model, budgets, length);
+  const writing = new Progress('generate');
+  const samples: Sample[] = [];
+  const traced: RouterMap[] = [];
+  for (const [i, budget] of sampled.entries()) {
+    writing.update({ done: i, total: sampled.length, facts: [`budget ${budget}`] });
+    const { sample, trace, point } = await sampleText(model, prompt, budget, seed, signal);
+    samples.push(sample);
+    if (!point.full) traced.push({ budget, measured: shares(trace), target: targets(model, point) });
+  }
+  writing.finish();
+
+  const maps = evaluated?.levels
+    .filter((l) => l.method === 'routed')
+    .map((l) => ({
+      budget: l.budget as number | string,
+      measured: layerShares(l),
+      target: targets(model, model.resolve(l.budget, { length })),
+    }));
+  return {
+    evaluated,
+    evaluation: evaluated && {
+      ...{ data: data!.name, tokens: evaluated.tokens, sequences: evaluated.sequences },
+      levels: evaluated.levels.map(levelResult),
+    },
+    routing: maps
+      ? { on: `${data!.name}, ${evaluated!.tokens} tokens`, maps }
+      : { on: 'the texts below, prompts included', maps: traced },
+    samples,
+    notes: notes(evaluated),
+  };
+}
+
+/** Full, and of the others those nearest to 0.75 and 0.5 of the FLOPs. */
+function sampleBudgets(model: ElasticModel, budgets: readonly (number | string)[], length: number) {
+  const points = budgets.map((budget) => ({ budget, point: model.resolve(budget, { length }) }));
+  const below = points.filter(({ point }) => !point.full);
+  const nearest = (ratio: number) =>
+    below.toSorted((a, b) => Math.abs(a.point.flopsRatio - ratio) - Math.abs(b.point.flopsRatio - ratio)).slice(0, 1);
+  return [...new Set([1, ...[...nearest(0.75), ...nearest(0.5)].map(({ budget }) => budget)])];
+}
+
+async function sampleText(
+  model: ElasticModel,
+  prompt: string,
+  budget: number | string,
+  seed: number,
+  signal: AbortSignal,
+): Promise<{ sample: Sample; trace: ElasticTrace; point: OperatingPoint }> {
+  const stream = model.generate(prompt, { budget, maxTokens: sampledTokens, temperature: 0.7, seed, signal });
+  const { inputTokens, compute } = await stream.usage;
+  signal.throwIfAborted();
+  // Generation may end one token after the context does.
+  const ids = [...promptIds(model.network, prompt), ...(await stream.ids)].slice(0, model.network.maxContext);
+  const asRun: Budget = { spec: compute.effective };
+  const trace = await model.trace(ids, { budget: asRun, signal });
+  const { tokens, layers, attn, mlp } = trace.toJSON();
+  const sample: Sample = {
+    label: budget === 1 ? 'Full budget' : typeof budget === 'number' ? `Budget ${budget}` : `Level ${budget}`,
+    ...{ prompt, text: await stream.text, ratio: compute.ratio, tokensPerSecond: compute.tokensPerSecond ?? 0 },
+    trace: { tokens, promptTokens: inputTokens, layers, attn, mlp },
+  };
+  return { sample, trace, point: model.resolve(asRun, { length: ids.length }) };
+}
+
+function shares({ tokens, layers, attn, mlp }: ElasticTrace): PerLayer<number> {
+  const share = (bits: Uint8Array): number[] =>
+    Array.from({ length: layers }, (_, l) => tokens.filter((_, t) => bits[t * layers + l]).length / tokens.length);
+  return { attn: share(attn), mlp: share(mlp) };
+}
+
+const layerShares = ({ layersRun }: EvalLevel): PerLayer<number> => ({
+  attn: [...layersRun.attn],
+  mlp: [...layersRun.mlp],
+});
+
+function targets(model: ElasticModel, { spec }: OperatingPoint): PerLayer<number | null> {
+  const { policy } = model.network;
+  const none = (): (number | null)[] => new Array(model.info.layers).fill(null);
+  const target = { attn: none(), mlp: none() };
+  const capacities = policy ? routerCapacities(policy, spec.tokenCapacity ?? {}) : [];
+  for (const [i, { layer, place }] of (policy ? routerPlaces(policy) : []).entries())
+    target[place][layer] = capacities[i];
+  return target;
+}
+
+function levelResult(level: EvalLevel): LevelResult {
+  const { ratio, share, perplexity, bitsPerByte, kl, agreement, tokensPerSecond, timeRatio } = level;
+  return {
+    method: level.method === 'full' ? 'routed' : level.method,
+    budget: level.method === 'full' ? 1 : (level.budget as number | string),
+    ...{ ratio, share, perplexity, bitsPerByte, kl, agreement, tokensPerSecond, timeRatio },
+    layers: layerShares(level),
+  };
+}
+
+function notes(evaluated: EvalReport | null): string[] {
+  const sampling = 'The generated text was drawn with a fixed seed, not chosen.';
+  const causal =
+    'The elastic model chooses tokens causally, by thresholds calibrated on training text, as generation does; the share it achieves on other text may differ a little from the share asked for.';
+  if (!evaluated) return [causal, sampling];
+  return [
+    'FLOPs are counted by the kernels from the rows they really ran, routers included; the loss of the evaluation is not counted.',
+    causal,
+    'The random baseline gets the same share of tokens in every sub-layer, chosen afresh for every batch: it shows what the choice of tokens is worth. The dropping baseline leaves out whole sub-layers, in the order that hurts least on calibration text; of the two such models around the compute in question each gets a share of the sequences, so that the mean is the same. Neither is trained.',
+    `Speed is the median of repeated prefills of packed sequences of ${evaluated.sequenceLength} tokens on the machine named above; the share of time is against the full model, run in turns with the other.`,
+    `Intervals are 95 %, from a bootstrap over sequences. ${sampling}`,
+  ];
+}
+
+/**
+ * How a model was trained, from the metrics.jsonl of its directory.
+ *
+ * @throws InvalidFileError when the file is missing, damaged or holds no training step.
+ */
+export async function readTraining(dir: string): Promise<ReportData['training']> {
+  const path = join(dir, 'metrics.jsonl');
+  const text = await readFile(path, 'utf8').catch((cause) => {
+    throw new InvalidFileError(
+      `[report] ${path} cannot be read; expected a directory written by \`elastiform distill\``,
+      { cause },
+    );
+  });
+  const points: { step: number; loss: number }[] = [];
+  const evaluations: ReportData['training']['evaluations'][number][] = [];
+  const rates: number[] = [];
+  for (const [i, line] of text.split('\n').entries()) {
+    if (line.trim() === '') continue;
+    const event = parseEvent(line);
+    if (!event) throw new InvalidFileError(`[report] ${path}, line ${i + 1} is not an event of a training run`);
+    if (event.type === 'eval') evaluations.push({ step: event.step, levels: event.levels });
+    if (event.type !== 'step') continue;
+    // JSON has no NaN: such a step is null.
+    points.push({ step: event.step, loss: event.loss ?? Number.NaN });
+    rates.push(event.tokensPerSecond);
+  }
+  const last = points.at(-1);
+  if (!last) throw new InvalidFileError(`[report] ${path} records no training step; train with \`elastiform distill\``);
+  return { steps: last.step, seconds: null, tokensPerSecond: median(rates), points, evaluations };
+}
+
+type Event =
+  | { type: 'step'; step: number; loss: number | null; tokensPerSecond: number }
+  | { type: 'eval'; step: number; levels: Record<string, Record<string, number>> }
+  | { type: 'warn' };
+
+function parseEvent(line: string): Event | null {
+  try {
+    const { type, step, loss, tokensPerSecond, levels } = JSON.parse(line);
+    const isMetrics = (level: unknown): boolean =>
+      typeof level === 'object' && level !== null && Object.values(level).every((v) => typeof v === 'number');
+    if (type === 'warn') return { type };
+    if (!Number.isInteger(step)) return null;
+    if (type === 'step' && (loss === null || typeof loss === 'number') && typeof tokensPerSecond === 'number')
+      return { type, step, loss, tokensPerSecond };
+    if (type === 'eval' && typeof levels === 'object' && levels && Object.values(levels).every(isMetrics))
+      return { type, step, levels };
+  } catch {}
+  return null;
+}
+
+/** Puts a report together. `started`: performance.now() when the work began. */
+export function reportOf(
+  name: string,
+  model: ElasticModel,
+  training: ReportData['training'],
+  { evaluation, routing, samples, notes }: Measurements,
+  started: number,
+): ReportData {
+  const { architecture, parameters, layers, hidden, routerParameters } = model.info;
+  const { attn, mlp } = model.network.policy?.tokens ?? {};
+  return {
+    title: `${name}, made elastic`,
+    version: loadAddon().info().version,
+    created: new Date().toISOString(),
+    machine: machineLine(),
+    model: { name, architecture, parameters, layers, hidden },
+    elastic: {
+      trainable: routerParameters,
+      share: routerParameters / parameters,
+      places: `token routers for the attention of ${attn?.layers.length ?? 0} and the FFN of ${mlp?.layers.length ?? 0} layers`,
+    },
+    ...{ training, evaluation, routing, samples, notes },
+    seconds: (performance.now() - started) / 1000,
+  };
+}
+
+/** report.json, report.html and, where quality was measured, chart.svg and levels.csv. */
+export async function writeReport(dir: string, report: ReportData): Promise<void> {
+  const files: Record<string, string> = {
+    'report.json': `${JSON.stringify(report, null, 2)}\n`,
+    'report.html': reportHtml(report),
+    ...(report.evaluation && {
+      'chart.svg': qualityChart(report),
+      'levels.csv': levelsCsv(report.evaluation.levels),
+    }),
+  };
+  for (const [name, content] of Object.entries(files)) {
+    const path = join(dir, name);
+    await inFileSystem('write', path, () => writeFile(path, content));
+  }
+}
+
+/**
+ * Makes a directory as a whole: `write` fills another one, which then takes the place of `out`.
+ *
+ * @throws FileSystemError when `out` is there and holds something else than a report, or cannot be written.
+ */
+export async function replaceDirectory<T>(api: string, out: string, write: (dir: string) => Promise<T>): Promise<T> {
+  if (existsSync(out)) {
+    const names = await readdir(out).catch((cause) => {
+      throw new FileSystemError(`[${api}] ${out} is not a directory that can be read`, cause);
+    });
+    if (names.length > 0 && !names.includes('report.json'))
+      throw new FileSystemError(`[${api}] ${out} exists and holds no report; choose another directory with --out`);
+  }
+  await inFileSystem('create', dirname(out), () => mkdir(dirname(out), { recursive: true }));
+  const work = `${out}.partial-${randomBytes(4).toString('hex')}`;
+  await inFileSystem('create', work, () => mkdir(work));
+  const aside = `${work}.old`;
+  try {
+    const result = await write(work);
+    try {
+      if (existsSync(out)) await rename(out, aside);
+      await rename(work, out);
+    } catch (cause) {
+      if (existsSync(aside) && !existsSync(out)) await rename(aside, out);
+      throw new FileSystemError(`[${api}] cannot write ${out}: ${(cause as Error).message}`, cause);
+    }
+    return result;
+  } finally {
+    await rm(work, { recursive: true, force: true });
+    await rm(aside, { recursive: true, force: true });
+  }
+}
