@@ -20,7 +20,7 @@ export default defineConfig({
             'test/{ops,graph,elastic}/**/*.test.ts',
             'test/model/decoder.test.ts',
             'test/distill/{golden,blocks}.test.ts',
-            'test/infer/{generate,narrow}.test.ts',
+            'test/infer/{generate,narrow,trace}.test.ts',
           ],
           env: { ELASTIFORM_DEVICE: 'simt' },
         },

@@ -104,7 +104,7 @@ function retentions(levels: Levels): Retention[] {
   const full = fullLevel(levels);
   return [
     { name: 'same next token', of: (l) => l.agreement.value },
-    { name: 'probability the full model gives, e^−KL', of: (l) => Math.exp(-l.kl.value) },
+    { name: 'probability kept, exp(−KL)', of: (l) => Math.exp(-l.kl.value) },
     { name: 'perplexity, full / level', of: (l) => full && full.perplexity.value / l.perplexity.value },
     {
       name: 'bits per byte, full / level',
@@ -138,15 +138,15 @@ ${table(
 
 function speedChart(levels: Levels): string {
   const bars = levels
-    .filter((l) => l.method === 'routed' && l.tokensPerSecond !== null)
-    .map((l) => ({ name: budgetName(l.budget), value: l.tokensPerSecond! }));
+    .filter((l) => l.method === 'routed' && l.timeRatio !== null)
+    .map((l) => ({ name: budgetName(l.budget), value: 1 / l.timeRatio! }));
   if (bars.length === 0) return '';
   return `<h2>Speed</h2>\n${figure(([width]) =>
     barChart({
       ...{ width, bars },
       title: 'Measured speed on this machine',
-      xLabel: 'prefill tokens per second, routers included',
-      format: (v) => Math.round(v).toLocaleString('en-US'),
+      xLabel: 'prefill, times as fast as the full model',
+      format: (v) => v.toFixed(2),
     }),
   )}`;
 }
@@ -162,7 +162,7 @@ function training({ points, evaluations }: ReportData['training']): string {
       ...{ width, height: 320, title: 'Distillation loss', xLabel: 'step', yLabel: 'loss' },
       series: [
         { name: 'mean', points: smooth, plain: true },
-        { name: 'each step', points: points.map((p) => ({ x: p.step, y: p.loss })), plain: true },
+        { name: 'each step', points: points.map((p) => ({ x: p.step, y: p.loss })), faint: true },
       ],
     }),
   );

@@ -57,7 +57,7 @@ thead th,caption{font-weight:600}th:first-child,td:first-child{text-align:left}s
 .detail{position:sticky;bottom:0;background:var(--bg);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .8rem;margin-top:.8rem;font-size:.9rem;min-height:6.5rem}
 .bits{display:grid;grid-template-columns:5.5rem 1fr;gap:.15rem .5rem;align-items:center;margin-top:.3rem}
 .bits div{display:flex;gap:2px;max-width:32rem}.bits i{flex:1;height:.8rem;min-width:1px;border:1px solid rgb(var(--heat));border-radius:2px}.bits .on{background:rgb(var(--heat))}
-@media (max-width:640px){.wide{display:none}.narrow{display:block}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}fieldset{padding:.5rem 0;border-width:1px 0;border-radius:0}}
+@media (max-width:640px){.wide{display:none}.narrow{display:block}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}fieldset{padding:.5rem 0;border-width:1px 0;border-radius:0}.scroll tbody th{white-space:normal;min-width:7rem}.scroll td small{display:block}th,td{padding:.3rem .5rem}}
 @media print{.detail{display:none}}
 `.trim();
 
@@ -87,7 +87,7 @@ function choose(token) {
   const place = [...box.children].indexOf(token) + 1 + ' of ' + box.children.length;
   detail.replaceChildren();
   element('strong', detail, text);
-  element('span', detail, ', token ' + place + (token.classList.contains('prompt') ? ', prompt' : '') + ': ' + entered + ' of ' + 2 * attn.length + ' sub-layers');
+  element('span', detail, ', token ' + place + (token.classList.contains('prompt') ? ', prompt' : '') + ': ' + entered + ' of ' + 2 * attn.length + ' sub-layers; layers 0 to ' + (attn.length - 1) + ' from left to right');
   const grid = element('div', detail, '', 'bits');
   for (const [name, bits] of [['attention', attn], ['FFN', ffn]]) {
     element('span', grid, name);

@@ -15,6 +15,8 @@ export interface Series {
   readonly points: readonly Point[];
   /** Without markers: for curves of many points. */
   readonly plain?: boolean;
+  /** A pale curve behind another one; plain, too. */
+  readonly faint?: boolean;
 }
 
 export interface LineChartOptions {
@@ -104,8 +106,10 @@ export function lineChart(o: LineChartOptions): string {
       .filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y) && (!log || p.y > 0))
       .toSorted((a, b) => a.x - b.x);
     const path = seen.map((p, k) => `${k === 0 ? 'M' : 'L'}${num(xAxis.at(p.x))} ${num(yAxis.at(p.y))}`).join('');
-    if (path !== '') parts.push(`<path class="l l${colour}" d="${path}"${dash(i)}/>`);
-    for (const p of s.plain ? [] : seen) {
+    const plain = s.plain || s.faint;
+    const stroke = s.faint ? ' stroke-opacity="0.35"' : dash(i);
+    if (path !== '') parts.push(`<path class="l l${colour}" d="${path}"${stroke}/>`);
+    for (const p of plain ? [] : seen) {
       const x = num(xAxis.at(p.x));
       if (p.low !== undefined && p.high !== undefined && (!log || p.low > 0)) {
         const low = num(yAxis.at(p.low));
@@ -119,8 +123,8 @@ export function lineChart(o: LineChartOptions): string {
     }
     const at = legend[i];
     const y = head.bottom + at.y;
-    parts.push(`<path class="l l${colour}" d="M${at.x} ${y}h22"${dash(i)}/>`);
-    if (!s.plain) parts.push(marker(i, at.x + 11, y, ''));
+    parts.push(`<path class="l l${colour}" d="M${at.x} ${y}h22"${stroke}/>`);
+    if (!plain) parts.push(marker(i, at.x + 11, y, ''));
     parts.push(`<text class="ink" x="${at.x + 28}" y="${y + 4}">${escapeXml(s.name)}</text>`);
   });
   return svg(width, height, o.title, [...head.parts, ...parts]);

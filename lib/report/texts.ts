@@ -23,7 +23,7 @@ function sampleText(sample: Sample, s: number): string {
     return `<span class="${kind}" role="option" aria-selected="false" id="s${s}t${t}" style="--c:${Number(entered.toFixed(3))}" data-attn="${attn[t]}" data-ffn="${mlp[t]}">${piece}</span>`;
   });
   const label = escapeXml(sample.label);
-  return `<h3>${label} <small>${percent(sample.ratio)} of the FLOPs, ${Math.round(sample.tokensPerSecond)} tokens/s</small></h3>
+  return `<h3>${label} <small>${percent(sample.ratio)} of the FLOPs</small></h3>
 <div class="text" role="listbox" tabindex="0" aria-label="Tokens at ${label}" aria-describedby="how">${tokens.join('')}</div>`;
 }
 
