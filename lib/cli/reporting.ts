@@ -4,12 +4,12 @@ import { existsSync } from 'node:fs';
 import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Budget, OperatingPoint } from '../elastic/budget.js';
-import { routerCapacities, routerPlaces } from '../elastic/policy.js';
+import { type Axis, axes, routedLayers, routerCapacities, routerPlaces, specByAxis } from '../elastic/policy.js';
 import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
 import { promptIds } from '../infer/generate.js';
 import type { ElasticModel } from '../infer/model.js';
 import { median } from '../infer/statistics.js';
-import type { ElasticTrace } from '../infer/trace.js';
+import { blockShares, type ElasticTrace } from '../infer/trace.js';
 import { FileSystemError, inFileSystem } from '../io/files.js';
 import { InvalidFileError } from '../native/errors.js';
 import { loadAddon } from '../native/index.js';
@@ -127,19 +127,19 @@ async function sampleText(
   const ids = [...promptIds(model.network, prompt), ...(await stream.ids)].slice(0, model.network.maxContext);
   const asRun: Budget = { spec: compute.effective };
   const trace = await model.trace(ids, { budget: asRun, signal });
-  const { tokens, layers, attn, mlp } = trace.toJSON();
+  const { depth: _, tokens, ...layers } = trace.toJSON();
   const sample: Sample = {
     label: budget === 1 ? 'Full budget' : typeof budget === 'number' ? `Budget ${budget}` : `Level ${budget}`,
     ...{ prompt, text: await stream.text, ratio: compute.ratio, tokensPerSecond: compute.tokensPerSecond ?? 0 },
-    trace: { tokens, promptTokens: inputTokens, layers, attn, mlp },
+    trace: { tokens, promptTokens: inputTokens, ...layers },
   };
   return { sample, trace, point: model.resolve(asRun, { length: ids.length }) };
 }
 
-function shares({ tokens, layers, attn, mlp }: ElasticTrace): PerLayer<number> {
+function shares({ tokens, layers, attn, mlp, blockShare }: ElasticTrace): PerLayer<number> {
   const share = (bits: Uint8Array): number[] =>
     Array.from({ length: layers }, (_, l) => tokens.filter((_, t) => bits[t * layers + l]).length / tokens.length);
-  return { attn: share(attn), mlp: share(mlp) };
+  return { attn: share(attn), mlp: share(mlp).map((s, l) => s * blockShare[l]) };
 }
 
 const layerShares = ({ layersRun }: EvalLevel): PerLayer<number> => ({
@@ -147,13 +147,16 @@ const layerShares = ({ layersRun }: EvalLevel): PerLayer<number> => ({
   mlp: [...layersRun.mlp],
 });
 
-function targets(model: ElasticModel, { spec }: OperatingPoint): PerLayer<number | null> {
+/** As ComputeReport counts: share of tokens, times the share of blocks where the FFN is cut. */
+function targets(model: ElasticModel, point: OperatingPoint): PerLayer<number | null> {
   const { policy } = model.network;
   const none = (): (number | null)[] => new Array(model.info.layers).fill(null);
   const target = { attn: none(), mlp: none() };
-  const capacities = policy ? routerCapacities(policy, spec.tokenCapacity ?? {}) : [];
-  for (const [i, { layer, place }] of (policy ? routerPlaces(policy) : []).entries())
-    target[place][layer] = capacities[i];
+  if (!policy) return target;
+  const capacities = routerCapacities(policy, specByAxis(point.spec));
+  const blocks = blockShares(model.network, point);
+  for (const [i, { layer, place, axis }] of routerPlaces(policy).entries())
+    target[place][layer] = (target[place][layer] ?? 1) * (axis === 'blocks' ? blocks[layer] : capacities[i]);
   return target;
 }
 
@@ -241,7 +244,6 @@ export function reportOf(
   started: number,
 ): ReportData {
   const { architecture, parameters, layers, hidden, routerParameters } = model.info;
-  const { attn, mlp } = model.network.policy?.tokens ?? {};
   return {
     title: `${name}, made elastic`,
     version: loadAddon().info().version,
@@ -251,11 +253,20 @@ export function reportOf(
     elastic: {
       trainable: routerParameters,
       share: routerParameters / parameters,
-      places: `token routers for the attention of ${attn?.layers.length ?? 0} and the FFN of ${mlp?.layers.length ?? 0} layers`,
+      places: routersOf(model),
     },
     ...{ training, evaluation, routing, samples, notes },
     seconds: (performance.now() - started) / 1000,
   };
+}
+
+function routersOf({ network: { policy } }: ElasticModel): string {
+  const names: Record<Axis, string> = { attn: 'attention', mlp: 'FFN', blocks: 'FFN blocks' };
+  const parts = axes.flatMap((axis) => {
+    const layers = policy ? routedLayers(policy, axis).length : 0;
+    return layers > 0 ? [`${names[axis]} of ${layers} layers`] : [];
+  });
+  return `routers for ${parts.join(', ')}`;
 }
 
 /** report.json, report.html and, where quality was measured, chart.svg and levels.csv. */

@@ -13,7 +13,7 @@ import { generate, promptIds } from './generate.js';
 import { loadNetwork, type Network } from './network.js';
 import { checkOptions } from './options.js';
 import { budgetSelector, compileLogits, compileScore, compileTrace, ProgramCache, packedDims } from './programs.js';
-import { type ElasticTrace, traceOf } from './trace.js';
+import { choosesTokens, type ElasticTrace, traceOf } from './trace.js';
 import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
 
 const compilers = { score: compileScore, logits: compileLogits, trace: compileTrace };
@@ -118,8 +118,7 @@ export class ElasticModel implements AsyncDisposable {
    */
   async trace(input: string | readonly number[], options: CallOptions = {}): Promise<ElasticTrace> {
     const { ids, point, run } = this.#forward('trace', input, options);
-    // Without a router that has a choice there is nothing to run.
-    const outputs = [...point.thresholds.values()].some(Number.isFinite) ? (await run({})).outputs : {};
+    const outputs = choosesTokens(this.network, point) ? (await run({})).outputs : {};
     return traceOf(this.network, ids, point, outputs);
   }
 

@@ -1,6 +1,6 @@
 // Which sub-layers each token of a text entered.
 import type { OperatingPoint } from '../elastic/budget.js';
-import { routerId } from '../elastic/policy.js';
+import { blockRouterId, blocksUsed, routerCapacities, routerId, routerPlaces, specByAxis } from '../elastic/policy.js';
 import { type Place, places } from '../model/select.js';
 import type { TypedArray } from '../native/index.js';
 import type { Network } from './network.js';
@@ -17,23 +17,53 @@ export interface ElasticTrace {
   readonly attn: Uint8Array;
   /** 1 where a token entered a layer's FFN, [tokens, layers]. */
   readonly mlp: Uint8Array;
+  /** Share of a layer's FFN that each token which enters uses, [layers]: 1 where it is not cut into blocks. */
+  readonly blockShare: Float32Array;
   readonly layers: number;
-  /** The arrays as base64. */
-  toJSON(): { tokens: readonly string[]; layers: number; depth: string; attn: string; mlp: string };
+  /** The bytes as base64. */
+  toJSON(): {
+    tokens: readonly string[];
+    layers: number;
+    depth: string;
+    attn: string;
+    mlp: string;
+    blockShare: number[];
+  };
+}
+
+/** Whether some tokens may enter a sub-layer and some not: there is something to run. */
+export function choosesTokens({ policy }: Network, { thresholds }: OperatingPoint): boolean {
+  return (
+    policy !== null &&
+    routerPlaces(policy).some(({ id, axis }) => axis !== 'blocks' && Number.isFinite(thresholds.get(id)))
+  );
+}
+
+/** Share of each layer's FFN that a token uses at a budget, in whole blocks. */
+export function blockShares({ spec, policy }: Network, point: OperatingPoint): Float32Array {
+  const shares = new Float32Array(spec.layers).fill(1);
+  if (!policy) return shares;
+  const capacities = routerCapacities(policy, specByAxis(point.spec));
+  for (const [i, { layer, axis, outputs }] of routerPlaces(policy).entries()) {
+    if (axis === 'blocks') shares[layer] = blocksUsed(capacities[i], outputs) / outputs;
+  }
+  return shares;
 }
 
 /** @param outputs of the program of compileTrace at `point`: rows of the sub-layers where some tokens enter and some do not */
 export function traceOf(
-  { spec: { layers }, tokenizer }: Network,
+  network: Network,
   ids: Int32Array,
-  { thresholds }: OperatingPoint,
+  point: OperatingPoint,
   outputs: Readonly<Record<string, TypedArray>>,
 ): ElasticTrace {
+  const { layers } = network.spec;
+  const isAbsent = (id: string) => point.thresholds.get(id) === Number.POSITIVE_INFINITY;
   const entered = (place: Place): Uint8Array => {
     const bits = new Uint8Array(ids.length * layers);
     for (let layer = 0; layer < layers; layer++) {
       const id = routerId(layer, place);
-      const absent = thresholds.get(id) === Number.POSITIVE_INFINITY;
+      const absent = isAbsent(id) || (place === 'mlp' && isAbsent(blockRouterId(layer)));
       const rows: Iterable<number> = absent ? [] : (outputs[id] ?? ids.keys());
       for (const row of rows) bits[row * layers + layer] = 1;
     }
@@ -43,10 +73,14 @@ export function traceOf(
   const depth = new Uint8Array(ids.length);
   for (const i of attn.keys()) depth[Math.floor(i / layers)] += attn[i] | mlp[i];
   const base64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString('base64');
-  const tokens = tokenPieces(ids, tokenizer);
+  const tokens = tokenPieces(ids, network.tokenizer);
+  const blockShare = blockShares(network, point);
   return {
-    ...{ tokens, depth, attn, mlp, layers },
-    toJSON: () => ({ tokens, layers, depth: base64(depth), attn: base64(attn), mlp: base64(mlp) }),
+    ...{ tokens, depth, attn, mlp, blockShare, layers },
+    toJSON: () => ({
+      ...{ tokens, layers, depth: base64(depth), attn: base64(attn), mlp: base64(mlp) },
+      blockShare: [...blockShare],
+    }),
   };
 }
 

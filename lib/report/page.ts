@@ -56,7 +56,7 @@ thead th,caption{font-weight:600}th:first-child,td:first-child{text-align:left}s
 :focus-visible{outline:3px solid var(--focus);outline-offset:2px}
 .detail{position:sticky;bottom:0;background:var(--bg);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .8rem;margin-top:.8rem;font-size:.9rem;min-height:6.5rem}
 .bits{display:grid;grid-template-columns:5.5rem 1fr;gap:.15rem .5rem;align-items:center;margin-top:.3rem}
-.bits div{display:flex;gap:2px;max-width:32rem}.bits i{flex:1;height:.8rem;min-width:1px;border:1px solid rgb(var(--heat));border-radius:2px}.bits .on{background:rgb(var(--heat))}
+.bits div{display:flex;gap:2px;max-width:32rem}.bits i{flex:1;height:.8rem;min-width:1px;border:1px solid rgb(var(--heat));border-radius:2px;display:flex;align-items:end}.bits b{flex:1;background:rgb(var(--heat))}
 @media (max-width:640px){.wide{display:none}.narrow{display:block}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}fieldset{padding:.5rem 0;border-width:1px 0;border-radius:0}.scroll tbody th{white-space:normal;min-width:7rem}.scroll td small{display:block}th,td{padding:.3rem .5rem}}
 @media print{.detail{display:none}}
 `.trim();
@@ -72,9 +72,10 @@ function element(name, parent, text, kind) {
   parent.append(node);
   return node;
 }
-function layers(bits) {
-  const ids = [...bits].flatMap((bit, layer) => (bit === '1' ? [layer] : []));
-  return ids.length === bits.length ? 'all layers' : ids.length === 0 ? 'no layer' : 'layer ' + ids.join(', ');
+function layers(bits, shares) {
+  const part = (share) => (share === 1 ? '' : ' (' + Math.round(100 * share) + ' % of its blocks)');
+  const ids = [...bits].flatMap((bit, layer) => (bit === '1' ? [layer + part(shares[layer])] : []));
+  return ids.length === bits.length && Math.min(...shares) === 1 ? 'all layers' : ids.length === 0 ? 'no layer' : 'layer ' + ids.join(', ');
 }
 function choose(token) {
   const box = token.parentElement;
@@ -89,12 +90,16 @@ function choose(token) {
   element('strong', detail, text);
   element('span', detail, ', token ' + place + (token.classList.contains('prompt') ? ', prompt' : '') + ': ' + entered + ' of ' + 2 * attn.length + ' sub-layers; layers 0 to ' + (attn.length - 1) + ' from left to right');
   const grid = element('div', detail, '', 'bits');
-  for (const [name, bits] of [['attention', attn], ['FFN', ffn]]) {
+  const blocks = box.dataset.blocks.split(',').map(Number);
+  for (const [name, bits, shares] of [['attention', attn, blocks.map(() => 1)], ['FFN', ffn, blocks]]) {
     element('span', grid, name);
     const row = element('div', grid);
     row.setAttribute('role', 'img');
-    row.setAttribute('aria-label', layers(bits));
-    for (const bit of bits) element('i', row, '', bit === '1' ? 'on' : '');
+    row.setAttribute('aria-label', layers(bits, shares));
+    [...bits].forEach((bit, layer) => {
+      const cell = element('i', row);
+      if (bit === '1') element('b', cell).style.height = 100 * shares[layer] + '%';
+    });
   }
 }
 for (const box of document.querySelectorAll('.text')) {

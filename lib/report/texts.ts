@@ -7,7 +7,7 @@ import type { Sample, SampleTrace } from './types.js';
 export function sampleTexts(samples: readonly Sample[]): string {
   if (samples.length === 0) return '';
   const scale = [0, 0.25, 0.5, 0.75, 1].map((c) => `<span class="t" style="--c:${c}">${c * 100} %</span>`).join(' ');
-  return `<p id="how">Background: the share of attention and FFN sub-layers a token entered, ${scale}; the prompt is underlined. Point at a token or tap it, or focus a text and use the arrow keys, to see its layers.</p>
+  return `<p id="how">Background: the share of attention and FFN sub-layers a token entered (of an FFN cut into blocks, the share it used), ${scale}; the prompt is underlined. Point at a token or tap it, or focus a text and use the arrow keys, to see its layers.</p>
 <div class="samples">${samples.map(sampleText).join('\n')}
 <div class="detail" id="detail" role="status">No token chosen.</div></div>`;
 }
@@ -16,15 +16,17 @@ function sampleText(sample: Sample, s: number): string {
   const { trace } = sample;
   const [attn, mlp] = [bits(trace.attn, trace), bits(trace.mlp, trace)];
   const tokens = trace.tokens.map((text, t) => {
-    const entered = [...attn[t], ...mlp[t]].filter((bit) => bit === '1').length / (2 * trace.layers);
+    const weights = [...attn[t]].map(Number).concat([...mlp[t]].map((bit, l) => Number(bit) * trace.blockShare[l]));
+    const entered = weights.reduce((a, b) => a + b, 0) / weights.length;
     const kind = `t${t < trace.promptTokens ? ' prompt' : ''}${text === '' ? ' none' : ''}`;
     // A token without text of its own (special, or part of a character) still has a place.
     const piece = text === '' ? '·' : escapeXml(text);
     return `<span class="${kind}" role="option" aria-selected="false" id="s${s}t${t}" style="--c:${Number(entered.toFixed(3))}" data-attn="${attn[t]}" data-ffn="${mlp[t]}">${piece}</span>`;
   });
   const label = escapeXml(sample.label);
+  const blocks = trace.blockShare.map((share) => Number(share.toFixed(3))).join();
   return `<h3>${label} <small>${percent(sample.ratio)} of the FLOPs</small></h3>
-<div class="text" role="listbox" tabindex="0" aria-label="Tokens at ${label}" aria-describedby="how">${tokens.join('')}</div>`;
+<div class="text" role="listbox" tabindex="0" aria-label="Tokens at ${label}" aria-describedby="how" data-blocks="${blocks}">${tokens.join('')}</div>`;
 }
 
 /** A string of 0 and 1 for every token, one for each layer. */

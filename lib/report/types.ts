@@ -53,9 +53,9 @@ export interface PerLayer<T> {
 /** What the routers did at a budget. */
 export interface RouterMap {
   readonly budget: number | string;
-  /** Share of tokens that entered. */
+  /** Share of tokens that entered, times the share of its blocks they used where an FFN is cut. */
   readonly measured: PerLayer<number>;
-  /** Share of tokens meant to enter; null where there is no router. */
+  /** The same as it was meant to be; null where there is no router. */
   readonly target: PerLayer<number | null>;
 }
 
@@ -76,6 +76,8 @@ export interface SampleTrace {
   /** Base64 of one byte for every token and layer, [tokens, layers]: 1 where the token entered. */
   readonly attn: string;
   readonly mlp: string;
+  /** Share of its FFN that a token which enters uses, for every layer. */
+  readonly blockShare: readonly number[];
 }
 
 export interface ReportData {

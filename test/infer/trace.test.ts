@@ -1,5 +1,6 @@
 // A trace shows the choices that generation made, with the exact text of every token.
 import { afterAll, beforeAll, expect, test } from 'vitest';
+import type { ElasticSpec } from '../../lib/elastic/policy.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import type { ElasticTrace } from '../../lib/infer/trace.js';
 import { DisposedError, InvalidArgumentError } from '../../lib/native/errors.js';
@@ -64,6 +65,25 @@ test('everything runs at full budget, nothing where the capacity is 0', async ()
 
   const fixed = await model.trace(prompt, { budget: { spec: { tokenCapacity: { attn: [1, 0, 1], mlp: [0, 0, 1] } } } });
   expect(shares(fixed, fixed.attn)).toEqual([1, 0, 1]);
+});
+
+test('blocks of an FFN that every token uses count by their share', async () => {
+  const { elastic } = await elasticDirectories({ tokens: { mlp: [0.3, 1] }, blocks: { count: 4 } });
+  await using cut = await loadModel(elastic);
+  const run = async (spec: ElasticSpec) => {
+    const stream = cut.generate(prompt, { budget: { spec }, maxTokens: 12, seed: 1 });
+    const ids = [...cut.network.tokenizer!.encode(prompt), ...(await stream.ids)].slice(0, -1);
+    const { layersRun } = (await stream.usage).compute;
+    const trace = await cut.trace(ids, { budget: { spec } });
+    shares(trace, trace.mlp).forEach((share, l) => {
+      expect(share * trace.blockShare[l]).toBeCloseTo(layersRun.mlp[l], 6);
+    });
+    return trace;
+  };
+  const both = await run({ tokenCapacity: { mlp: 0.6 }, blockShare: [0.5, 0.6, 1] });
+  expect([...both.blockShare]).toEqual([0.5, 0.75, 1]);
+  const blocksOnly = await run({ blockShare: [0.25, 1, 0] });
+  expect(shares(blocksOnly, blocksOnly.mlp)).toEqual([1, 1, 0]);
 });
 
 test('as JSON it is base64', async () => {

@@ -32,7 +32,14 @@ function trace(
     Buffer.from(
       tokens.flatMap((_, t) => Array.from({ length: layers }, (_, l) => Number(enters(t, l, place)))),
     ).toString('base64');
-  return { tokens, promptTokens: 2, layers, attn: bits(0), mlp: bits(1) };
+  return {
+    tokens,
+    promptTokens: 2,
+    layers,
+    attn: bits(0),
+    mlp: bits(1),
+    blockShare: Array.from({ length: layers }, (_, l) => (l === 3 ? 0.5 : 1)),
+  };
 }
 
 export function reportData(layers = 2): ReportData {
