@@ -197,11 +197,16 @@ export function thresholds(
 ): Map<string, number> {
   // What dropped rows upstream is the mean capacity over routed sub-layers.
   const mean = meanCapacity(capacities);
+  const routers = routerPlaces(policy);
+  const name = ({ layer, place }: RouterPlace) => `${layer} ${place}`;
+  // Where no token enters or no block is used the sub-layer does not run, and neither does its other router.
+  const absent = new Set(routers.filter((_, i) => capacities[i] <= 0).map(name));
   return new Map(
-    routerPlaces(policy).map(({ id, axis }, i) => {
+    routers.map((router, i) => {
+      const { id, axis } = router;
       const c = capacities[i];
+      if (absent.has(name(router))) return [id, Number.POSITIVE_INFINITY];
       if (c >= 1) return [id, Number.NEGATIVE_INFINITY];
-      if (c <= 0) return [id, Number.POSITIVE_INFINITY];
       if (axis === 'blocks') return [id, c];
       // A router that scores all tokens alike cannot choose: all pass.
       const table = calibration.quantiles.get(id)!;

@@ -305,7 +305,8 @@ class Evaluation {
     );
     const shares = routers.map(({ id, layer, place, axis, outputs }) => {
       const used = place === 'mlp' ? (blocks.get(layer) ?? 1) : 1;
-      return { id, outputs, share: axis === 'blocks' ? used : routed.layersRun[place][layer] / used };
+      const ran = routed.layersRun[place][layer];
+      return { id, outputs, share: ran === 0 ? 0 : axis === 'blocks' ? used : ran / used };
     });
     const present = shares.filter(({ share }) => share > 0);
     const absent = new Set(shares.filter(({ share }) => share === 0).map(({ id }) => id));

@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { flopsRatio, resolveBudget, standardLevels } from '../../lib/elastic/budget.js';
 import { policyOf, type Recipe } from '../../lib/elastic/elastify.js';
 import {
+  blockRouterId,
   type Calibration,
   type ElasticPolicy,
   policyFromJson,
@@ -173,6 +174,21 @@ describe('thresholds', () => {
     expect(at(1, 0.6).get(id)).toBeCloseTo(8.4);
     expect(at(1, 0.6).get(routerId(0, 'attn'))).toBe(Number.NEGATIVE_INFINITY);
     expect(at(1, 0).get(id)).toBe(Number.POSITIVE_INFINITY);
+  });
+
+  it('are infinite for both routers of a sub-layer that does not run', () => {
+    const cut = calibrated({ kind: 'elastiformer', tokens: { mlp: [0.3, 1] }, blocks: { count: 2 } });
+    const layers = cut.tokens.mlp!.layers.length;
+    const first = (c: number) => [c, ...new Array(layers - 1).fill(0.5)];
+    for (const [mlp, blocks] of [
+      [first(0), first(0.5)],
+      [first(0.5), first(0)],
+    ]) {
+      const result = thresholds(cut, cut.calibration, routerCapacities(cut, { mlp, blocks }));
+      expect(result.get(id)).toBe(Number.POSITIVE_INFINITY);
+      expect(result.get(blockRouterId(0))).toBe(Number.POSITIVE_INFINITY);
+      expect(result.get(blockRouterId(1))).toBe(0.5);
+    }
   });
 
   it('let everything pass where a router scores all tokens alike', () => {

@@ -84,6 +84,9 @@ test('blocks of an FFN that every token uses count by their share', async () => 
   expect([...both.blockShare]).toEqual([0.5, 0.75, 1]);
   const blocksOnly = await run({ blockShare: [0.25, 1, 0] });
   expect(shares(blocksOnly, blocksOnly.mlp)).toEqual([1, 1, 0]);
+  // A sub-layer that no token enters, or of which no block is used, runs neither of its routers.
+  const neither = await run({ tokenCapacity: { mlp: [0, 0.5, 0.5] }, blockShare: [0.5, 0, 0.5] });
+  expect(shares(neither, neither.mlp).slice(0, 2)).toEqual([0, 0]);
 });
 
 test('as JSON it is base64', async () => {
