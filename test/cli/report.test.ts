@@ -13,7 +13,8 @@ const trained = join(work, 'run');
 const measured = ['--data', text, '--limit', '300', '--sequence-length', '64'];
 
 beforeAll(async () => {
-  expect(await run('elastify', shipped, '--out', plan)).toMatchObject({ code: 0 });
+  const axes = ['--attn', '0.3:1', '--mlp', '0.3:1', '--blocks', '4'];
+  expect(await run('elastify', shipped, ...axes, '--out', plan)).toMatchObject({ code: 0 });
   const flags = ['--held-out', '0.3', '--steps', '4', '--out', trained];
   expect(await run('distill', plan, ...quickTraining(work), ...flags)).toMatchObject({ code: 0 });
 });
@@ -61,6 +62,7 @@ describe('with a text', () => {
       expect([...target.attn, ...target.mlp].every((share) => share !== null)).toBe(true);
       expect(attn).toHaveLength(report.model.layers);
     }
+    expect(report.elastic.places).toBe('routers for attention of 8 layers, FFN of 8 layers, FFN blocks of 8 layers');
     expect(report.training.points.map(({ step }) => step)).toEqual([1, 2, 3, 4]);
     expect(report.training.evaluations.length).toBeGreaterThan(0);
   });
