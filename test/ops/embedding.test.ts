@@ -1,8 +1,9 @@
 // embedding and its gradient.
 import { expect, test } from 'vitest';
-import { embedding } from '../../lib/graph/index.js';
+import { Graph } from '../../lib/graph/graph.js';
+import { embedding, gradients, Program } from '../../lib/graph/index.js';
 import { type DType, Tensor } from '../../lib/native/index.js';
-import { type Case, cases, failure, inputs } from './harness.js';
+import { type Case, cases, compare, failure, inputs, testEngine } from './harness.js';
 
 cases('embedding', [
   ...(['f32', 'bf16', 'f16'] as DType[]).flatMap((dtype) =>
@@ -50,5 +51,25 @@ test('an id past the vocabulary, or a negative one, is InvalidData', async () =>
     const error = await failure((g) => g.output('y', embedding(g.weight(table), g.feed('ids', 'i32', [2]))), { feeds });
     expect(error).toMatchObject({ code: 'InvalidData' });
     expect(error.message).toContain('embedding');
+  }
+});
+
+test('ids of a run before, which were more, have no effect', async () => {
+  using table = Tensor.alloc('f32', [50, 4]);
+  const g = new Graph();
+  const [w, r] = [g.state(table), g.dim('R', 40)];
+  const y = embedding(w, g.feed('ids', 'i32', [r]));
+  g.output('dw', gradients(y, [w], { seed: g.feed('dy', 'f32', [r, 4]) })[0]);
+  using program = Program.compile(g, testEngine());
+  for (const count of [40, 7]) {
+    const make = inputs(count);
+    const [ids, dy] = [make.ids(50, count).data, make.f32(count, 4).data];
+    const feeds = { ids: Int32Array.from(ids), dy: Float32Array.from(dy) };
+    const { outputs } = await program.run({ dims: { R: count }, feeds });
+    const sums = Array(200).fill(0);
+    dy.forEach((value, i) => {
+      sums[ids[i >> 2] * 4 + (i & 3)] += value;
+    });
+    compare(outputs.dw, sums, 1e-6, `gradient of ${count} ids`);
   }
 });

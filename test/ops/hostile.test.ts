@@ -45,10 +45,12 @@ const builders: Record<string, (nodes: Nodes) => Node> = {
   linear_gated: ({ x, w, rows }) => linearGated(x, w, w, { act: 'silu', rows }),
   linear_add: ({ x, part, w, rows }) => linearAdd(x, part, w, { rows }),
   linear_dw: ({ x, part, rows }) => linearDw(x, part, { dyrows: rows }),
+  'linear_dw, rows of x': ({ x, part, rows }) => linearDw(part, x, { xrows: rows }),
   gate: ({ z, rows }) => gate(z, rows, 1),
   topk_bce: ({ z, rows }) => topkBce(z, rows),
   // Gradients whose forward step does not run: only they see the rows.
   gate_grad: ({ z, rows }) => gradients(gate(z, rows, 1), [z], { seed: z.graph.feed('pair', 'f32', [2]) })[0],
+  linear_add_grad: ({ x, part, w, rows }) => gradients(linearAdd(x, part, w, { rows }), [part], { seed: x })[0],
   topk_bce_grad: ({ z, rows }) => gradients(topkBce(z, rows), [z])[0],
 };
 
@@ -80,7 +82,7 @@ describe.each(Object.entries(builders))('%s', (op, build) => {
       };
       const error = await failure(compile, { feeds: { ...feeds, rows: Int32Array.from(rows) } });
       expect(error).toMatchObject({ code: 'InvalidData' });
-      expect(error.message).toContain(`[${op}]`);
+      expect(error.message).toContain(`[${op.split(',')[0]}]`);
       // The engine goes on.
       const g = new Graph();
       compile(g);

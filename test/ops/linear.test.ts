@@ -80,6 +80,18 @@ cases('linear', [
     build: ({ x, w, b }) => ({ z: linear(x, w, { bias: b }) }),
     wrt: ['x', 'w', 'b'],
   },
+  {
+    // Inputs in whole vectors, rows of the weight that do not begin at one.
+    name: 'a few outputs of wider weights',
+    inputs: { x: inputs(10).f32(['M', 9], ['W', 24]), w: inputs(11).weight('f32', 3, 27) },
+    build: ({ x, w }) => ({ y: linear(x, w) }),
+  },
+  {
+    // Tiles of large products come in bands of sixteen rows of them.
+    name: '2100 rows',
+    inputs: { x: inputs(13).f32(['M', 2100], 8), w: inputs(14).weight('bf16', 130, 8) },
+    build: ({ x, w }) => ({ y: linear(x, w) }),
+  },
 ]);
 
 cases('linear_gated', [
@@ -218,6 +230,20 @@ cases('linear_dx and linear_dw', [
     build: ({ dy, x, dyrows, xrows, gate }) => ({ dw: linearDw(dy, x, { dyrows, xrows, gate }) }),
   },
   {
+    name: 'of one output, gated or gathered',
+    inputs: {
+      dy: inputs(24).f32(['A', 9], 1),
+      x: inputs(25).f32(['A', 9], 7),
+      some: inputs(26).f32(['R', 6], 7),
+      rows: inputs(27).rows('R', 6, 9),
+      gate: inputs(28).f32(['A', 9]),
+    },
+    build: ({ dy, x, some, rows, gate }) => ({
+      gated: linearDw(dy, x, { gate }),
+      gathered: linearDw(dy, some, { dyrows: rows }),
+    }),
+  },
+  {
     name: 'many rows',
     inputs: { dy: inputs(29).f32(['A', 700], 5), x: inputs(30).f32(['A', 700], 7) },
     build: ({ dy, x }) => ({ dw: linearDw(dy, x) }),
@@ -341,11 +367,16 @@ test('flops and rows are counted from what ran', async () => {
     'y',
     g.tag('down', () => linearAdd(x, hidden, g.state(w2), { rows })),
   );
+  g.output(
+    'z',
+    g.tag('both', () => linearGated(x, g.state(w1), g.state(w1), { act: 'silu', rows })),
+  );
   using program = Program.compile(g, testEngine());
   const run = { dims: { N: 9, R: 4 }, feeds: { x: new Float32Array(72), rows: Int32Array.of(0, 3, 4, 8) } };
   const { counters, dims } = await program.run(run);
   expect(dims).toEqual({ N: 9, R: 4 });
-  expect(counters).toEqual({ up: { flops: 2 * 4 * 8 * 24, rows: 0 }, down: { flops: 2 * 4 * 8 * 24, rows: 4 } });
+  const flops = 2 * 4 * 8 * 24;
+  expect(counters).toEqual({ up: { flops, rows: 0 }, down: { flops, rows: 4 }, both: { flops: 2 * flops, rows: 0 } });
   w1.dispose();
   w2.dispose();
 });

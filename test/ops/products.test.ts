@@ -57,6 +57,7 @@ const productsOf = (m: number, n: number, k: number, dtype: DType): Case => {
     inputs: {
       x: make.f32(['M', m], k),
       w: make.weight(dtype, n, k),
+      v: make.weight(dtype, n, k),
       wide: make.weight(dtype, n + 3, k + 8),
       other: make.weight('f32', n, k),
       b: make.weight(dtype, n),
@@ -67,10 +68,10 @@ const productsOf = (m: number, n: number, k: number, dtype: DType): Case => {
       dy: make.f32(['M', m], n),
       acc: make.f32(['M', m], k),
     },
-    build: ({ x, w, wide, other, b, rows, gate, some, r, dy, acc }) => ({
+    build: ({ x, w, v, wide, other, b, rows, gate, some, r, dy, acc }) => ({
       y: linear(x, w, { bias: b, act: 'relu', rows }),
       prefix: linear(x, wide, { width: n }),
-      gated: linearGated(x, w, w, { bg: b, act: 'relu' }),
+      gated: linearGated(x, w, v, { bg: b, act: 'relu' }),
       mixed: linearGated(x, w, other, { act: 'relu', rows }),
       added: linearAdd(r, some, w, { bias: b, rows, gate }),
       dx: linearDx(dy, w),

@@ -67,6 +67,8 @@ cases('route_topk', [
   routed(routeTopk, 11, [9000, 8000], [0.3, 0.6], anyScore),
   // Segments that share a block, some whole.
   routed(routeTopk, 16, Array(12).fill(700), [0.5, 0.4, 0.3, 0.2, 1, 1, 1, 1, 0.1, 1, 0, 0.9]),
+  // Both zeros are equal.
+  routed(routeTopk, 18, [50], [0.5], (next) => (next() < 0.5 ? 0 : -0)),
   routed(
     routeTopk,
     12,
@@ -319,6 +321,7 @@ const route = (z: readonly number[], perSegment: number, op = routeTopk) =>
 test('NaN scores and capacities outside 0 to 1 are InvalidData', async () => {
   expect(await route([1, Number.NaN, 2], 0.5)).toMatchObject({ code: 'InvalidData' });
   expect(await route([1, Number.NaN, 2], 0.5, routeThreshold)).toMatchObject({ code: 'InvalidData' });
+  expect(await route([1, 2], Number.NaN, routeThreshold)).toMatchObject({ code: 'InvalidData' });
   for (const capacity of [2, -0.5, Number.NaN, Number.POSITIVE_INFINITY]) {
     const error = await route([1, 2], capacity);
     expect(error, `${capacity}`).toMatchObject({ code: 'InvalidData' });

@@ -120,6 +120,17 @@ test.each([
   for (let i = 0; i < draws; i += 97) expect(logprob[i]).toBeCloseTo(Math.log(p[ids[i]]), 5);
 });
 
+test('top-k keeps the lowest of equal logits', async () => {
+  const equal = [0, 0, 1, 0, 2];
+  const { frequencies } = await draw(equal, draws, 1, 3, 1);
+  compare(
+    frequencies,
+    expected(equal, 1, (id) => [0, 2, 4].includes(id)),
+    2 / draws,
+    'frequencies',
+  );
+});
+
 test('greedy takes the lowest of equal logits', async () => {
   const { ids } = await draw([1, 3, 3, 2], 3, 0, 0, 1);
   expect([...ids]).toEqual([1, 1, 1]);
