@@ -1,74 +1,480 @@
 // Defects seeded into kernels by scripts/mutate-kernels.mjs: the classic mistakes of CUDA code, one at a time. `search`
-// occurs exactly once in `file`. `missed` says why the emulation cannot see a defect; all others must be caught.
+// occurs exactly once in `file`, which is compiled; a header is compiled as part of the files `seenIn`, only. Ops are
+// tested by the `cases` (a pattern of names) of test/ops/<ops>.test.ts on the emulated device, the others by the native
+// tests of the device. `missed` says why no test can see a defect; all others must be caught.
 const examples = 'native/test/device_examples.cu';
 const device = 'native/device/device.h';
+const gemmF32 = 'native/cuda/gemm_f32.cu';
+const gemmMma = 'native/cuda/gemm_mma.cu';
+const epilogue = 'native/cuda/epilogue.cuh';
+const linear = 'native/cuda/linear.cu';
+const norm = 'native/cuda/norm.cu';
+const embedding = 'native/cuda/embedding.cu';
+const rows = 'native/cuda/rows.cu';
+const route = 'native/cuda/route.cu';
+const expert = 'native/cuda/expert.cu';
+const optimizer = 'native/cuda/optimizer.cu';
+const sample = 'native/cuda/sample.cu';
+// Makes the emulated device one that products by mma.sync are chosen for.
+const sm80 = { ELASTIFORM_SIMT_CAPABILITY: '80' };
 
 export const mutations = [
-  // Softmax: block-wide reductions
+  // Products: tiles of f32
   {
-    what: 'softmax: no barrier before the partial results are overwritten',
-    file: examples,
-    search: 'syncThreads();  // the previous reduction has been read',
+    what: 'f32 tiles: no barrier before a stage is read',
+    file: gemmF32,
+    search: "syncThreads();  // this step's stage is complete, and the one before has been read",
     replace: '',
+    ops: 'products',
+    cases: '140,24\\] x .* of f32.?$',
   },
   {
-    what: 'softmax: no barrier before the partial results are read',
-    file: examples,
-    search: 'syncThreads();  // partial is complete',
+    what: 'f32 tiles: steps past the end of k are added',
+    file: gemmF32,
+    search: 'const int depth = min(kSteps, K - step * kSteps);',
+    replace: 'const int depth = kSteps;',
+    ops: 'products',
+    cases: '60,67\\] x .* of f32.?$',
+  },
+  {
+    what: 'f32 tiles: rows of a wider weight as far apart as those used',
+    file: gemmF32,
+    search: 'int64_t{from.row(i)} * (from.stride ? from.stride : rowLength)',
+    replace: 'int64_t{from.row(i)} * rowLength',
+    ops: 'products',
+    cases: '60,67\\] x .* of f32.?$',
+  },
+  {
+    what: 'f32 tiles: the gate of the same row of every step',
+    file: gemmF32,
+    search: 'ldGlobal(x->scale + k)',
+    replace: 'ldGlobal(x->scale + rowOf(i))',
+    ops: 'products',
+    cases: '140,24\\] x .* of f32.?$',
+  },
+  {
+    what: 'f32: computes with indices that a check has refused',
+    file: gemmF32,
+    search: 'if (p.state.faulted()) return;',
     replace: '',
+    ops: 'hostile',
+    cases: '^linear rows',
   },
   {
-    what: 'softmax: a barrier that only one lane reaches',
-    file: examples,
-    search: 'if (lane == 0) s.partial[warp] = value;\n  syncThreads();',
-    replace: 'if (lane == 0) {\n    s.partial[warp] = value;\n    syncThreads();\n  }',
+    what: 'few rows: no barrier before sums overwrite the stages',
+    file: gemmF32,
+    search: 'syncThreads();  // all stages have been read',
+    replace: '',
+    ops: 'products',
+    cases: '8,500\\] x|27,264\\] x',
   },
   {
-    what: 'softmax: reads one column too many',
-    file: examples,
-    search: 'i < columns; i += kSoftmaxThreads) top =',
-    replace: 'i <= columns; i += kSoftmaxThreads) top =',
+    what: 'few rows: a stage is read before it has arrived',
+    file: gemmF32,
+    search: 'cpAsyncWait<kStages - 2>();',
+    replace: 'cpAsyncWait<kStages - 1>();',
+    ops: 'products',
+    cases: '8,500\\] x|27,264\\] x',
+  },
+
+  // Products: tensor cores by mma.sync
+  {
+    what: 'mma: one group too many left in flight',
+    file: gemmMma,
+    search: 'cpAsyncWait<kStages - 2>();',
+    replace: 'cpAsyncWait<kStages - 1>();',
+    ops: 'products',
+    cases: '140,24\\] x .* of bf16.?: with',
+    env: sm80,
   },
   {
-    what: 'softmax: writes one column too many',
-    file: examples,
-    search: 'i < columns; i += kSoftmaxThreads) {\n    stGlobal',
-    replace: 'i <= columns; i += kSoftmaxThreads) {\n    stGlobal',
+    what: 'mma: no barrier before sums overwrite the stages',
+    file: gemmMma,
+    search: 'syncThreads();  // the stages have been read',
+    replace: '',
+    ops: 'products',
+    cases: '140,24\\] x .* of bf16.?: with',
+    env: sm80,
   },
+  {
+    what: 'mma: one column too many of a row that ends',
+    file: 'native/cuda/four.cuh',
+    seenIn: [gemmMma],
+    search: 'if (i < count) pair[i / 2] |=',
+    replace: 'if (i <= count) pair[i / 2] |=',
+    ops: 'products',
+    cases: '60,67\\] x .* of bf16.?: with',
+    env: sm80,
+  },
+  {
+    what: 'mma: lanes of a transposed ldmatrix permuted',
+    file: gemmMma,
+    search: 'place(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));\n    }\n  }\n  // Rows of B',
+    replace: 'place(k + lane % 16, row / 8 + lane / 16));\n    }\n  }\n  // Rows of B',
+    ops: 'products',
+    cases: '140,24\\] x .* of bf16.?: with',
+    env: sm80,
+  },
+  {
+    what: 'mma: both halves of a tile from the first weight',
+    file: gemmMma,
+    search: 'rowIn(x[r / kPart], at)',
+    replace: 'rowIn(x[0], at)',
+    ops: 'products',
+    cases: '140,24\\] x .* of bf16.?: with',
+    env: sm80,
+  },
+
+  // Products: choice and conversion
+  {
+    what: 'conversion: rows as they come, not those selected',
+    file: 'native/cuda/gemm.cu',
+    search: 'load<V>(t.from, int64_t{t.x.row(r)} * stride + c)',
+    replace: 'load<V>(t.from, int64_t{r} * stride + c)',
+    ops: 'products',
+    cases: '140,24\\] x .* of f32.?: with',
+  },
+  {
+    what: 'few columns: vectors of a weight whose rows are not aligned',
+    file: 'native/cuda/gemm.cu',
+    search: 'K % 4 == 0 && p.b[0].stride % 4 == 0 && startsAligned(a, b)',
+    replace: 'K % 4 == 0 && startsAligned(a, b)',
+    ops: 'linear',
+    cases: 'a few outputs of wider weights',
+  },
+
+  // Products: epilogue
+  {
+    what: 'tiles: those of the second band of rows',
+    file: epilogue,
+    seenIn: [gemmF32],
+    search: 'index / (bandRows * tilesN) * bandRows,',
+    replace: 'index / (bandRows * tilesN),',
+    ops: 'linear',
+    cases: '2100 rows: the',
+  },
+  {
+    what: 'products of two weights count the work of one',
+    file: epilogue,
+    seenIn: [gemmF32],
+    search: '2. * kParts * M',
+    replace: '2. * M',
+    ops: 'linear',
+    cases: 'flops and rows',
+  },
+  {
+    what: 'epilogue: the bias past its end',
+    file: epilogue,
+    seenIn: [gemmMma],
+    search: 'y[part][j] += j < left ? load<float>(p.bias[part], n + j) : 0.f;',
+    replace: 'y[part][j] += load<float>(p.bias[part], n + j);',
+    ops: 'products',
+    cases: '33,40\\] x .* of bf16.?: with|60,67\\] x .* of bf16.?: with',
+    env: sm80,
+  },
+  {
+    what: 'epilogue: the gate of the row that is written',
+    file: epilogue,
+    seenIn: [gemmF32],
+    search: 'ldGlobal(p.rowScale + m)',
+    replace: 'ldGlobal(p.rowScale + (p.rows ? ldGlobal(p.rows + m) : m))',
+    ops: 'products',
+    cases: '60,67\\] x .* of bf16.?: with',
+  },
+  {
+    what: 'epilogue: rows are not scattered',
+    file: epilogue,
+    seenIn: [gemmF32],
+    search: 'storeCells(p.out, at, gathered(y[0]), left);',
+    replace: 'storeCells(p.out, int64_t{m} * N + n, gathered(y[0]), left);',
+    ops: 'linear',
+    cases: '140 of 150 rows.*bf16',
+  },
+  {
+    what: 'dots: every part of a row in one place',
+    file: epilogue,
+    seenIn: [gemmMma],
+    search: 'int64_t{m} * dotParts(N) + n / kDotColumns',
+    replace: 'int64_t{m} * dotParts(N)',
+    ops: 'linear',
+    cases: '140 of 150 rows.*bf16.*(addon|bf16 act)',
+    env: sm80,
+  },
+  {
+    what: 'dots: lanes without columns leave before the shuffle',
+    file: epilogue,
+    seenIn: [gemmF32],
+    search: 'i / 32 * 32 < count;',
+    replace: 'i < count;',
+    ops: 'linear',
+    cases: '17 of 17 rows, gated: ',
+  },
+
+  // Products: around them
+  {
+    what: "the gate's gradient: the bias with the wrong row of dy",
+    file: linear,
+    search: 'const int64_t row = int64_t{g.rows ? ldGlobal(g.rows.i32() + r) : r} * D;',
+    replace: 'const int64_t row = int64_t{r} * D;',
+    ops: 'linear',
+    cases: '5 of 17 rows, gated, bias',
+  },
+  {
+    what: "a weight's gradient of one output: the gate forgotten",
+    file: linear,
+    search: 'dw.bound[0] == 1 && !dyRows && !gate &&',
+    replace: 'dw.bound[0] == 1 && !dyRows &&',
+    ops: 'linear',
+    cases: 'of one output',
+  },
+  {
+    what: 'a gradient that does not check its rows',
+    file: linear,
+    search: 'if (rows) checkRows(launch, 4, dy, 0);',
+    replace: '',
+    ops: 'hostile',
+    cases: 'linear_add_grad',
+  },
+
+  // Sums over rows
+  {
+    what: 'column sums: the last part as long as the others',
+    file: 'native/cuda/sums.cuh',
+    seenIn: [rows],
+    search: 'end = begin + min(length, count - begin);',
+    replace: 'end = begin + length;',
+    ops: 'elementwise',
+    cases: 'sum_rows',
+  },
+  {
+    what: 'column sums: no barrier before they are overwritten',
+    file: 'native/cuda/sums.cuh',
+    seenIn: [rows],
+    search: 'syncThreads();  // they may be overwritten',
+    replace: '',
+    ops: 'elementwise',
+    cases: 'sum_rows',
+  },
+  {
+    what: 'dot: the last part runs past the end',
+    file: rows,
+    search: 'end = min(first + length, count);',
+    replace: 'end = first + length;',
+    ops: 'elementwise',
+    cases: '^dot',
+  },
+
+  // Normalisation
+  {
+    what: 'norm: a selected row taken for the row',
+    file: norm,
+    search: 'n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;\n      float* dx',
+    replace: 'n.x.f32() + int64_t{r} * width;\n      float* dx',
+    ops: 'norm',
+    cases: '5 of \\[17,33\\]',
+  },
+  {
+    what: 'norm: a part of the gradient begins with what memory holds',
+    file: norm,
+    search: 'each(Sum{}, d, r > begin ?',
+    replace: 'each(Sum{}, d, r > 0 ?',
+    ops: 'norm',
+    cases: '9 of \\[9,64\\] with bias',
+  },
+  {
+    what: 'block-wide sum: no barrier before the partial sums are overwritten',
+    file: 'native/cuda/collectives.cuh',
+    seenIn: [norm],
+    search: 'syncThreads();  // the previous total has been read',
+    replace: '',
+    ops: 'norm',
+    cases: '9,1100|2,1027',
+  },
+
+  // Embedding
+  {
+    what: 'embedding: the bound of the ids taken for their number',
+    file: embedding,
+    search: 'warp = warpId(), count = ids.size(0);',
+    replace: 'warp = warpId(), count = static_cast<int>(ids.bound[0]);',
+    ops: 'embedding',
+    cases: 'run before',
+  },
+  {
+    what: 'embedding: no barrier before places are used',
+    file: embedding,
+    search: 'syncThreads();  // places are complete',
+    replace: '',
+    ops: 'embedding',
+    cases: '2000 ids|33 ids',
+  },
+
+  // Routing
+  {
+    what: 'top-k: ties of the highest rows first',
+    file: route,
+    search: 'tie + popCount(ties[j] & before);',
+    replace: 'tie + popCount(ties[j] & ~before & ~(1u << lane));',
+    ops: 'routing',
+    cases: 'route_topk segments 17,0,33',
+  },
+  {
+    what: 'top-k: a zero above the negative zero',
+    file: route,
+    search: 'score == 0.f ? 0 : asUint(score);',
+    replace: 'asUint(score);',
+    ops: 'routing',
+    cases: 'route_topk segments 50,',
+  },
+  {
+    what: 'top-k: one buffer of counts where there should be two',
+    file: route,
+    search: 'tile += kHeldRows, parity ^= 1)',
+    replace: 'tile += kHeldRows)',
+    ops: 'routing',
+    cases: 'route_topk segments 8192',
+  },
+  {
+    what: 'top-k: no barrier before the next segment',
+    file: route,
+    search: 'syncThreads();  // the shared memory is free for the next segment',
+    replace: '',
+    ops: 'routing',
+    cases: 'route_topk segments 700',
+  },
+  {
+    what: 'threshold: a row counts itself when it is placed',
+    file: route,
+    search: 'popCount(s.bits[row >> 5] & ((1u << (row & 31)) - 1))',
+    replace: 'popCount(s.bits[row >> 5] & ((2u << (row & 31)) - 1))',
+    ops: 'routing',
+    cases: 'route_threshold segments 17,0,33',
+  },
+  {
+    what: 'threshold: the end of the last segment, where a tile ends, is forgotten',
+    file: route,
+    search: 'row < kTileRows + last)',
+    replace: 'row < kTileRows)',
+    ops: 'routing',
+    cases: 'route_threshold segments 2048',
+  },
+  {
+    what: 'threshold: NaN taken for a threshold',
+    file: route,
+    search: 'if (limit != limit) state',
+    replace: 'if (false) state',
+    ops: 'routing',
+    cases: 'NaN scores and capacities',
+  },
+  {
+    what: 'credit: ties at the threshold not noticed',
+    file: route,
+    search: 'c.ties > c.wanted ? lowest : warpMax(s.highest[laneId()])',
+    replace: 'warpMax(s.highest[laneId()])',
+    ops: 'routing',
+    cases: 'ties at the threshold',
+  },
+
+  // Experts
+  {
+    what: "experts: the gate's gradient in the row's place among those selected",
+    file: expert,
+    search: 'dz.f32() + int64_t{n} * e.count();',
+    replace: 'dz.f32() + int64_t{r} * e.count();',
+    ops: 'expert',
+    cases: 'expert_gate softmax, top-k of 5: the addon',
+  },
+  {
+    what: 'experts: the mean over the bound of the rows',
+    file: expert,
+    search: 'const double rows = max(e.rows(), 1);',
+    replace: 'const double rows = static_cast<double>(e.z.bound[0]);',
+    ops: 'expert',
+    cases: 'expert_balance .* of 5: the addon',
+  },
+
+  // Other ops
+  {
+    what: 'rope: heads past the last',
+    file: 'native/cuda/rope.cu',
+    search: 'if (first + h >= heads) continue;',
+    replace: '',
+    ops: 'attention',
+    cases: '^rope',
+  },
+  {
+    what: 'adamw: one element too many decays',
+    file: optimizer,
+    search: 'at < decayCount ?',
+    replace: 'at <= decayCount ?',
+    ops: 'optimizer',
+    cases: 'decay of a part',
+  },
+  {
+    what: 'accumulate: a step after a fault writes',
+    file: optimizer,
+    search: 'if (state.faulted()) return;  // states',
+    replace: '// states',
+    ops: 'optimizer',
+    cases: 'a step that fails',
+  },
+  {
+    what: 'sample: one tie too many',
+    file: sample,
+    search: '(tie && rank < kept.ties)',
+    replace: '(tie && rank <= kept.ties)',
+    ops: 'sample',
+    cases: 'lowest of equal logits',
+  },
+  {
+    what: 'sample: a histogram is not cleared',
+    file: sample,
+    search: 's.high[digit][c] = 0;\n',
+    replace: '',
+    ops: 'sample',
+    cases: 'draws from (129|3000) tokens',
+  },
+  {
+    what: 'sample: no barrier before the next pieces',
+    file: sample,
+    search: 'syncThreads();  // the previous pieces have been read',
+    replace: '',
+    ops: 'sample',
+    cases: 'draws from (129|3000|5000) tokens',
+  },
+  {
+    what: 'gated activation: the slope at the wrong operand',
+    file: 'native/cuda/elementwise.cu',
+    search: 'd * b * activateGrad<act>(a)',
+    replace: 'd * b * activateGrad<act>(b)',
+    ops: 'elementwise',
+    cases: '^gated_activation silu',
+  },
+  {
+    what: 'elements: the last of no whole vector are forgotten',
+    file: 'native/cuda/vector.cuh',
+    seenIn: ['native/cuda/elementwise.cu'],
+    search: 'int64_t i = whole * 4 + first; i < count;',
+    replace: 'int64_t i = whole * 4 + first; i < count && !vectors;',
+    ops: 'elementwise',
+    cases: '^add',
+  },
+
+  // Example kernels: wrappers, and what only a native test can ask for
   {
     what: 'warpMax over half a warp',
     file: device,
+    seenIn: [examples],
     search: '= 16; offset > 0; offset >>= 1) value = fmaxf',
     replace: '= 8; offset > 0; offset >>= 1) value = fmaxf',
   },
   {
     what: 'warpSum by a mask of half a warp',
     file: device,
+    seenIn: [examples],
     search: 'value += shflXor(value, offset);',
     replace: 'value += shflXor(value, offset, 0xffffu);',
   },
-
-  // GEMM by cp.async, ldmatrix and mma.sync
-  {
-    what: 'mma: no barrier after waiting for cp.async',
-    file: examples,
-    search: "syncThreads();  // this step's tiles are complete",
-    replace: '',
-  },
-  {
-    what: 'mma: no barrier before a tile is overwritten',
-    file: examples,
-    search: "syncThreads();  // this step's tiles may be overwritten",
-    replace: '',
-  },
-  {
-    what: 'mma: one group too many left in flight',
-    file: examples,
-    search: 'cpAsyncWait<1>();',
-    replace: 'cpAsyncWait<2>();',
-  },
-  { what: 'mma: the last tile is not waited for', file: examples, search: 'cpAsyncWait<0>();', replace: '' },
-  { what: 'mma: groups are not committed', file: examples, search: '    cpAsyncCommit();\n', replace: '' },
   {
     what: 'mma: no swizzle (bank conflicts)',
     file: examples,
@@ -82,58 +488,19 @@ export const mutations = [
     replace: '(row >> 1 & 1)',
   },
   {
-    what: 'mma: rows past the end are read',
-    file: examples,
-    search: 'const bool inX = m < g.m && column < g.k;',
-    replace: 'const bool inX = column < g.k;',
-  },
-  {
-    what: 'mma: rows of the weight past the end are read',
-    file: examples,
-    search: 'const bool inW = n < g.n && column < g.k;',
-    replace: 'const bool inW = column < g.k;',
-  },
-  {
-    what: 'mma: columns past the end are read',
-    file: examples,
-    search: 'const bool inX = m < g.m && column < g.k;',
-    replace: 'const bool inX = m < g.m;',
-  },
-  {
     what: 'mma: a predicated copy without its predicate',
     file: examples,
     search: 'size_t(ldGlobal(g.rows + m)) * g.k + column : g.x, inX);',
     replace: 'size_t(ldGlobal(g.rows + m)) * g.k + column : g.x);',
   },
-  { what: 'mma: lanes of ldmatrix permuted', file: examples, search: 'lane / 8 % 2)]', replace: 'lane / 16)]' },
   {
     what: 'mma: a source address not aligned',
     file: examples,
     search: 'size_t(ldGlobal(g.rows + m)) * g.k + column : g.x, inX);',
     replace: 'size_t(ldGlobal(g.rows + m)) * g.k + column + 1 : g.x, inX);',
   },
-  {
-    what: 'mma: one buffer where there should be two',
-    file: examples,
-    search: 'bf16 *a = s.a[step % 2], *b = s.b[step % 2];\n    for',
-    replace: 'bf16 *a = s.a[step % 2], *b = s.b[0];\n    for',
-  },
-  {
-    what: 'mma: columns past the end are written',
-    file: examples,
-    search: 'if (n < g.n) stGlobal(y + n, fmaf(gate, sum[i]',
-    replace: 'stGlobal(y + n, fmaf(gate, sum[i]',
-  },
-  {
-    what: 'mma: results are not scattered',
-    file: examples,
-    search:
-      'const int m = firstM + warpM + i * 16 + lane / 4 + half * 8;\n      if (m >= g.m) continue;\n      float* y = g.y + size_t(ldGlobal(g.rows + m))',
-    replace:
-      'const int m = firstM + warpM + i * 16 + lane / 4 + half * 8;\n      if (m >= g.m) continue;\n      float* y = g.y + size_t(m)',
-  },
 
-  // Warp-specialised GEMM by TMA, mbarriers and wgmma
+  // Example kernel: warp-specialised GEMM by TMA, mbarriers and wgmma
   {
     what: 'wgmma: a stage is released while it is multiplied',
     file: examples,
