@@ -1,4 +1,5 @@
-// Attention over variable-length segments, its gradient, and attention against a growing key-value cache.
+// Attention over variable-length segments, its gradient, and attention against a growing key-value cache, on CUDA cores
+// in f32; and the plans of the kernels for bf16 activations (attention_mma.cu, attention_grad_mma.cu).
 //
 // Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". What a query gets
 // is a function of the query and of the keys it sees, to the bit: tiles of keys start at fixed keys of a segment, and
@@ -10,6 +11,7 @@
 
 #include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -19,23 +21,6 @@ namespace {
 
 constexpr int kPlanThreads = 1024;
 constexpr int kPlanWarps = kPlanThreads / 32;
-
-struct Planning {
-  AttentionSegments segments;
-  Operand q, k;
-  Operand lengths, cache;                             // absent: no cache
-  int offsetsInput, rowsInput, startsInput, lengthsInput;
-  int group, kvHeads;
-  int rows, fewRows, keys;                            // of a tile; 0: no such kernels
-  int most;                                           // rows of a segment up to which they are few
-  int splitKeys;                                      // keys of a split; 0: never split
-  int64_t items;                                      // blocks from which on the device is full without splitting
-  int64_t parts;                                      // rows of results of splits that there is memory for
-  double flopsPerPair;
-  AttentionPlan* plan;
-  int32_t *tilesBefore, *keyTilesBefore;              // [segments + 1]
-  StepState state;
-};
 
 struct PlanShared {
   double sums[kPlanWarps];
@@ -161,20 +146,11 @@ DEVICE Joint join(float& top, float& total, float otherTop, float otherTotal) {
 // Adding zero makes a zero positive: whether keys out of sight have entered the sum does not show in its sign.
 DEVICE float normalised(float sum, float inverse) { return fmaf(sum, inverse, 0.0f); }
 
-struct Attend {
-  AttentionSegments segments;
-  AttentionHeads h;
-  const float *q, *k, *v;
+struct Attend : Attention<float> {
   Operand cache;     // where k and v are caches
-  float *y, *lse;    // lse: may be null
-  float scale;
-  bool vectors;      // rows of heads are aligned to 16 bytes
   int splitKeys;     // results over the keys of every split are joined in order
   float* partSums;   // [R, heads, splits, headDim]
   float2* parts;     // [R, heads, splits]: largest score and sum of weights
-  const AttentionPlan* plan;
-  const int32_t* tilesBefore;
-  StepState state;
 };
 
 // How a block shares its work. Scores: kKeyWarps of the four warps side by side, a thread has kScoreRows x kScoreKeys.
@@ -405,31 +381,32 @@ __global__ void __launch_bounds__(kCopyThreads, 2) joinSplitsKernel(Attend t) {
   }
 }
 
-// ---- The cache
+// ---- The cache: f32 whatever the activations are
+
+__global__ void __launch_bounds__(kCopyThreads, 2) convertKernel(Operand from, Operand to, StepState state) {
+  if (state.faulted()) return;
+  forElements(from.elements(), startsAligned(from, to),
+              [&]<typename V>(int64_t i) { store(to, i, load<V>(from, i)); });
+}
 
 struct Append {
   AttentionSegments segments;
   Operand k, v, cacheK, cacheV, lengths;
-  bool vectors;
   StepState state;
 };
 
 __global__ void __launch_bounds__(kCopyThreads, 2) appendKernel(Append t) {
   if (t.state.faulted()) return;
-  const int width = t.k.size(1), units = t.vectors ? width / 4 : width, segments = t.segments.count();
+  const int width = t.k.size(1), segments = t.segments.count();
+  const bool vectors = width % 4 == 0 && startsAligned(t.k, t.v, t.cacheK, t.cacheV);
   for (int row = blockIdx.x; row < t.k.size(0); row += gridDim.x) {
     const int segment = segmentOf(t.segments.offsets.i32(), segments, row);
     const int position = t.segments.cached(segment) + row - t.segments.first(segment);
     const int64_t from = int64_t{row} * width, to = (int64_t{segment} * t.cacheK.size(1) + position) * width;
-    for (int i = threadIdx.x; i < units; i += kCopyThreads) {
-      if (t.vectors) {
-        stGlobal(t.cacheK.f32() + to + 4 * i, ldGlobal<float4>(t.k.f32() + from + 4 * i));
-        stGlobal(t.cacheV.f32() + to + 4 * i, ldGlobal<float4>(t.v.f32() + from + 4 * i));
-      } else {
-        stGlobal(t.cacheK.f32() + to + i, ldGlobal(t.k.f32() + from + i));
-        stGlobal(t.cacheV.f32() + to + i, ldGlobal(t.v.f32() + from + i));
-      }
-    }
+    forColumns(width, vectors, threadIdx.x, kCopyThreads, [&]<typename V>(int i) {
+      store(t.cacheK, to + i, load<V>(t.k, from + i));
+      store(t.cacheV, to + i, load<V>(t.v, from + i));
+    });
   }
 }
 
@@ -441,21 +418,8 @@ __global__ void __launch_bounds__(kCopyThreads, 2) advanceKernel(Append t) {
 }
 
 // ---- Gradient
-//
-// With P = exp(S - lse) and D = rowsum(dy . y): dV = P^T dy, dS = P (dy V^T - D), dQ = scale dS K, dK = scale dS^T Q.
 
-struct AttendGrad {
-  AttentionSegments segments;
-  AttentionHeads h;
-  const float *dy, *q, *k, *v, *y, *lse;
-  float *dq, *dk, *dv;
-  float* deltas;  // [R, heads]: D
-  float scale;
-  bool vectors;
-  const AttentionPlan* plan;
-  const int32_t *tilesBefore, *keyTilesBefore;
-  StepState state;
-};
+using AttendGrad = AttentionGradient<float>;
 
 // dq: a block has kRows query rows and goes through the keys they see; a warp has its own rows.
 template <int kDimOf>
@@ -717,8 +681,8 @@ AttentionHeads checkedHeads(const Launch& launch, const Operand& q, const Operan
     fail(ErrorCode::InvalidProgram, "[%s] rows x heads / kv_heads must be below 2^31, got %lld x %lld", launch.op,
          static_cast<long long>(q.bound[0]), static_cast<long long>(heads / kvHeads));
   }
-  return {static_cast<int>(heads), static_cast<int>(kvHeads), static_cast<int>(headDim),
-          static_cast<int>(heads / kvHeads)};
+  const int group = static_cast<int>(heads / kvHeads);
+  return {static_cast<int>(heads), static_cast<int>(kvHeads), static_cast<int>(headDim), group, Divisor(group)};
 }
 
 void checkStatistics(const Launch& launch, const Operand& lse, const AttentionHeads& h) {
@@ -764,32 +728,9 @@ Planning plan(const Launch& launch, const AttentionHeads& h, int qInput, int off
   return p;
 }
 
-void launchPlan(const Launch& launch, const Planning& planning) {
-  LAUNCH(planKernel, 1, kPlanThreads, sizeof(PlanShared), launch.stream, planning);
-}
-
 bool aligned(std::initializer_list<const void*> addresses) {
   return std::all_of(addresses.begin(), addresses.end(),
                      [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
-
-// Calls launchFor with the head_dim that kernels are made for as a constant.
-template <typename LaunchFor>
-void forHeadDim(int headDim, const LaunchFor& launchFor) {
-  if (headDim <= 32) {
-    launchFor(std::integral_constant<int, 32>{});
-  } else if (headDim <= 64) {
-    launchFor(std::integral_constant<int, 64>{});
-  } else if (headDim <= 128) {
-    launchFor(std::integral_constant<int, 128>{});
-  } else {
-    launchFor(std::integral_constant<int, 256>{});
-  }
-}
-
-// The most tiles there can be: all but the last of every segment are whole.
-int64_t mostTiles(const Operand& offsets, int64_t rows, int perTile) {
-  return rows / perTile + std::min<int64_t>(std::max<int64_t>(offsets.bound[0] - 1, 0), rows);
 }
 
 template <typename Tile>
@@ -799,30 +740,76 @@ void launchAttend(const Launch& launch, const Attend& attend, int64_t rows, int6
          attend);
 }
 
+template <typename T>
+T* elements(const Operand& operand) {
+  return static_cast<T*>(operand.data);
+}
+
+template <typename T>
+Attention<T> attentionOf(const Launch& launch, const AttentionHeads& h, const Planning& planning, float scale) {
+  const Operand &q = launch.in[0], &k = launch.in[1], &v = launch.in[2], &y = launch.out[0];
+  Attention<T> a{};
+  a.segments = planning.segments;
+  a.h = h;
+  a.q = elements<T>(q);
+  a.k = elements<T>(k);
+  a.v = elements<T>(v);
+  a.y = elements<T>(y);
+  a.lse = floats(launch.out[1]);
+  a.scale = scale;
+  a.vectors = h.headDim * sizeof(T) % 16 == 0 && aligned({q.data, k.data, v.data, y.data});
+  a.plan = planning.plan;
+  a.tilesBefore = planning.tilesBefore;
+  a.state = launch.state;
+  return a;
+}
+
+template <typename T>
+AttentionGradient<T> gradientOf(const Launch& launch, const AttentionHeads& h, const Planning& planning, float scale) {
+  const Operand &dy = launch.in[0], &q = launch.in[1], &k = launch.in[2], &v = launch.in[3], &y = launch.in[4];
+  const Operand &dq = launch.out[0], &dk = launch.out[1], &dv = launch.out[2];
+  AttentionGradient<T> grad{};
+  grad.segments = planning.segments;
+  grad.h = h;
+  grad.dy = elements<T>(dy);
+  grad.q = elements<T>(q);
+  grad.k = elements<T>(k);
+  grad.v = elements<T>(v);
+  grad.y = elements<T>(y);
+  grad.lse = floats(launch.in[5]);
+  grad.dq = elements<T>(dq);
+  grad.dk = elements<T>(dk);
+  grad.dv = elements<T>(dv);
+  grad.deltas = launch.scratch<float>(q.bound[0] * h.heads);
+  grad.scale = scale;
+  grad.vectors = h.headDim * sizeof(T) % 16 == 0 &&
+                 aligned({dy.data, q.data, k.data, v.data, y.data, dq.data, dk.data, dv.data});
+  grad.plan = planning.plan;
+  grad.tilesBefore = planning.tilesBefore;
+  grad.keyTilesBefore = planning.keyTilesBefore;
+  grad.state = launch.state;
+  return grad;
+}
+
 }  // namespace
 
+void launchPlan(const Launch& launch, const Planning& planning) {
+  LAUNCH(planKernel, 1, kPlanThreads, sizeof(PlanShared), launch.stream, planning);
+}
+
 void attention(const Launch& launch) {
-  const Operand &q = launch.in[0], &k = launch.in[1], &v = launch.in[2], &y = launch.out[0], &lse = launch.out[1];
+  const Operand &q = launch.in[0], &k = launch.in[1], &lse = launch.out[1];
   const AttentionHeads h = checkedHeads(launch, q, k);
   const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
   const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
   checkStatistics(launch, lse, h);
   Planning planning = plan(launch, h, 0, 3, 4, causal);
   planning.flopsPerPair = 4.0 * h.headDim * h.heads;
-  Attend attend{};
-  attend.segments = planning.segments;
-  attend.h = h;
-  attend.q = floats(q);
-  attend.k = floats(k);
-  attend.v = floats(v);
-  attend.y = floats(y);
-  attend.lse = floats(lse);
-  attend.scale = scale;
-  attend.vectors = h.headDim % 4 == 0 && aligned({q.data, k.data, v.data, y.data});
-  attend.splitKeys = kNoSplit;
-  attend.plan = planning.plan;
-  attend.tilesBefore = planning.tilesBefore;
-  attend.state = launch.state;
+  if (q.dtype == DType::BF16) {
+    attendMma(launch, planning, attentionOf<bf16>(launch, h, planning, scale));
+    return;
+  }
+  Attend attend{attentionOf<float>(launch, h, planning, scale), {}, kNoSplit, nullptr, nullptr};
   forHeadDim(h.headDim, [&](auto dim) {
     using Tile = AttendTile<dim.value, false>;
     planning.rows = Tile::kRows;
@@ -832,42 +819,25 @@ void attention(const Launch& launch) {
 }
 
 void attentionGrad(const Launch& launch) {
-  const Operand &dy = launch.in[0], &q = launch.in[1], &k = launch.in[2], &v = launch.in[3], &y = launch.in[4];
-  const Operand &lse = launch.in[5], &dq = launch.out[0], &dk = launch.out[1], &dv = launch.out[2];
+  const Operand &q = launch.in[1], &k = launch.in[2], &lse = launch.in[5], &offsets = launch.in[6];
   const AttentionHeads h = checkedHeads(launch, q, k);
   const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
   const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
   checkStatistics(launch, lse, h);
   Planning planning = plan(launch, h, 1, 6, 7, causal);
   planning.flopsPerPair = 10.0 * h.headDim * h.heads;
-  planning.keyTilesBefore = launch.scratch<int32_t>(launch.in[6].bound[0]);
-  AttendGrad grad{};
-  grad.segments = planning.segments;
-  grad.h = h;
-  grad.dy = floats(dy);
-  grad.q = floats(q);
-  grad.k = floats(k);
-  grad.v = floats(v);
-  grad.y = floats(y);
-  grad.lse = floats(lse);
-  grad.dq = floats(dq);
-  grad.dk = floats(dk);
-  grad.dv = floats(dv);
-  grad.deltas = launch.scratch<float>(q.bound[0] * h.heads);
-  grad.scale = scale;
-  grad.vectors =
-      h.headDim % 4 == 0 && aligned({dy.data, q.data, k.data, v.data, dq.data, dk.data, dv.data});
-  grad.plan = planning.plan;
-  grad.tilesBefore = planning.tilesBefore;
-  grad.keyTilesBefore = planning.keyTilesBefore;
-  grad.state = launch.state;
+  planning.keyTilesBefore = launch.scratch<int32_t>(offsets.bound[0]);
+  if (q.dtype == DType::BF16) {
+    attendGradMma(launch, planning, gradientOf<bf16>(launch, h, planning, scale));
+    return;
+  }
+  const AttendGrad grad = gradientOf<float>(launch, h, planning, scale);
   forHeadDim(h.headDim, [&](auto dim) {
     using Rows = QueryTile<dim.value>;
     using Keys = KeyTile<dim.value>;
     planning.rows = Rows::kRows;
     planning.keys = Keys::kKeys;
     launchPlan(launch, planning);
-    const Operand& offsets = launch.in[6];
     const int64_t rowItems = mostTiles(offsets, q.bound[0] * h.group, Rows::kRows) * h.kvHeads;
     LAUNCH(queryGradientKernel<Rows>, launch.blocks(rowItems, 1), kAttentionThreads, sizeof(QueryShared<Rows>),
            launch.stream, grad);
@@ -878,8 +848,16 @@ void attentionGrad(const Launch& launch) {
 }
 
 void attentionCached(const Launch& launch) {
-  const Operand &q = launch.in[0], &k = launch.in[1], &v = launch.in[2], &offsets = launch.in[3];
-  const Operand &lengths = launch.in[4], &cacheK = launch.in[5], &cacheV = launch.in[6], &y = launch.out[0];
+  const Operand &k = launch.in[1], &v = launch.in[2], &offsets = launch.in[3];
+  const Operand &lengths = launch.in[4], &cacheK = launch.in[5], &cacheV = launch.in[6];
+  Operand q = launch.in[0], y = launch.out[0];
+  const bool narrow = q.dtype == DType::BF16;
+  if (narrow) {
+    for (Operand* x : {&q, &y}) {
+      x->data = launch.scratch<float>(x->boundElements());
+      x->dtype = DType::F32;
+    }
+  }
   const AttentionHeads h = checkedHeads(launch, q, k);
   const float scale = static_cast<float>(launch.finiteAttribute(2, "scale"));
   Planning planning = plan(launch, h, 0, 3, 7, true);
@@ -914,19 +892,24 @@ void attentionCached(const Launch& launch) {
   attend.plan = planning.plan;
   attend.tilesBefore = planning.tilesBefore;
   attend.state = launch.state;
-  const Append append{planning.segments, k, v, cacheK, cacheV, lengths,
-                      k.bound[1] % 4 == 0 && aligned({k.data, v.data, cacheK.data, cacheV.data}), launch.state};
+  const Append append{planning.segments, k, v, cacheK, cacheV, lengths, launch.state};
+  const auto convert = [&](const Operand& from, const Operand& to) {
+    LAUNCH(convertKernel, launch.blocks(from.boundElements(), 4 * kCopyThreads), kCopyThreads, 0, launch.stream, from,
+           to, launch.state);
+  };
   forHeadDim(h.headDim, [&](auto dim) {
     using Few = AttendTile<dim.value, true>;
     using Many = AttendTile<dim.value, false>;
     planning.rows = Many::kRows;
     planning.fewRows = Few::kRows;
     launchPlan(launch, planning);
+    if (narrow) convert(launch.in[0], q);
     LAUNCH(appendKernel, launch.blocks(k.bound[0], 1), kCopyThreads, 0, launch.stream, append);
     launchAttend<Few>(launch, attend, rows, mostSplits);
     if (rows > kFewRows) launchAttend<Many>(launch, attend, rows, 1);
   });
   LAUNCH(joinSplitsKernel, launch.blocks(headRows * h.headDim, kCopyThreads), kCopyThreads, 0, launch.stream, attend);
+  if (narrow) convert(y, launch.out[0]);
   const int64_t advanceBlocks = std::max<int64_t>((lengths.bound[0] + kCopyThreads - 1) / kCopyThreads, 1);
   LAUNCH(advanceKernel, static_cast<unsigned>(advanceBlocks), kCopyThreads, 0, launch.stream, append);
 }

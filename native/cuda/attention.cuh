@@ -1,5 +1,5 @@
-// What the kernels of attention share: who sees which keys, the division of segments into tiles, and products of tiles
-// in shared memory.
+// What the kernels of attention share: who sees which keys, and the division of segments into tiles; for the kernels on
+// CUDA cores products of tiles in shared memory.
 #pragma once
 
 #include <type_traits>
@@ -10,8 +10,22 @@ namespace elastiform::ELASTIFORM_DEVICE {
 
 // ---- Queries and keys
 
+// n / d of 0 <= n < 2^31 and d <= 2^31 by a multiplication: n ceil(2^(31+p) / d) >> 31+p with 2^p >= d (Granlund and
+// Montgomery, "Division by invariant integers using multiplication").
+struct Divisor {
+  uint32_t factor;
+  int shift = 31;
+
+  Divisor(int d = 1) {
+    while (int64_t{1} << (shift - 31) < d) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
+  }
+  DEVICE int quotient(int n) const { return static_cast<int>(uint64_t{factor} * static_cast<uint32_t>(n) >> shift); }
+};
+
 struct AttentionHeads {
   int heads, kvHeads, headDim, group;  // group: query heads of a kv head
+  Divisor byGroup;
 };
 
 // Segment s has new key rows [offsets[s], offsets[s + 1]), after `lengths[s]` cached ones, and queries [starts[s],
@@ -70,6 +84,81 @@ struct AttentionPlan {
   int32_t few;     // whether tiles are those of the kernels for few rows
   int32_t splits;  // more than 1: so many blocks share the keys of a tile
 };
+
+// What a plan is made of.
+struct Planning {
+  AttentionSegments segments;
+  Operand q, k;
+  Operand lengths, cache;                             // absent: no cache
+  int offsetsInput, rowsInput, startsInput, lengthsInput;
+  int group, kvHeads;
+  int rows, fewRows, keys;                            // of a tile; 0: no such kernels
+  int most;                                           // rows of a segment up to which they are few
+  int splitKeys;                                      // keys of a split; 0: never split
+  int64_t items;                                      // blocks from which on the device is full without splitting
+  int64_t parts;                                      // rows of results of splits that there is memory for
+  double flopsPerPair;
+  AttentionPlan* plan;
+  int32_t *tilesBefore, *keyTilesBefore;              // [segments + 1]
+  StepState state;
+};
+
+void launchPlan(const Launch& launch, const Planning& planning);
+
+// Calls launchFor with the head_dim that kernels are made for as a constant.
+template <typename LaunchFor>
+void forHeadDim(int headDim, const LaunchFor& launchFor) {
+  if (headDim <= 32) {
+    launchFor(std::integral_constant<int, 32>{});
+  } else if (headDim <= 64) {
+    launchFor(std::integral_constant<int, 64>{});
+  } else if (headDim <= 128) {
+    launchFor(std::integral_constant<int, 128>{});
+  } else {
+    launchFor(std::integral_constant<int, 256>{});
+  }
+}
+
+// The most tiles there can be: all but the last of every segment are whole.
+inline int64_t mostTiles(const Operand& offsets, int64_t rows, int perTile) {
+  return rows / perTile + std::min<int64_t>(std::max<int64_t>(offsets.bound[0] - 1, 0), rows);
+}
+
+// ---- What kernels get; T: of activations
+
+template <typename T>
+struct Attention {
+  AttentionSegments segments;
+  AttentionHeads h;
+  const T *q, *k, *v;
+  T* y;
+  float* lse;    // may be null
+  float scale;
+  bool vectors;  // heads are a multiple of 16 bytes and start at one
+  const AttentionPlan* plan;
+  const int32_t* tilesBefore;
+  StepState state;
+};
+
+// With P = exp(S - lse) and D = rowsum(dy . y): dV = P^T dy, dS = P (dy V^T - D), dQ = scale dS K, dK = scale dS^T Q.
+template <typename T>
+struct AttentionGradient {
+  AttentionSegments segments;
+  AttentionHeads h;
+  const T *dy, *q, *k, *v, *y;
+  const float* lse;
+  T *dq, *dk, *dv;
+  float* deltas;  // [R, heads]: D
+  float scale;
+  bool vectors;
+  const AttentionPlan* plan;
+  const int32_t *tilesBefore, *keyTilesBefore;
+  StepState state;
+};
+
+// On tensor cores (attention_mma.cu, attention_grad_mma.cu). They set what of the plan concerns them and launch it.
+void attendMma(const Launch& launch, Planning planning, const Attention<bf16>& attention);
+void attendGradMma(const Launch& launch, Planning planning, const AttentionGradient<bf16>& gradient);
 
 // ---- Tiles in shared memory
 //

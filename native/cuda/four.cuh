@@ -51,6 +51,23 @@ DEVICE void copyFour(float* to, const float* from, int count) {
   }
 }
 
+// The first `count` of the eight elements at `from`, any number and aligned to nothing; the others are 0.
+DEVICE uint4 loadEight(const bf16* from, int count) {
+  uint32_t pair[4] = {};
+  UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) pair[i / 2] |= uint32_t{ldGlobal(from + i).bits} << i % 2 * 16;
+  }
+  return {pair[0], pair[1], pair[2], pair[3]};
+}
+DEVICE void storeEight(bf16* to, const uint4& eight, int count) {
+  const uint32_t pair[4] = {eight.x, eight.y, eight.z, eight.w};
+  UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) stGlobal(to + i, bf16{static_cast<uint16_t>(pair[i / 2] >> i % 2 * 16)});
+  }
+}
+
 // The first `count` of the eight elements at `from`, any number, to shared memory; the others become 0. `any` is some
 // aligned address.
 DEVICE void copyEight(bf16* to, const bf16* from, int count, const void* any) {
@@ -59,12 +76,7 @@ DEVICE void copyEight(bf16* to, const bf16* from, int count, const void* any) {
   } else if (count <= 0) {
     cpAsync16(to, any, false);
   } else {
-    uint32_t pair[4] = {};
-    UNROLL
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) pair[i / 2] |= uint32_t{ldGlobal(from + i).bits} << i % 2 * 16;
-    }
-    stShared(to, uint4{pair[0], pair[1], pair[2], pair[3]});
+    stShared(to, loadEight(from, count));
   }
 }
 

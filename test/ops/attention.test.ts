@@ -1,7 +1,8 @@
 // rope, attention over packed segments, and attention with a cache.
 import { describe, expect, test } from 'vitest';
-import { Graph } from '../../lib/graph/graph.js';
+import { Graph, type Node } from '../../lib/graph/graph.js';
 import {
+  activation,
   attention,
   attentionCached,
   gatherRows,
@@ -12,7 +13,12 @@ import {
   scatterAdd,
 } from '../../lib/graph/index.js';
 import { Tensor } from '../../lib/native/index.js';
-import { type Case, cases, compare, failure, inputs, offsetsOf, testEngine } from './harness.js';
+import { type Case, cases, compare, failure, inputs, narrowEngine, offsetsOf, testEngine } from './harness.js';
+
+/** Every way of storing activations that the device of the tests has. */
+const engines = [testEngine(), narrowEngine()].filter((engine) => engine !== null);
+/** What may be stored like the activations between ops, as feeds, outputs and the residual stream may not. */
+const stored = (node: Node): Node => activation(node, 'none');
 
 cases(
   'rope',
@@ -113,7 +119,7 @@ cases(
               const selected = routeThreshold(z, offsets, threshold);
               const options = { heads, kvHeads, causal, scale: 1 / Math.sqrt(dh), selected };
               const y = attention(gatherRows(q, selected.rows), k, v, offsets, options);
-              return { y: scatterAdd(q, y, selected.rows) };
+              return { y: scatterAdd(stored(q), y, selected.rows) };
             },
             wrt: ['q', 'k', 'v'],
           };
@@ -217,63 +223,70 @@ cases(
   }),
 );
 
-test('a selected query gets the bits and counts the pairs that it has among all rows', async () => {
-  const [lengths, heads, kvHeads, dh] = [[150, 0, 67], 6, 2, 20];
-  const n = lengths.reduce((a, b) => a + b, 0);
-  const make = inputs(11);
-  const offsets = offsetsOf(lengths);
-  const [q, k, v] = [heads, kvHeads, kvHeads].map((h) => Float32Array.from(make.f32(n, h * dh).data));
-  for (const causal of [true, false]) {
-    for (const [name, pick] of Object.entries(picks)) {
-      const { z, threshold } = scored(lengths, pick);
-      const g = new Graph();
-      const [all, keys, values] = [
-        g.feed('q', 'f32', [n, heads * dh]),
-        g.feed('k', 'f32', [n, kvHeads * dh]),
-        g.feed('v', 'f32', [n, kvHeads * dh]),
-      ];
-      const segments = g.feed('offsets', 'i32', [lengths.length + 1]);
-      const selected = routeThreshold(
-        g.feed('z', 'f32', [n, 1]),
-        segments,
-        g.feed('threshold', 'f32', [lengths.length]),
-      );
-      const options = { heads, kvHeads, causal, scale: 0.7 };
-      const some = g.tag('some', () =>
-        attention(gatherRows(all, selected.rows), keys, values, segments, { ...options, selected }),
-      );
-      g.output('some', some);
-      g.output('expected', gatherRows(attention(all, keys, values, segments, options), selected.rows));
-      using program = Program.compile(g, testEngine());
-      const { outputs, counters } = await program.run({
-        feeds: {
-          ...{ q, k, v },
-          offsets: Int32Array.from(offsets),
-          z: Float32Array.from(z),
-          threshold: Float32Array.from(threshold),
-        },
-      });
-      expect(outputs.some, `${name}, causal ${causal}`).toEqual(outputs.expected);
-      let pairs = 0;
-      lengths.forEach((length, s) => {
-        for (let i = 0; i < length; ++i) if (pick(i, s)) pairs += causal ? i + 1 : length;
-      });
-      expect(counters.some.flops, name).toBe(4 * dh * heads * pairs);
+test.each(engines)(
+  'a selected query gets the bits and counts the pairs that it has among all rows: $activations',
+  async (engine) => {
+    const [lengths, heads, kvHeads, dh] = [[150, 0, 67], 6, 2, 40];
+    const n = lengths.reduce((a, b) => a + b, 0);
+    const make = inputs(11);
+    const offsets = offsetsOf(lengths);
+    const [q, k, v] = [heads, kvHeads, kvHeads].map((h) => Float32Array.from(make.f32(n, h * dh).data));
+    for (const causal of [true, false]) {
+      for (const [name, pick] of Object.entries(picks)) {
+        const { z, threshold } = scored(lengths, pick);
+        const g = new Graph();
+        const [all, keys, values] = [
+          stored(g.feed('q', 'f32', [n, heads * dh])),
+          stored(g.feed('k', 'f32', [n, kvHeads * dh])),
+          stored(g.feed('v', 'f32', [n, kvHeads * dh])),
+        ];
+        const segments = g.feed('offsets', 'i32', [lengths.length + 1]);
+        const selected = routeThreshold(
+          g.feed('z', 'f32', [n, 1]),
+          segments,
+          g.feed('threshold', 'f32', [lengths.length]),
+        );
+        const options = { heads, kvHeads, causal, scale: 0.7 };
+        const some = g.tag('some', () =>
+          attention(gatherRows(all, selected.rows), keys, values, segments, { ...options, selected }),
+        );
+        g.output('some', stored(some));
+        g.output('expected', stored(gatherRows(attention(all, keys, values, segments, options), selected.rows)));
+        using program = Program.compile(g, engine);
+        const { outputs, counters } = await program.run({
+          feeds: {
+            ...{ q, k, v },
+            offsets: Int32Array.from(offsets),
+            z: Float32Array.from(z),
+            threshold: Float32Array.from(threshold),
+          },
+        });
+        expect(outputs.some, `${name}, causal ${causal}`).toEqual(outputs.expected);
+        let pairs = 0;
+        lengths.forEach((length, s) => {
+          for (let i = 0; i < length; ++i) if (pick(i, s)) pairs += causal ? i + 1 : length;
+        });
+        expect(counters.some.flops, name).toBe(4 * dh * heads * pairs);
+      }
     }
-  }
-});
+  },
+);
 
-test('keys that no query sees have gradients of exactly zero', async () => {
+test.each(engines)('keys that no query sees have gradients of exactly zero: $activations', async (engine) => {
   const [n, d] = [70, 8];
   const g = new Graph();
-  const [q, k, v] = [g.feed('q', 'f32', [2, d]), g.feed('k', 'f32', [n, d]), g.feed('v', 'f32', [n, d])];
+  const [q, k, v] = [
+    stored(g.feed('q', 'f32', [2, d])),
+    stored(g.feed('k', 'f32', [n, d])),
+    stored(g.feed('v', 'f32', [n, d])),
+  ];
   const selected = { rows: g.feed('rows', 'i32', [2]), offsets: g.feed('starts', 'i32', [3]) };
   const options = { heads: 2, kvHeads: 2, causal: true, scale: 1, selected };
   const y = attention(q, k, v, g.feed('offsets', 'i32', [3]), options);
   gradients(y, [k, v], { seed: y }).forEach((node, i) => {
-    g.output(`d${i}`, node);
+    g.output(`d${i}`, stored(node));
   });
-  using program = Program.compile(g, testEngine());
+  using program = Program.compile(g, engine);
   const make = inputs(3);
   const { outputs } = await program.run({
     feeds: {
@@ -334,36 +347,76 @@ test('feeding rows one by one gives what attention gives at once', async () => {
   for (const tensor of [lengths, cacheK, cacheV]) tensor.dispose();
 });
 
+/** Attention of all rows and of some, with the gradients of both. */
+function withSelection(
+  name: string,
+  lengths: readonly number[],
+  heads: number,
+  kvHeads: number,
+  dh: number,
+  causal: boolean,
+  scale: number,
+): Case {
+  const n = lengths.reduce((a, b) => a + b, 0);
+  const make = inputs(dh);
+  const { z, threshold } = scored(lengths, picks['every third row']);
+  return {
+    name: `${name}${causal ? 'causal' : 'full'}`,
+    inputs: {
+      q: make.f32(['N', n], heads * dh),
+      k: make.f32(['N', n], kvHeads * dh),
+      v: make.f32(['N', n], kvHeads * dh),
+      offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
+      z: make.values(z, ['N', n], 1),
+      threshold: make.values(threshold, ['S', lengths.length]),
+    },
+    build: ({ q, k, v, offsets, z, threshold }) => {
+      const options = { heads, kvHeads, causal, scale };
+      const selected = routeThreshold(z, offsets, threshold);
+      const some = attention(gatherRows(q, selected.rows), k, v, offsets, { ...options, selected });
+      const [y, dy] = [attention(q, k, v, offsets, options), stored(scatterAdd(stored(q), some, selected.rows))];
+      const [dq, dk, dv] = gradients(y, [q, k, v], { seed: dy });
+      const [dqSome, dkSome, dvSome] = gradients(some, [q, k, v], { seed: gatherRows(q, selected.rows) });
+      return { y, some, dq, dk, dv, dqSome, dkSome, dvSome };
+    },
+    narrowTolerance: 0.008,
+  };
+}
+
+// Several tiles of rows and of keys, with every number of heads to a kv head; the larger scales make weights unequal.
+cases(
+  'attention over several tiles',
+  (
+    [
+      [[150, 9, 70], 1, 1, 64, 0.6],
+      [[90, 0, 45], 8, 2, 128, 0.4],
+      [[80], 7, 1, 40, 0.8],
+      [[100, 33], 4, 4, 20, 1],
+      [[70, 30], 2, 1, 256, -0.3],
+      [[40, 41], 3, 1, 32, 0],
+      // More tiles than there are blocks.
+      [Array.from({ length: 30 }, (_, i) => (i % 3) + 1), 4, 4, 16, 1],
+    ] as [number[], number, number, number, number][]
+  ).flatMap(([lengths, heads, kvHeads, dh, scale]) =>
+    [true, false].map((causal) =>
+      withSelection(
+        `segments ${lengths}, ${heads}/${kvHeads} heads of ${dh}, scale ${scale}, `,
+        lengths,
+        heads,
+        kvHeads,
+        dh,
+        causal,
+        scale,
+      ),
+    ),
+  ),
+);
+
 describe.each([8, 33, 64, 100, 130])('heads of %i', (dh) => {
   // Tiles of keys and queries with and without tails, on every path a device may have for a width of heads.
   cases(
     'attention',
-    [true, false].map((causal): Case => {
-      const [lengths, heads, kvHeads] = [[37, 0, 66, 1], 4, 2];
-      const n = lengths.reduce((a, b) => a + b, 0);
-      const make = inputs(dh);
-      const { z, threshold } = scored(lengths, picks['every third row']);
-      return {
-        name: causal ? 'causal' : 'full',
-        inputs: {
-          q: make.f32(['N', n], heads * dh),
-          k: make.f32(['N', n], kvHeads * dh),
-          v: make.f32(['N', n], kvHeads * dh),
-          offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
-          z: make.values(z, ['N', n], 1),
-          threshold: make.values(threshold, ['S', lengths.length]),
-        },
-        build: ({ q, k, v, offsets, z, threshold }) => {
-          const options = { heads, kvHeads, causal, scale: 1 / Math.sqrt(dh) };
-          const selected = routeThreshold(z, offsets, threshold);
-          const some = attention(gatherRows(q, selected.rows), k, v, offsets, { ...options, selected });
-          const [y, dy] = [attention(q, k, v, offsets, options), scatterAdd(q, some, selected.rows)];
-          const [dq, dk, dv] = gradients(y, [q, k, v], { seed: dy });
-          const [dqSome, dkSome, dvSome] = gradients(some, [q, k, v], { seed: gatherRows(q, selected.rows) });
-          return { y, some, dq, dk, dv, dqSome, dkSome, dvSome };
-        },
-      };
-    }),
+    [true, false].map((causal) => withSelection('', [37, 0, 66, 1], 4, 2, dh, causal, 1 / Math.sqrt(dh))),
   );
 
   // How many queries there are, and how many segments, may decide how a device goes about it.
