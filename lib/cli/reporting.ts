@@ -100,7 +100,7 @@ export async function measureModel(
       ? { on: `${data!.name}, ${evaluated!.tokens} tokens`, maps }
       : { on: 'the texts below, prompts included', maps: traced },
     samples,
-    notes: notes(evaluated),
+    notes: [...(model.network.policy?.blocks ? [blocksNote] : []), ...notes(evaluated)],
   };
 }
 
@@ -169,6 +169,9 @@ function levelResult(level: EvalLevel): LevelResult {
     layers: layerShares(level),
   };
 }
+
+const blocksNote =
+  'Where an FFN is cut into blocks, its share of tokens is times the share of blocks that they use, and so is its part in a token’s colour.';
 
 function notes(evaluated: EvalReport | null): string[] {
   const sampling = 'The generated text was drawn with a fixed seed, not chosen.';

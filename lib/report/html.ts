@@ -232,7 +232,7 @@ ${speedChart(evaluation.levels)}`
       .join('\n')}</dl>
 ${quality}
 <h2>What the routers do</h2>
-<p>Share of tokens that enter each sub-layer (times the share of blocks they use, where an FFN is cut), counted on ${escapeXml(routing.on)}, and the share meant to enter; what is more than ten points off is outlined.</p>
+<p>Share of tokens that enter each sub-layer, counted on ${escapeXml(routing.on)}, and the share meant to enter; what is more than ten points off is outlined.</p>
 ${routerMaps(routing.maps)}
 <h2>Text at each budget</h2>
 ${sampleTexts(data.samples)}

@@ -7,7 +7,7 @@ import type { Sample, SampleTrace } from './types.js';
 export function sampleTexts(samples: readonly Sample[]): string {
   if (samples.length === 0) return '';
   const scale = [0, 0.25, 0.5, 0.75, 1].map((c) => `<span class="t" style="--c:${c}">${c * 100} %</span>`).join(' ');
-  return `<p id="how">Background: the share of attention and FFN sub-layers a token entered (of an FFN cut into blocks, the share it used), ${scale}; the prompt is underlined. Point at a token or tap it, or focus a text and use the arrow keys, to see its layers.</p>
+  return `<p id="how">Background: the share of attention and FFN sub-layers a token entered, ${scale}; the prompt is underlined. Point at a token or tap it, or focus a text and use the arrow keys, to see its layers.</p>
 <div class="samples">${samples.map(sampleText).join('\n')}
 <div class="detail" id="detail" role="status">No token chosen.</div></div>`;
 }
