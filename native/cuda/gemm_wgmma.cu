@@ -98,7 +98,7 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
   const int tid = threadIdx.x, piece = tid % 8, M = cut.size.m, N = cut.size.n, K = cut.size.k;
   const bf16* a = static_cast<const bf16*>(p.a.data);
   const int64_t strideA = p.a.stride ? p.a.stride : K;
-  const bool wholePieces = K % 8 == 0 && strideA % 8 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
+  const bool aligned = strideA % 8 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
   Ring<kWidth> ring(s);
   forTiles<kParts, kWidth>(cut, [&](int tileM, int tileN) {
     int rows[kPasses];  // of A in memory, -1 outside
@@ -112,6 +112,7 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
       mbarrierWait(s.empty[ring.stage], ring.round ^ 1);
       // The last step of a prefix of K must not see the weights beyond, which need not be finite.
       const bool byTma = k + kDepth <= K || K == weights.depth;
+      const bool wholePieces = aligned && (k + kDepth <= K || K % 8 == 0);
       if (byTma && tid == 0) {
         mbarrierExpectTx(full, kWidth * kDepth * sizeof(bf16));
         UNROLL

@@ -100,6 +100,8 @@ test.each([
   // Two chunks of logits in one of gradients; on few multiprocessors two of both, as dh is wide.
   [260, 5, 3],
   [131, 3, 600],
+  // Rows of gradients in bf16 that are longer than the vocabulary, of more than one step on tensor cores.
+  [131, 69, 600],
 ])('chunks of %i rows, vocabulary %i, width %i', async (r, v, k) => {
   const make = inputs(12);
   const h = make.f32(['R', r], k);
