@@ -53,8 +53,8 @@ DEVICE void storeCells(const Cells& x, int64_t at, const float4& v, int count) {
 }
 
 // Columns n .. n+3 of row m of C, of which N - n exist, through the epilogue (gemm.cuh); y: a product for each weight.
-// Returns their part of the dot product, for finishDot.
-template <int kParts>
+// Returns their part of the dot product, for finishDot, where kHasDots of the layouts.
+template <int kParts, bool kDots>
 DEVICE float finishFour(const Product& p, float (&y)[kParts][4], int m, int n, int N) {
   const int left = N - n;
   UNROLL
@@ -72,7 +72,7 @@ DEVICE float finishFour(const Product& p, float (&y)[kParts][4], int m, int n, i
     for (int j = 0; j < 4; ++j) y[0][j] *= y[1][j];
   }
   float dot = 0;
-  if (p.dots) {
+  if (kDots && p.dots) {
     float with[4];
     spread(loadCells(p.dotWith, int64_t{m} * N + n, left), with);
     UNROLL
@@ -104,7 +104,7 @@ DEVICE void finishDot(const Product& p, float dot, int m, int n, int N, bool ins
 
 // `rows` rows from m and kSpan / kParts columns from n of C through the epilogue; c is [rows][kPitch] in shared memory,
 // the parts side by side.
-template <int kSpan, int kParts, int kPitch, int kThreads>
+template <int kSpan, int kParts, int kPitch, int kThreads, bool kDots>
 DEVICE void finishTile(const Product& p, const float* c, int m, int rows, int n, int N) {
   constexpr int kPart = kSpan / kParts, kFours = kPart / 4;
   const int count = rows * kFours;
@@ -118,9 +118,9 @@ DEVICE void finishTile(const Product& p, const float* c, int m, int rows, int n,
       for (int part = 0; part < kParts; ++part) {
         spread(ldShared<float4>(c + row * kPitch + part * kPart + column), y[part]);
       }
-      dot = finishFour<kParts>(p, y, m + row, n + column, N);
+      dot = finishFour<kParts, kDots>(p, y, m + row, n + column, N);
     }
-    if constexpr (kPart % kDotColumns == 0) finishDot(p, dot, m + row, n + column, N, inside);
+    if constexpr (kDots) finishDot(p, dot, m + row, n + column, N, inside);
   }
 }
 

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     });
     UNROLL
     for (int n = 0; n < kFewColumns; ++n) sum[0][n] = warpTotal(sum[0][n]);
-    if (lane == 0) finishFour<1>(p, sum, m, 0, N);
+    if (lane == 0) finishFour<1, false>(p, sum, m, 0, N);
   }
 }
 

@@ -104,6 +104,9 @@ constexpr int kProductRows = 128;
 
 // How an operand lies in memory: its rows run along k, as activations and weights of [N, K] do, or each is one k.
 enum class Layout { AlongK, AcrossK };
+// Products that may be asked for dots: gradients of inputs.
+template <Layout kLayoutA, Layout kLayoutB>
+constexpr bool kHasDots = kLayoutA == Layout::AlongK && kLayoutB == Layout::AcrossK;
 
 // Launch a product: with the weight b[0] of [N, K]; with both weights, of one dtype; with the weight b[0] of [K, N];
 // and over rows, of A [K, M] and B [K, N], both activations. In bf16, with sums in f32, where both factors are bf16, or

@@ -195,7 +195,7 @@ DEVICE void multiplyTiles(const Product& p, TileShared& s, int M, int N, int K) 
       }
     }
     syncThreads();  // c is complete
-    finishTile<kSpan, kParts, kSpan, kProductThreads>(p, s.c, s.m, min(kSpan, M - s.m), s.n, N);
+    finishTile<kSpan, kParts, kSpan, kProductThreads, kHasDots<kLayoutA, kLayoutB>>(p, s.c, s.m, min(kSpan, M - s.m), s.n, N);
     syncThreads();  // c has been read
   }
 }
@@ -316,7 +316,7 @@ DEVICE void multiplyFew(const Product& p, FewShared<T, kRows>& s, float* c, int 
     UNROLL
     for (int i = 0; i < kRows; ++i) c[(warp + i * kProductWarps) * kFewColumns + lane] = sum[i];
     syncThreads();  // c is complete
-    finishTile<kFewColumns, kParts, kFewColumns, kProductThreads>(p, c, 0, M, tile * kColumns, N);
+    finishTile<kFewColumns, kParts, kFewColumns, kProductThreads, false>(p, c, 0, M, tile * kColumns, N);
     syncThreads();  // c has been read
   }
 }

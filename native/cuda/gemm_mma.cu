@@ -165,7 +165,7 @@ DEVICE void multiplyTiles(const Product& p, TileShared<kSpan>& s, int M, int N, 
       }
     }
     syncThreads();  // c is complete
-    finishTile<kSpan, kParts, kPitch<kSpan>, kThreads>(p, s.c, place.m, min(kSpan, M - place.m), place.n, N);
+    finishTile<kSpan, kParts, kPitch<kSpan>, kThreads, kHasDots<kLayoutA, kLayoutB>>(p, s.c, place.m, min(kSpan, M - place.m), place.n, N);
     syncThreads();  // c has been read
   }
 }

@@ -167,7 +167,7 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
 DEVICE int placeInC(int row, int column) { return row * kWarpColumns + (column ^ (row & 3) * 8); }
 
 // The warp's rows, from m on, of a tile that begins at column n, through the epilogue.
-template <int kParts, int kColumns>
+template <int kParts, int kColumns, bool kDots>
 DEVICE void finishRows(const Product& p, const float (&sum)[kParts][kColumns / 2], float* c, int m, int n,
                        const Sizes& size) {
   constexpr int kTogether = kWarpColumns / kParts, kFours = kTogether / 4;
@@ -200,9 +200,9 @@ DEVICE void finishRows(const Product& p, const float (&sum)[kParts][kColumns / 2
         for (int part = 0; part < kParts; ++part) {
           spread(ldShared<float4>(&c[placeInC(row, part * kTogether + column)]), y[part]);
         }
-        dot = finishFour<kParts>(p, y, m + row, n + first + column, size.n);
+        dot = finishFour<kParts, kDots>(p, y, m + row, n + first + column, size.n);
       }
-      if constexpr (kTogether == kDotColumns) finishDot(p, dot, m + row, n + first + column, size.n, inside);
+      if constexpr (kDots) finishDot(p, dot, m + row, n + first + column, size.n, inside);
     }
     syncWarp();  // c has been read
   }
@@ -257,7 +257,7 @@ DEVICE void consume(const Product& p, WgmmaShared& s, const Cut& cut) {
       wgmmaWait<0>(sum[0], sum[1]);
     }
     if (cut.size.k > 0) release();
-    finishRows<kParts, kColumns>(p, sum, s.c[warp], tileM + warp * kWarpRows, tileN, cut.size);
+    finishRows<kParts, kColumns, kHasDots<Layout::AlongK, kLayoutB>>(p, sum, s.c[warp], tileM + warp * kWarpRows, tileN, cut.size);
   });
 }
 

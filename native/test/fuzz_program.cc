@@ -101,6 +101,21 @@ std::vector<Encoded> corpus() {
     w.step("topk_credit", {x, x, after, z, offsets, rowOffsets, weight}, {w.output({n, one})});
     programs.push_back(encode(w));
   }
+  {  // rows that choose experts, their gates and the balance of loads
+    ProgramWriter w;
+    const int n = w.dim(DimKind::Set, 6), e = w.constant(3), o = w.constant(3), s = w.constant(2), one = w.constant(1);
+    const int r = w.dim(DimKind::Produced, 6);
+    const int z = w.feed({n, e}), offsets = w.feedIds({o}), share = w.feed({s}), threshold = w.feed({s});
+    const int choice = w.temp({n, one}), rows = w.tensor(TensorKind::Temp, DType::I32, {r});
+    const int gates = w.temp({r}), loss = w.temp({one});
+    w.step("expert_choice", {z, offsets, share}, {choice}, {1, 0});
+    w.step("route_threshold", {choice, offsets, threshold}, {rows, w.tensor(TensorKind::Temp, DType::I32, {o})});
+    w.step("expert_gate", {z, offsets, share, rows}, {gates}, {1, 0, 2});
+    w.step("expert_gate_grad", {gates, z, offsets, share, rows}, {w.output({n, e})}, {1, 0, 1});
+    w.step("expert_balance", {z, offsets, share}, {loss}, {1});
+    w.step("expert_balance_grad", {loss, z, offsets, share}, {w.output({n, e})}, {1});
+    programs.push_back(encode(w));
+  }
   {  // losses, their gradients, and the optimizer
     ProgramWriter w;
     const int r = w.dim(DimKind::Set, 5), k = w.constant(3), v = w.constant(6), one = w.constant(1);
