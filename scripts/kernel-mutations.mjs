@@ -13,6 +13,8 @@ const embedding = 'native/cuda/embedding.cu';
 const rows = 'native/cuda/rows.cu';
 const route = 'native/cuda/route.cu';
 const expert = 'native/cuda/expert.cu';
+const attention = 'native/cuda/attention_mma.cu';
+const attentionGrad = 'native/cuda/attention_grad_mma.cu';
 const optimizer = 'native/cuda/optimizer.cu';
 const sample = 'native/cuda/sample.cu';
 // Makes the emulated device one that products by mma.sync are chosen for.
@@ -391,6 +393,64 @@ export const mutations = [
     replace: 'const double rows = static_cast<double>(e.z.bound[0]);',
     ops: 'expert',
     cases: 'expert_balance .* of 5: the addon',
+  },
+
+  // Attention of bf16 activations
+  {
+    what: 'attention: a query sees the key behind its last',
+    file: attention,
+    search: 'sumColumn(j) + e >= seen)',
+    replace: 'sumColumn(j) + e > seen)',
+    ops: 'attention',
+    cases: 'heads of 64 .* bf16',
+  },
+  {
+    what: 'attention: values are not waited for',
+    file: attention,
+    search: 'cpAsyncWait<0>();\n    syncThreads();  // v is complete, k has been read',
+    replace: '',
+    ops: 'attention',
+    cases: 'heads of 64 .* bf16',
+  },
+  {
+    what: 'attention: sums so far stay relative to the old largest score',
+    file: attention,
+    search: 'run.sum[i][j][2 * h + 1] *= keep;',
+    replace: '',
+    ops: 'attention',
+    cases: 'over several tiles .* bf16',
+  },
+  {
+    what: 'attention: the next tile overwrites one that is being stored',
+    file: attention,
+    search: 'syncThreads();  // all of shared memory has been read',
+    replace: '',
+    ops: 'attention',
+    cases: 'over several tiles .* 4/4 heads of 16.* bf16',
+  },
+  {
+    what: "attention's gradient: rows on the diagonal are not masked",
+    file: attentionGrad,
+    search: 'g.firstToSee(segment, firstOwn + own - 1)',
+    replace: 'g.firstToSee(segment, firstOwn)',
+    ops: 'attention',
+    cases: 'heads of 64 .* bf16',
+  },
+  {
+    what: "attention's gradient: a tile is overwritten while it is read",
+    file: attentionGrad,
+    search: 'syncThreads();  // second, lse, deltas and seen have been read',
+    replace: '',
+    ops: 'attention',
+    cases: 'over several tiles .* heads of 64.* bf16',
+  },
+  {
+    what: "attention's gradient: the first half of the features for both",
+    file: attentionGrad,
+    search: 'addWeightedRows<kDim>(dv, weightPairs, s.second + feature);',
+    replace: 'addWeightedRows<kDim>(dv, weightPairs, s.second);',
+    ops: 'attention',
+    cases: 'over several tiles .* heads of 256.* bf16',
   },
 
   // Other ops
