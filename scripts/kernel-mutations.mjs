@@ -13,6 +13,8 @@ const embedding = 'native/cuda/embedding.cu';
 const rows = 'native/cuda/rows.cu';
 const route = 'native/cuda/route.cu';
 const expert = 'native/cuda/expert.cu';
+const wgmma = 'native/cuda/gemm_wgmma.cu';
+const loss = 'native/cuda/loss.cu';
 const attention = 'native/cuda/attention_mma.cu';
 const attentionGrad = 'native/cuda/attention_grad_mma.cu';
 const optimizer = 'native/cuda/optimizer.cu';
@@ -393,6 +395,88 @@ export const mutations = [
     replace: 'const double rows = static_cast<double>(e.z.bound[0]);',
     ops: 'expert',
     cases: 'expert_balance .* of 5: the addon',
+  },
+
+  // Products by wgmma, and losses
+  {
+    what: 'wgmma: the ring is taken for free a round early',
+    file: wgmma,
+    search: 'mbarrierWait(s.empty[ring.stage], ring.round ^ 1);',
+    replace: 'mbarrierWait(s.empty[ring.stage], ring.round);',
+    ops: 'products',
+    cases: 'on tensor cores: .*72,504',
+  },
+  {
+    what: 'wgmma: a stage is released while it is being multiplied',
+    file: wgmma,
+    search: 'wgmmaWait<1>(sum[0]);',
+    replace: 'wgmmaWait<2>(sum[0]);',
+    ops: 'products',
+    cases: 'on tensor cores: .*72,504',
+  },
+  {
+    what: 'wgmma: both blocks of a pair load the first half of B',
+    file: wgmma,
+    search: 'box / (kWidth / kPair) == clusterRank()',
+    replace: 'box / (kWidth / kPair) == 0',
+    ops: 'products',
+    cases: 'on tensor cores: .*260,136',
+  },
+  {
+    what: 'wgmma: consumers release the stages of their own block alone',
+    file: wgmma,
+    search: 'if (lane < kPair) mbarrierArriveAt(s.empty[before], lane);',
+    replace: 'if (lane < kPair) mbarrierArriveAt(s.empty[before], clusterRank());',
+    ops: 'products',
+    cases: 'on tensor cores: .*260,136',
+  },
+  {
+    what: 'wgmma: the last step of a prefix sees the weights beyond',
+    file: wgmma,
+    search: 'const bool byTma = k + kDepth <= K || K == weights.depth;',
+    replace: 'const bool byTma = true;',
+    ops: 'products',
+    cases: 'on tensor cores: .*prefix',
+  },
+  {
+    what: 'wgmma: the second weight of a gated layer is the first',
+    file: wgmma,
+    search: 'wgmmaBf16<kMajor>(sum[part],',
+    replace: 'wgmmaBf16<kMajor>(sum[0],',
+    ops: 'products',
+    cases: 'on tensor cores: .*260,136',
+  },
+  {
+    what: 'wgmma: a warp writes C while its neighbour reads it',
+    file: wgmma,
+    search: 'syncWarp();  // c is complete',
+    replace: '',
+    ops: 'products',
+    cases: 'on tensor cores: .*260,136',
+  },
+  {
+    what: 'losses: the sum does not shrink when a larger logit comes',
+    file: loss,
+    search: 'sum = fmaf(sum, factor, added);',
+    replace: 'sum += added;',
+    ops: 'loss',
+    cases: 'distill_kl',
+  },
+  {
+    what: 'losses: of several largest logits the last',
+    file: loss,
+    search: 'other.piece < top.piece',
+    replace: 'other.piece > top.piece',
+    ops: 'loss',
+    cases: 'cross_entropy',
+  },
+  {
+    what: 'distill_kl: the teacher is read where the student is',
+    file: loss,
+    search: 'rows.logits + int64_t{count + i} * V',
+    replace: 'rows.logits + int64_t{i} * V',
+    ops: 'loss',
+    cases: 'distill_kl',
   },
 
   // Attention of bf16 activations

@@ -28,7 +28,8 @@ async function greedy(
 
 describe.each(goldenNames('golden.safetensors'))('%s', (name) => {
   test('greedy generation with caches takes the tokens of the full forward pass', async () => {
-    await using model = await loadModel(join(goldenDirectory, name));
+    // In f32, where a row has the same bits whatever rows are beside it, on every device.
+    await using model = await loadModel(join(goldenDirectory, name), { activations: 'f32' });
     const prompt = [3, 5, 7, 11].map((id) => id % model.info.vocab);
     const stream = model.generate(prompt, { maxTokens: 8 });
     expect(await stream.ids).toEqual(await greedy(model, prompt, 8));
