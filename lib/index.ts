@@ -13,6 +13,7 @@ export {
   type TrainCapacity,
 } from './elastic/elastify.js';
 export type { AttentionKeys, Axis, Capacity, ElasticSpec, GateMode, Level } from './elastic/policy.js';
+export type { ExpertGate } from './graph/ops/expert.js';
 export {
   type Baseline,
   type EvalDocument,
@@ -40,5 +41,6 @@ export type {
 } from './infer/types.js';
 export { FileSystemError } from './io/files.js';
 export type { NativeInfo } from './native/addon.js';
+export type { Activations, DeviceChoice } from './native/engine.js';
 export * from './native/errors.js';
 export { agreementChart, levelsCsv, lineChart, qualityChart, type ReportData, reportHtml } from './report/index.js';
