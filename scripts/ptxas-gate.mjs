@@ -2,11 +2,12 @@
 // static shared memory, tensor-core instructions. Fails on spills, stack frames, serialised wgmma (C75xx), warnings, and
 // on any change of the table. node scripts/ptxas-gate.mjs [--arch 80,90a] [--update]
 // With cuobjdump (on PATH or named by CUOBJDUMP) the machine code is searched for local memory and tensor instructions.
-import { spawnSync } from 'node:child_process';
+import { execFile, spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
 import { basename, dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
+import { parseArgs, promisify } from 'node:util';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '..');
 const tablePath = join(root, 'native/device/ptxas.json');
@@ -14,15 +15,22 @@ const { values } = parseArgs({
   options: { arch: { type: 'string', default: '80,90a' }, update: { type: 'boolean', default: false } },
 });
 
-function run(command, args) {
-  const result = spawnSync(command, args, { cwd: root, encoding: 'utf8', maxBuffer: 1 << 28 });
-  return { ok: result.status === 0, text: `${result.stdout ?? ''}${result.stderr ?? ''}` };
+async function run(command, args) {
+  try {
+    const { stdout, stderr } = await promisify(execFile)(command, args, { cwd: root, maxBuffer: 1 << 28 });
+    return { ok: true, text: stdout + stderr };
+  } catch (error) {
+    return { ok: false, text: `${error.stdout ?? ''}${error.stderr ?? error.message}` };
+  }
 }
 
-function nvcc() {
+async function nvcc() {
   const homes = [process.env.CUDA_HOME, process.env.CUDA_PATH, '/usr/local/cuda'].filter(Boolean);
   const candidates = [process.env.CUDACXX, 'nvcc', ...homes.map((home) => join(home, 'bin/nvcc'))].filter(Boolean);
-  return candidates.find((candidate) => run(candidate, ['--version']).ok);
+  for (const candidate of candidates) {
+    if ((await run(candidate, ['--version'])).ok) return candidate;
+  }
+  return null;
 }
 
 /** The kernel's name without what differs between builds: namespaces, the hash of a source's path, parameters. */
@@ -51,7 +59,7 @@ function tensorInstructions(ptx) {
 const problems = [];
 
 /** Compiles one source for one architecture; returns { kernel: { registers, shared, tensor } }. */
-function measure(compiler, source, arch) {
+async function measure(compiler, source, arch) {
   const where = `${source} for sm_${arch}`;
   const folder = join(root, 'build/ptxas', arch);
   mkdirSync(folder, { recursive: true });
@@ -59,7 +67,7 @@ function measure(compiler, source, arch) {
   const keep = join(folder, basename(source));
   rmSync(keep, { recursive: true, force: true });
   mkdirSync(keep);
-  const compiled = run(compiler, [
+  const compiled = await run(compiler, [
     ...['-std=c++20', '-O3', '-fmad=false', '-Xcompiler', '-Wall,-Wextra', '-Xptxas', '-v', '-I', 'native'],
     ...['-gencode', `arch=compute_${arch},code=sm_${arch}`, '--keep', '--keep-dir', keep, '-c', source, '-o', object],
   ]);
@@ -88,7 +96,7 @@ function measure(compiler, source, arch) {
       tensor: tensor[symbols[i]] ?? 0,
     };
   });
-  inspect(
+  await inspect(
     object,
     where,
     Object.values(kernels).some((kernel) => kernel.tensor > 0),
@@ -97,12 +105,12 @@ function measure(compiler, source, arch) {
 }
 
 const cuobjdump = process.env.CUOBJDUMP ?? 'cuobjdump';
-const hasCuobjdump = run(cuobjdump, ['--version']).ok;
+const hasCuobjdump = (await run(cuobjdump, ['--version'])).ok;
 
 /** Machine code: no local memory, and tensor instructions where PTX has them. */
-function inspect(object, where, hasTensor) {
+async function inspect(object, where, hasTensor) {
   if (!hasCuobjdump) return;
-  const code = run(cuobjdump, ['--dump-sass', object]).text;
+  const code = (await run(cuobjdump, ['--dump-sass', object])).text;
   const count = (pattern) => code.match(pattern)?.length ?? 0;
   const local = count(/\b(LDL|STL)\b/g);
   const tensor = count(/\bH(G)?MMA\b/g);
@@ -111,19 +119,26 @@ function inspect(object, where, hasTensor) {
   console.log(`${where}: ${tensor} tensor-core instructions in machine code`);
 }
 
-const compiler = nvcc();
+const compiler = await nvcc();
 if (!compiler) {
   console.log('ptxas gate: skipped, no nvcc');
   process.exit(0);
 }
-const sources = run('git', ['ls-files', '-co', '--exclude-standard', 'native/*.cu']).text.trim().split('\n');
+const listed = await run('git', ['ls-files', '-co', '--exclude-standard', 'native/*.cu']);
+const sources = listed.text.trim().split('\n');
 const table = existsSync(tablePath) ? JSON.parse(readFileSync(tablePath, 'utf8')) : {};
+const jobs = values.arch.split(',').flatMap((arch) => sources.map((source) => ({ arch, source, kernels: {} })));
+const waiting = [...jobs];
+await Promise.all(
+  Array.from({ length: availableParallelism() }, async () => {
+    for (let job = waiting.shift(); job; job = waiting.shift()) {
+      job.kernels = await measure(compiler, job.source, job.arch);
+    }
+  }),
+);
 for (const arch of values.arch.split(',')) {
-  const measured = {};
-  for (const source of sources) {
-    const kernels = measure(compiler, source, arch);
-    if (Object.keys(kernels).length > 0) measured[source] = kernels;
-  }
+  const own = jobs.filter((job) => job.arch === arch && Object.keys(job.kernels).length > 0);
+  const measured = Object.fromEntries(own.map(({ source, kernels }) => [source, kernels]));
   if (!values.update) compare(table[`sm_${arch}`] ?? {}, measured, `sm_${arch}`);
   table[`sm_${arch}`] = measured;
   console.log(
