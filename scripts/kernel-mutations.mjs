@@ -183,7 +183,7 @@ export const mutations = [
     search: 'ldGlobal(p.rowScale + m)',
     replace: 'ldGlobal(p.rowScale + (p.rows ? ldGlobal(p.rows + m) : m))',
     ops: 'products',
-    cases: '60,67\\] x .* of bf16.?: with',
+    cases: '60,67\\] x .* of f32',
   },
   {
     what: 'epilogue: rows are not scattered',
@@ -468,7 +468,7 @@ export const mutations = [
     search: 'other.piece < top.piece',
     replace: 'other.piece > top.piece',
     ops: 'loss',
-    cases: 'cross_entropy',
+    cases: 'of equal logits',
   },
   {
     what: 'distill_kl: the teacher is read where the student is',
