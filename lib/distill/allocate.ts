@@ -99,14 +99,14 @@ export async function allocationPath(
     /** Length of the path when it was measured. */
     age: number;
   }
+  // A feed-forward without any block is one that no token enters, which is for the router of tokens to say.
+  const stepsOf = (i: number) => (routers[i].axis === 'blocks' ? steps.slice(0, -1) : steps);
   const unknown: Candidate = { slope: Number.NEGATIVE_INFINITY, to: 0, kl: 0, age: -1 };
   const candidates = new Map(routers.flatMap(({ id }, i) => (lowers(id) ? [[i, unknown] as const] : [])));
   const measure = async (i: number): Promise<Candidate> => {
     const from = steps.indexOf(at[i]);
     let best: Candidate | null = null;
-    // A feed-forward without any block is one that no token enters, which is for the router of tokens to say.
-    const least = routers[i].axis === 'blocks' ? 1 : 0;
-    for (const to of steps.slice(from + 1, Math.min(from + 3, steps.length - least))) {
+    for (const to of stepsOf(i).slice(from + 1, from + 3)) {
       const capacities = at.with(i, to);
       const measured = await probe.measure(capacities, signal);
       const slope = (measured.kl - kl) / (cost(at) - cost(capacities));
@@ -124,7 +124,7 @@ export async function allocationPath(
     at = at.with(i, best.to);
     kl = best.kl;
     path.push(at);
-    if (best.to === (routers[i].axis === 'blocks' ? steps.at(-2) : 0)) candidates.delete(i);
+    if (best.to === stepsOf(i).at(-1)) candidates.delete(i);
     else candidates.set(i, { ...best, age: -1 });
     await onProgress?.(Math.round(100 * Math.min(1, (start - cost(at)) / (start - least))), 100);
   }

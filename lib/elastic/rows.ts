@@ -78,7 +78,12 @@ function blockLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
   return linear(x, router.weight, { bias: router.bias, rows: gather });
 }
 
-/** The rows of `entered` that choose each block. Without a mode gates are 1. */
+/** A sub-layer is there unless one of its routers is absent. */
+const runsUnless = (absent: (id: string) => boolean): Selector['runs'] => {
+  return (layer, place) => !absent(routerId(layer, place)) && !(place === 'mlp' && absent(blockRouterId(layer)));
+};
+
+/** The rows that choose each block, by scores of those that entered. `gateOf` may give none, which is 1. */
 function chosenBlocks(
   scores: ExpertScores,
   count: number,
@@ -155,9 +160,8 @@ export function inferenceSelector(
   segments: Dim | number,
   known: ReadonlyMap<string, number> = new Map(),
 ): Selector {
-  const absent = (id: string) => known.get(id) === Number.POSITIVE_INFINITY;
   return {
-    runs: (layer, place) => !absent(routerId(layer, place)) && !(place === 'mlp' && absent(blockRouterId(layer))),
+    runs: runsUnless((id) => known.get(id) === Number.POSITIVE_INFINITY),
     blocks(entered: EnteredRows): BlockSelection[] | null {
       const id = blockRouterId(entered.layer);
       if (!cut(policy, entered.layer) || known.get(id) === Number.NEGATIVE_INFINITY) return null;
@@ -213,8 +217,7 @@ export function randomSelector(
   absent: ReadonlySet<string> = new Set(),
 ): Selector {
   return {
-    runs: (layer, place) =>
-      !absent.has(routerId(layer, place)) && !(place === 'mlp' && absent.has(blockRouterId(layer))),
+    runs: runsUnless((id) => absent.has(id)),
     blocks(entered: EnteredRows): BlockSelection[] | null {
       if (!cut(policy, entered.layer)) return null;
       const id = blockRouterId(entered.layer);
