@@ -9,15 +9,13 @@ import {
   gatedActivation,
   gatherIds,
   layerNorm,
-  linear,
   linearAdd,
-  linearGated,
   rmsNorm,
   rope,
   zeros,
 } from '../graph/index.js';
-import { InvalidArgumentError } from '../native/errors.js';
-import type { Place, RowSelection, Selector } from './select.js';
+import { type Matrix, matrix, product, productAdd, productGated, weightPart } from './products.js';
+import type { Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
 import type { ModelSpec } from './spec.js';
 import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
 
@@ -77,8 +75,8 @@ function enter(context: BlockContext, layer: number, place: Place, residual: Nod
 }
 
 // Adds the sub-layer's output to the rows that entered.
-function leave(residual: Node, y: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
-  return linearAdd(residual, y, weight, { bias, rows: selection?.rows, gate: selection?.gate?.(selection.rows) });
+function leave(residual: Node, y: Node, out: Matrix, selection: RowSelection | null): Node {
+  return productAdd(residual, y, out, { rows: selection?.rows, gate: selection?.gate?.(selection.rows) });
 }
 
 /**
@@ -98,7 +96,7 @@ export function attentionBlock(
   const { graph, spec } = context;
   const { heads, kvHeads, headDim } = spec;
   const { x, gather, selection } = enter(context, layer, 'attn', residual, weights.norm1);
-  const project = ({ weight, bias }: Affine<Node>, rows: Node | null) => linear(x, weight, { bias, rows });
+  const of = (projection: 'q' | 'k' | 'v' | 'o') => matrix(context, layer, weights[projection], projection);
   const turn = (y: Node, entered: RowSelection | null) => {
     if (!spec.rope) return y;
     const { invFreq } = spec.rope;
@@ -107,9 +105,9 @@ export function attentionBlock(
   };
   const keep = selection?.allKeys ?? false;
   const [keyRows, keySelection] = keep ? [null, null] : [gather, selection];
-  const q = turn(project(weights.q, gather), selection);
-  const k = turn(project(weights.k, keyRows), keySelection);
-  const v = project(weights.v, keyRows);
+  const q = turn(product(x, of('q'), { rows: gather }), selection);
+  const k = turn(product(x, of('k'), { rows: keyRows }), keySelection);
+  const v = product(x, of('v'), { rows: keyRows });
   const offsets = keySelection?.offsets ?? context.offsets;
   const options = {
     heads,
@@ -120,7 +118,7 @@ export function attentionBlock(
   const y = cache
     ? attentionCached(q, k, v, offsets, cache.lengths, cache.k, cache.v, options)
     : attention(q, k, v, offsets, { ...options, causal: true });
-  return leave(residual, y, weights.o, selection);
+  return leave(residual, y, of('o'), selection);
 }
 
 /** `residual + down(act(gate(x)) * up(x))` of the normalised rows, or `residual + down(act(up(x)))`. */
@@ -132,45 +130,37 @@ export function feedForwardBlock(
 ): Node {
   const { act } = context.spec;
   const { x, gather, selection } = enter(context, layer, 'mlp', residual, norm2);
-  const hidden = (up: Affine<Node>, gate: Affine<Node> | undefined, rows: Node | null) =>
+  const of = (weights: Affine<Node>, projection: Projection, part?: UnitPart) =>
+    matrix(context, layer, weights, projection, part);
+  const hidden = (rows: Node | null, part?: UnitPart) =>
     gate
-      ? linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows })
-      : linear(x, up.weight, { bias: up.bias, act, rows });
+      ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), rows, act)
+      : product(x, of(up, 'up', part), { rows, act });
   const offsets = selection?.offsets ?? context.offsets;
   const blocks = context.selector.blocks?.({ layer, x, gather, residual, rows: selection?.rows ?? null, offsets });
-  if (!blocks) return leave(residual, hidden(up, gate, gather), down, selection);
+  if (!blocks) return leave(residual, hidden(gather), of(down, 'down'), selection);
 
   // A sum over blocks of units: each reads and adds to the rows that chose it, one block after the other.
   const { graph } = context;
-  const part = (axis: 0 | 1, i: number, { weight, bias }: Affine<Node>): Affine<Node> => ({
-    weight: weightPart(graph, weight, axis, i, blocks.length),
-    ...(bias && axis === 0 && { bias: weightPart(graph, bias, 0, i, blocks.length) }),
-  });
   let y = residual;
   graph.tag(`${graph.currentTag}.blocks`, () => {
-    for (const [i, { rows, gate: factor }] of blocks.entries()) {
+    for (const [index, { rows, gate: factor }] of blocks.entries()) {
+      const part = { index, count: blocks.length };
       const at = selection ? gatherIds(selection.rows, rows) : rows;
-      const units = hidden(part(0, i, up), gate && part(0, i, gate), gather ? at : rows);
+      const units = hidden(gather ? at : rows, part);
       const token = selection?.gate?.(at);
       const both = token && factor ? gatedActivation(token, factor, 'none') : (token ?? factor);
-      y = linearAdd(y, units, part(1, i, down).weight, { rows: at, gate: both });
+      y = productAdd(y, units, of(down, 'down', part), { rows: at, gate: both });
     }
   });
   return down.bias ? graph.tag(`${graph.currentTag}.bias`, () => addBias(y, down, selection ?? null)) : y;
-}
-
-/** Part `i` of `count` of a bound weight. */
-function weightPart(graph: Graph, weight: Node, axis: 0 | 1, i: number, count: number): Node {
-  const tensor = weight.leaf?.kind === 'weight' ? weight.leaf.tensor : null;
-  if (!tensor) throw new InvalidArgumentError('[model] only frozen weights can be cut into blocks');
-  return graph.weight(tensor.part(axis, i, count), `${weight.name} ${i}/${count}`);
 }
 
 // Once for every row that entered, whatever it chose: a product with zeros that has the bias.
 function addBias(residual: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
   const count = selection ? selection.rows.shape[0] : residual.shape[0];
   const rows = selection?.rows;
-  const column = weightPart(residual.graph, weight, 1, 0, boundOf(weight.shape[1]));
+  const column = weightPart(residual.graph, weight, 1, { index: 0, count: boundOf(weight.shape[1]) });
   return linearAdd(residual, zeros(residual.graph, [count, 1]), column, {
     bias,
     rows,

@@ -1,4 +1,4 @@
-// The seam between a decoder and what is selected in it: which sub-layers run, and which rows enter them.
+// The seam between a decoder and what is selected in it: which sub-layers run, which rows enter them, what corrects them.
 import type { Node } from '../graph/graph.js';
 
 export const places = ['attn', 'mlp'] as const;
@@ -40,6 +40,25 @@ export interface EnteredRows {
   readonly offsets: Node;
 }
 
+/** The matrices of a layer. */
+export const projections = ['q', 'k', 'v', 'o', 'gate', 'up', 'down'] as const;
+export type Projection = (typeof projections)[number];
+
+/** The axis of a projection [outputs, inputs] that its units, of heads or of the feed-forward, lie along. */
+export const unitAxis = (projection: Projection): 0 | 1 => (projection === 'o' || projection === 'down' ? 1 : 0);
+
+/** One of `count` equal parts of the units of a projection. */
+export interface UnitPart {
+  readonly index: number;
+  readonly count: number;
+}
+
+/** A low-rank correction of a projection w: `x (w + b a)^T` with a [r, inputs] and b [outputs, r] (LoRA, arXiv 2106.09685). */
+export interface LowRank {
+  readonly a: Node;
+  readonly b: Node;
+}
+
 /** What a selector sees of the sub-layer it decides about. */
 export interface SubLayer {
   readonly layer: number;
@@ -60,6 +79,8 @@ export interface Selector {
   rows(subLayer: SubLayer): RowSelection | null;
   /** Of a feed-forward layer cut into as many blocks of equal width, who chose each; null or absent: not cut. */
   blocks?(entered: EnteredRows): readonly BlockSelection[] | null;
+  /** The correction of a projection, or of one part of its units; null or absent: none. */
+  patch?(layer: number, projection: Projection, part?: UnitPart): LowRank | null;
 }
 
 /** The backbone as it is. */
