@@ -1,6 +1,7 @@
 // `elastiform elastify`: attaches untrained routers to a model.
 import { type ElastiformerRecipe, elastify, type TrainCapacity } from '../elastic/elastify.js';
 import { attentionKeys, gateModes } from '../elastic/policy.js';
+import { type Projection, projections } from '../model/select.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { percent } from './shared.js';
 
@@ -14,6 +15,8 @@ export const elastifyCommand: Command = {
     mlp: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train the FFN for (default: 0.3:1)' },
     blocks: { type: 'string', value: 'N', help: 'cut the FFN into N blocks, of which every token uses a share' },
     'block-share': { type: 'string', value: 'C|LOW:HIGH', help: 'share of blocks to train for (default: 0.3:1)' },
+    lora: { type: 'string', value: 'RANK', help: 'train corrections of this rank' },
+    'lora-targets': { type: 'string', value: 'q,v,...', help: `projections to correct, of ${projections.join(', ')}` },
     layers: { type: 'string', value: 'all|even|0,1,...', help: 'layers to route (default: all)' },
     keys: {
       type: 'string',
@@ -31,6 +34,9 @@ export const elastifyCommand: Command = {
     const count = flags.integer('blocks', { min: 2 });
     const share = capacity(flags, 'block-share');
     if (share !== undefined && count === undefined) throw new UsageError('[cli] --block-share needs --blocks');
+    const rank = flags.integer('lora', { min: 1 });
+    const targets = flags.string('lora-targets')?.split(',') as Projection[] | undefined;
+    if (targets && rank === undefined) throw new UsageError('[cli] --lora-targets needs --lora');
     const layers = flags.string('layers');
     const keys = flags.choice('keys', attentionKeys);
     const gate = flags.choice('gate', gateModes);
@@ -40,6 +46,7 @@ export const elastifyCommand: Command = {
         ? { tokens: { ...(attn !== undefined && { attn }), ...(mlp !== undefined && { mlp }) } }
         : {}),
       ...(count === undefined ? {} : { blocks: { count, ...(share !== undefined && { share }) } }),
+      ...(rank === undefined ? {} : { lora: { rank, ...(targets && { targets }) } }),
       ...(layers === undefined ? {} : { layers: layers === 'all' || layers === 'even' ? layers : layerIds(layers) }),
       ...(keys ? { keys } : {}),
       ...(gate ? { gate } : {}),
@@ -49,7 +56,7 @@ export const elastifyCommand: Command = {
     else {
       for (const warning of plan.warnings) process.stderr.write(`warning: ${warning}\n`);
       print(
-        `${plan.dir}: ${plan.trainableParameters} router parameters, ${percent(plan.trainableShare, 4)} of the model. Train them: elastiform distill ${plan.dir} --data FILE --steps N --out DIR\n`,
+        `${plan.dir}: ${plan.trainableParameters} trainable parameters, ${percent(plan.trainableShare, 4)} of the model. Train them: elastiform distill ${plan.dir} --data FILE --steps N --out DIR\n`,
       );
     }
     return 0;

@@ -1,9 +1,8 @@
-// Self-distillation: trains the routers of a plan so that the routed model imitates its own full self.
+// Self-distillation: trains the routers and corrections of a plan so that the routed model imitates its own full self.
 import { createHash } from 'node:crypto';
 import { join, resolve } from 'node:path';
 import { standardLevels } from '../elastic/budget.js';
-import type { Axis, ElasticPolicy, Router } from '../elastic/policy.js';
-import { policyToJson, routerPlaces } from '../elastic/policy.js';
+import { type Axis, type ElasticPolicy, policyToJson } from '../elastic/policy.js';
 import { readElastic, writeElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
@@ -17,9 +16,10 @@ import { batchRun, firstBatches, trainingTexts, wholeEpoch } from './batches.js'
 import { calibrate } from './calibrate.js';
 import { type DataSource, TokenData } from './data.js';
 import type { TrainConfig, TrainResult } from './events.js';
+import { startVector, trainablePlan, trainedLora, trainedRouters } from './plan.js';
 import { DivergenceProbe } from './probe.js';
 import { Random } from './random.js';
-import { capacityFeeds, type DistillModel, type LossWeights, noiseFeeds, routerPlan, trainProgram } from './steps.js';
+import { capacityFeeds, type DistillModel, type LossWeights, noiseFeeds, trainProgram } from './steps.js';
 import { Trainable } from './trainable.js';
 import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
 
@@ -49,14 +49,27 @@ export interface DistillConfig extends TrainConfig {
   activations?: Activations;
   /** Tokens measured for the thresholds, at each of 8 capacities; default 8192. */
   calibrationTokens?: number;
+  /** Learning rate of corrections (LoRA), where the plan has some; `optimizer.lr` is that of routers. Default 2e-3. */
+  loraLr?: number;
 }
 
 /** Tokens on which divergence is measured to divide capacities among layers. */
 const probedTokens = 2048;
-const ownKeys = ['plan', 'out', 'data', 'evalData', 'heldOut', 'loss', 'dtype', 'activations', 'calibrationTokens'];
+const ownKeys = [
+  'plan',
+  'out',
+  'data',
+  'evalData',
+  'heldOut',
+  'loss',
+  'dtype',
+  'activations',
+  'calibrationTokens',
+  'loraLr',
+];
 
 /**
- * Trains the routers of a plan, calibrates their thresholds and writes the elastic directory. Everything else stays
+ * Trains the routers of a plan and its corrections, calibrates thresholds and writes the elastic directory. Everything else stays
  * frozen; teacher and student share the mapped weights. The same config gives the same bits whatever the thread count,
  * and a killed run, started again, continues to the same bits.
  *
@@ -72,6 +85,10 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   const calibrationTokens = config.calibrationTokens ?? 8192;
   if (!Number.isInteger(calibrationTokens) || calibrationTokens < 1) {
     throw new InvalidArgumentError(`[distill] calibrationTokens must be a positive integer, got ${calibrationTokens}`);
+  }
+  const loraLr = config.loraLr ?? 2e-3;
+  if (!(Number.isFinite(loraLr) && loraLr > 0)) {
+    throw new InvalidArgumentError(`[distill] loraLr must be a positive number, got ${loraLr}`);
   }
   if (resolve(config.plan) === resolve(config.out)) {
     throw new InvalidArgumentError(`[distill] out must be another directory than the plan, got ${config.out}`);
@@ -101,8 +118,8 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
     using checkpoint = Checkpoint.open(config.plan);
     using loaded = loadWeights(spec, checkpoint, config.dtype ? { dtype: config.dtype } : {});
     using engine = new Engine(config.device, { activations: config.activations, weights: loaded.dtype });
-    using trainable = new Trainable(routerPlan(policy));
-    const start = flatten(trainable, elastic.routers);
+    using trainable = new Trainable(trainablePlan(policy, spec, loraLr / resolved.optimizer.lr));
+    const start = startVector(trainable.plan, policy, spec, elastic, new Random(resolved.seed, 'lora'));
     trainable.params.write(start);
     const model: DistillModel = {
       spec,
@@ -130,6 +147,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         policy: policyToJson({ ...policy, calibration: null, levels: [] }),
         start: createHash('sha256').update(start).digest('hex'),
         losses,
+        loraLr: policy.lora ? loraLr : null,
         dtype: config.dtype ?? null,
         activations: engine.activations,
         evalData: evalData?.sha256() ?? null,
@@ -170,7 +188,8 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         config.out,
         config.plan,
         { ...policy, calibration, levels: standardLevels(spec, policy, calibration, calibration.sequenceLength) },
-        unflatten(trainable, policy),
+        trainedRouters(trainable, policy),
+        trainedLora(trainable, policy, spec),
       );
     }
     return { dir: config.out, step: result.step, stopped: result.stopped, ...(result.best && { best: result.best }) };
@@ -233,24 +252,4 @@ function evaluator(probe: DivergenceProbe, policy: ElasticPolicy, sensitivity: r
     }
     return { levels, metric: sum / draws.length };
   };
-}
-
-function flatten(trainable: Trainable, routers: ReadonlyMap<string, Router>): Float32Array {
-  const flat = new Float32Array(trainable.plan.size);
-  for (const { name, offset } of trainable.plan.parameters) {
-    const [, id, part] = /^(.*)\.(weight|bias)$/.exec(name)!;
-    const router = routers.get(id)!;
-    flat.set(part === 'weight' ? router.weight : router.bias, offset);
-  }
-  return flat;
-}
-
-function unflatten(trainable: Trainable, policy: ElasticPolicy): Map<string, Router> {
-  const values = trainable.values();
-  return new Map(
-    routerPlaces(policy).map(({ id }) => [
-      id,
-      { weight: values.get(`${id}.weight`)!, bias: values.get(`${id}.bias`)! },
-    ]),
-  );
 }

@@ -1,5 +1,6 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
-import { type ElasticPolicy, type Routing, routerParameters, routerPlaces } from '../elastic/policy.js';
+import { LoraTensors, patched, trainablePatch } from '../elastic/lora.js';
+import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
 import {
   capacityFeed,
   inferenceSelector,
@@ -11,6 +12,7 @@ import {
 } from '../elastic/rows.js';
 import {
   add,
+  type Dim,
   distillKl,
   dot,
   expertBalance,
@@ -26,9 +28,10 @@ import {
 import { decoder, finalNorm } from '../model/decoder.js';
 import { selectEverything } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
-import { bindWeights, type DecoderTensors, type ParameterPlan } from '../model/weights.js';
+import { bindWeights, type DecoderTensors } from '../model/weights.js';
 import type { Engine } from '../native/index.js';
 import { batchInputs } from './batches.js';
+import { trainedLora } from './plan.js';
 import type { Random } from './random.js';
 import type { Trainable } from './trainable.js';
 
@@ -38,7 +41,7 @@ export interface DistillModel {
   /** The frozen backbone. */
   weights: DecoderTensors;
   policy: ElasticPolicy;
-  /** Parameters named `<router id>.weight` and `<router id>.bias`; see routerPlan. */
+  /** Routers, named `<router id>.weight` and `<router id>.bias`, and corrections; see trainablePlan. */
   trainable: Trainable;
   engine: Engine;
   /** Most rows of a batch. */
@@ -49,21 +52,6 @@ export interface LossWeights {
   kl: number;
   topkBce: number;
   loadBalance: number;
-}
-
-/** Where every router's parameters lie in the flat vector: all weights, which decay, then all biases. */
-export function routerPlan(policy: Routing & Pick<ElasticPolicy, 'hidden'>): ParameterPlan {
-  let offset = 0;
-  const place = (name: string, shape: readonly number[], decay: boolean) => {
-    const size = shape.reduce((product, n) => product * n, 1);
-    offset += size;
-    return { name, shape, offset: offset - size, size, decay };
-  };
-  const routers = routerPlaces(policy);
-  const weights = routers.map(({ id, outputs }) => place(`${id}.weight`, [outputs, policy.hidden], true));
-  const decayCount = offset;
-  const biases = routers.map(({ id, outputs }) => place(`${id}.bias`, [outputs], false));
-  return { parameters: [...weights, ...biases], size: routerParameters(policy), decayCount };
 }
 
 /** Capacity feeds: a share of rows for every router, in the order of execution, and segment. */
@@ -93,6 +81,15 @@ export function noiseFeeds(policy: ElasticPolicy, rows: number, random: Random):
   };
   return Object.fromEntries(
     routerPlaces(policy).map(({ id, outputs }) => [noiseFeed(id), Float32Array.from({ length: rows * outputs }, draw)]),
+  );
+}
+
+/** The student: routed by top-k, with corrections. */
+function studentSelector(graph: Graph, { policy, trainable }: DistillModel, segments: Dim | number, explore = false) {
+  const selector = trainingSelector(graph, policy, routerNodes(graph, trainable), segments, { explore });
+  return patched(
+    selector,
+    trainablePatch(graph, (name) => trainable.view(name), policy),
   );
 }
 
@@ -150,7 +147,7 @@ export function trainProgram(
     residuals: teacherResiduals,
   });
   const ht = graph.tag('teacher/head', () => finalNorm(spec, weights, teacher));
-  const selector = trainingSelector(graph, policy, routerNodes(graph, trainable), segments, { explore });
+  const selector = studentSelector(graph, model, segments, explore);
   const student = decoder(graph, spec, weights, inputs, selector, { recompute, residuals });
   const { routed, routedBlocks } = selector;
   const weight = graph.feed('weight', 'f32', [rows]);
@@ -180,12 +177,12 @@ export function trainProgram(
   const total = (divergence: Node): Node => extra.reduce((sum, term) => add(sum, term), scale(divergence, losses.kl));
   const loss = total(kl);
   graph.output('loss', loss);
-  // Gates of blocks, and of tokens that are not straight-through, are in the divergence itself.
+  // Gates of blocks, of tokens that are not straight-through, and corrections are in the divergence itself.
   const byCredit = policy.gate === 'straight-through' && routed.length > 0;
   const objective = byCredit
     ? graph.tag('routers', () => {
         const credit = credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight);
-        return total(routedBlocks.length > 0 ? add(credit, kl) : credit);
+        return total(routedBlocks.length > 0 || policy.lora ? add(credit, kl) : credit);
       })
     : loss;
   trainable.accumulateGradients(graph, objective, (name) => graph.state(trainable.view(name)));
@@ -210,7 +207,7 @@ export function evalProgram(model: DistillModel): Program {
   const graph = new Graph();
   const weights = bindWeights(graph, model.weights);
   const { rows, segments, ...inputs } = batchInputs(graph, model.batchTokens);
-  const selector = trainingSelector(graph, model.policy, routerNodes(graph, model.trainable), segments);
+  const selector = studentSelector(graph, model, segments);
   const student = finalNorm(spec, weights, decoder(graph, spec, weights, inputs, selector));
   const weight = graph.feed('weight', 'f32', [rows]);
   const { loss, agree } = distillKl(student, graph.feed('teacher', 'f32', [rows, spec.hidden]), weights.head, weight);
@@ -223,7 +220,7 @@ export function evalProgram(model: DistillModel): Program {
 export function logitsProgram(model: DistillModel): Program {
   const graph = new Graph();
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
-  const selector = trainingSelector(graph, model.policy, routerNodes(graph, model.trainable), segments);
+  const selector = studentSelector(graph, model, segments);
   decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, selector);
   for (const { id, z } of selector.routed) graph.output(id, z);
   return Program.compile(graph, model.engine);
@@ -234,7 +231,9 @@ export function thresholdProgram(model: DistillModel, thresholds: ReadonlyMap<st
   const graph = new Graph();
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
   const routers = routerNodes(graph, model.trainable);
-  const selector = inferenceSelector(graph, model.policy, routers, segments, thresholds);
+  using lora = new LoraTensors(trainedLora(model.trainable, model.policy, model.spec) ?? new Map());
+  const routed = inferenceSelector(graph, model.policy, routers, segments, thresholds);
+  const selector = patched(routed, lora.patch(graph));
   decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, recordedSelector(graph, selector));
   return Program.compile(graph, model.engine);
 }

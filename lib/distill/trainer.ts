@@ -360,21 +360,31 @@ export async function train(
   return { step: state.step, stopped, best: state.best };
 }
 
-function optimizerProgram(trainable: Trainable, engine: Engine) {
+// One update of every group, each with its own hyperparameters.
+function optimizerProgram({ plan, params, grads, m, v }: Trainable, engine: Engine) {
+  const { size, decayCount } = plan;
+  const groups = plan.groups ?? [{ offset: 0, size, decayCount, lrScale: 1 }];
   const graph = new Graph();
-  const [p, g, m, v] = (['params', 'grads', 'm', 'v'] as const).map((name) => graph.state(trainable[name], name));
+  const views = groups.map((group) => [params, grads, m, v].map((flat) => flat.slice(group.offset, [group.size])));
   graph.tag('optimizer', () => {
-    graph.output('gradNorm', adamw(p, g, m, v, graph.feed('hyper', 'f32', [8]), trainable.plan.decayCount));
+    for (const [i, group] of groups.entries()) {
+      const [p, g, m, v] = views[i].map((view) => graph.state(view));
+      graph.output(`gradNorm${i}`, adamw(p, g, m, v, graph.feed(`hyper${i}`, 'f32', [8]), group.decayCount));
+    }
   });
   const program = Program.compile(graph, engine);
+  for (const view of views.flat()) view.dispose();
   return {
     /** One update, returning the gradient's norm before clipping; null drops the gradient. Zeroes `grads`. */
-    async run(hyper: number[] | null): Promise<number> {
+    async run(hyper: readonly [lr: number, ...rest: number[]] | null): Promise<number> {
       if (!hyper) {
-        trainable.grads.write(new Float32Array(trainable.plan.size));
+        grads.write(new Float32Array(size));
         return Number.NaN;
       }
-      return (await program.run({ feeds: { hyper: Float32Array.from(hyper) } })).outputs.gradNorm[0];
+      const [lr, ...rest] = hyper;
+      const feeds = groups.map(({ lrScale }, i) => [`hyper${i}`, Float32Array.of(lr * lrScale, ...rest)] as const);
+      const { outputs } = await program.run({ feeds: Object.fromEntries(feeds) });
+      return Math.hypot(...groups.map((_, i) => outputs[`gradNorm${i}`][0]));
     },
     dispose: () => program.dispose(),
   };

@@ -1,6 +1,6 @@
 // From a budget to capacities and thresholds: finds the point of the calibrated path that costs what may be spent.
 import { attentionFlops, feedForwardFlops, forwardFlops, keyValueFlops } from '../model/flops.js';
-import { type Place, places } from '../model/select.js';
+import { type Place, type Projection, placeOf, places } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import {
@@ -47,6 +47,9 @@ export interface OperatingPoint {
   why: string;
 }
 
+/** What decides about the cost of a sub-layer. */
+type Costed = Routing & Pick<ElasticPolicy, 'lora'>;
+
 // Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, and uses the share b of its
 // blocks, with the routers that it takes to choose them: none at 0 and 1.
 function routedFlops(
@@ -69,23 +72,53 @@ function routedFlops(
   return router + c * attentionFlops(spec, [length]) + (1 - c) * keyValueFlops(spec, length);
 }
 
+// Of the corrections of one sub-layer's projections.
+function loraFlops(
+  spec: ModelSpec,
+  { lora, tokens, blocks }: Pick<ElasticPolicy, 'lora' | 'tokens' | 'blocks'>,
+  { layer, place, c, b }: { layer: number; place: Place; c: number; b: number },
+  length: number,
+): number {
+  if (!lora?.layers.includes(layer) || c <= 0 || b <= 0) return 0;
+  const { hidden, ffn, heads, kvHeads, headDim } = spec;
+  const [q, kv] = [heads * headDim, kvHeads * headDim];
+  const entered = c * length;
+  const keys = tokens.attn?.keys === 'selected' ? entered : length;
+  const used = b < 1 ? blocksUsed(b, blocks!.count) : 1;
+  const units = b < 1 ? (used * ffn) / blocks!.count : ffn;
+  const perRank: Record<Projection, number> = {
+    q: entered * (hidden + q),
+    k: keys * (hidden + kv),
+    v: keys * (hidden + kv),
+    o: entered * (q + hidden),
+    gate: entered * (hidden + units),
+    up: entered * (hidden + units),
+    // every block adds to the residual stream by itself
+    down: entered * (units + used * hidden),
+  };
+  const here = lora.targets.filter((projection) => placeOf(projection) === place);
+  return 2 * lora.rank * here.reduce((sum, projection) => sum + perRank[projection], 0);
+}
+
 /**
  * Expected FLOPs of one sequence of `length` tokens with every token's logits, routers included, over those of the full
  * model. Capacities near 1 may pass 1 a little, by the cost of routers.
  *
  * @param capacities one per router, in the order of execution
  */
-export function flopsRatio(spec: ModelSpec, policy: Routing, capacities: readonly number[], length: number): number {
+export function flopsRatio(spec: ModelSpec, policy: Costed, capacities: readonly number[], length: number): number {
   const { perLayer, total } = forwardFlops(spec, [length]);
-  const subLayers = new Map<string, { place: Place; c: number; b: number }>();
+  const subLayers = Array.from({ length: spec.layers }, (_, layer) =>
+    places.map((place) => ({ layer, place, c: 1, b: 1 })),
+  ).flat();
   for (const [i, { layer, place, axis }] of routerPlaces(policy).entries()) {
-    const key = `${layer} ${place}`;
-    const shares = subLayers.get(key) ?? { place, c: 1, b: 1 };
-    subLayers.set(key, { ...shares, [axis === 'blocks' ? 'b' : 'c']: capacities[i] });
+    const shares = subLayers.find((s) => s.layer === layer && s.place === place)!;
+    shares[axis === 'blocks' ? 'b' : 'c'] = capacities[i];
   }
   let saved = 0;
-  for (const { place, c, b } of subLayers.values()) {
-    saved += perLayer[place] - routedFlops(spec, policy, place, { c, b }, length);
+  for (const shares of subLayers) {
+    saved += perLayer[shares.place] - routedFlops(spec, policy, shares.place, shares, length);
+    saved -= loraFlops(spec, policy, shares, length);
   }
   return (total - saved) / total;
 }
@@ -113,7 +146,7 @@ export function pointOnPath(
 /** The point of the path that costs the share `ratio` at `length` tokens, or null when even its end costs more. */
 const solvePath = (
   spec: ModelSpec,
-  policy: Routing,
+  policy: Costed,
   { path }: Pick<Calibration, 'path'>,
   ratio: number,
   length: number,
@@ -274,7 +307,7 @@ function routedPoint(
 /** Levels `full` and p90 to p40 (per cent of the full FLOPs), as far as the path reaches, at sequences of `length`. */
 export function standardLevels(
   spec: ModelSpec,
-  policy: Routing,
+  policy: Costed,
   calibration: Pick<Calibration, 'path'>,
   length: number,
 ): Level[] {

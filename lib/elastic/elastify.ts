@@ -6,10 +6,11 @@ import { basename, dirname, join, resolve } from 'node:path';
 import { type ExpertGate, expertGates } from '../graph/index.js';
 import { FileSystemError, inFileSystem, readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
-import { type Place, places } from '../model/select.js';
+import { type Place, type Projection, places, projections } from '../model/select.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
+import { loraParameters } from './lora.js';
 import {
   type AttentionKeys,
   attentionKeys,
@@ -21,6 +22,7 @@ import {
   type Routing,
   routerParameters,
   routerPlaces,
+  targetProblem,
 } from './policy.js';
 import { baseFiles, elasticConfigFile, hashFiles, weightsSha256, writeElastic } from './store.js';
 
@@ -36,6 +38,11 @@ export interface ElastiformerRecipe {
   keys?: AttentionKeys;
   /** Cuts the feed-forward into `count` blocks, of which every token uses a share; default not. */
   blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate };
+  /**
+   * Trains corrections of a rank for projections (default q and v) of all layers, or of some; every budget below full has
+   * them. Default none.
+   */
+  lora?: { rank: number; targets?: readonly Projection[]; layers?: 'all' | readonly number[] };
   /** Layers to route; 'even' leaves every second one dense (1, 3, 5, ... are routed). Default 'all'. */
   layers?: 'all' | 'even' | readonly number[];
   /** Default 'straight-through': exactly the teacher at full capacity. 'raw' is the paper's. */
@@ -59,7 +66,7 @@ const defaultRange: Range = [0.3, 1];
  */
 export function policyOf(
   recipe: Recipe,
-  spec: Pick<ModelSpec, 'layers' | 'hidden' | 'ffn'>,
+  spec: Pick<ModelSpec, 'layers' | 'hidden' | 'ffn' | 'gated'>,
 ): Omit<ElasticPolicy, 'base'> {
   const fail = (message: string): never => {
     throw new InvalidArgumentError(`[elastify] ${message}`);
@@ -68,10 +75,10 @@ export function policyOf(
   if (recipe.kind !== 'elastiformer') {
     fail(`recipe.kind must be 'elastiformer', got ${JSON.stringify((recipe as { kind?: unknown }).kind)}`);
   }
-  const { kind: _, tokens: given, blocks: cut, layers: which = 'all', ...others } = recipe;
+  const { kind: _, tokens: given, blocks: cut, lora: corrections, layers: which = 'all', ...others } = recipe;
   const { gate = 'straight-through', keys = 'all', ...rest } = others;
   for (const key of Object.keys(rest))
-    fail(`unknown recipe key '${key}'; elastiformer takes tokens, blocks, keys, layers, gate`);
+    fail(`unknown recipe key '${key}'; elastiformer takes tokens, blocks, lora, keys, layers, gate`);
   if (!gateModes.includes(gate)) fail(`gate must be one of ${gateModes.join(', ')}, got ${JSON.stringify(gate)}`);
   if (!attentionKeys.includes(keys))
     fail(`keys must be one of ${attentionKeys.join(', ')}, got ${JSON.stringify(keys)}`);
@@ -102,6 +109,7 @@ export function policyOf(
   const blocks = cut && blocksOf(cut, layers, spec.ffn, fail);
   if (cut) capacity.blocks = rangeOf('blocks.share', cut.share ?? defaultRange);
   if (!tokens.attn && !tokens.mlp && !blocks) fail('the recipe must route tokens of attn, mlp or both, or blocks');
+  const lora = corrections && loraOf(corrections, spec, fail);
   return {
     version: 1,
     hidden: spec.hidden,
@@ -109,6 +117,7 @@ export function policyOf(
     gate,
     tokens,
     ...(blocks && { blocks }),
+    ...(lora && { lora }),
     capacity,
     calibration: null,
     levels: [{ name: 'full', spec: {} }],
@@ -131,6 +140,21 @@ function blocksOf(
     fail(`blocks.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
   }
   return { layers, count, gate };
+}
+
+function loraOf(
+  { rank, targets = ['q', 'v'], layers = 'all', ...rest }: NonNullable<ElastiformerRecipe['lora']>,
+  spec: Pick<ModelSpec, 'layers' | 'gated'>,
+  fail: (message: string) => never,
+): NonNullable<ElasticPolicy['lora']> {
+  for (const key of Object.keys(rest)) fail(`unknown key 'lora.${key}'; lora takes rank, targets, layers`);
+  if (!Number.isInteger(rank) || rank < 1) fail(`lora.rank must be a positive integer, got ${JSON.stringify(rank)}`);
+  const sorted = Array.isArray(targets)
+    ? [...new Set(targets)].sort((a, b) => projections.indexOf(a) - projections.indexOf(b))
+    : targets;
+  const problem = targetProblem(sorted, spec);
+  if (problem) fail(`lora.targets must be ${problem}, got ${JSON.stringify(targets)}`);
+  return { rank, targets: sorted, layers: layersOf(layers, spec.layers, fail) };
 }
 
 function layersOf(
@@ -190,12 +214,13 @@ export async function elastify(model: string, recipe: Recipe, { out }: { out: st
   await inFileSystem('create', dirname(resolve(out)), () => mkdir(dirname(resolve(out)), { recursive: true }));
   const temporary = `${resolve(out)}.partial-${randomBytes(4).toString('hex')}`;
   try {
-    await writeElastic(temporary, model, policy, zeroRouters(policy));
+    await writeElastic(temporary, model, policy, zeroRouters(policy), null);
     await moveInto(temporary, out);
   } finally {
     await rm(temporary, { recursive: true, force: true });
   }
-  const trainableParameters = routerParameters(policy);
+  const corrections = loraParameters(policy, spec).reduce((sum, { shape }) => sum + shape[0] * shape[1], 0);
+  const trainableParameters = routerParameters(policy) + corrections;
   const warnings = sha256['tokenizer.json'] ? [] : [`${model} has no tokenizer.json: text cannot be encoded with it`];
   return { dir: out, trainableParameters, trainableShare: trainableParameters / backbone, warnings };
 }

@@ -1,7 +1,8 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 
 import { type ExpertGate, expertGates } from '../graph/index.js';
-import { type Place, places } from '../model/select.js';
+import { type Place, type Projection, places, projections } from '../model/select.js';
+import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
@@ -95,6 +96,8 @@ export interface ElasticPolicy {
   tokens: { attn?: { layers: readonly number[]; keys: AttentionKeys }; mlp?: { layers: readonly number[] } };
   /** Layers whose feed-forward is cut into `count` blocks of equal width, of which every token uses some. */
   blocks?: { layers: readonly number[]; count: number; gate: ExpertGate };
+  /** Corrections of projections by matrices of a rank, which every budget below full has. */
+  lora?: { rank: number; targets: readonly Projection[]; layers: readonly number[] };
   /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
   capacity: Partial<Record<Axis, Range>>;
   /** Null until trained: a budget below full needs it. */
@@ -255,7 +258,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
       decode: 'threshold',
     };
   }
-  const { calibration, blocks } = policy;
+  const { calibration, blocks, lora } = policy;
   return {
     elastic_version: 1,
     base: {
@@ -268,6 +271,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
     ...(blocks && {
       blocks: { layers: blocks.layers, count: blocks.count, gate: blocks.gate, train_share: policy.capacity.blocks },
     }),
+    ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
     routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
       id,
       ...routerKind(axis),
@@ -303,7 +307,7 @@ const routerKind = (axis: Axis): { kind: string; act: string } =>
 export function policyFromJson(
   json: unknown,
   file: string,
-  model: { layers: number; hidden: number; ffn: number },
+  model: Pick<ModelSpec, 'layers' | 'hidden' | 'ffn' | 'gated'>,
   warnings: string[],
 ): ElasticPolicy {
   const read = new Reader(file, warnings);
@@ -314,7 +318,17 @@ export function policyFromJson(
       `[elastic] ${file}: elastic_version must be 1, got ${JSON.stringify(version)}; it was written by a newer elastiform`,
     );
   }
-  read.known(root, '', ['elastic_version', 'base', 'gate', 'tokens', 'blocks', 'routers', 'calibration', 'levels']);
+  read.known(root, '', [
+    'elastic_version',
+    'base',
+    'gate',
+    'tokens',
+    'blocks',
+    'lora',
+    'routers',
+    'calibration',
+    'levels',
+  ]);
 
   const base = read.object(root.base, 'base');
   read.known(base, 'base.', ['name_or_path', 'revision', 'weights_sha256', 'tokenizer_sha256']);
@@ -380,6 +394,17 @@ export function policyFromJson(
     capacity.blocks = rangeAt(entry.train_share, 'blocks.train_share');
   }
 
+  let lora: ElasticPolicy['lora'];
+  if (root.lora !== undefined) {
+    const entry = read.object(root.lora, 'lora');
+    read.known(entry, 'lora.', ['rank', 'targets', 'layers']);
+    const rank = entry.rank as number;
+    if (!Number.isInteger(rank) || rank < 1) read.fail('lora.rank', 'a positive integer', rank);
+    const problem = targetProblem(entry.targets, model);
+    if (problem) read.fail('lora.targets', problem, entry.targets);
+    lora = { rank, targets: entry.targets as Projection[], layers: layersAt(entry, 'lora') };
+  }
+
   const policy: ElasticPolicy = {
     version: 1,
     base: {
@@ -393,6 +418,7 @@ export function policyFromJson(
     gate,
     tokens,
     ...(blocks && { blocks }),
+    ...(lora && { lora }),
     capacity,
     calibration: null,
     levels: [],
@@ -455,6 +481,16 @@ export function policyFromJson(
   }
   policy.levels = readLevels(read, policy, root.levels);
   return policy;
+}
+
+/** What is wrong with a list of projections to correct, or null. They stand in the order of `projections`. */
+export function targetProblem(targets: unknown, { gated }: Pick<ModelSpec, 'gated'>): string | null {
+  const there = projections.filter((projection) => gated || projection !== 'gate');
+  const known =
+    Array.isArray(targets) &&
+    targets.length > 0 &&
+    there.filter((projection) => targets.includes(projection)).join() === targets.join();
+  return known ? null : `some of ${there.join(', ')}, in this order`;
 }
 
 function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[] {

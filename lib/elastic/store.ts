@@ -4,14 +4,19 @@ import { existsSync, readdirSync } from 'node:fs';
 import { copyFile, link, mkdir, realpath, rename, rm, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { FileSystemError, inFileSystem, readJson, sha256File, writeFileAtomic } from '../io/files.js';
+import { adapterConfigFile, adapterWeightsFile, readPeft, writePeft } from '../io/peft.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
-import { specFromConfig } from '../model/spec.js';
+import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
+import { type Lora, loraModules, loraOfModules } from './lora.js';
 import { type ElasticPolicy, type Level, policyFromJson, policyToJson, type Router, routerPlaces } from './policy.js';
 
 export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';
 export const manifestFile = 'elastic_manifest.json';
+/** Holds the corrections of an elastic directory, as PEFT reads them. */
+export const adapterDirectory = 'adapter';
+const adapterFiles = [adapterConfigFile, adapterWeightsFile].map((name) => `${adapterDirectory}/${name}`);
 
 const weightsFile = /^model(-\d+-of-\d+)?\.safetensors$|^model\.safetensors\.index\.json$/;
 /** What a base checkpoint may bring along besides weights. */
@@ -34,6 +39,8 @@ export interface Elastic {
   policy: ElasticPolicy;
   /** By router id. */
   routers: ReadonlyMap<string, Router>;
+  /** Trained corrections of projections; null when there are none. */
+  lora: Lora | null;
   /** Oddities that do not stop it from working, such as unknown keys. */
   warnings: readonly string[];
 }
@@ -108,7 +115,12 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
   if (policy.base.tokenizerSha256 !== tokenizerSha256) {
     throw new InvalidDataError(`[elastic] ${configPath}: base.tokenizer_sha256 is not that of the tokenizer beside it`);
   }
-  return { dir, warnings, ...readRouters(join(dir, routerFile), policy) };
+  return {
+    dir,
+    warnings,
+    lora: await readLora(dir, policy, spec, files),
+    ...readRouters(join(dir, routerFile), policy),
+  };
 }
 
 async function readManifest(path: string, warnings: string[]): Promise<Record<string, string>> {
@@ -121,7 +133,7 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
   if (version !== 1) bad(`manifest_version must be 1, got ${JSON.stringify(version)}`);
   if (typeof files !== 'object' || files === null) bad('files must be an object');
   for (const [name, hash] of Object.entries(files as object)) {
-    if (basename(name) !== name || name === '..' || name === '.')
+    if (!adapterFiles.includes(name) && (basename(name) !== name || name === '..' || name === '.'))
       bad(`${JSON.stringify(name)} is not a plain file name`);
     if (typeof hash !== 'string' || !/^[0-9a-f]{64}$/.test(hash)) bad(`the hash of ${name} is not a SHA-256`);
   }
@@ -129,6 +141,20 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
     if (key !== 'tool') warnings.push(`${path}: unknown key ${key} is ignored`);
   }
   return files as Record<string, string>;
+}
+
+async function readLora(
+  dir: string,
+  { lora, calibration }: ElasticPolicy,
+  spec: ModelSpec,
+  files: Readonly<Record<string, string>>,
+): Promise<Lora | null> {
+  // A plan has none yet.
+  if (!lora || !calibration) return null;
+  const missing = adapterFiles.find((name) => !(name in files));
+  if (missing) throw new InvalidFileError(`[elastic] ${join(dir, manifestFile)} lists no hash of ${missing}`);
+  const path = join(dir, adapterDirectory);
+  return loraOfModules(spec, await readPeft(path), path);
 }
 
 function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPolicy; routers: Map<string, Router> } {
@@ -168,7 +194,7 @@ function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPoli
 
 /**
  * Writes a whole elastic directory: the checkpoint's files are hard-linked from `base` (copied where links do not work),
- * then routers, policy and, last, the manifest. Until the manifest is there readElastic refuses the directory, so a write
+ * then routers, corrections, policy and, last, the manifest. Until the manifest is there readElastic refuses the directory, so a write
  * that stops half-way is never mistaken for a model. `out` may be `base` itself.
  * Errors: FileSystemError when the file system refuses.
  */
@@ -177,6 +203,7 @@ export async function writeElastic(
   base: string,
   policy: ElasticPolicy,
   routers: ReadonlyMap<string, Router>,
+  lora: Lora | null,
 ): Promise<void> {
   await inFileSystem('create', out, () => mkdir(out, { recursive: true }));
   await rm(join(out, manifestFile), { force: true });
@@ -195,8 +222,15 @@ export async function writeElastic(
     }
   }
   await writeSafetensors(join(out, routerFile), tensors);
+  const adapter = join(out, adapterDirectory);
+  if (lora) {
+    const spec = specFromConfig(await readJson(join(base, 'config.json')), join(base, 'config.json'));
+    const { name } = policy.base;
+    const { rank } = policy.lora!;
+    await writePeft(adapter, loraModules(spec, lora), { base: name, rank, transposed: spec.family === 'gpt2' });
+  } else await rm(adapter, { recursive: true, force: true });
   await writeFileAtomic(join(out, elasticConfigFile), `${JSON.stringify(policyToJson(policy), null, 2)}\n`);
-  await writeManifest(out, [...names, elasticConfigFile, routerFile]);
+  await writeManifest(out, [...names, elasticConfigFile, routerFile, ...(lora ? adapterFiles : [])]);
 }
 
 /**
@@ -206,7 +240,7 @@ export async function writeElastic(
 export async function writeLevels(dir: string, levels: readonly Level[]): Promise<void> {
   const elastic = await readElastic(dir);
   if (!elastic) throw new InvalidArgumentError(`[elastic] ${dir} is not an elastic directory`);
-  await writeElastic(dir, dir, { ...elastic.policy, levels }, elastic.routers);
+  await writeElastic(dir, dir, { ...elastic.policy, levels }, elastic.routers, elastic.lora);
 }
 
 async function writeManifest(out: string, names: readonly string[]): Promise<void> {

@@ -1,6 +1,7 @@
 // A loaded model: mapped weights, routers and tokenizer on one engine, shared by everything that runs it.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
+import { LoraTensors } from '../elastic/lora.js';
 import type { ElasticPolicy } from '../elastic/policy.js';
 import { readElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
@@ -32,6 +33,8 @@ export interface Network {
   readonly policy: ElasticPolicy | null;
   /** By router id; empty for a plain model. */
   readonly routers: ReadonlyMap<string, RouterTensors>;
+  /** Corrections that budgets below full have. */
+  readonly lora: LoraTensors | null;
   readonly tokenizer: Tokenizer | null;
   /** What a text without a beginning starts from. */
   readonly startId: number | null;
@@ -96,6 +99,8 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
       owned.push(weight, bias);
       routers.set(id, { weight, bias });
     }
+    const lora = elastic?.lora ? new LoraTensors(elastic.lora) : null;
+    if (lora) owned.push(lora);
 
     progress(2);
     const tokenizer = existsSync(join(dir, 'tokenizer.json')) ? await loadTokenizer(dir) : null;
@@ -114,6 +119,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
       weights: loaded.weights,
       policy: elastic?.policy ?? null,
       routers,
+      lora,
       tokenizer,
       ...ids,
       maxContext: options.maxContext ?? Math.min(spec.maxPositions, defaultContext),

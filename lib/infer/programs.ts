@@ -1,5 +1,6 @@
 // The programs inference runs: next token with caches, and whole sequences without.
 import type { OperatingPoint } from '../elastic/budget.js';
+import { patched } from '../elastic/lora.js';
 import { inferenceSelector, recordedSelector, routerNodes } from '../elastic/rows.js';
 import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
@@ -22,7 +23,9 @@ export function budgetSelector(
   segments: Dim | number,
 ): Selector {
   if (full) return selectEverything;
-  return inferenceSelector(graph, network.policy!, routerNodes(graph, network.routers), segments, thresholds);
+  const { policy, routers, lora } = network;
+  const selector = inferenceSelector(graph, policy!, routerNodes(graph, routers), segments, thresholds);
+  return patched(selector, lora?.patch(graph) ?? null);
 }
 
 /** Programs kept at a time: each holds memory for its longest run. */

@@ -14,7 +14,7 @@ import {
   rope,
   zeros,
 } from '../graph/index.js';
-import { type Matrix, matrix, product, productAdd, productGated, weightPart } from './products.js';
+import { type Matrix, matrix, type ProductRows, product, productAdd, productGated, weightPart } from './products.js';
 import type { Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
 import type { ModelSpec } from './spec.js';
 import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
@@ -132,13 +132,13 @@ export function feedForwardBlock(
   const { x, gather, selection } = enter(context, layer, 'mlp', residual, norm2);
   const of = (weights: Affine<Node>, projection: Projection, part?: UnitPart) =>
     matrix(context, layer, weights, projection, part);
-  const hidden = (rows: Node | null, part?: UnitPart) =>
+  const hidden = (rows: ProductRows, part?: UnitPart) =>
     gate
-      ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), rows, act)
-      : product(x, of(up, 'up', part), { rows, act });
+      ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act })
+      : product(x, of(up, 'up', part), { ...rows, act });
   const offsets = selection?.offsets ?? context.offsets;
   const blocks = context.selector.blocks?.({ layer, x, gather, residual, rows: selection?.rows ?? null, offsets });
-  if (!blocks) return leave(residual, hidden(gather), of(down, 'down'), selection);
+  if (!blocks) return leave(residual, hidden({ rows: gather }), of(down, 'down'), selection);
 
   // A sum over blocks of units: each reads and adds to the rows that chose it, one block after the other.
   const { graph } = context;
@@ -147,7 +147,7 @@ export function feedForwardBlock(
     for (const [index, { rows, gate: factor }] of blocks.entries()) {
       const part = { index, count: blocks.length };
       const at = selection ? gatherIds(selection.rows, rows) : rows;
-      const units = hidden(gather ? at : rows, part);
+      const units = hidden({ rows: gather ? at : rows, among: { gather, rows } }, part);
       const token = selection?.gate?.(at);
       const both = token && factor ? gatedActivation(token, factor, 'none') : (token ?? factor);
       y = productAdd(y, units, of(down, 'down', part), { rows: at, gate: both });

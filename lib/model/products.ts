@@ -1,6 +1,6 @@
 // Products with the matrices of a layer, whole or in parts of their units, each with its low-rank correction if it has one.
 import type { Graph, Node } from '../graph/graph.js';
-import { type Act, activation, gatedActivation, linear, linearAdd, linearGated } from '../graph/index.js';
+import { type Act, activation, gatedActivation, gatherRows, linear, linearAdd, linearGated } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type LowRank, type Projection, type Selector, type UnitPart, unitAxis } from './select.js';
 import type { Affine } from './weights.js';
@@ -38,29 +38,37 @@ export function weightPart(graph: Graph, weight: Node, axis: 0 | 1, { index, cou
   return graph.weight(tensor.part(axis, index, count), `${weight.name} ${index}/${count}`);
 }
 
-// y + (x[rows] a^T) b^T
-function corrected(y: Node, x: Node, { a, b }: LowRank, rows: Node | null): Node {
-  return linearAdd(y, linear(x, a, { rows }), b);
+/** The rows of x that a product reads. */
+export interface ProductRows {
+  /** i32 [R]; null: all. */
+  rows?: Node | null;
+  /** They are the rows `rows` among the rows `gather` of x (null: among all), for which other parts are computed, too. */
+  among?: { readonly gather: Node | null; readonly rows: Node };
+}
+
+// y + (x[rows] a^T) b^T; what all parts of a projection share is computed once.
+function corrected(y: Node, x: Node, { a, b }: LowRank, { rows, among }: ProductRows): Node {
+  const u = among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows });
+  return linearAdd(y, u, b);
 }
 
 /** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]. */
 export function product(
   x: Node,
-  m: Matrix,
-  { rows = null, act = 'none' }: { rows?: Node | null; act?: Act } = {},
+  { weight, bias, patch }: Matrix,
+  { act = 'none', ...of }: ProductRows & { act?: Act } = {},
 ): Node {
-  const { weight, bias, patch } = m;
-  if (!patch) return linear(x, weight, { bias, rows, act });
-  const y = corrected(linear(x, weight, { bias, rows }), x, patch, rows);
+  if (!patch) return linear(x, weight, { bias, rows: of.rows, act });
+  const y = corrected(linear(x, weight, { bias, rows: of.rows }), x, patch, of);
   return act === 'none' ? y : activation(y, act);
 }
 
 /** `act(x[rows] gate^T) * (x[rows] up^T)`, with their biases: f32 [R or N, outputs]. */
-export function productGated(x: Node, gate: Matrix, up: Matrix, rows: Node | null, act: Act): Node {
+export function productGated(x: Node, gate: Matrix, up: Matrix, { act, ...of }: ProductRows & { act: Act }): Node {
   if (!gate.patch && !up.patch) {
-    return linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows });
+    return linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows: of.rows });
   }
-  return gatedActivation(product(x, gate, { rows }), product(x, up, { rows }), act);
+  return gatedActivation(product(x, gate, of), product(x, up, of), act);
 }
 
 /** `residual` with `gate[r] (x[r] w^T + bias)` added to row `rows[r]`: f32 [N, D]. */

@@ -47,6 +47,10 @@ export type Projection = (typeof projections)[number];
 /** The axis of a projection [outputs, inputs] that its units, of heads or of the feed-forward, lie along. */
 export const unitAxis = (projection: Projection): 0 | 1 => (projection === 'o' || projection === 'down' ? 1 : 0);
 
+/** The sub-layer of a projection. */
+export const placeOf = (projection: Projection): Place =>
+  projection === 'gate' || projection === 'up' || projection === 'down' ? 'mlp' : 'attn';
+
 /** One of `count` equal parts of the units of a projection. */
 export interface UnitPart {
   readonly index: number;

@@ -260,6 +260,17 @@ export interface ParameterPlan {
   readonly size: number;
   /** Elements that decay. */
   readonly decayCount: number;
+  /** Ranges of the vector that the optimizer updates one by one, each with its own norm; absent: one, of all. */
+  readonly groups?: readonly ParameterGroup[];
+}
+
+/** A range of the flat vector, those elements first that decay. */
+export interface ParameterGroup {
+  readonly offset: number;
+  readonly size: number;
+  readonly decayCount: number;
+  /** Factor of the optimizer's learning rate. */
+  readonly lrScale: number;
 }
 
 function slots(spec: ModelSpec): Slot[] {
@@ -269,6 +280,31 @@ function slots(spec: ModelSpec): Slot[] {
     return slot;
   });
   return all;
+}
+
+/** The linear module of a Hugging Face model that computes a projection, as outputs `start` to `start + outputs`. */
+export interface StoredModule {
+  /** `model.layers.0.self_attn.q_proj` */
+  readonly module: string;
+  readonly inputs: number;
+  readonly outputs: number;
+  readonly start: number;
+  /** Outputs of the whole module. */
+  readonly moduleOutputs: number;
+}
+
+/** The modules of all projections, by `layers.{layer}.{projection}`. */
+export function storedModules(spec: ModelSpec): Map<string, StoredModule> {
+  return new Map(
+    slots(spec).flatMap(({ name, shape, file }) => {
+      const slot = /^(layers\.\d+\.(?:q|k|v|o|gate|up|down))\.weight$/.exec(name)?.[1];
+      if (!slot) return [];
+      const [outputs, inputs] = shape;
+      const module = PREFIX[spec.family] + file.name.replace(/\.weight$/, '');
+      const moduleOutputs = file.transposed ? file.shape[1] : file.shape[0];
+      return [[slot, { module, inputs, outputs, start: file.start, moduleOutputs }]];
+    }),
+  );
 }
 
 /** Where each weight of a spec lies in its flat vector. */

@@ -4,7 +4,8 @@ import { describe, expect, it, test } from 'vitest';
 import { batchRun } from '../../lib/distill/batches.js';
 import { distill } from '../../lib/distill/distill.js';
 import type { TrainEvent } from '../../lib/distill/events.js';
-import { capacityFeeds, routerPlan, trainProgram } from '../../lib/distill/steps.js';
+import { trainablePlan } from '../../lib/distill/plan.js';
+import { capacityFeeds, trainProgram } from '../../lib/distill/steps.js';
 import { Trainable } from '../../lib/distill/trainable.js';
 import { resolveBudget } from '../../lib/elastic/budget.js';
 import { type ElastiformerRecipe, elastify, policyOf } from '../../lib/elastic/elastify.js';
@@ -35,7 +36,7 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
     using checkpoint = Checkpoint.open(directory);
     using loaded = loadWeights(spec, checkpoint);
     using engine = new Engine();
-    using trainable = new Trainable(routerPlan(policy));
+    using trainable = new Trainable(trainablePlan(policy, spec));
     const start = values ?? Float32Array.from({ length: trainable.plan.size }, (_, i) => 0.1 * Math.sin(1.7 * i));
     trainable.params.write(start);
     const model = { spec, weights: loaded.weights, policy, trainable, engine, batchTokens: 24 };
@@ -172,6 +173,6 @@ test.each([
   [{ count: 4, gate: 'raw' }, /blocks.gate must be one of straight-through, softmax, renormalised/],
   [{ count: 4, k: 2 }, /unknown key 'blocks.k'/],
 ])('recipe blocks %j is refused', (blocks, message) => {
-  const spec = { layers: 2, hidden: 32, ffn: 64 };
+  const spec = { layers: 2, hidden: 32, ffn: 64, gated: true };
   expect(() => policyOf({ kind: 'elastiformer', blocks: blocks as { count: number } }, spec)).toThrow(message);
 });

@@ -2,12 +2,12 @@
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { batchRun } from '../../lib/distill/batches.js';
+import { trainablePlan } from '../../lib/distill/plan.js';
 import {
   capacityFeeds,
   type DistillModel,
   evalProgram,
   logitsProgram,
-  routerPlan,
   teacherProgram,
   trainProgram,
 } from '../../lib/distill/steps.js';
@@ -42,7 +42,7 @@ function setUp(family: string, gate: GateMode, keys: AttentionKeys) {
     ...policyOf({ kind: 'elastiformer', tokens: { attn: 0.5, mlp: 0.5 }, gate, keys }, spec),
     base: { name: family, weightsSha256: '', tokenizerSha256: null },
   };
-  const trainable = new Trainable(routerPlan(policy));
+  const trainable = new Trainable(trainablePlan(policy, spec));
   for (const { name } of trainable.plan.parameters) trainable.view(name).write(vectors[`router.${name}`]);
   const ids = Int32Array.from(vectors.ids);
   const batch = {

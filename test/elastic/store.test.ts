@@ -104,7 +104,7 @@ describe('readElastic', () => {
 
   it('gives back what was written', async () => {
     const dir = join(root, 'written');
-    await writeElastic(dir, model, calibrated(), routers());
+    await writeElastic(dir, model, calibrated(), routers(), null);
     const read = (await readElastic(dir))!;
     expect(read.policy).toEqual(calibrated());
     expect(read.routers).toEqual(routers());
@@ -208,7 +208,7 @@ describe('readElastic', () => {
   ])('refuses %s', async (_, makePolicy, makeRouters, message) => {
     const dir = join(root, `bad-${readdirSync(root).length}`);
     mkdirSync(dir);
-    await writeElastic(dir, model, makePolicy(), makeRouters());
+    await writeElastic(dir, model, makePolicy(), makeRouters(), null);
     await expect(readElastic(dir)).rejects.toThrow(message);
   });
 });
