@@ -15,25 +15,23 @@ export const distillCommand: Command = {
     dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the frozen weights while training' },
     activations: loadFlags.activations,
   },
-  example: 'elastiform distill runs/plan --data train.txt --held-out 0.05 --steps 400 --out runs/tiny',
+  example: 'elastiform distill runs/plan -c examples/recipes/distill.yaml --data train.txt --steps 400 --out runs/tiny',
   async run(context) {
     const { flags, positionals } = context;
     const config = await readConfig(flags);
-    const data = await dataSource(context, 'data');
-    const evalData = await dataSource(context, 'eval-data');
-    const dtype = flags.choice('dtype', dtypes);
-    const activations = flags.choice('activations', activationTypes);
-    const merged = {
-      ...trainingOptions(flags, config),
-      ...(positionals[0] !== undefined && { plan: positionals[0] }),
-      ...(data && { data }),
-      ...(evalData && { evalData }),
-      ...(dtype && { dtype }),
-      ...(activations && { activations }),
-    } as unknown as DistillConfig;
+    const { merged, overridden } = trainingOptions(flags, config, {
+      plan: positionals[0],
+      data: (await dataSource(context, 'data')) ?? undefined,
+      evalData: (await dataSource(context, 'eval-data')) ?? undefined,
+      dtype: flags.choice('dtype', dtypes),
+      activations: flags.choice('activations', activationTypes),
+    });
     if (merged.plan === undefined)
       throw new UsageError('[cli] the plan to train is missing: elastiform distill <plan>');
     if (merged.data === undefined) throw new UsageError('[cli] the training data is missing: give --data');
-    return runTraining(context, 'distill', (hooks) => distill({ ...merged, ...hooks }));
+    return runTraining(context, 'distill', (hooks) => {
+      const start = () => distill({ ...(merged as unknown as DistillConfig), ...hooks });
+      return config ? config.blame(overridden, start) : start();
+    });
   },
 };

@@ -1,8 +1,9 @@
 // `elastiform elastify`: attaches untrained routers to a model.
-import { type ElastiformerRecipe, elastify, type TrainCapacity } from '../elastic/elastify.js';
+import { elastify, type Recipe, type TrainCapacity } from '../elastic/elastify.js';
 import { attentionKeys, gateModes } from '../elastic/policy.js';
-import { type Projection, projections } from '../model/select.js';
+import { projections } from '../model/select.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
+import { ConfigFile, isMapping } from './config.js';
 import { percent } from './shared.js';
 
 export const elastifyCommand: Command = {
@@ -11,6 +12,7 @@ export const elastifyCommand: Command = {
   positionals: '<model>',
   flags: {
     out: { type: 'string', short: 'o', value: 'DIR', help: 'directory to write (required)' },
+    recipe: { type: 'string', short: 'r', value: 'FILE', help: 'YAML file with the recipe; flags override it' },
     attn: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train attention for (default: 0.3:1)' },
     mlp: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train the FFN for (default: 0.3:1)' },
     blocks: { type: 'string', value: 'N', help: 'cut the FFN into N blocks, of which every token uses a share' },
@@ -25,33 +27,22 @@ export const elastifyCommand: Command = {
     },
     gate: { type: 'string', value: 'MODE', help: `${gateModes.join(', ')} (default: straight-through)` },
   },
-  example: 'elastiform elastify models/tiny --out runs/plan --mlp 0.3:1',
+  example: 'elastiform elastify models/tiny --recipe examples/recipes/tokens.yaml --out runs/plan --mlp 0.3:1',
   async run({ flags, positionals, json, print, printJson }) {
     const out = flags.string('out');
     if (out === undefined) throw new UsageError('[cli] elastify needs --out, the directory to write');
-    const attn = capacity(flags, 'attn');
-    const mlp = capacity(flags, 'mlp');
-    const count = flags.integer('blocks', { min: 2 });
-    const share = capacity(flags, 'block-share');
-    if (share !== undefined && count === undefined) throw new UsageError('[cli] --block-share needs --blocks');
-    const rank = flags.integer('lora', { min: 1 });
-    const targets = flags.string('lora-targets')?.split(',') as Projection[] | undefined;
-    if (targets && rank === undefined) throw new UsageError('[cli] --lora-targets needs --lora');
-    const layers = flags.string('layers');
-    const keys = flags.choice('keys', attentionKeys);
-    const gate = flags.choice('gate', gateModes);
-    const recipe: ElastiformerRecipe = {
-      kind: 'elastiformer',
-      ...(attn !== undefined || mlp !== undefined
-        ? { tokens: { ...(attn !== undefined && { attn }), ...(mlp !== undefined && { mlp }) } }
-        : {}),
-      ...(count === undefined ? {} : { blocks: { count, ...(share !== undefined && { share }) } }),
-      ...(rank === undefined ? {} : { lora: { rank, ...(targets && { targets }) } }),
-      ...(layers === undefined ? {} : { layers: layers === 'all' || layers === 'even' ? layers : layerIds(layers) }),
-      ...(keys ? { keys } : {}),
-      ...(gate ? { gate } : {}),
-    };
-    const plan = await elastify(positionals[0], recipe, { out });
+    const file = flags.string('recipe');
+    const config = file === undefined ? null : await ConfigFile.read(file, 'recipe');
+    const given = recipeFlags(flags);
+    const { recipe, overridden } = overlay(config?.content ?? { kind: 'elastiformer' }, given);
+    if (given['blocks.share'] !== undefined && (recipe.blocks as { count?: unknown } | null)?.count === undefined) {
+      throw new UsageError('[cli] --block-share needs --blocks');
+    }
+    if (given['lora.targets'] !== undefined && (recipe.lora as { rank?: unknown } | null)?.rank === undefined) {
+      throw new UsageError('[cli] --lora-targets needs --lora');
+    }
+    const write = () => elastify(positionals[0], recipe as unknown as Recipe, { out });
+    const plan = await (config ? config.blame(overridden, write) : write());
     if (json) printJson(plan);
     else {
       for (const warning of plan.warnings) process.stderr.write(`warning: ${warning}\n`);
@@ -62,6 +53,35 @@ export const elastifyCommand: Command = {
     return 0;
   },
 };
+
+/** Settings that flags give, by their dotted path in a recipe. */
+function recipeFlags(flags: FlagReader): Record<string, unknown> {
+  const layers = flags.string('layers');
+  return {
+    'tokens.attn': capacity(flags, 'attn'),
+    'tokens.mlp': capacity(flags, 'mlp'),
+    'blocks.count': flags.integer('blocks', { min: 2 }),
+    'blocks.share': capacity(flags, 'block-share'),
+    'lora.rank': flags.integer('lora', { min: 1 }),
+    'lora.targets': flags.string('lora-targets')?.split(','),
+    layers: layers === undefined || layers === 'all' || layers === 'even' ? layers : layerIds(layers),
+    keys: flags.choice('keys', attentionKeys),
+    gate: flags.choice('gate', gateModes),
+  };
+}
+
+/** A recipe with settings replaced, and the paths of those. A group that is no mapping stays as it is, to be refused. */
+function overlay(content: Readonly<Record<string, unknown>>, settings: Readonly<Record<string, unknown>>) {
+  const recipe: Record<string, unknown> = { ...content };
+  const overridden = Object.keys(settings).filter((path) => settings[path] !== undefined);
+  for (const path of overridden) {
+    const [group, key] = path.split('.');
+    const old = recipe[group];
+    if (key === undefined) recipe[group] = settings[path];
+    else if (old === undefined || isMapping(old)) recipe[group] = { ...(old ?? {}), [key]: settings[path] };
+  }
+  return { recipe, overridden };
+}
 
 function capacity(flags: FlagReader, name: string): TrainCapacity | undefined {
   const text = flags.string(name);

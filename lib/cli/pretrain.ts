@@ -12,16 +12,16 @@ export const pretrainCommand: Command = {
   example: 'elastiform pretrain -c recipe.json --data books.txt --held-out 0.05 --steps 2000 --out models/mine',
   async run(context) {
     const config = await readConfig(context.flags);
-    const data = await dataSource(context, 'data');
-    const evalData = await dataSource(context, 'eval-data');
-    const merged = {
-      ...trainingOptions(context.flags, config),
-      ...(data && { data }),
-      ...(evalData && { evalData }),
-    } as unknown as PretrainConfig;
+    const { merged, overridden } = trainingOptions(context.flags, config, {
+      data: (await dataSource(context, 'data')) ?? undefined,
+      evalData: (await dataSource(context, 'eval-data')) ?? undefined,
+    });
     for (const key of ['model', 'tokenizer', 'data'] as const) {
       if (merged[key] === undefined) throw new UsageError(`[cli] '${key}' is missing: give it in the --config file`);
     }
-    return runTraining(context, 'pretrain', (hooks) => pretrain({ ...merged, ...hooks }));
+    return runTraining(context, 'pretrain', (hooks) => {
+      const start = () => pretrain({ ...(merged as unknown as PretrainConfig), ...hooks });
+      return config ? config.blame(overridden, start) : start();
+    });
   },
 };

@@ -1,8 +1,8 @@
 // What the training commands share: flags over a configuration file, progress, the outcome.
 import type { TrainConfig, TrainEvent, TrainResult } from '../distill/events.js';
-import { readJson } from '../io/files.js';
 import { deviceChoices } from '../native/index.js';
 import { type CommandContext, exitCodes, type FlagReader, UsageError } from './command.js';
+import { ConfigFile, isMapping } from './config.js';
 import { dataFlags } from './data.js';
 import { Progress } from './progress.js';
 import { loadFlags } from './shared.js';
@@ -13,7 +13,7 @@ export const trainingFlags = {
     type: 'string',
     short: 'c',
     value: 'FILE',
-    help: 'JSON file with the options of the API; flags override it',
+    help: 'YAML or JSON file with the options of the API; flags override it',
   },
   out: { type: 'string', short: 'o', value: 'DIR', help: 'directory to write' },
   ...dataFlags,
@@ -32,19 +32,23 @@ export const trainingFlags = {
   resume: { type: 'string', value: 'auto|never', help: 'continue from the newest checkpoint in --out (default: auto)' },
 } as const;
 
-/** The content of the --config file, or an empty object. */
-export async function readConfig(flags: FlagReader): Promise<Record<string, unknown>> {
-  const file = flags.string('config');
-  if (file === undefined) return {};
-  const json = await readJson(file);
-  if (typeof json !== 'object' || json === null || Array.isArray(json)) {
-    throw new UsageError(`[cli] ${file} must hold a JSON object`);
-  }
-  return json as Record<string, unknown>;
+/** The --config file, if any. */
+export async function readConfig(flags: FlagReader): Promise<ConfigFile | null> {
+  const path = flags.string('config');
+  if (path === undefined) return null;
+  const config = await ConfigFile.read(path, 'config');
+  const key = ['onEvent', 'signal'].find((name) => name in config.content);
+  if (key !== undefined) throw new UsageError(`[cli] ${path}: '${key}' is for programs, a file cannot give it`);
+  return config;
 }
 
-/** Options of the API that flags give. */
-export function trainingOptions(flags: FlagReader, config: Record<string, unknown>): Record<string, unknown> {
+/** Options of the API: those of the file, and over them those of flags and `more`. */
+export function trainingOptions(
+  flags: FlagReader,
+  config: ConfigFile | null,
+  more: Readonly<Record<string, unknown>>,
+): { merged: Record<string, unknown>; overridden: readonly string[] } {
+  const content = config?.content ?? {};
   const lr = flags.number('lr');
   const resume = flags.choice('resume', ['auto', 'never']);
   const steps = flags.integer('steps', { min: 1 });
@@ -56,15 +60,18 @@ export function trainingOptions(flags: FlagReader, config: Record<string, unknow
     sequenceLength: flags.integer('sequence-length', { min: 2 }),
     seed: flags.integer('seed'),
     device: flags.choice('device', deviceChoices),
-    optimizer: lr === undefined ? undefined : { ...(config.optimizer as object | undefined), lr },
+    optimizer: lr === undefined || !isMapping(content.optimizer ?? {}) ? undefined : { ...content.optimizer!, lr },
     resume: resume === undefined ? undefined : resume === 'auto' ? 'auto' : false,
+    ...more,
   };
-  const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
-  const merged: Record<string, unknown> = { ...config, ...given };
+  const overridden = Object.keys(options).filter((key) => options[key] !== undefined);
+  const merged: Record<string, unknown> = { ...content };
+  for (const key of overridden) merged[key] = options[key];
   // --steps replaces the file's epochs, and --held-out its held-out files.
   if (steps !== undefined) delete merged.epochs;
+  if (options.heldOut !== undefined) delete merged.evalData;
   if (merged.out === undefined) throw new UsageError('[cli] the directory to write is missing: give --out');
-  return merged;
+  return { merged, overridden: overridden.map((key) => (key === 'optimizer' ? 'optimizer.lr' : key)) };
 }
 
 /** Runs a training with progress on stderr and reports how it ended. */

@@ -90,6 +90,9 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   if (!(Number.isFinite(loraLr) && loraLr > 0)) {
     throw new InvalidArgumentError(`[distill] loraLr must be a positive number, got ${loraLr}`);
   }
+  if (!['f32', 'bf16', 'f16', undefined].includes(config.dtype)) {
+    throw new InvalidArgumentError(`[distill] dtype must be f32, bf16 or f16, got ${JSON.stringify(config.dtype)}`);
+  }
   if (resolve(config.plan) === resolve(config.out)) {
     throw new InvalidArgumentError(`[distill] out must be another directory than the plan, got ${config.out}`);
   }
@@ -209,6 +212,8 @@ function lossWeights(
     { kind: 'load-balance', weight: 0.01 },
   ],
 ): LossWeights {
+  const wrong = !Array.isArray(terms as unknown) || terms.some((term) => typeof term !== 'object' || term === null);
+  if (wrong) throw new InvalidArgumentError(`[distill] loss must be a list of terms, got ${JSON.stringify(terms)}`);
   const weights: LossWeights = { kl: 0, topkBce: 0, loadBalance: 0 };
   for (const term of terms) {
     checkKeys('distill', 'key of a loss term', term, ['kind', 'weight']);

@@ -78,6 +78,16 @@ export function checkKeys(api: string, name: string, object: object, known: read
 export function checkConfig(api: string, config: TrainConfig, own: readonly string[]): void {
   checkKeys(api, 'option', config, [...own, ...trainKeys]);
   const { optimizer = {}, earlyStop, log = {} } = config;
+  const wrong = (name: string, expected: string, value: unknown): never => {
+    throw new InvalidArgumentError(`[${api}] ${name} must be ${expected}, got ${JSON.stringify(value)}`);
+  };
+  for (const [name, group] of Object.entries({ optimizer, earlyStop: earlyStop ?? {}, log })) {
+    if (typeof group !== 'object' || group === null || Array.isArray(group)) wrong(name, 'an object', group);
+  }
+  for (const name of ['plan', 'out'].filter((key) => own.includes(key))) {
+    const value = (config as Record<string, unknown>)[name];
+    if (typeof value !== 'string' || value === '') wrong(name, 'the path of a directory', value);
+  }
   checkKeys(api, 'optimizer option', optimizer, [
     'lr',
     'betas',
@@ -113,6 +123,9 @@ export function checkConfig(api: string, config: TrainConfig, own: readonly stri
   check('earlyStop.minDelta', earlyStop?.minDelta, notNegative, 'zero or more');
   check('log.everySteps', log.everySteps, positive, 'a positive integer');
   check('optimizer.lr', optimizer.lr, some, 'a positive number');
+  const { betas } = optimizer;
+  if (betas !== undefined && !(Array.isArray(betas) && betas.length === 2))
+    wrong('optimizer.betas', 'two numbers', betas);
   check('optimizer.betas[0]', optimizer.betas?.[0], (v) => v >= 0 && v < 1, 'in [0, 1)');
   check('optimizer.betas[1]', optimizer.betas?.[1], (v) => v >= 0 && v < 1, 'in [0, 1)');
   check('optimizer.eps', optimizer.eps, some, 'a positive number');
@@ -124,6 +137,8 @@ export function checkConfig(api: string, config: TrainConfig, own: readonly stri
       `[${api}] optimizer.schedule must be cosine, linear or constant, got ${optimizer.schedule}`,
     );
   }
+  if (!['boolean', 'undefined'].includes(typeof config.gradCheckpointing))
+    wrong('gradCheckpointing', 'true or false', config.gradCheckpointing);
   if (config.resume !== undefined && config.resume !== 'auto' && config.resume !== false) {
     throw new InvalidArgumentError(`[${api}] resume must be 'auto' or false, got ${String(config.resume)}`);
   }

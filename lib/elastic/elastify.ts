@@ -79,6 +79,10 @@ export function policyOf(
   const { gate = 'straight-through', keys = 'all', ...rest } = others;
   for (const key of Object.keys(rest))
     fail(`unknown recipe key '${key}'; elastiformer takes tokens, blocks, lora, keys, layers, gate`);
+  for (const [key, group] of Object.entries({ tokens: given, blocks: cut, lora: corrections })) {
+    if (group !== undefined && (typeof group !== 'object' || group === null || Array.isArray(group)))
+      fail(`${key} must be an object, got ${JSON.stringify(group)}`);
+  }
   if (!gateModes.includes(gate)) fail(`gate must be one of ${gateModes.join(', ')}, got ${JSON.stringify(gate)}`);
   if (!attentionKeys.includes(keys))
     fail(`keys must be one of ${attentionKeys.join(', ')}, got ${JSON.stringify(keys)}`);
