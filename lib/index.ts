@@ -4,6 +4,7 @@ export { type DistillConfig, distill, type LossTerm } from './distill/distill.js
 export type { OptimizerConfig, TrainConfig, TrainEvent, TrainResult } from './distill/events.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { DivergedError } from './distill/trainer.js';
+export type { Axis, Capacity, ElasticSpec } from './elastic/axes.js';
 export type { Budget, OperatingPoint } from './elastic/budget.js';
 export {
   type ElasticPlan,
@@ -12,7 +13,7 @@ export {
   type Recipe,
   type TrainCapacity,
 } from './elastic/elastify.js';
-export type { AttentionKeys, Axis, Capacity, ElasticSpec, GateMode, Level } from './elastic/policy.js';
+export type { AttentionKeys, GateMode, Level } from './elastic/policy.js';
 export type { ExpertGate } from './graph/ops/expert.js';
 export {
   type Baseline,

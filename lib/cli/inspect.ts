@@ -1,5 +1,5 @@
 // `elastiform inspect`: what is in a model directory.
-import { meanCapacity } from '../elastic/policy.js';
+import { meanCapacity } from '../elastic/axes.js';
 import { loadModel } from '../infer/model.js';
 import { Checkpoint } from '../io/safetensors.js';
 import type { Command } from './command.js';

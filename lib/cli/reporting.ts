@@ -3,13 +3,14 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import { axes, axisTraits, isExperts, specByAxis } from '../elastic/axes.js';
 import type { Budget, OperatingPoint } from '../elastic/budget.js';
-import { type Axis, axes, routedLayers, routerCapacities, routerPlaces, specByAxis } from '../elastic/policy.js';
+import { routedLayers, routerCapacities, routerPlaces } from '../elastic/policy.js';
 import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
 import { promptIds } from '../infer/generate.js';
 import type { ElasticModel } from '../infer/model.js';
 import { median } from '../infer/statistics.js';
-import { blockShares, type ElasticTrace } from '../infer/trace.js';
+import { type ElasticTrace, expertShares } from '../infer/trace.js';
 import { FileSystemError, inFileSystem } from '../io/files.js';
 import { InvalidFileError } from '../native/errors.js';
 import { loadAddon } from '../native/index.js';
@@ -154,9 +155,9 @@ function targets(model: ElasticModel, point: OperatingPoint): PerLayer<number | 
   const target = { attn: none(), mlp: none() };
   if (!policy) return target;
   const capacities = routerCapacities(policy, specByAxis(point.spec));
-  const blocks = blockShares(model.network, point);
+  const experts = expertShares(model.network, point);
   for (const [i, { layer, place, axis }] of routerPlaces(policy).entries())
-    target[place][layer] = (target[place][layer] ?? 1) * (axis === 'blocks' ? blocks[layer] : capacities[i]);
+    target[place][layer] = (target[place][layer] ?? 1) * (isExperts(axis) ? experts[place][layer] : capacities[i]);
   return target;
 }
 
@@ -264,10 +265,9 @@ export function reportOf(
 }
 
 function routersOf({ network: { policy } }: ElasticModel): string {
-  const names: Record<Axis, string> = { attn: 'attention', mlp: 'FFN', blocks: 'FFN blocks' };
   const parts = axes.flatMap((axis) => {
     const layers = policy ? routedLayers(policy, axis).length : 0;
-    return layers > 0 ? [`${names[axis]} of ${layers} layers`] : [];
+    return layers > 0 ? [`${axisTraits[axis].title} of ${layers} layers`] : [];
   });
   return `routers for ${parts.join(', ')}`;
 }

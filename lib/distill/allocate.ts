@@ -1,6 +1,8 @@
 // How a share of tokens is divided among sub-layers: a little to those that can spare it, by measured divergence.
+
+import { type Axis, axes, isExperts } from '../elastic/axes.js';
 import { flopsRatio } from '../elastic/budget.js';
-import { type Axis, axes, type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
+import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
 import type { DivergenceProbe } from './probe.js';
@@ -99,8 +101,8 @@ export async function allocationPath(
     /** Length of the path when it was measured. */
     age: number;
   }
-  // A feed-forward without any block is one that no token enters, which is for the router of tokens to say.
-  const stepsOf = (i: number) => (routers[i].axis === 'blocks' ? steps.slice(0, -1) : steps);
+  // A sub-layer without any expert is one that no token enters, which is for the router of tokens to say.
+  const stepsOf = (i: number) => (isExperts(routers[i].axis) ? steps.slice(0, -1) : steps);
   const unknown: Candidate = { slope: Number.NEGATIVE_INFINITY, to: 0, kl: 0, age: -1 };
   const candidates = new Map(routers.flatMap(({ id }, i) => (lowers(id) ? [[i, unknown] as const] : [])));
   const measure = async (i: number): Promise<Candidate> => {

@@ -1,6 +1,8 @@
 // Calibration: the path along which compute is taken away, quantiles of router logits on it, and a check of thresholds.
+
+import { isExperts, meanCapacity } from '../elastic/axes.js';
 import { flopsRatio, pointOnPath } from '../elastic/budget.js';
-import { type Calibration, meanCapacity, type RouterPlace, routerPlaces, thresholds } from '../elastic/policy.js';
+import { type Calibration, type RouterPlace, routerPlaces, thresholds } from '../elastic/policy.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import { allocationPath } from './allocate.js';
 import { batchRun, firstBatches } from './batches.js';
@@ -40,7 +42,7 @@ export async function calibrate(
   const { policy, spec } = model;
   const batches = firstBatches(data, model.batchTokens, tokens, seed);
   const routers = routerPlaces(policy);
-  const ids = routers.flatMap(({ id, axis }) => (axis === 'blocks' ? [] : [id]));
+  const ids = routers.flatMap(({ id, axis }) => (isExperts(axis) ? [] : [id]));
   const count = batches.reduce((sum, batch) => sum + batch.ids.length, 0);
   const length = typicalLength(batches);
 
@@ -66,7 +68,7 @@ export async function calibrate(
 
   const full = await sortedLogits(routers.map(() => 1));
   const collapsed = new Set([...full].filter(([, z]) => z[count - 1] - z[0] < leastSpread).map(([id]) => id));
-  const lowest = routers.map(({ axis }) => (axis === 'blocks' ? 1 : reach) * policy.capacity[axis]![0]);
+  const lowest = routers.map(({ axis }) => (isExperts(axis) ? 1 : reach) * policy.capacity[axis]![0]);
   const path = await allocationPath(probe, spec, policy, (id) => !collapsed.has(id), {
     length,
     least: flopsRatio(spec, policy, lowest, length),
@@ -135,7 +137,7 @@ async function offTarget(
   const capacities = onPath(calibration.path, calibration.capacities[Math.floor(calibration.capacities.length / 2)]);
   const wanted = thresholds(policy, calibration, capacities);
   // Where no router has to choose tokens there is nothing to miss, and nothing to run.
-  const chooses = ({ id, axis }: RouterPlace) => axis !== 'blocks' && Number.isFinite(wanted.get(id));
+  const chooses = ({ id, axis }: RouterPlace) => !isExperts(axis) && Number.isFinite(wanted.get(id));
   if (!routerPlaces(policy).some(chooses)) return [];
   const asked = new Map(routerPlaces(policy).map(({ id }, i) => [id, capacities[i]]));
   const passed = new Map<string, number>();

@@ -1,8 +1,9 @@
 // Self-distillation: trains the routers and corrections of a plan so that the routed model imitates its own full self.
 import { createHash } from 'node:crypto';
 import { join, resolve } from 'node:path';
+import { type Axis, perAxis } from '../elastic/axes.js';
 import { standardLevels } from '../elastic/budget.js';
-import { type Axis, type ElasticPolicy, policyToJson } from '../elastic/policy.js';
+import { type ElasticPolicy, policyToJson } from '../elastic/policy.js';
 import { readElastic, writeElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
@@ -28,7 +29,7 @@ export type LossTerm =
   | { kind: 'kl'; weight: number }
   /** Binary cross-entropy of every router against its own top-k choice: makes thresholds, which are causal, agree. */
   | { kind: 'topk-bce'; weight: number }
-  /** Load balance of the blocks of every layer that is cut into some: 0 when all are used alike. */
+  /** Load balance of the experts of every layer that is cut into some: 0 when all are used alike. */
   | { kind: 'load-balance'; weight: number };
 
 export interface DistillConfig extends TrainConfig {
@@ -41,7 +42,7 @@ export interface DistillConfig extends TrainConfig {
   evalData?: DataSource;
   /** Without evalData: share of the documents to hold out. */
   heldOut?: number;
-  /** Default: kl at weight 1, topk-bce at 0.1 and, with blocks, load-balance at 0.01. */
+  /** Default: kl at weight 1, topk-bce at 0.1 and, with experts, load-balance at 0.01. */
   loss?: readonly LossTerm[];
   /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
@@ -235,11 +236,10 @@ function lossWeights(
 
 /** Mean capacity of each axis at a draw from 0, the low end of its range, to 1, the high end. */
 function meanCapacities({ capacity }: ElasticPolicy, draw: number): Record<Axis, number> {
-  const mean = (axis: Axis) => {
+  return perAxis((axis) => {
     const [low, high] = capacity[axis] ?? [1, 1];
     return low + (high - low) * draw;
-  };
-  return { attn: mean('attn'), mlp: mean('mlp'), blocks: mean('blocks') };
+  });
 }
 
 /** KL and agreement with the full model by top-k at three capacities of the trained range; the metric is the mean KL. */

@@ -127,7 +127,7 @@ function credited(
 
 /**
  * One micro-batch of training: adds the gradients of `kl weight * KL + bce weight * mean over routers of BCE + balance
- * weight * mean over layers cut into blocks of their load balance` to `trainable.grads`. Feeds besides the batch: `weight` f32 [rows], `share` f32 [1] (this micro-batch's part of the
+ * weight * mean over sub-layers cut into experts of their load balance` to `trainable.grads`. Feeds besides the batch: `weight` f32 [rows], `share` f32 [1] (this micro-batch's part of the
  * step's rows), capacities, and with `explore` noise. Outputs `loss`, `kl`, `agree` and, when they have a weight, `bce` and
  * `balance`.
  */
@@ -149,7 +149,7 @@ export function trainProgram(
   const ht = graph.tag('teacher/head', () => finalNorm(spec, weights, teacher));
   const selector = studentSelector(graph, model, segments, explore);
   const student = decoder(graph, spec, weights, inputs, selector, { recompute, residuals });
-  const { routed, routedBlocks } = selector;
+  const { routed, routedExperts } = selector;
   const weight = graph.feed('weight', 'f32', [rows]);
   const share = graph.feed('share', 'f32', [1]);
   const { loss: kl, agree } = graph.tag('head', () =>
@@ -173,16 +173,16 @@ export function trainProgram(
     });
   };
   auxiliary('bce', losses.topkBce, () => routed.map((r) => topkBce(r.detached, r.rows)));
-  auxiliary('balance', losses.loadBalance, () => routedBlocks.map((r) => expertBalance(r.detached)));
+  auxiliary('balance', losses.loadBalance, () => routedExperts.map((r) => expertBalance(r.detached)));
   const total = (divergence: Node): Node => extra.reduce((sum, term) => add(sum, term), scale(divergence, losses.kl));
   const loss = total(kl);
   graph.output('loss', loss);
-  // Gates of blocks, of tokens that are not straight-through, and corrections are in the divergence itself.
+  // Gates of experts, of tokens that are not straight-through, and corrections are in the divergence itself.
   const byCredit = policy.gate === 'straight-through' && routed.length > 0;
   const objective = byCredit
     ? graph.tag('routers', () => {
         const credit = credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight);
-        return total(routedBlocks.length > 0 || policy.lora ? add(credit, kl) : credit);
+        return total(routedExperts.length > 0 || policy.lora ? add(credit, kl) : credit);
       })
     : loss;
   trainable.accumulateGradients(graph, objective, (name) => graph.state(trainable.view(name)));

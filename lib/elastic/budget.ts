@@ -6,21 +6,26 @@ import { InvalidArgumentError } from '../native/errors.js';
 import {
   type Axis,
   axes,
-  blocksUsed,
-  type Calibration,
+  axisTraits,
   type Capacity,
   capacityRule,
-  type ElasticPolicy,
   type ElasticSpec,
+  expertsUsed,
   isCapacity,
-  type Level,
   meanCapacity,
+  perAxis,
+  specByAxis,
+  specKeys,
+  specOfAxes,
+} from './axes.js';
+import {
+  type Calibration,
+  type ElasticPolicy,
+  type Level,
   type Routing,
   routedLayers,
   routerCapacities,
   routerPlaces,
-  specByAxis,
-  specOfAxes,
   thresholds,
 } from './policy.js';
 
@@ -50,13 +55,19 @@ export interface OperatingPoint {
 /** What decides about the cost of a sub-layer. */
 type Costed = Routing & Pick<ElasticPolicy, 'lora'>;
 
-// Expected FLOPs of one sub-layer when the share c of a sequence of `length` rows enters it, and uses the share b of its
-// blocks, with the routers that it takes to choose them: none at 0 and 1.
+/** Of the tokens of a sequence, and of the experts of a sub-layer that each uses. */
+interface Shares {
+  tokens: number;
+  experts: number;
+}
+
+// Expected FLOPs of one sub-layer when the share `tokens` of a sequence of `length` rows enters it, and uses the share
+// `experts` of what it is cut into, with the routers that it takes to choose them: none at 0 and 1.
 function routedFlops(
   spec: ModelSpec,
   policy: Routing,
   place: Place,
-  { c, b }: { c: number; b: number },
+  { tokens: c, experts: b }: Shares,
   length: number,
 ): number {
   if (c <= 0 || b <= 0) return 0;
@@ -65,7 +76,7 @@ function routedFlops(
     if (b >= 1) return router + feedForwardFlops(spec, c * length);
     const { count } = policy.blocks!;
     const blocks = 2 * c * length * spec.hidden * count;
-    return router + blocks + (feedForwardFlops(spec, c * length) * blocksUsed(b, count)) / count;
+    return router + blocks + (feedForwardFlops(spec, c * length) * expertsUsed(b, count)) / count;
   }
   if (c >= 1) return attentionFlops(spec, [length]);
   if (policy.tokens.attn!.keys === 'selected') return router + attentionFlops(spec, [c * length]);
@@ -75,8 +86,8 @@ function routedFlops(
 // Of the corrections of one sub-layer's projections.
 function loraFlops(
   spec: ModelSpec,
-  { lora, tokens, blocks }: Pick<ElasticPolicy, 'lora' | 'tokens' | 'blocks'>,
-  { layer, place, c, b }: { layer: number; place: Place; c: number; b: number },
+  { lora, tokens, blocks }: Costed,
+  { layer, place, tokens: c, experts: b }: Shares & { layer: number; place: Place },
   length: number,
 ): number {
   if (!lora?.layers.includes(layer) || c <= 0 || b <= 0) return 0;
@@ -84,7 +95,7 @@ function loraFlops(
   const [q, kv] = [heads * headDim, kvHeads * headDim];
   const entered = c * length;
   const keys = tokens.attn?.keys === 'selected' ? entered : length;
-  const used = b < 1 ? blocksUsed(b, blocks!.count) : 1;
+  const used = b < 1 ? expertsUsed(b, blocks!.count) : 1;
   const units = b < 1 ? (used * ffn) / blocks!.count : ffn;
   const perRank: Record<Projection, number> = {
     q: entered * (hidden + q),
@@ -109,11 +120,11 @@ function loraFlops(
 export function flopsRatio(spec: ModelSpec, policy: Costed, capacities: readonly number[], length: number): number {
   const { perLayer, total } = forwardFlops(spec, [length]);
   const subLayers = Array.from({ length: spec.layers }, (_, layer) =>
-    places.map((place) => ({ layer, place, c: 1, b: 1 })),
+    places.map((place) => ({ layer, place, tokens: 1, experts: 1 })),
   ).flat();
   for (const [i, { layer, place, axis }] of routerPlaces(policy).entries()) {
     const shares = subLayers.find((s) => s.layer === layer && s.place === place)!;
-    shares[axis === 'blocks' ? 'b' : 'c'] = capacities[i];
+    shares[axisTraits[axis].routes] = capacities[i];
   }
   let saved = 0;
   for (const shares of subLayers) {
@@ -206,7 +217,7 @@ function fullPoint(level: string | null): OperatingPoint {
   return {
     level,
     spec: {},
-    capacity: { attn: 1, mlp: 1, blocks: 1 },
+    capacity: perAxis(() => 1),
     full: true,
     thresholds: new Map(),
     flopsRatio: 1,
@@ -236,17 +247,17 @@ function explicit(
   level: string | null,
 ): OperatingPoint {
   for (const key of Object.keys(wanted)) {
-    if (key !== 'tokenCapacity' && key !== 'blockShare')
-      throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there are tokenCapacity and blockShare`);
+    if (!specKeys.includes(key))
+      throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there are ${specKeys.join(', ')}`);
   }
   for (const place of Object.keys(wanted.tokenCapacity ?? {})) {
     if (places.includes(place as Place)) continue;
     throw new InvalidArgumentError(`[budget] unknown place '${place}' in tokenCapacity; it takes ${places.join(', ')}`);
   }
-  const shares: Shares = {};
+  const shares: AxisShares = {};
   for (const [axis, value] of Object.entries(specByAxis(wanted)) as [Axis, unknown][]) {
     if (value === undefined) continue;
-    const name = axis === 'blocks' ? 'blockShare' : `tokenCapacity.${axis}`;
+    const name = axisTraits[axis].setting;
     const layers = policy ? routedLayers(policy, axis).length : 0;
     if (!isCapacity(value, layers)) {
       throw new InvalidArgumentError(`[budget] ${name} must be ${capacityRule(layers)}, got ${JSON.stringify(value)}`);
@@ -263,12 +274,12 @@ function explicit(
   return routedPoint(shares, spec, needRouters(policy, { spec: wanted }), length, level);
 }
 
-type Shares = Partial<Record<Axis, Capacity>>;
+type AxisShares = Partial<Record<Axis, Capacity>>;
 
 const isFull = (share: Capacity): boolean => [share].flat().every((c) => c === 1);
 
 /** Capacities of all routers as shares per axis. */
-function axisCapacities(policy: Routing, capacities: readonly number[]): Shares {
+function axisCapacities(policy: Routing, capacities: readonly number[]): AxisShares {
   const routers = routerPlaces(policy);
   return Object.fromEntries(
     axes
@@ -278,7 +289,7 @@ function axisCapacities(policy: Routing, capacities: readonly number[]): Shares 
 }
 
 function routedPoint(
-  shares: Shares,
+  shares: AxisShares,
   spec: ModelSpec,
   policy: ElasticPolicy,
   length: number,
@@ -290,13 +301,12 @@ function routedPoint(
     if (mean(axis) === 1) return [];
     const low = policy.capacity[axis]?.[0] ?? 1;
     const below = mean(axis) < low ? `, below the ${low * 100} % it was trained for` : '';
-    const what = axis === 'blocks' ? 'of the blocks of the feed-forward' : `of tokens into ${axis}`;
-    return `${(mean(axis) * 100).toFixed(1)} % ${what}${below}`;
+    return `${(mean(axis) * 100).toFixed(1)} % ${axisTraits[axis].of}${below}`;
   });
   return {
     level,
     spec: specOfAxes(shares),
-    capacity: { attn: mean('attn'), mlp: mean('mlp'), blocks: mean('blocks') },
+    capacity: perAxis(mean),
     full: false,
     thresholds: thresholds(policy, needCalibration(policy), capacities),
     flopsRatio: flopsRatio(spec, policy, capacities, length),

@@ -4,6 +4,22 @@ import { type ExpertGate, expertGates } from '../graph/index.js';
 import { type Place, type Projection, places, projections } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
+import {
+  type Axis,
+  axes,
+  axisTraits,
+  type Capacity,
+  capacityRule,
+  type ElasticSpec,
+  type ExpertAxis,
+  expertAxes,
+  isCapacity,
+  isExperts,
+  meanCapacity,
+  routerId,
+  specKeys,
+  specOfAxes,
+} from './axes.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
 export type GateMode = 'straight-through' | 'raw' | 'two-sigma';
@@ -15,35 +31,6 @@ export const gateModes: readonly GateMode[] = ['straight-through', 'raw', 'two-s
  */
 export type AttentionKeys = 'all' | 'selected';
 export const attentionKeys: readonly AttentionKeys[] = ['all', 'selected'];
-
-/**
- * What is routed: tokens into attention, tokens into the feed-forward, and for every token blocks of the feed-forward's
- * units.
- */
-export type Axis = Place | 'blocks';
-export const axes: readonly Axis[] = [...places, 'blocks'];
-
-/** A share: one in (0, 1] for all routed layers of an axis, or one in [0, 1] for each of them, ascending. */
-export type Capacity = number | readonly number[];
-
-/** Explicit settings per axis; an absent axis is full. */
-export interface ElasticSpec {
-  /** Share of tokens that routed sub-layers process. */
-  tokenCapacity?: { attn?: Capacity; mlp?: Capacity };
-  /** Share of the feed-forward's blocks that every token uses, rounded up to whole blocks. */
-  blockShare?: Capacity;
-}
-
-/** The settings of a spec by axis, and back. */
-export function specByAxis({ tokenCapacity, blockShare }: ElasticSpec): Partial<Record<Axis, Capacity>> {
-  return { ...tokenCapacity, ...(blockShare !== undefined && { blocks: blockShare }) };
-}
-export function specOfAxes({ blocks, ...tokens }: Partial<Record<Axis, Capacity>>): ElasticSpec {
-  return {
-    ...(Object.keys(tokens).length > 0 && { tokenCapacity: tokens }),
-    ...(blocks !== undefined && { blockShare: blocks }),
-  };
-}
 
 export interface QualityValue {
   value: number;
@@ -84,6 +71,13 @@ export interface Calibration {
 
 export type Range = readonly [low: number, high: number];
 
+/** Layers cut into `count` experts, of which every token uses some. */
+export interface Experts {
+  layers: readonly number[];
+  count: number;
+  gate: ExpertGate;
+}
+
 export interface ElasticPolicy {
   version: 1;
   /** The unchanged backbone this policy belongs to. */
@@ -94,8 +88,8 @@ export interface ElasticPolicy {
   gate: GateMode;
   /** Routed layers of each place, ascending. */
   tokens: { attn?: { layers: readonly number[]; keys: AttentionKeys }; mlp?: { layers: readonly number[] } };
-  /** Layers whose feed-forward is cut into `count` blocks of equal width, of which every token uses some. */
-  blocks?: { layers: readonly number[]; count: number; gate: ExpertGate };
+  /** Layers whose feed-forward is cut into blocks of equal width. */
+  blocks?: Experts;
   /** Corrections of projections by matrices of a rank, which every budget below full has. */
   lora?: { rank: number; targets: readonly Projection[]; layers: readonly number[] };
   /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
@@ -112,65 +106,44 @@ export interface Router {
   bias: Float32Array;
 }
 
-/** A router. They are always listed in the order of execution: layer by layer, attn before mlp, tokens before blocks. */
+/** A router. They are always listed in the order of execution: layer by layer, within one as `axes` are. */
 export interface RouterPlace {
   id: string;
   layer: number;
   axis: Axis;
   /** Of whose sub-layer it decides. */
   place: Place;
-  /** Scores it gives a token: one, or one for every block. */
+  /** Scores it gives a token: one, or one for every expert. */
   outputs: number;
 }
 
-/** `layers.{layer}.{place}.token`, the name of a token router in files, programs and reports. */
-export function routerId(layer: number, place: Place): string {
-  return `layers.${layer}.${place}.token`;
-}
-
-/** `layers.{layer}.mlp.blocks` */
-export const blockRouterId = (layer: number): string => `layers.${layer}.mlp.blocks`;
-
 /** What is routed in a policy. */
-export type Routing = Pick<ElasticPolicy, 'tokens' | 'blocks' | 'layers'>;
+export type Routing = Pick<ElasticPolicy, 'tokens' | ExpertAxis | 'layers'>;
 
 /** The layers routed on an axis, ascending. */
-export function routedLayers(policy: Pick<Routing, 'tokens' | 'blocks'>, axis: Axis): readonly number[] {
-  return (axis === 'blocks' ? policy.blocks : policy.tokens[axis])?.layers ?? [];
+export function routedLayers(policy: Omit<Routing, 'layers'>, axis: Axis): readonly number[] {
+  return (isExperts(axis) ? policy[axis] : policy.tokens[axis])?.layers ?? [];
 }
 
 /** Every router of a policy, in the order of execution. */
 export function routerPlaces(policy: Routing): RouterPlace[] {
-  const all: RouterPlace[] = [];
-  for (let layer = 0; layer < policy.layers; layer++) {
-    for (const axis of axes) {
-      if (!routedLayers(policy, axis).includes(layer)) continue;
-      if (axis === 'blocks') {
-        all.push({ id: blockRouterId(layer), layer, axis, place: 'mlp', outputs: policy.blocks!.count });
-      } else {
-        all.push({ id: routerId(layer, axis), layer, axis, place: axis, outputs: 1 });
-      }
-    }
-  }
-  return all;
+  return Array.from({ length: policy.layers }, (_, layer) =>
+    axes
+      .filter((axis) => routedLayers(policy, axis).includes(layer))
+      .map((axis) => ({
+        id: routerId(layer, axis),
+        layer,
+        axis,
+        place: axisTraits[axis].place,
+        outputs: isExperts(axis) ? policy[axis]!.count : 1,
+      })),
+  ).flat();
 }
 
 /** Weights and biases of all routers. */
 export function routerParameters(policy: Routing & Pick<ElasticPolicy, 'hidden'>): number {
   return routerPlaces(policy).reduce((sum, { outputs }) => sum + outputs * (policy.hidden + 1), 0);
 }
-
-/** The whole blocks that a share of `count` comes to, as the kernels count them. */
-export const blocksUsed = (share: number, count: number): number => Math.ceil(Math.fround(share) * count - 1e-6);
-
-/** Whether a value is a share for an axis with so many routed layers. */
-export function isCapacity(value: unknown, layers: number): value is Capacity {
-  if (!Array.isArray(value)) return typeof value === 'number' && value > 0 && value <= 1;
-  return value.length === layers && value.every((c) => typeof c === 'number' && c >= 0 && c <= 1);
-}
-
-/** The rule of isCapacity in words. */
-export const capacityRule = (layers: number): string => `in (0, 1] or ${layers} numbers in [0, 1], one per layer`;
 
 /** One capacity per router, in the order of execution, from shares per axis; absent axes are full. */
 export function routerCapacities(policy: Routing, shares: Partial<Record<Axis, Capacity>>): number[] {
@@ -180,14 +153,8 @@ export function routerCapacities(policy: Routing, shares: Partial<Record<Axis, C
   });
 }
 
-/** Mean of capacities; 1 when there is none. */
-export function meanCapacity(capacities: Capacity): number {
-  const all = [capacities].flat();
-  return all.length === 0 ? 1 : all.reduce((a, b) => a + b, 0) / all.length;
-}
-
 /**
- * What decides at each router so that it passes about its capacity: the logit threshold of tokens, the share of blocks;
+ * What decides at each router so that it passes about its capacity: the logit threshold of tokens, the share of experts;
  * minus infinity for full ones, infinity for 0. Quantiles are interpolated linearly between points and between calibrated
  * capacities.
  *
@@ -202,7 +169,7 @@ export function thresholds(
   const mean = meanCapacity(capacities);
   const routers = routerPlaces(policy);
   const name = ({ layer, place }: RouterPlace) => `${layer} ${place}`;
-  // Where no token enters or no block is used the sub-layer does not run, and neither does its other router.
+  // Where no token enters or no expert is used the sub-layer does not run, and neither does its other router.
   const absent = new Set(routers.filter((_, i) => capacities[i] <= 0).map(name));
   return new Map(
     routers.map((router, i) => {
@@ -210,7 +177,7 @@ export function thresholds(
       const c = capacities[i];
       if (absent.has(name(router))) return [id, Number.POSITIVE_INFINITY];
       if (c >= 1) return [id, Number.NEGATIVE_INFINITY];
-      if (axis === 'blocks') return [id, c];
+      if (isExperts(axis)) return [id, c];
       // A router that scores all tokens alike cannot choose: all pass.
       const table = calibration.quantiles.get(id)!;
       if (Math.max(...table) === Math.min(...table)) return [id, Number.NEGATIVE_INFINITY];
@@ -258,7 +225,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
       decode: 'threshold',
     };
   }
-  const { calibration, blocks, lora } = policy;
+  const { calibration, lora } = policy;
   return {
     elastic_version: 1,
     base: {
@@ -268,13 +235,19 @@ export function policyToJson(policy: ElasticPolicy): Json {
     },
     gate: policy.gate,
     tokens,
-    ...(blocks && {
-      blocks: { layers: blocks.layers, count: blocks.count, gate: blocks.gate, train_share: policy.capacity.blocks },
-    }),
+    ...Object.fromEntries(
+      expertAxes.flatMap((axis) => {
+        const experts = policy[axis];
+        if (!experts) return [];
+        const { layers, count, gate } = experts;
+        return [[axis, { layers, count, gate, train_share: policy.capacity[axis] }]];
+      }),
+    ),
     ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
     routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
       id,
-      ...routerKind(axis),
+      kind: axisTraits[axis].router,
+      act: axisTraits[axis].act,
       in: policy.hidden,
       hidden: 0,
       out: outputs,
@@ -295,9 +268,6 @@ export function policyToJson(policy: ElasticPolicy): Json {
     })),
   };
 }
-
-const routerKind = (axis: Axis): { kind: string; act: string } =>
-  axis === 'blocks' ? { kind: 'blocks', act: 'softmax' } : { kind: 'token', act: 'sigmoid' };
 
 /**
  * Reads and checks the content of elastic_config.json. Calibration quantiles live in the routers' file, so the
@@ -323,7 +293,7 @@ export function policyFromJson(
     'base',
     'gate',
     'tokens',
-    'blocks',
+    ...expertAxes,
     'lora',
     'routers',
     'calibration',
@@ -379,19 +349,20 @@ export function policyFromJson(
     capacity[place] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
   }
 
-  let blocks: ElasticPolicy['blocks'];
-  if (root.blocks !== undefined) {
-    const entry = read.object(root.blocks, 'blocks');
-    read.known(entry, 'blocks.', ['layers', 'count', 'gate', 'train_share']);
-    const layers = layersAt(entry, 'blocks');
+  const experts: Partial<Record<ExpertAxis, Experts>> = {};
+  for (const axis of expertAxes) {
+    if (root[axis] === undefined) continue;
+    const entry = read.object(root[axis], axis);
+    read.known(entry, `${axis}.`, ['layers', 'count', 'gate', 'train_share']);
+    const layers = layersAt(entry, axis);
     const count = entry.count as number;
     if (!Number.isInteger(count) || count < 2 || model.ffn % count !== 0) {
-      read.fail('blocks.count', `an integer from 2 that divides ${model.ffn}, the feed-forward's width`, count);
+      read.fail(`${axis}.count`, `an integer from 2 that divides ${model.ffn}, the feed-forward's width`, count);
     }
-    const blockGate = entry.gate as ExpertGate;
-    if (!expertGates.includes(blockGate)) read.fail('blocks.gate', `one of ${expertGates.join(', ')}`, blockGate);
-    blocks = { layers, count, gate: blockGate };
-    capacity.blocks = rangeAt(entry.train_share, 'blocks.train_share');
+    const expertGate = entry.gate as ExpertGate;
+    if (!expertGates.includes(expertGate)) read.fail(`${axis}.gate`, `one of ${expertGates.join(', ')}`, expertGate);
+    experts[axis] = { layers, count, gate: expertGate };
+    capacity[axis] = rangeAt(entry.train_share, `${axis}.train_share`);
   }
 
   let lora: ElasticPolicy['lora'];
@@ -417,7 +388,7 @@ export function policyFromJson(
     layers: model.layers,
     gate,
     tokens,
-    ...(blocks && { blocks }),
+    ...experts,
     ...(lora && { lora }),
     capacity,
     calibration: null,
@@ -433,7 +404,7 @@ export function policyFromJson(
     const id = read.string(router.id, `routers[${i}].id`);
     const wanted = routers.find((r) => r.id === id);
     if (!wanted) read.fail(`routers[${i}].id`, `one of ${expected.join(', ')}`, id);
-    const { kind, act } = routerKind(wanted!.axis);
+    const { router: kind, act } = axisTraits[wanted!.axis];
     if (router.kind !== kind) read.fail(`routers[${i}].kind`, JSON.stringify(kind), router.kind);
     if (router.in !== model.hidden)
       read.fail(`routers[${i}].in`, `${model.hidden}, the model's hidden size`, router.in);
@@ -504,24 +475,21 @@ function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[]
     if (names.has(name)) read.fail(`${key}.name`, 'unique', name);
     names.add(name);
     const specJson = read.object(level.spec, `${key}.spec`);
-    read.known(specJson, `${key}.spec.`, ['tokenCapacity', 'blockShare']);
-    const spec: ElasticSpec = {};
-    const capacityAt = (value: unknown, axis: Axis, name: string): Capacity => {
+    read.known(specJson, `${key}.spec.`, specKeys);
+    const shares: Partial<Record<Axis, Capacity>> = {};
+    const shareAt = (value: unknown, axis: Axis): void => {
+      if (value === undefined) return;
       const layers = routedLayers(policy, axis).length;
-      if (!isCapacity(value, layers)) read.fail(`${key}.spec.${name}`, capacityRule(layers), value);
-      return value as Capacity;
+      if (!isCapacity(value, layers)) read.fail(`${key}.spec.${axisTraits[axis].setting}`, capacityRule(layers), value);
+      shares[axis] = value as Capacity;
     };
     if (specJson.tokenCapacity !== undefined) {
       const capacity = read.object(specJson.tokenCapacity, `${key}.spec.tokenCapacity`);
       read.known(capacity, `${key}.spec.tokenCapacity.`, places);
-      spec.tokenCapacity = {};
-      for (const place of places) {
-        if (capacity[place] === undefined) continue;
-        spec.tokenCapacity[place] = capacityAt(capacity[place], place, `tokenCapacity.${place}`);
-      }
+      for (const place of places) shareAt(capacity[place], place);
     }
-    if (specJson.blockShare !== undefined) spec.blockShare = capacityAt(specJson.blockShare, 'blocks', 'blockShare');
-    const result: Level = { name, spec };
+    for (const axis of expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
+    const result: Level = { name, spec: specOfAxes(shares) };
     if (level.flops_ratio !== undefined) {
       const ratio = level.flops_ratio;
       if (typeof ratio !== 'number' || !(ratio > 0)) read.fail(`${key}.flops_ratio`, 'a positive number', ratio);

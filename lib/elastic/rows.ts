@@ -1,4 +1,4 @@
-// Routing: which rows enter a sub-layer and which blocks they use, in training, at inference, and in the two baselines.
+// Routing: which rows enter a sub-layer and which experts they use, in training, at inference, and in the two baselines.
 import type { Dim } from '../graph/dims.js';
 import type { Graph, Node } from '../graph/graph.js';
 import {
@@ -15,8 +15,9 @@ import {
   stopGradient,
   zeros,
 } from '../graph/index.js';
-import type { BlockSelection, EnteredRows, Place, RowSelection, Selector, SubLayer } from '../model/select.js';
-import { blockRouterId, type ElasticPolicy, type GateMode, gateModes, type Routing, routerId } from './policy.js';
+import type { EnteredRows, ExpertSelection, Place, RowSelection, Selector, SubLayer } from '../model/select.js';
+import { type ExpertAxis, expertAxisOf, routerId } from './axes.js';
+import { type ElasticPolicy, type Experts, type GateMode, gateModes, type Routing } from './policy.js';
 
 /** Parameters of one router in a graph: weight [outputs, hidden], bias [outputs]. */
 export interface RouterNodes {
@@ -38,10 +39,10 @@ export interface RoutedPlace {
   offsets: Node;
 }
 
-/** How the rows of a layer chose among its blocks in a training graph. */
-export interface RoutedBlocks {
+/** How the rows of a sub-layer chose among its experts in a training graph. */
+export interface RoutedExperts {
   id: string;
-  /** Scores that blocks were chosen by, as a function of the router only: no gradient reaches the router's input. */
+  /** Scores that experts were chosen by, as a function of the router only: no gradient reaches the router's input. */
   detached: ExpertScores;
 }
 
@@ -49,7 +50,7 @@ export interface RoutedBlocks {
 export const capacityFeed = (id: string): string => `capacity.${id}`;
 /** Name of the feed f32 [N, outputs] with what is added to a router's logits before rows are chosen in training. */
 export const noiseFeed = (id: string): string => `noise.${id}`;
-/** Name of the feed f32 [S] with a router's logit threshold, or share of blocks, for every segment. */
+/** Name of the feed f32 [S] with a router's logit threshold, or share of experts, for every segment. */
 export const thresholdFeed = (id: string): string => `threshold.${id}`;
 /** Name of the feed f32 [N, outputs] with the scores that stand in for a router's logits in the random baseline. */
 export const scoreFeed = (id: string): string => `score.${id}`;
@@ -70,31 +71,41 @@ function logits(s: SubLayer, router: RouterNodes): Node {
   return linear(s.normed(), router.weight, { bias: router.bias });
 }
 
-const cut = (policy: Pick<ElasticPolicy, 'blocks'>, layer: number): boolean =>
-  policy.blocks?.layers.includes(layer) ?? false;
+/** The experts of a sub-layer and their router's id; null where it is not cut. */
+function expertsOf(
+  policy: Pick<Routing, ExpertAxis>,
+  { layer, place }: EnteredRows,
+): (Experts & { id: string }) | null {
+  const axis = expertAxisOf(place);
+  const experts = axis && policy[axis];
+  return experts?.layers.includes(layer) ? { ...experts, id: routerId(layer, axis!) } : null;
+}
 
 /** Scores of the rows that entered, f32 [R, count]. */
-function blockLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
+function expertLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
   return linear(x, router.weight, { bias: router.bias, rows: gather });
 }
 
 /** A sub-layer is there unless one of its routers is absent. */
 const runsUnless = (absent: (id: string) => boolean): Selector['runs'] => {
-  return (layer, place) => !absent(routerId(layer, place)) && !(place === 'mlp' && absent(blockRouterId(layer)));
+  return (layer, place) => {
+    const experts = expertAxisOf(place);
+    return !absent(routerId(layer, place)) && !(experts && absent(routerId(layer, experts)));
+  };
 };
 
-/** The rows that choose each block, by scores of those that entered. `gateOf` may give none, which is 1. */
-function chosenBlocks(
+/** The rows that choose each expert, by scores of those that entered. `gateOf` may give none, which is 1. */
+function chosenExperts(
   scores: ExpertScores,
   count: number,
-  gateOf: (block: number, rows: Node) => Node | undefined,
-): BlockSelection[] {
+  gateOf: (expert: number, rows: Node) => Node | undefined,
+): ExpertSelection[] {
   // What is chosen is 1 and the rest 0: above 0 are the rows to take.
   const threshold = zeros(scores.z.graph, scores.share.shape);
-  return Array.from({ length: count }, (_, block) => {
-    const { rows } = routeThreshold(expertChoice(scores, block), scores.offsets, threshold);
-    const gate = gateOf(block, rows);
-    return { rows, ...(gate && { gate }) };
+  return Array.from({ length: count }, (_, expert) => {
+    const chosen = routeThreshold(expertChoice(scores, expert), scores.offsets, threshold);
+    const gate = gateOf(expert, chosen.rows);
+    return { ...chosen, ...(gate && { gate }) };
   });
 }
 
@@ -109,17 +120,17 @@ export function trainingSelector(
   routers: (id: string) => RouterNodes,
   segments: Dim | number,
   { explore = false }: { explore?: boolean } = {},
-): Selector & { readonly routed: readonly RoutedPlace[]; readonly routedBlocks: readonly RoutedBlocks[] } {
+): Selector & { readonly routed: readonly RoutedPlace[]; readonly routedExperts: readonly RoutedExperts[] } {
   const all: RoutedPlace[] = [];
-  const blocks: RoutedBlocks[] = [];
+  const experts: RoutedExperts[] = [];
   return {
     routed: all,
-    routedBlocks: blocks,
+    routedExperts: experts,
     runs: () => true,
-    blocks(entered: EnteredRows): BlockSelection[] | null {
-      if (!cut(policy, entered.layer)) return null;
-      const { count, gate: mode } = policy.blocks!;
-      const id = blockRouterId(entered.layer);
+    experts(entered: EnteredRows): ExpertSelection[] | null {
+      const cut = expertsOf(policy, entered);
+      if (!cut) return null;
+      const { id, count, gate: mode } = cut;
       const router = routers(id);
       const share = graph.feed(capacityFeed(id), 'f32', [segments]);
       const explored = (z: Node): Node => {
@@ -127,11 +138,11 @@ export function trainingSelector(
         const noise = graph.feed(noiseFeed(id), 'f32', [entered.residual.shape[0], count]);
         return add(z, entered.rows ? gatherRows(noise, entered.rows) : noise);
       };
-      const z = blockLogits(entered, router);
+      const z = expertLogits(entered, router);
       const scores: ExpertScores = { z: explored(z), offsets: entered.offsets, share, rule: 'top-k' };
-      const detached = blockLogits({ ...entered, x: stopGradient(entered.x) }, router);
-      blocks.push({ id, detached: { ...scores, z: explored(detached) } });
-      return chosenBlocks(scores, count, (block, rows) => expertGate(scores, block, rows, mode));
+      const detached = expertLogits({ ...entered, x: stopGradient(entered.x) }, router);
+      experts.push({ id, detached: { ...scores, z: explored(detached) } });
+      return chosenExperts(scores, count, (expert, rows) => expertGate(scores, expert, rows, mode));
     },
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;
@@ -162,15 +173,15 @@ export function inferenceSelector(
 ): Selector {
   return {
     runs: runsUnless((id) => known.get(id) === Number.POSITIVE_INFINITY),
-    blocks(entered: EnteredRows): BlockSelection[] | null {
-      const id = blockRouterId(entered.layer);
-      if (!cut(policy, entered.layer) || known.get(id) === Number.NEGATIVE_INFINITY) return null;
-      const { count, gate: mode } = policy.blocks!;
+    experts(entered: EnteredRows): ExpertSelection[] | null {
+      const cut = expertsOf(policy, entered);
+      if (!cut || known.get(cut.id) === Number.NEGATIVE_INFINITY) return null;
+      const { id, count, gate: mode } = cut;
       const share = graph.feed(thresholdFeed(id), 'f32', [segments]);
-      const z = blockLogits(entered, routers(id));
+      const z = expertLogits(entered, routers(id));
       const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: 'top-k' };
-      return chosenBlocks(scores, count, (block, rows) =>
-        mode === 'straight-through' ? undefined : expertGate(scores, block, rows, mode),
+      return chosenExperts(scores, count, (expert, rows) =>
+        mode === 'straight-through' ? undefined : expertGate(scores, expert, rows, mode),
       );
     },
     rows(s: SubLayer): RowSelection | null {
@@ -211,21 +222,21 @@ export function thresholdFeeds(
  */
 export function randomSelector(
   graph: Graph,
-  policy: Pick<Routing, 'tokens' | 'blocks'>,
+  policy: Omit<Routing, 'layers'>,
   rows: Dim | number,
   segments: Dim | number,
   absent: ReadonlySet<string> = new Set(),
 ): Selector {
   return {
     runs: runsUnless((id) => absent.has(id)),
-    blocks(entered: EnteredRows): BlockSelection[] | null {
-      if (!cut(policy, entered.layer)) return null;
-      const id = blockRouterId(entered.layer);
-      const { count } = policy.blocks!;
+    experts(entered: EnteredRows): ExpertSelection[] | null {
+      const cut = expertsOf(policy, entered);
+      if (!cut) return null;
+      const { id, count } = cut;
       const all = graph.feed(scoreFeed(id), 'f32', [rows, count]);
       const z = entered.rows ? gatherRows(all, entered.rows) : all;
       const share = graph.feed(capacityFeed(id), 'f32', [segments]);
-      return chosenBlocks({ z, offsets: entered.offsets, share, rule: 'top-k' }, count, () => undefined);
+      return chosenExperts({ z, offsets: entered.offsets, share, rule: 'top-k' }, count, () => undefined);
     },
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;

@@ -9,11 +9,7 @@ export class ComputeMeter {
   rows = 0;
   readonly #entered: Record<Place, Float64Array>;
 
-  /** @param blocks into how many a feed-forward is cut where it is: a row counts there once for every block it uses */
-  constructor(
-    layers: number,
-    private readonly blocks = 1,
-  ) {
+  constructor(layers: number) {
     this.#entered = { attn: new Float64Array(layers), mlp: new Float64Array(layers) };
   }
 
@@ -22,14 +18,15 @@ export class ComputeMeter {
     this.rows += rows;
     for (const [tag, counter] of Object.entries(result.counters)) {
       if (!except.includes(tag)) this.flops += counter.flops;
-      const found = /^L(\d+)\.(attn|mlp)(\.blocks)?$/.exec(tag);
+      // A row counts once for every expert that it uses, of as many as the tag says.
+      const found = /^L(\d+)\.(attn|mlp)(?:\/(\d+))?$/.exec(tag);
       if (!found) continue;
-      const [, layer, place, cut] = found;
-      this.#entered[place as Place][Number(layer)] += counter.rows / (cut ? this.blocks : 1);
+      const [, layer, place, experts = 1] = found;
+      this.#entered[place as Place][Number(layer)] += counter.rows / Number(experts);
     }
   }
 
-  /** Mean share of rows that entered each sub-layer, times the share of its blocks that they used. */
+  /** Mean share of rows that entered each sub-layer, times the share of its experts that they used. */
   layersRun(): { attn: Float32Array; mlp: Float32Array } {
     const share = (entered: Float64Array): Float32Array =>
       Float32Array.from(entered, (n) => (this.rows > 0 ? n / this.rows : 0));

@@ -1,6 +1,8 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
+
+import { isExperts, routerId } from '../elastic/axes.js';
 import { type Budget, resolveBudget } from '../elastic/budget.js';
-import { blocksUsed, routerCapacities, routerId, routerPlaces, specByAxis } from '../elastic/policy.js';
+import { routerPlaces } from '../elastic/policy.js';
 import { capacityFeed, droppedSelector, randomSelector, scoreFeed, thresholdFeeds } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
@@ -23,6 +25,7 @@ import {
 } from './programs.js';
 import { philox, seedLimit } from './random.js';
 import { bootstrap, type Measured, median, type Sums } from './statistics.js';
+import { expertShares } from './trace.js';
 
 export type Baseline = 'random' | 'drop';
 /** 'full' is the backbone, which any budget of 1 runs. */
@@ -250,7 +253,7 @@ class Evaluation {
   // The full model on every batch: hidden states for comparisons, and its own quality.
   async #teach(): Promise<Comparison> {
     const network = this.#network;
-    const meter = new ComputeMeter(network.spec.layers, network.policy?.blocks?.count);
+    const meter = new ComputeMeter(network.spec.layers);
     const sums: Sums[] = [];
     using program = compileScore(network, this.#limits, () => selectEverything);
     for (const batch of [...this.#calibration, ...this.#batches]) {
@@ -271,7 +274,7 @@ class Evaluation {
     feeds: (batch: Batch, index: number) => Record<string, TypedArray>,
     batches = this.#batches,
   ): Promise<Comparison> {
-    const meter = new ComputeMeter(this.#network.spec.layers, this.#network.policy?.blocks?.count);
+    const meter = new ComputeMeter(this.#network.spec.layers);
     const sums: Sums[] = [];
     using program = compileCompare(this.#network, this.#limits, select);
     for (const [i, batch] of batches.entries()) {
@@ -296,17 +299,12 @@ class Evaluation {
   async #random(budget: Budget, routed: EvalLevel): Promise<{ result: EvalLevel; sums: readonly Sums[] }> {
     const policy = this.#network.policy!;
     const routers = routerPlaces(policy);
-    const capacities = routerCapacities(policy, specByAxis(this.#resolve(budget).spec));
-    // A feed-forward ran on its share of tokens times its share of blocks, of which whole ones are used.
-    const blocks = new Map(
-      routers.flatMap(({ layer, axis, outputs }, i) =>
-        axis === 'blocks' ? [[layer, blocksUsed(capacities[i], outputs) / outputs] as const] : [],
-      ),
-    );
+    // A sub-layer ran on its share of tokens times its share of experts, of which whole ones are used.
+    const experts = expertShares(this.#network, this.#resolve(budget));
     const shares = routers.map(({ id, layer, place, axis, outputs }) => {
-      const used = place === 'mlp' ? (blocks.get(layer) ?? 1) : 1;
+      const used = experts[place][layer];
       const ran = routed.layersRun[place][layer];
-      return { id, outputs, share: ran === 0 ? 0 : axis === 'blocks' ? used : ran / used };
+      return { id, outputs, share: ran === 0 ? 0 : isExperts(axis) ? used : ran / used };
     });
     const present = shares.filter(({ share }) => share > 0);
     const absent = new Set(shares.filter(({ share }) => share === 0).map(({ id }) => id));

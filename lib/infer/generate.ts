@@ -132,7 +132,7 @@ async function run(
   const session = sessions.acquire();
   try {
     const fixed = thresholdFeeds(point.thresholds, 1);
-    const meter = new ComputeMeter(spec.layers, network.policy?.blocks?.count);
+    const meter = new ComputeMeter(spec.layers);
     let runs = 0;
     let sampled = 0;
     const append = async (ids: Int32Array): Promise<{ token: number; logprob: number }> => {

@@ -164,7 +164,7 @@ export class ElasticModel implements AsyncDisposable {
   }
 
   #report(requested: Budget, point: OperatingPoint, result: RunResult, rows: number, ms: number): ComputeReport {
-    const meter = new ComputeMeter(this.network.spec.layers, this.network.policy?.blocks?.count);
+    const meter = new ComputeMeter(this.network.spec.layers);
     meter.add(result, rows);
     const flopsFull = forwardFlops(this.network.spec, [rows]).total;
     return {

@@ -1,6 +1,8 @@
 // Which sub-layers each token of a text entered.
+
+import { expertAxisOf, expertsUsed, isExperts, routerId, specByAxis } from '../elastic/axes.js';
 import type { OperatingPoint } from '../elastic/budget.js';
-import { blockRouterId, blocksUsed, routerCapacities, routerId, routerPlaces, specByAxis } from '../elastic/policy.js';
+import { routerCapacities, routerPlaces } from '../elastic/policy.js';
 import { type Place, places } from '../model/select.js';
 import type { TypedArray } from '../native/index.js';
 import type { Network } from './network.js';
@@ -35,17 +37,18 @@ export interface ElasticTrace {
 export function choosesTokens({ policy }: Network, { thresholds }: OperatingPoint): boolean {
   return (
     policy !== null &&
-    routerPlaces(policy).some(({ id, axis }) => axis !== 'blocks' && Number.isFinite(thresholds.get(id)))
+    routerPlaces(policy).some(({ id, axis }) => !isExperts(axis) && Number.isFinite(thresholds.get(id)))
   );
 }
 
-/** Share of each layer's FFN that a token uses at a budget, in whole blocks. */
-export function blockShares({ spec, policy }: Network, point: OperatingPoint): Float32Array {
-  const shares = new Float32Array(spec.layers).fill(1);
+/** Share of each sub-layer that a token which enters uses at a budget, in whole experts, [layers]. */
+export function expertShares({ spec, policy }: Network, point: OperatingPoint): Record<Place, Float32Array> {
+  const whole = () => new Float32Array(spec.layers).fill(1);
+  const shares = { attn: whole(), mlp: whole() };
   if (!policy) return shares;
   const capacities = routerCapacities(policy, specByAxis(point.spec));
-  for (const [i, { layer, axis, outputs }] of routerPlaces(policy).entries()) {
-    if (axis === 'blocks') shares[layer] = blocksUsed(capacities[i], outputs) / outputs;
+  for (const [i, { layer, place, axis, outputs }] of routerPlaces(policy).entries()) {
+    if (isExperts(axis)) shares[place][layer] = expertsUsed(capacities[i], outputs) / outputs;
   }
   return shares;
 }
@@ -63,7 +66,8 @@ export function traceOf(
     const bits = new Uint8Array(ids.length * layers);
     for (let layer = 0; layer < layers; layer++) {
       const id = routerId(layer, place);
-      const absent = isAbsent(id) || (place === 'mlp' && isAbsent(blockRouterId(layer)));
+      const experts = expertAxisOf(place);
+      const absent = isAbsent(id) || (experts && isAbsent(routerId(layer, experts)));
       const rows: Iterable<number> = absent ? [] : (outputs[id] ?? ids.keys());
       for (const row of rows) bits[row * layers + layer] = 1;
     }
@@ -74,7 +78,7 @@ export function traceOf(
   for (const i of attn.keys()) depth[Math.floor(i / layers)] += attn[i] | mlp[i];
   const base64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString('base64');
   const tokens = tokenPieces(ids, network.tokenizer);
-  const blockShare = blockShares(network, point);
+  const { mlp: blockShare } = expertShares(network, point);
   return {
     ...{ tokens, depth, attn, mlp, blockShare, layers },
     toJSON: () => ({

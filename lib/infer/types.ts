@@ -1,7 +1,8 @@
 // What calls that run a model take and return.
 
+import type { ElasticSpec } from '../elastic/axes.js';
 import type { Budget } from '../elastic/budget.js';
-import type { ElasticSpec, Level } from '../elastic/policy.js';
+import type { Level } from '../elastic/policy.js';
 import type { Activations, DeviceChoice } from '../native/index.js';
 
 export type { Budget, ElasticSpec, Level };

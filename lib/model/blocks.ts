@@ -137,13 +137,14 @@ export function feedForwardBlock(
       ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act })
       : product(x, of(up, 'up', part), { ...rows, act });
   const offsets = selection?.offsets ?? context.offsets;
-  const blocks = context.selector.blocks?.({ layer, x, gather, residual, rows: selection?.rows ?? null, offsets });
+  const entered = { layer, place: 'mlp', x, gather, residual, rows: selection?.rows ?? null, offsets } as const;
+  const blocks = context.selector.experts?.(entered);
   if (!blocks) return leave(residual, hidden({ rows: gather }), of(down, 'down'), selection);
 
   // A sum over blocks of units: each reads and adds to the rows that chose it, one block after the other.
   const { graph } = context;
   let y = residual;
-  graph.tag(`${graph.currentTag}.blocks`, () => {
+  graph.tag(`${graph.currentTag}/${blocks.length}`, () => {
     for (const [index, { rows, gate: factor }] of blocks.entries()) {
       const part = { index, count: blocks.length };
       const at = selection ? gatherIds(selection.rows, rows) : rows;

@@ -18,7 +18,10 @@ export interface DecoderInputs {
 }
 
 export interface DecoderOptions {
-  /** Comes before the tags that work is counted under: `embed`, `L{layer}.attn`, `L{layer}.mlp`. */
+  /**
+   * Comes before the tags that work is counted under: `embed`, `L{layer}.attn`, `L{layer}.mlp`, the latter two with
+   * `/{count}` for what is done once for each of so many experts.
+   */
   readonly tagPrefix?: string;
   /** Run every block again in the backward pass instead of keeping what it computed. */
   readonly recompute?: boolean;

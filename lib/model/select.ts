@@ -17,17 +17,20 @@ export interface RowSelection {
   readonly gate?: (rows: Node) => Node;
 }
 
-/** Rows that chose one block of a feed-forward layer. */
-export interface BlockSelection {
-  /** Ascending indices into the rows that entered the layer, i32 [R]. */
+/** Rows that chose one expert of a sub-layer. */
+export interface ExpertSelection {
+  /** Ascending indices into the rows that entered the sub-layer, i32 [R]. */
   readonly rows: Node;
+  /** Where the segments of these rows lie, i32 [S + 1]. */
+  readonly offsets: Node;
   /** Factor of what each of them adds to the residual stream, f32 [R]; absent: 1. */
   readonly gate?: Node;
 }
 
-/** The rows that entered a feed-forward layer, as its products read them. */
+/** The rows that entered a sub-layer, as its products read them. */
 export interface EnteredRows {
   readonly layer: number;
+  readonly place: Place;
   /** Normalised, f32 [N or R, D]. */
   readonly x: Node;
   /** Which rows of `x` entered, i32 [R]; null: all. */
@@ -81,8 +84,8 @@ export interface Selector {
   runs(layer: number, place: Place): boolean;
   /** The rows that enter a sub-layer; null: all. */
   rows(subLayer: SubLayer): RowSelection | null;
-  /** Of a feed-forward layer cut into as many blocks of equal width, who chose each; null or absent: not cut. */
-  blocks?(entered: EnteredRows): readonly BlockSelection[] | null;
+  /** Of a sub-layer cut into as many experts of equal width, who chose each; null or absent: not cut. */
+  experts?(entered: EnteredRows): readonly ExpertSelection[] | null;
   /** The correction of a projection, or of one part of its units; null or absent: none. */
   patch?(layer: number, projection: Projection, part?: UnitPart): LowRank | null;
 }

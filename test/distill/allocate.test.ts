@@ -2,9 +2,10 @@
 import { describe, expect, it } from 'vitest';
 import { allocationPath, sensitivities, shapedCapacities } from '../../lib/distill/allocate.js';
 import type { DivergenceProbe } from '../../lib/distill/probe.js';
+import { meanCapacity } from '../../lib/elastic/axes.js';
 import { flopsRatio } from '../../lib/elastic/budget.js';
 import { policyOf } from '../../lib/elastic/elastify.js';
-import { meanCapacity, routerPlaces } from '../../lib/elastic/policy.js';
+import { routerPlaces } from '../../lib/elastic/policy.js';
 import { specFromConfig } from '../../lib/model/spec.js';
 import { tinyConfig } from './tiny.js';
 

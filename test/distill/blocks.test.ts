@@ -84,9 +84,9 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
     const half = await step({ blocks: { count: 4 } });
     const all = await step({ blocks: { count: 4 } }, undefined, 1);
     expect(Math.abs(all.kl)).toBeLessThan(1e-5);
-    const ratio = half.counters['L0.mlp.blocks'].flops / all.counters['L0.mlp.blocks'].flops;
+    const ratio = half.counters['L0.mlp/4'].flops / all.counters['L0.mlp/4'].flops;
     expect(ratio).toBeCloseTo(0.5, 6);
-    expect(all.counters['L0.mlp.blocks'].rows).toBe(4 * 24);
+    expect(all.counters['L0.mlp/4'].rows).toBe(4 * 24);
   });
 });
 

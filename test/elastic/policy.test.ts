@@ -1,15 +1,14 @@
 // Policies: recipes, the JSON format, thresholds from quantiles, and budgets from the cost model.
 import { describe, expect, it } from 'vitest';
+import { routerId } from '../../lib/elastic/axes.js';
 import { flopsRatio, resolveBudget, standardLevels } from '../../lib/elastic/budget.js';
 import { policyOf, type Recipe } from '../../lib/elastic/elastify.js';
 import {
-  blockRouterId,
   type Calibration,
   type ElasticPolicy,
   policyFromJson,
   policyToJson,
   routerCapacities,
-  routerId,
   routerPlaces,
   thresholds,
 } from '../../lib/elastic/policy.js';
@@ -186,8 +185,8 @@ describe('thresholds', () => {
     ]) {
       const result = thresholds(cut, cut.calibration, routerCapacities(cut, { mlp, blocks }));
       expect(result.get(id)).toBe(Number.POSITIVE_INFINITY);
-      expect(result.get(blockRouterId(0))).toBe(Number.POSITIVE_INFINITY);
-      expect(result.get(blockRouterId(1))).toBe(0.5);
+      expect(result.get(routerId(0, 'blocks'))).toBe(Number.POSITIVE_INFINITY);
+      expect(result.get(routerId(1, 'blocks'))).toBe(0.5);
     }
   });
 

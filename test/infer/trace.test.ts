@@ -1,6 +1,6 @@
 // A trace shows the choices that generation made, with the exact text of every token.
 import { afterAll, beforeAll, expect, test } from 'vitest';
-import type { ElasticSpec } from '../../lib/elastic/policy.js';
+import type { ElasticSpec } from '../../lib/elastic/axes.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import type { ElasticTrace } from '../../lib/infer/trace.js';
 import { DisposedError, InvalidArgumentError } from '../../lib/native/errors.js';

@@ -139,11 +139,13 @@ describe.each(models)('%s', (name) => {
                 offsets: graph.feed('someOffsets', 'i32', [someOffsets.length]),
               }
             : null,
-        blocks: () =>
-          Array.from({ length: count }, (_, block) => {
-            feeds[`block${block}`] = chosen(block);
-            return { rows: graph.feed(`block${block}`, 'i32', [chosen(block).length]) };
-          }),
+        experts: ({ place, offsets }) =>
+          place === 'attn'
+            ? null
+            : Array.from({ length: count }, (_, block) => {
+                feeds[`block${block}`] = chosen(block);
+                return { rows: graph.feed(`block${block}`, 'i32', [chosen(block).length]), offsets };
+              }),
       });
       return forward(spec, weights, sequences, select, feeds);
     };
@@ -151,7 +153,7 @@ describe.each(models)('%s', (name) => {
     for (const count of [1, 2, 4]) {
       const { outputs, counters } = await cut(count, () => everyRow);
       expect(largestDifference(outputs.logits, golden.logits)).toBeLessThan(1e-4);
-      expect(counters['L1.mlp.blocks']).toEqual({ flops: perLayer.mlp, rows: count * golden.ids.length });
+      expect(counters[`L1.mlp/${count}`]).toEqual({ flops: perLayer.mlp, rows: count * golden.ids.length });
     }
 
     // One of two blocks gives the model whose other units have zero weights.
