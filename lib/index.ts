@@ -23,6 +23,7 @@ export {
   type EvalReport,
   evaluate,
 } from './infer/evaluate.js';
+export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/merge.js';
 export { type ElasticModel, loadModel } from './infer/model.js';
 export { getRuntime } from './infer/runtime.js';
 export type { Measured } from './infer/statistics.js';

@@ -21,6 +21,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'write a page of quality, compute, time, routers and texts',
     load: async () => (await import('./report.js')).reportCommand,
   },
+  merge: {
+    summary: 'merge a LoRA adapter into a stock checkpoint',
+    load: async () => (await import('./merge.js')).mergeCommand,
+  },
   demo: {
     summary: 'make a small model elastic and write a report',
     load: async () => (await import('./demo.js')).demo,

@@ -8,6 +8,7 @@ export const dtypes = ['f32', 'bf16', 'f16'] as const;
 /** Flags of commands that load a model. */
 export const loadFlags = {
   dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the weights (default: as in the checkpoint)' },
+  adapter: { type: 'string', value: 'DIR', help: 'LoRA adapter in PEFT format to run with' },
   device: { type: 'string', value: 'cpu|cuda|simt|auto', help: 'where to run (default: ELASTIFORM_DEVICE, else cpu)' },
   activations: { type: 'string', value: 'f32|bf16', help: 'storage of activations (bf16: on CUDA only)' },
   threads: { type: 'string', value: 'N', help: 'threads of the kernels (default: all cores)' },
@@ -16,10 +17,12 @@ export const loadFlags = {
 export function loadOptions({ flags, signal }: CommandContext): LoadOptions {
   const dtype = flags.choice('dtype', dtypes);
   const threads = flags.integer('threads', { min: 1 });
+  const adapter = flags.string('adapter');
   const device = flags.choice('device', deviceChoices);
   const activations = flags.choice('activations', activationTypes);
   return {
     ...(dtype ? { dtype } : {}),
+    ...(adapter ? { adapter } : {}),
     ...(device ? { device } : {}),
     ...(activations ? { activations } : {}),
     ...(threads ? { threads } : {}),

@@ -4,6 +4,7 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { crossEntropy, dot, Graph, Program } from '../graph/index.js';
 import { writeFileAtomic } from '../io/files.js';
+import { toBf16 } from '../io/rounding.js';
 import { type TensorData, writeSafetensors } from '../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import { decoder, finalNorm } from '../model/decoder.js';
@@ -221,10 +222,4 @@ async function writeModel(
     join(out, 'config.json'),
     `${JSON.stringify({ ...config, torch_dtype: torchDtype }, null, 2)}\n`,
   );
-}
-
-/** The nearest bfloat16 of each value, ties to even. */
-function toBf16(values: Float32Array): Uint16Array {
-  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
-  return Uint16Array.from(bits, (b) => (b + 0x7fff + ((b >>> 16) & 1)) >>> 16);
 }

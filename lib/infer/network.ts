@@ -1,10 +1,11 @@
 // A loaded model: mapped weights, routers and tokenizer on one engine, shared by everything that runs it.
 import { existsSync } from 'node:fs';
-import { join } from 'node:path';
-import { LoraTensors } from '../elastic/lora.js';
+import { join, resolve } from 'node:path';
+import { LoraTensors, loraOfModules } from '../elastic/lora.js';
 import type { ElasticPolicy } from '../elastic/policy.js';
-import { readElastic } from '../elastic/store.js';
+import { adapterDirectory, readElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
+import { readPeft } from '../io/peft.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
@@ -33,8 +34,9 @@ export interface Network {
   readonly policy: ElasticPolicy | null;
   /** By router id; empty for a plain model. */
   readonly routers: ReadonlyMap<string, RouterTensors>;
-  /** Corrections that budgets below full have. */
+  /** Corrections of projections, and whether the full budget has them, too: not those it was trained with. */
   readonly lora: LoraTensors | null;
+  readonly loraAtFull: boolean;
   readonly tokenizer: Tokenizer | null;
   /** What a text without a beginning starts from. */
   readonly startId: number | null;
@@ -51,6 +53,7 @@ export interface Network {
 export async function loadNetwork(dir: string, options: LoadOptions = {}): Promise<Network> {
   checkOptions('loadModel', options, [
     'dtype',
+    'adapter',
     'device',
     'activations',
     'maxContext',
@@ -99,7 +102,14 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
       owned.push(weight, bias);
       routers.set(id, { weight, bias });
     }
-    const lora = elastic?.lora ? new LoraTensors(elastic.lora) : null;
+    const { adapter } = options;
+    if (adapter !== undefined && elastic?.lora && resolve(adapter) !== resolve(dir, adapterDirectory)) {
+      throw new InvalidArgumentError(
+        `[loadModel] ${dir} has corrections of its own; merge ${adapter} into its base before it is made elastic`,
+      );
+    }
+    const matrices = adapter === undefined ? elastic?.lora : loraOfModules(spec, await readPeft(adapter), adapter);
+    const lora = matrices ? new LoraTensors(matrices) : null;
     if (lora) owned.push(lora);
 
     progress(2);
@@ -120,6 +130,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
       policy: elastic?.policy ?? null,
       routers,
       lora,
+      loraAtFull: adapter !== undefined,
       tokenizer,
       ...ids,
       maxContext: options.maxContext ?? Math.min(spec.maxPositions, defaultContext),

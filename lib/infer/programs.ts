@@ -22,8 +22,8 @@ export function budgetSelector(
   { full, thresholds }: OperatingPoint,
   segments: Dim | number,
 ): Selector {
-  if (full) return selectEverything;
-  const { policy, routers, lora } = network;
+  const { policy, routers, lora, loraAtFull } = network;
+  if (full) return loraAtFull ? patched(selectEverything, lora!.patch(graph)) : selectEverything;
   const selector = inferenceSelector(graph, policy!, routerNodes(graph, routers), segments, thresholds);
   return patched(selector, lora?.patch(graph) ?? null);
 }

@@ -80,6 +80,11 @@ export interface GenerateStream extends AsyncIterable<GenerateChunk> {
 export interface LoadOptions {
   /** Storage of the weights while computing; default: as in the checkpoint. */
   dtype?: Dtype;
+  /**
+   * A PEFT directory with LoRA matrices that every budget has, the full one included. A model with corrections of its own
+   * takes none.
+   */
+  adapter?: string;
   /** Tokens a generation may hold, prompt included. Default: the model's limit, at most 4096. */
   maxContext?: number;
   /** Where the model runs; default: `ELASTIFORM_DEVICE`, else the CPU. `auto`: CUDA where it can be used. */

@@ -66,6 +66,15 @@ const PREFIX = { llama: 'model.', gpt2: 'transformer.' } as const;
 // Buffers that old checkpoints store and that hold no weights.
 const BUFFERS = /(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$/;
 
+/** Whether a tensor of a checkpoint holds no weights. */
+export const isBuffer = (name: string): boolean => BUFFERS.test(name);
+
+/** The module that a tensor of a checkpoint belongs to; names without the prefix of a model with a head get it. */
+export function moduleOf({ family }: Pick<ModelSpec, 'family'>, name: string): string {
+  const module = name.replace(/\.weight$/, '');
+  return module.startsWith(PREFIX[family]) ? module : PREFIX[family] + module;
+}
+
 /** Builds the structure of a decoder's weights from its slots. */
 function assemble<T>(spec: ModelSpec, get: Get<T>): DecoderWeights<T> {
   const { hidden, ffn, vocab } = spec;
@@ -218,7 +227,7 @@ export function loadWeights(
     });
     // A tied head may be stored all the same; it is the embedding.
     if (spec.tied) used.add('lm_head.weight');
-    const unused = checkpoint.names().filter((name) => !used.has(name) && !BUFFERS.test(name));
+    const unused = checkpoint.names().filter((name) => !used.has(name) && !isBuffer(name));
     return { weights, byName, dtype: dtype ?? weights.embed.dtype, unused, dispose, [Symbol.dispose]: dispose };
   } catch (error) {
     dispose();
