@@ -70,6 +70,8 @@ export interface EvalLevel {
   layersRun: { attn: Float32Array; mlp: Float32Array };
   /** Per token. */
   perplexity: Measured;
+  /** Perplexity over that of the full model, on the same sequences. */
+  perplexityRatio: Measured;
   /** Null when the size of the text is not known. */
   bitsPerByte: Measured | null;
   /** Mean KL divergence of the next-token distribution from the full model's, nats per token. */
@@ -138,6 +140,8 @@ class Evaluation {
   readonly #static = new Map<DropStep, Promise<{ level: EvalLevel; sums: readonly Sums[] }>>();
   /** Final hidden states of the full model, per batch. */
   readonly #teacher = new Map<Batch, Float32Array>();
+  /** The full model's, per sequence. */
+  #full: readonly Sums[] = [];
   #done = 0;
   #total = 1;
 
@@ -202,6 +206,7 @@ class Evaluation {
     this.#total = 1 + budgets.length + elasticBudgets.length * baselines.length + (search ? 1 : 0);
 
     const full = await this.#teach();
+    this.#full = full.sums;
     const order = search ? await this.#dropOrder() : [];
     const levels: EvalLevel[] = [];
     for (const budget of budgets) {
@@ -414,10 +419,17 @@ class Evaluation {
     };
   }
 
-  #quality(sums: readonly Sums[]): Pick<EvalLevel, 'perplexity' | 'bitsPerByte' | 'kl' | 'agreement'> {
+  #quality(
+    sums: readonly Sums[],
+  ): Pick<EvalLevel, 'perplexity' | 'perplexityRatio' | 'bitsPerByte' | 'kl' | 'agreement'> {
     const statistic = (f: (t: Sums) => number): Measured => bootstrap(sums, f, this.#seed);
     return {
       perplexity: statistic((t) => Math.exp(t.ce / t.n)),
+      perplexityRatio: bootstrap(
+        paired(this.#full, sums),
+        (t) => Math.exp(t['b.ce'] / t['b.n'] - t['a.ce'] / t['a.n']),
+        this.#seed,
+      ),
       bitsPerByte: sum(sums, (s) => s.bytes) > 0 ? statistic((t) => t.ce / Math.LN2 / t.bytes) : null,
       kl: statistic((t) => t.kl / t.n),
       agreement: statistic((t) => t.agree / t.n),

@@ -55,6 +55,20 @@ describe('a tiny elastic model', () => {
     expect(report.levels[0].agreement.value).toBeCloseTo(agree / (ids.length - 1), 6);
   });
 
+  test('the ratio of perplexities compares the same sequences', async () => {
+    const budgets = ['full', { spec: { tokenCapacity: { attn: 0.6, mlp: 0.6 } } }];
+    const { levels } = await evaluate(model, { data: held, budgets, baselines: ['random', 'drop'], speed: false });
+    const [full, ...others] = levels;
+    expect(full.perplexityRatio).toEqual({ value: 1, low: 1, high: 1 });
+    expect(others.map(({ method }) => method)).toEqual(['routed', 'random', 'drop']);
+    for (const { perplexity, perplexityRatio: ratio, method } of others) {
+      // the share of 'drop' is a mixture of two models
+      expect(ratio.value).toBeCloseTo(perplexity.value / full.perplexity.value, method === 'drop' ? 6 : 10);
+      expect(ratio.low).toBeLessThan(ratio.value);
+      expect(ratio.high).toBeGreaterThan(ratio.value);
+    }
+  });
+
   test('documents cut into sequences predict every token but the first exactly once', async () => {
     const text = held.join(' ');
     const tokens = model.network.tokenizer!.encode(text).length - 1;
