@@ -2,10 +2,10 @@
 import type { Place } from '../model/select.js';
 
 /** Experts: parts of a sub-layer of which every token uses some. */
-export type ExpertAxis = 'blocks';
+export type ExpertAxis = 'heads' | 'blocks';
 /**
- * What is routed: tokens into attention, tokens into the feed-forward, and for every token blocks of the feed-forward's
- * units.
+ * What is routed: tokens into attention, tokens into the feed-forward, and for every token heads of attention and blocks
+ * of the feed-forward's units.
  */
 export type Axis = Place | ExpertAxis;
 
@@ -31,6 +31,10 @@ export const axisTraits: Readonly<Record<Axis, AxisTraits>> = {
     ...{ place: 'attn', routes: 'tokens', router: 'token', act: 'sigmoid', setting: 'tokenCapacity.attn' },
     ...{ of: 'of tokens into attn', title: 'attention' },
   },
+  heads: {
+    ...{ place: 'attn', routes: 'experts', router: 'heads', act: 'softmax', setting: 'headShare' },
+    ...{ of: 'of the heads of attention', title: 'attention heads' },
+  },
   mlp: {
     ...{ place: 'mlp', routes: 'tokens', router: 'token', act: 'sigmoid', setting: 'tokenCapacity.mlp' },
     ...{ of: 'of tokens into mlp', title: 'FFN' },
@@ -42,19 +46,18 @@ export const axisTraits: Readonly<Record<Axis, AxisTraits>> = {
 };
 
 /** In the order in which the routers of a layer run. */
-export const axes: readonly Axis[] = ['attn', 'mlp', 'blocks'];
+export const axes: readonly Axis[] = ['attn', 'heads', 'mlp', 'blocks'];
 
 export const isExperts = (axis: Axis): axis is ExpertAxis => axisTraits[axis].routes === 'experts';
 export const expertAxes: readonly ExpertAxis[] = axes.filter(isExperts);
 /** The axis of the experts of a sub-layer. */
-export const expertAxisOf = (place: Place): ExpertAxis | undefined =>
-  expertAxes.find((axis) => axisTraits[axis].place === place);
+export const expertAxisOf = (place: Place): ExpertAxis => expertAxes.find((axis) => axisTraits[axis].place === place)!;
 
 /** The value of every axis. */
 export const perAxis = <T>(of: (axis: Axis) => T): Record<Axis, T> =>
   Object.fromEntries(axes.map((axis) => [axis, of(axis)])) as Record<Axis, T>;
 
-/** `layers.{layer}.{attn|mlp}.{token|blocks}`, the name of a router in files, programs and reports. */
+/** `layers.{layer}.{attn|mlp}.{token|heads|blocks}`, the name of a router in files, programs and reports. */
 export function routerId(layer: number, axis: Axis): string {
   const { place, router } = axisTraits[axis];
   return `layers.${layer}.${place}.${router}`;
@@ -67,6 +70,8 @@ export type Capacity = number | readonly number[];
 export interface ElasticSpec {
   /** Share of tokens that routed sub-layers process. */
   tokenCapacity?: { attn?: Capacity; mlp?: Capacity };
+  /** Share of attention's heads, or of groups of them, that every token uses, rounded up to whole ones. */
+  headShare?: Capacity;
   /** Share of the feed-forward's blocks that every token uses, rounded up to whole blocks. */
   blockShare?: Capacity;
 }
@@ -74,12 +79,17 @@ export interface ElasticSpec {
 export const specKeys: readonly string[] = ['tokenCapacity', ...expertAxes.map((axis) => axisTraits[axis].setting)];
 
 /** The settings of a spec by axis, and back. */
-export function specByAxis({ tokenCapacity, blockShare }: ElasticSpec): Partial<Record<Axis, Capacity>> {
-  return { ...tokenCapacity, ...(blockShare !== undefined && { blocks: blockShare }) };
+export function specByAxis({ tokenCapacity, headShare, blockShare }: ElasticSpec): Partial<Record<Axis, Capacity>> {
+  return {
+    ...tokenCapacity,
+    ...(headShare !== undefined && { heads: headShare }),
+    ...(blockShare !== undefined && { blocks: blockShare }),
+  };
 }
-export function specOfAxes({ blocks, ...tokens }: Partial<Record<Axis, Capacity>>): ElasticSpec {
+export function specOfAxes({ heads, blocks, ...tokens }: Partial<Record<Axis, Capacity>>): ElasticSpec {
   return {
     ...(Object.keys(tokens).length > 0 && { tokenCapacity: tokens }),
+    ...(heads !== undefined && { headShare: heads }),
     ...(blocks !== undefined && { blockShare: blocks }),
   };
 }

@@ -10,6 +10,7 @@ import {
   type Capacity,
   capacityRule,
   type ElasticSpec,
+  expertAxisOf,
   expertsUsed,
   isCapacity,
   meanCapacity,
@@ -67,44 +68,49 @@ function routedFlops(
   spec: ModelSpec,
   policy: Routing,
   place: Place,
-  { tokens: c, experts: b }: Shares,
+  { tokens, experts }: Shares,
   length: number,
 ): number {
-  if (c <= 0 || b <= 0) return 0;
-  const router = c < 1 ? 2 * length * spec.hidden : 0;
-  if (place === 'mlp') {
-    if (b >= 1) return router + feedForwardFlops(spec, c * length);
-    const { count } = policy.blocks!;
-    const blocks = 2 * c * length * spec.hidden * count;
-    return router + blocks + (feedForwardFlops(spec, c * length) * expertsUsed(b, count)) / count;
-  }
-  if (c >= 1) return attentionFlops(spec, [length]);
-  if (policy.tokens.attn!.keys === 'selected') return router + attentionFlops(spec, [c * length]);
-  return router + c * attentionFlops(spec, [length]) + (1 - c) * keyValueFlops(spec, length);
+  if (tokens <= 0 || experts <= 0) return 0;
+  const cut = experts < 1 ? policy[expertAxisOf(place)]! : null;
+  const used = cut ? expertsUsed(experts, cut.count) / cut.count : 1;
+  const entered = tokens * length;
+  const tokenRouter = tokens < 1 ? 2 * length * spec.hidden : 0;
+  const routers = tokenRouter + (cut ? 2 * entered * spec.hidden * cut.count : 0);
+  if (place === 'mlp') return routers + used * feedForwardFlops(spec, entered);
+  if (cut?.keys === 'selected') return routers + attentionFlops(spec, [used * entered]);
+  // What rows with keys cost as keys and the rest as queries of them.
+  const own = tokens < 1 && policy.tokens.attn!.keys === 'selected';
+  const keys = keyValueFlops(spec, own ? entered : length);
+  const whole = own ? attentionFlops(spec, [entered]) - keys : tokens * (attentionFlops(spec, [length]) - keys);
+  return routers + keys + used * whole;
 }
 
 // Of the corrections of one sub-layer's projections.
 function loraFlops(
   spec: ModelSpec,
-  { lora, tokens, blocks }: Costed,
-  { layer, place, tokens: c, experts: b }: Shares & { layer: number; place: Place },
+  policy: Costed,
+  { layer, place, tokens, experts }: Shares & { layer: number; place: Place },
   length: number,
 ): number {
-  if (!lora?.layers.includes(layer) || c <= 0 || b <= 0) return 0;
+  const { lora } = policy;
+  if (!lora?.layers.includes(layer) || tokens <= 0 || experts <= 0) return 0;
   const { hidden, ffn, heads, kvHeads, headDim } = spec;
-  const [q, kv] = [heads * headDim, kvHeads * headDim];
-  const entered = c * length;
-  const keys = tokens.attn?.keys === 'selected' ? entered : length;
-  const used = b < 1 ? expertsUsed(b, blocks!.count) : 1;
-  const units = b < 1 ? (used * ffn) / blocks!.count : ffn;
+  const cut = experts < 1 ? policy[expertAxisOf(place)]! : null;
+  const used = cut ? expertsUsed(experts, cut.count) : 1;
+  const part = used / (cut?.count ?? 1);
+  const [q, kv, units] = [part * heads * headDim, kvHeads * headDim, part * ffn];
+  const entered = tokens * length;
+  const own = cut?.keys === 'selected';
+  const keys = own || (tokens < 1 && policy.tokens.attn?.keys === 'selected') ? entered : length;
   const perRank: Record<Projection, number> = {
     q: entered * (hidden + q),
-    k: keys * (hidden + kv),
-    v: keys * (hidden + kv),
-    o: entered * (q + hidden),
+    k: keys * (hidden + (own ? part : 1) * kv),
+    v: keys * (hidden + (own ? part : 1) * kv),
+    // every expert adds to the residual stream by itself
+    o: entered * (q + used * hidden),
     gate: entered * (hidden + units),
     up: entered * (hidden + units),
-    // every block adds to the residual stream by itself
     down: entered * (units + used * hidden),
   };
   const here = lora.targets.filter((projection) => placeOf(projection) === place);

@@ -10,13 +10,18 @@ import { type Place, type Projection, places, projections } from '../model/selec
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
+import type { ExpertAxis } from './axes.js';
 import { loraParameters } from './lora.js';
 import {
   type AttentionKeys,
   attentionKeys,
+  cutRule,
   type ElasticPolicy,
+  type Experts,
   type GateMode,
   gateModes,
+  type ModelSizes,
+  ownKeysRule,
   type Range,
   type Router,
   type Routing,
@@ -29,7 +34,7 @@ import { baseFiles, elasticConfigFile, hashFiles, weightsSha256, writeElastic } 
 /** A capacity to train at, or a range to draw it from, uniformly for every step and sequence. */
 export type TrainCapacity = number | Range;
 
-/** Token routing of ElastiFormer (arXiv 2411.15281). */
+/** ElastiFormer (arXiv 2411.15281): routing of tokens, and of experts that a sub-layer is cut into. */
 export interface ElastiformerRecipe {
   kind: 'elastiformer';
   /** Places to route and the capacities to train at; default both places over [0.3, 1]. */
@@ -38,6 +43,12 @@ export interface ElastiformerRecipe {
   keys?: AttentionKeys;
   /** Cuts the feed-forward into `count` blocks, of which every token uses a share; default not. */
   blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate };
+  /**
+   * Makes experts of attention's heads, of which every token uses a share; default not. `group` 'gqa': heads that share keys
+   * and values are one expert, the default where they do; 'head': every head is one. `keys` 'selected': a row has only the
+   * keys and values of heads that it chose, default 'all'.
+   */
+  heads?: { share?: TrainCapacity; gate?: ExpertGate; group?: HeadGroup; keys?: AttentionKeys };
   /**
    * Trains corrections of a rank for projections (default q and v) of all layers, or of some; every budget below full has
    * them. Default none.
@@ -49,6 +60,9 @@ export interface ElastiformerRecipe {
   gate?: GateMode;
 }
 export type Recipe = ElastiformerRecipe;
+
+export type HeadGroup = 'head' | 'gqa';
+export const headGroups: readonly HeadGroup[] = ['head', 'gqa'];
 
 export interface ElasticPlan {
   dir: string;
@@ -64,22 +78,27 @@ const defaultRange: Range = [0.3, 1];
  * The policy of a recipe for a model, without hashes of a checkpoint.
  * Errors: InvalidArgumentError for an unknown kind or key, a capacity outside (0, 1], a layer the model lacks.
  */
-export function policyOf(
-  recipe: Recipe,
-  spec: Pick<ModelSpec, 'layers' | 'hidden' | 'ffn' | 'gated'>,
-): Omit<ElasticPolicy, 'base'> {
-  const fail = (message: string): never => {
+export function policyOf(recipe: Recipe, spec: ModelSizes): Omit<ElasticPolicy, 'base'> {
+  const fail: Fail = (message) => {
     throw new InvalidArgumentError(`[elastify] ${message}`);
   };
   if (typeof recipe !== 'object' || recipe === null) fail(`recipe must be an object, got ${String(recipe)}`);
   if (recipe.kind !== 'elastiformer') {
     fail(`recipe.kind must be 'elastiformer', got ${JSON.stringify((recipe as { kind?: unknown }).kind)}`);
   }
-  const { kind: _, tokens: given, blocks: cut, lora: corrections, layers: which = 'all', ...others } = recipe;
+  const {
+    kind: _,
+    tokens: given,
+    blocks: cut,
+    heads: divided,
+    lora: corrections,
+    layers: which = 'all',
+    ...others
+  } = recipe;
   const { gate = 'straight-through', keys = 'all', ...rest } = others;
   for (const key of Object.keys(rest))
-    fail(`unknown recipe key '${key}'; elastiformer takes tokens, blocks, lora, keys, layers, gate`);
-  for (const [key, group] of Object.entries({ tokens: given, blocks: cut, lora: corrections })) {
+    fail(`unknown recipe key '${key}'; elastiformer takes tokens, heads, blocks, lora, keys, layers, gate`);
+  for (const [key, group] of Object.entries({ tokens: given, heads: divided, blocks: cut, lora: corrections })) {
     if (group !== undefined && (typeof group !== 'object' || group === null || Array.isArray(group)))
       fail(`${key} must be an object, got ${JSON.stringify(group)}`);
   }
@@ -88,7 +107,8 @@ export function policyOf(
     fail(`keys must be one of ${attentionKeys.join(', ')}, got ${JSON.stringify(keys)}`);
   const layers = layersOf(which, spec.layers, fail);
 
-  const everything: Partial<Record<Place, TrainCapacity>> = cut ? {} : { attn: defaultRange, mlp: defaultRange };
+  const everything: Partial<Record<Place, TrainCapacity>> =
+    cut || divided ? {} : { attn: defaultRange, mlp: defaultRange };
   const chosen = given ?? everything;
   for (const key of Object.keys(chosen)) {
     if (!places.includes(key as Place)) fail(`unknown place '${key}' in recipe.tokens; it takes ${places.join(', ')}`);
@@ -110,9 +130,16 @@ export function policyOf(
     else tokens.mlp = { layers };
     capacity[place] = rangeOf(`tokens.${place}`, value);
   }
-  const blocks = cut && blocksOf(cut, layers, spec.ffn, fail);
+  const heads = divided && headsOf(divided, layers, spec, fail);
+  if (divided) capacity.heads = rangeOf('heads.share', divided.share ?? defaultRange);
+  const blocks = cut && blocksOf(cut, layers, spec, fail);
   if (cut) capacity.blocks = rangeOf('blocks.share', cut.share ?? defaultRange);
-  if (!tokens.attn && !tokens.mlp && !blocks) fail('the recipe must route tokens of attn, mlp or both, or blocks');
+  if (heads?.keys === 'selected' && tokens.attn?.keys === 'all') {
+    fail("heads.keys 'selected' leaves tokens that do not enter attention without keys: keys must be 'selected' too");
+  }
+  if (!tokens.attn && !tokens.mlp && !heads && !blocks) {
+    fail('the recipe must route tokens of attn, mlp or both, or heads or blocks');
+  }
   const lora = corrections && loraOf(corrections, spec, fail);
   return {
     version: 1,
@@ -120,6 +147,7 @@ export function policyOf(
     layers: spec.layers,
     gate,
     tokens,
+    ...(heads && { heads }),
     ...(blocks && { blocks }),
     ...(lora && { lora }),
     capacity,
@@ -128,28 +156,24 @@ export function policyOf(
   };
 }
 
+type Fail = (message: string) => never;
+
 function blocksOf(
-  { count, gate = 'straight-through', share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
+  { count, gate, share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
   layers: readonly number[],
-  ffn: number,
-  fail: (message: string) => never,
-): NonNullable<ElasticPolicy['blocks']> {
+  spec: ModelSizes,
+  fail: Fail,
+): Experts {
   for (const key of Object.keys(rest)) fail(`unknown key 'blocks.${key}'; blocks takes count, share, gate`);
-  if (!Number.isInteger(count) || count < 2 || ffn % count !== 0) {
-    fail(
-      `blocks.count must be an integer from 2 that divides the feed-forward's width ${ffn}, got ${JSON.stringify(count)}`,
-    );
-  }
-  if (!expertGates.includes(gate)) {
-    fail(`blocks.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
-  }
-  return { layers, count, gate };
+  const [accepts, rule] = cutRule('blocks', spec);
+  if (!accepts(count)) fail(`blocks.count must be ${rule}, got ${JSON.stringify(count)}`);
+  return { layers, count, gate: gateOf('blocks', gate, fail) };
 }
 
 function loraOf(
   { rank, targets = ['q', 'v'], layers = 'all', ...rest }: NonNullable<ElastiformerRecipe['lora']>,
-  spec: Pick<ModelSpec, 'layers' | 'gated'>,
-  fail: (message: string) => never,
+  spec: ModelSizes,
+  fail: Fail,
 ): NonNullable<ElasticPolicy['lora']> {
   for (const key of Object.keys(rest)) fail(`unknown key 'lora.${key}'; lora takes rank, targets, layers`);
   if (!Number.isInteger(rank) || rank < 1) fail(`lora.rank must be a positive integer, got ${JSON.stringify(rank)}`);
@@ -161,11 +185,37 @@ function loraOf(
   return { rank, targets: sorted, layers: layersOf(layers, spec.layers, fail) };
 }
 
-function layersOf(
-  which: 'all' | 'even' | readonly number[],
-  count: number,
-  fail: (message: string) => never,
-): number[] {
+function headsOf(
+  { gate, share: _, group, keys = 'all', ...rest }: NonNullable<ElastiformerRecipe['heads']>,
+  layers: readonly number[],
+  spec: ModelSizes,
+  fail: Fail,
+): Experts {
+  for (const key of Object.keys(rest)) fail(`unknown key 'heads.${key}'; heads takes share, gate, group, keys`);
+  if (group !== undefined && !headGroups.includes(group)) {
+    fail(`heads.group must be one of ${headGroups.join(', ')}, got ${JSON.stringify(group)}`);
+  }
+  if (!attentionKeys.includes(keys)) {
+    fail(`heads.keys must be one of ${attentionKeys.join(', ')}, got ${JSON.stringify(keys)}`);
+  }
+  const grouped = group ? group === 'gqa' : spec.kvHeads > 1;
+  const count = grouped ? spec.kvHeads : spec.heads;
+  if (!cutRule('heads', spec)[0](count)) {
+    fail(
+      `heads.group ${grouped ? "'gqa'" : "'head'"} makes ${count} expert of attention, and there must be at least 2`,
+    );
+  }
+  const bad = keys === 'selected' ? ownKeysRule(count, spec.kvHeads) : null;
+  if (bad) fail(`heads.keys must be ${bad}`);
+  return { layers, count, gate: gateOf('heads', gate, fail), keys };
+}
+
+function gateOf(axis: ExpertAxis, gate: ExpertGate = 'straight-through', fail: Fail): ExpertGate {
+  if (expertGates.includes(gate)) return gate;
+  return fail(`${axis}.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
+}
+
+function layersOf(which: 'all' | 'even' | readonly number[], count: number, fail: Fail): number[] {
   const all = Array.from({ length: count }, (_, i) => i);
   if (which === 'all') return all;
   // The first layer stays dense: every token's embedding is processed at least once.
@@ -181,7 +231,7 @@ function layersOf(
   return sorted;
 }
 
-/** Routers that give every token, and every block, the score 0. */
+/** Routers that give every token, and every expert, the score 0. */
 export function zeroRouters(policy: Routing & Pick<ElasticPolicy, 'hidden'>): Map<string, Router> {
   const zeros = (n: number) => new Float32Array(n);
   return new Map(

@@ -1,11 +1,12 @@
 // LoRA: low-rank corrections of a model's projections, as parameters, as nodes of a graph, and as modules of an adapter.
 import type { Graph } from '../graph/graph.js';
 import type { LoraMatrices } from '../io/peft.js';
-import { type LowRank, type Projection, type Selector, type UnitPart, unitAxis } from '../model/select.js';
+import { type LowRank, type Projection, placeOf, type Selector, type UnitPart, unitAxis } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { storedModules } from '../model/weights.js';
 import { InvalidDataError } from '../native/errors.js';
 import { Tensor } from '../native/index.js';
+import { type ExpertAxis, expertAxisOf } from './axes.js';
 import type { ElasticPolicy } from './policy.js';
 
 /** Corrections by `layers.{layer}.{projection}`. */
@@ -23,17 +24,23 @@ export interface LoraParameter {
   part: UnitPart | null;
 }
 
-/** How many parts a projection is computed in while training. */
-function partsOf({ blocks }: Pick<ElasticPolicy, 'blocks'>, layer: number, projection: Projection): number {
-  const ffn = projection === 'gate' || projection === 'up' || projection === 'down';
-  return ffn && blocks?.layers.includes(layer) ? blocks.count : 1;
+/** How many parts a projection is computed in while training; keys and values are cut by their own heads. */
+function partsOf(
+  policy: Pick<ElasticPolicy, ExpertAxis>,
+  { kvHeads }: ModelSpec,
+  layer: number,
+  projection: Projection,
+): number {
+  const experts = policy[expertAxisOf(placeOf(projection))];
+  if (!experts?.layers.includes(layer)) return 1;
+  return projection === 'k' || projection === 'v' ? kvHeads : experts.count;
 }
 
 const parameterName = (id: string, matrix: 'a' | 'b', part?: UnitPart | null): string =>
   `${id}.lora_${matrix.toUpperCase()}${part ? `.${part.index}` : ''}`;
 
 /** The trainable matrices of a policy's corrections, in the order of execution. */
-export function loraParameters(policy: Pick<ElasticPolicy, 'blocks' | 'lora'>, spec: ModelSpec): LoraParameter[] {
+export function loraParameters(policy: Pick<ElasticPolicy, ExpertAxis | 'lora'>, spec: ModelSpec): LoraParameter[] {
   const { lora } = policy;
   if (!lora) return [];
   const modules = storedModules(spec);
@@ -41,7 +48,7 @@ export function loraParameters(policy: Pick<ElasticPolicy, 'blocks' | 'lora'>, s
     lora.targets.flatMap((projection) => {
       const id = loraId(layer, projection);
       const { inputs, outputs } = modules.get(id)!;
-      const count = partsOf(policy, layer, projection);
+      const count = partsOf(policy, spec, layer, projection);
       const cut = unitAxis(projection) === 0 ? 'b' : 'a';
       return (['a', 'b'] as const).flatMap((matrix): LoraParameter[] => {
         const parts = matrix === cut && count > 1 ? count : 1;

@@ -76,7 +76,28 @@ export interface Experts {
   layers: readonly number[];
   count: number;
   gate: ExpertGate;
+  /**
+   * Of heads, whose keys and values a row that enters has: default `all`; with `selected` only those of the heads that it
+   * chose.
+   */
+  keys?: AttentionKeys;
 }
+
+/** Into how many experts a sub-layer can be cut, and the rule in words. */
+export function cutRule(axis: ExpertAxis, { heads, kvHeads, ffn }: ModelSizes): [(count: number) => boolean, string] {
+  if (axis === 'blocks') {
+    const divides = (count: number) => Number.isInteger(count) && count >= 2 && ffn % count === 0;
+    return [divides, `an integer from 2 that divides the feed-forward's width ${ffn}`];
+  }
+  const counts = [...new Set([heads, kvHeads])].filter((count) => count >= 2);
+  const words = counts.length > 0 ? `${counts.join(' or ')}, the model's heads` : 'absent: the model has one head';
+  return [(count) => counts.includes(count), words];
+}
+export type ModelSizes = Pick<ModelSpec, 'layers' | 'hidden' | 'ffn' | 'gated' | 'heads' | 'kvHeads'>;
+
+/** Heads have keys of their own only where no other expert shares them. */
+export const ownKeysRule = (count: number, kvHeads: number): string | null =>
+  count === kvHeads ? null : `'all' where heads share keys: ${count} experts share ${kvHeads}`;
 
 export interface ElasticPolicy {
   version: 1;
@@ -88,6 +109,8 @@ export interface ElasticPolicy {
   gate: GateMode;
   /** Routed layers of each place, ascending. */
   tokens: { attn?: { layers: readonly number[]; keys: AttentionKeys }; mlp?: { layers: readonly number[] } };
+  /** Layers of whose attention heads, or groups of heads that share keys and values, are experts. */
+  heads?: Experts;
   /** Layers whose feed-forward is cut into blocks of equal width. */
   blocks?: Experts;
   /** Corrections of projections by matrices of a rank, which every budget below full has. */
@@ -239,8 +262,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
       expertAxes.flatMap((axis) => {
         const experts = policy[axis];
         if (!experts) return [];
-        const { layers, count, gate } = experts;
-        return [[axis, { layers, count, gate, train_share: policy.capacity[axis] }]];
+        return [[axis, { ...experts, train_share: policy.capacity[axis] }]];
       }),
     ),
     ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
@@ -274,12 +296,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
  * calibration comes back with an empty `quantiles`.
  * `warnings` receives one line per unknown key. Errors: InvalidDataError naming the file and the key.
  */
-export function policyFromJson(
-  json: unknown,
-  file: string,
-  model: Pick<ModelSpec, 'layers' | 'hidden' | 'ffn' | 'gated'>,
-  warnings: string[],
-): ElasticPolicy {
+export function policyFromJson(json: unknown, file: string, model: ModelSizes, warnings: string[]): ElasticPolicy {
   const read = new Reader(file, warnings);
   const root = read.object(json, '');
   const version = root.elastic_version;
@@ -353,15 +370,21 @@ export function policyFromJson(
   for (const axis of expertAxes) {
     if (root[axis] === undefined) continue;
     const entry = read.object(root[axis], axis);
-    read.known(entry, `${axis}.`, ['layers', 'count', 'gate', 'train_share']);
+    read.known(entry, `${axis}.`, ['layers', 'count', 'gate', ...(axis === 'heads' ? ['keys'] : []), 'train_share']);
     const layers = layersAt(entry, axis);
     const count = entry.count as number;
-    if (!Number.isInteger(count) || count < 2 || model.ffn % count !== 0) {
-      read.fail(`${axis}.count`, `an integer from 2 that divides ${model.ffn}, the feed-forward's width`, count);
-    }
+    const [accepts, rule] = cutRule(axis, model);
+    if (!accepts(count)) read.fail(`${axis}.count`, rule, count);
     const expertGate = entry.gate as ExpertGate;
     if (!expertGates.includes(expertGate)) read.fail(`${axis}.gate`, `one of ${expertGates.join(', ')}`, expertGate);
     experts[axis] = { layers, count, gate: expertGate };
+    if (axis === 'heads') {
+      const keys = entry.keys as AttentionKeys;
+      if (!attentionKeys.includes(keys)) read.fail('heads.keys', `one of ${attentionKeys.join(', ')}`, keys);
+      const bad = keys === 'selected' ? ownKeysRule(count, model.kvHeads) : null;
+      if (bad) read.fail('heads.keys', bad, keys);
+      experts[axis] = { ...experts[axis], keys };
+    }
     capacity[axis] = rangeAt(entry.train_share, `${axis}.train_share`);
   }
 

@@ -77,8 +77,8 @@ function expertsOf(
   { layer, place }: EnteredRows,
 ): (Experts & { id: string }) | null {
   const axis = expertAxisOf(place);
-  const experts = axis && policy[axis];
-  return experts?.layers.includes(layer) ? { ...experts, id: routerId(layer, axis!) } : null;
+  const experts = policy[axis];
+  return experts?.layers.includes(layer) ? { ...experts, id: routerId(layer, axis) } : null;
 }
 
 /** Scores of the rows that entered, f32 [R, count]. */
@@ -88,16 +88,13 @@ function expertLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
 
 /** A sub-layer is there unless one of its routers is absent. */
 const runsUnless = (absent: (id: string) => boolean): Selector['runs'] => {
-  return (layer, place) => {
-    const experts = expertAxisOf(place);
-    return !absent(routerId(layer, place)) && !(experts && absent(routerId(layer, experts)));
-  };
+  return (layer, place) => !absent(routerId(layer, place)) && !absent(routerId(layer, expertAxisOf(place)));
 };
 
 /** The rows that choose each expert, by scores of those that entered. `gateOf` may give none, which is 1. */
 function chosenExperts(
   scores: ExpertScores,
-  count: number,
+  { count, keys }: Experts,
   gateOf: (expert: number, rows: Node) => Node | undefined,
 ): ExpertSelection[] {
   // What is chosen is 1 and the rest 0: above 0 are the rows to take.
@@ -105,7 +102,7 @@ function chosenExperts(
   return Array.from({ length: count }, (_, expert) => {
     const chosen = routeThreshold(expertChoice(scores, expert), scores.offsets, threshold);
     const gate = gateOf(expert, chosen.rows);
-    return { ...chosen, ...(gate && { gate }) };
+    return { ...chosen, ...(gate && { gate }), ownKeys: keys === 'selected' };
   });
 }
 
@@ -142,7 +139,7 @@ export function trainingSelector(
       const scores: ExpertScores = { z: explored(z), offsets: entered.offsets, share, rule: 'top-k' };
       const detached = expertLogits({ ...entered, x: stopGradient(entered.x) }, router);
       experts.push({ id, detached: { ...scores, z: explored(detached) } });
-      return chosenExperts(scores, count, (expert, rows) => expertGate(scores, expert, rows, mode));
+      return chosenExperts(scores, cut, (expert, rows) => expertGate(scores, expert, rows, mode));
     },
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;
@@ -176,11 +173,11 @@ export function inferenceSelector(
     experts(entered: EnteredRows): ExpertSelection[] | null {
       const cut = expertsOf(policy, entered);
       if (!cut || known.get(cut.id) === Number.NEGATIVE_INFINITY) return null;
-      const { id, count, gate: mode } = cut;
+      const { id, gate: mode } = cut;
       const share = graph.feed(thresholdFeed(id), 'f32', [segments]);
       const z = expertLogits(entered, routers(id));
       const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: 'top-k' };
-      return chosenExperts(scores, count, (expert, rows) =>
+      return chosenExperts(scores, cut, (expert, rows) =>
         mode === 'straight-through' ? undefined : expertGate(scores, expert, rows, mode),
       );
     },
@@ -236,7 +233,7 @@ export function randomSelector(
       const all = graph.feed(scoreFeed(id), 'f32', [rows, count]);
       const z = entered.rows ? gatherRows(all, entered.rows) : all;
       const share = graph.feed(capacityFeed(id), 'f32', [segments]);
-      return chosenExperts({ z, offsets: entered.offsets, share, rule: 'top-k' }, count, () => undefined);
+      return chosenExperts({ z, offsets: entered.offsets, share, rule: 'top-k' }, cut, () => undefined);
     },
     rows(s: SubLayer): RowSelection | null {
       if (!routed(policy, s)) return null;

@@ -1,43 +1,61 @@
 // Caches of keys and values, and the programs bound to them: one set per generation under way, reused afterwards.
 import type { OperatingPoint } from '../elastic/budget.js';
-import type { Graph, Program } from '../graph/index.js';
-import type { KvCache } from '../model/blocks.js';
+import type { Cache, Graph, Program } from '../graph/index.js';
 import { Tensor } from '../native/index.js';
 import type { Network } from './network.js';
 import { compileDecode, ProgramCache } from './programs.js';
 
-interface LayerTensors {
-  /** f32 [1, context, kvHeads * headDim] */
+/** Keys and values of one layer, or of a part of its heads, and how many rows are held. */
+interface CacheTensors {
+  /** f32 [1, context, width] */
   readonly k: Tensor;
   readonly v: Tensor;
-  /** i32 [1]: rows held. Layers differ: a routed layer holds only the rows that entered it. */
+  /** i32 [1]. They differ: a routed layer may hold only the rows that entered it, and a head those that chose it. */
   readonly lengths: Tensor;
 }
 
 /** Caches for one sequence. */
 export class Session {
   readonly #network: Network;
-  readonly #layers: readonly LayerTensors[];
+  readonly #layers: readonly CacheTensors[];
+  /** Parts of a layer's tensors, by layer and number of parts. */
+  readonly #parts = new Map<string, readonly CacheTensors[]>();
   readonly #programs = new ProgramCache();
 
   constructor(network: Network) {
     const { spec, maxContext } = network;
-    const shape = [1, maxContext, spec.kvHeads * spec.headDim];
+    const shape = [spec.kvHeads, maxContext, spec.headDim];
     this.#network = network;
     this.#layers = Array.from({ length: spec.layers }, () => ({
       k: Tensor.alloc('f32', shape),
       v: Tensor.alloc('f32', shape),
-      lengths: Tensor.alloc('i32', [1]),
+      lengths: Tensor.alloc('i32', [spec.kvHeads]),
     }));
   }
 
-  /** The caches as state of a graph. */
-  bind(graph: Graph): KvCache[] {
-    return this.#layers.map(({ k, v, lengths }) => ({
-      k: graph.state(k),
-      v: graph.state(v),
-      lengths: graph.state(lengths),
+  /** The caches of a layer in so many parts, as state of a graph. Programs that cut a layer differently share nothing. */
+  bind(graph: Graph): (layer: number, parts: number) => Cache[] {
+    return (layer, parts) =>
+      this.#cut(layer, parts).map(({ k, v, lengths }) => ({
+        k: graph.state(k),
+        v: graph.state(v),
+        lengths: graph.state(lengths),
+      }));
+  }
+
+  #cut(layer: number, parts: number): readonly CacheTensors[] {
+    const { spec, maxContext } = this.#network;
+    const { k, v, lengths } = this.#layers[layer];
+    const shape = [1, maxContext, (spec.kvHeads * spec.headDim) / parts];
+    const key = `${layer} ${parts}`;
+    const known = this.#parts.get(key);
+    const cut = Array.from({ length: known ? 0 : parts }, (_, i) => ({
+      k: k.slice(i * shape[1] * shape[2], shape),
+      v: v.slice(i * shape[1] * shape[2], shape),
+      lengths: lengths.slice(i, [1]),
     }));
+    this.#parts.set(key, known ?? cut);
+    return known ?? cut;
   }
 
   /** The program that appends rows and gives the next token at a budget. */
@@ -46,12 +64,12 @@ export class Session {
   }
 
   reset(): void {
-    for (const { lengths } of this.#layers) lengths.write(new Int32Array(1));
+    for (const { lengths } of this.#layers) lengths.write(new Int32Array(this.#network.spec.kvHeads));
   }
 
   dispose(): void {
     this.#programs.dispose();
-    for (const { k, v, lengths } of this.#layers) {
+    for (const { k, v, lengths } of [...[...this.#parts.values()].flat(), ...this.#layers]) {
       for (const tensor of [k, v, lengths]) tensor.dispose();
     }
   }

@@ -66,8 +66,7 @@ export function traceOf(
     const bits = new Uint8Array(ids.length * layers);
     for (let layer = 0; layer < layers; layer++) {
       const id = routerId(layer, place);
-      const experts = expertAxisOf(place);
-      const absent = isAbsent(id) || (experts && isAbsent(routerId(layer, experts)));
+      const absent = isAbsent(id) || isAbsent(routerId(layer, expertAxisOf(place)));
       const rows: Iterable<number> = absent ? [] : (outputs[id] ?? ids.keys());
       for (const row of rows) bits[row * layers + layer] = 1;
     }

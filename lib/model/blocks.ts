@@ -5,28 +5,24 @@ import {
   attention,
   attentionCached,
   boundOf,
+  type Cache,
+  cacheAppend,
   embedding,
   gatedActivation,
   gatherIds,
+  type HeadOptions,
   layerNorm,
   linearAdd,
+  type Routed,
   rmsNorm,
   rope,
   zeros,
 } from '../graph/index.js';
+import { InvalidArgumentError } from '../native/errors.js';
 import { type Matrix, matrix, type ProductRows, product, productAdd, productGated, weightPart } from './products.js';
-import type { Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
+import type { EnteredRows, ExpertSelection, Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
 import type { ModelSpec } from './spec.js';
 import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
-
-/** Keys and values of one layer, kept between runs; all are state nodes. */
-export interface KvCache {
-  /** f32 [S, T, kvHeads * headDim] */
-  readonly k: Node;
-  readonly v: Node;
-  /** Rows cached of every segment, i32 [S]. */
-  readonly lengths: Node;
-}
 
 /** What every block of one decoder shares. */
 export interface BlockContext {
@@ -81,44 +77,80 @@ function leave(residual: Node, y: Node, out: Matrix, selection: RowSelection | n
 
 /**
  * `residual + o(attention(q, k, v))` of the normalised rows; rows that do not enter are no queries, and keys only when the
- * selection says so.
+ * selection says so. Cut into experts, it is the sum of theirs.
  *
- * @param cache where keys and values of earlier runs are and those of this run go; without it, segments attend to
- *   themselves only
+ * @param caches where keys and values of earlier runs are and those of this run go, one cache for each of so many equal
+ *   parts of the heads of keys and values; without it, segments attend to themselves only
  */
 export function attentionBlock(
   context: BlockContext,
   layer: number,
   residual: Node,
   weights: LayerWeights<Node>,
-  cache?: KvCache,
+  caches?: (parts: number) => readonly Cache[],
 ): Node {
-  const { graph, spec } = context;
+  const { graph, spec, selector } = context;
   const { heads, kvHeads, headDim } = spec;
   const { x, gather, selection } = enter(context, layer, 'attn', residual, weights.norm1);
-  const of = (projection: 'q' | 'k' | 'v' | 'o') => matrix(context, layer, weights[projection], projection);
-  const turn = (y: Node, entered: RowSelection | null) => {
+  const of = (projection: 'q' | 'k' | 'v' | 'o', part?: UnitPart) =>
+    matrix(context, layer, weights[projection], projection, part);
+  const entered = entering(context, layer, 'attn', residual, { x, gather, selection });
+  const experts = selector.experts?.(entered);
+
+  // `at`: which rows of the residual stream they are; null: all.
+  const turn = (y: Node, at: Node | null) => {
     if (!spec.rope) return y;
     const { invFreq } = spec.rope;
-    const positions = entered ? gatherIds(context.positions, entered.rows) : context.positions;
+    const positions = at ? gatherIds(context.positions, at) : context.positions;
     return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
   };
-  const keep = selection?.allKeys ?? false;
-  const [keyRows, keySelection] = keep ? [null, null] : [gather, selection];
-  const q = turn(product(x, of('q'), { rows: gather }), selection);
-  const k = turn(product(x, of('k'), { rows: keyRows }), keySelection);
-  const v = product(x, of('v'), { rows: keyRows });
-  const offsets = keySelection?.offsets ?? context.offsets;
-  const options = {
-    heads,
-    kvHeads,
-    scale: 1 / Math.sqrt(headDim),
-    ...(keep && selection && { selected: selection }),
+  const queries = (from: ProductRows, at: Node | null, part?: UnitPart) => turn(product(x, of('q', part), from), at);
+  const keys = (from: ProductRows, at: Node | null, offsets: Node, part?: UnitPart) => {
+    const k = turn(product(x, of('k', part), from), at);
+    const v = product(x, of('v', part), from);
+    const cache = caches?.(part?.count ?? 1)[part?.index ?? 0];
+    if (cache) cacheAppend(k, v, offsets, cache);
+    return { k, v, offsets, cache };
   };
-  const y = cache
-    ? attentionCached(q, k, v, offsets, cache.lengths, cache.k, cache.v, options)
-    : attention(q, k, v, offsets, { ...options, causal: true });
-  return leave(residual, y, of('o'), selection);
+  const attend = (
+    q: Node,
+    { k, v, offsets, cache }: ReturnType<typeof keys>,
+    shape: Pick<HeadOptions, 'heads' | 'kvHeads'>,
+    selected?: Routed,
+  ) => {
+    const options = { ...shape, scale: 1 / Math.sqrt(headDim), ...(selected && { selected }) };
+    return cache
+      ? attentionCached(q, offsets, cache, options)
+      : attention(q, k, v, offsets, { ...options, causal: true });
+  };
+  const keep = selection?.allKeys ?? false;
+  const keysOfLayer = (part?: UnitPart) =>
+    keep ? keys({}, null, context.offsets, part) : keys({ rows: gather }, entered.rows, entered.offsets, part);
+
+  if (!experts) {
+    const q = queries({ rows: gather }, entered.rows);
+    const y = attend(q, keysOfLayer(), { heads, kvHeads }, keep && selection ? selection : undefined);
+    return leave(residual, y, of('o'), selection);
+  }
+  const count = experts.length;
+  if (heads % count !== 0 || count % kvHeads !== 0) {
+    throw new InvalidArgumentError(
+      `[model] experts of attention must be ${heads} or a part of it that ${kvHeads} divides, got ${count}`,
+    );
+  }
+  const shared = experts.every(({ ownKeys }) => ownKeys)
+    ? []
+    : Array.from({ length: kvHeads }, (_, index) => keysOfLayer(kvHeads > 1 ? { index, count: kvHeads } : undefined));
+  return addExperts(context, residual, experts, selection, weights.o, {
+    out: (part) => of('o', part),
+    units(part, { rows, offsets, ownKeys }, at) {
+      const from = { rows: gather ? at : rows, among: { gather, rows } };
+      const q = queries(from, at, part);
+      const shape = { heads: heads / count, kvHeads: 1 };
+      if (ownKeys) return attend(q, keys(from, at, offsets, part), shape);
+      return attend(q, shared[Math.floor((part.index * kvHeads) / count)], shape, { rows: keep ? at : rows, offsets });
+    },
+  });
 }
 
 /** `residual + down(act(gate(x)) * up(x))` of the normalised rows, or `residual + down(act(up(x)))`. */
@@ -129,32 +161,57 @@ export function feedForwardBlock(
   { norm2, gate, up, down }: LayerWeights<Node>,
 ): Node {
   const { act } = context.spec;
-  const { x, gather, selection } = enter(context, layer, 'mlp', residual, norm2);
+  const entry = enter(context, layer, 'mlp', residual, norm2);
+  const { x, gather, selection } = entry;
   const of = (weights: Affine<Node>, projection: Projection, part?: UnitPart) =>
     matrix(context, layer, weights, projection, part);
   const hidden = (rows: ProductRows, part?: UnitPart) =>
     gate
       ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act })
       : product(x, of(up, 'up', part), { ...rows, act });
-  const offsets = selection?.offsets ?? context.offsets;
-  const entered = { layer, place: 'mlp', x, gather, residual, rows: selection?.rows ?? null, offsets } as const;
-  const blocks = context.selector.experts?.(entered);
-  if (!blocks) return leave(residual, hidden({ rows: gather }), of(down, 'down'), selection);
+  const experts = context.selector.experts?.(entering(context, layer, 'mlp', residual, entry));
+  if (!experts) return leave(residual, hidden({ rows: gather }), of(down, 'down'), selection);
+  return addExperts(context, residual, experts, selection, down, {
+    out: (part) => of(down, 'down', part),
+    units: (part, { rows }, at) => hidden({ rows: gather ? at : rows, among: { gather, rows } }, part),
+  });
+}
 
-  // A sum over blocks of units: each reads and adds to the rows that chose it, one block after the other.
-  const { graph } = context;
+const entering = (
+  { offsets }: BlockContext,
+  layer: number,
+  place: Place,
+  residual: Node,
+  { x, gather, selection }: Entry,
+): EnteredRows => ({
+  ...{ layer, place, x, gather, residual },
+  rows: selection?.rows ?? null,
+  offsets: selection?.offsets ?? offsets,
+});
+
+// A sum over experts: each adds to the rows that chose it, which are `at` in the residual stream, one after the other.
+function addExperts(
+  { graph }: BlockContext,
+  residual: Node,
+  experts: readonly ExpertSelection[],
+  selection: RowSelection | null,
+  output: Affine<Node>,
+  {
+    out,
+    units,
+  }: { out: (part: UnitPart) => Matrix; units: (part: UnitPart, expert: ExpertSelection, at: Node) => Node },
+): Node {
   let y = residual;
-  graph.tag(`${graph.currentTag}/${blocks.length}`, () => {
-    for (const [index, { rows, gate: factor }] of blocks.entries()) {
-      const part = { index, count: blocks.length };
-      const at = selection ? gatherIds(selection.rows, rows) : rows;
-      const units = hidden({ rows: gather ? at : rows, among: { gather, rows } }, part);
+  graph.tag(`${graph.currentTag}/${experts.length}`, () => {
+    for (const [index, expert] of experts.entries()) {
+      const part = { index, count: experts.length };
+      const at = selection ? gatherIds(selection.rows, expert.rows) : expert.rows;
       const token = selection?.gate?.(at);
-      const both = token && factor ? gatedActivation(token, factor, 'none') : (token ?? factor);
-      y = productAdd(y, units, of(down, 'down', part), { rows: at, gate: both });
+      const both = token && expert.gate ? gatedActivation(token, expert.gate, 'none') : (token ?? expert.gate);
+      y = productAdd(y, units(part, expert, at), out(part), { rows: at, gate: both });
     }
   });
-  return down.bias ? graph.tag(`${graph.currentTag}.bias`, () => addBias(y, down, selection ?? null)) : y;
+  return output.bias ? graph.tag(`${graph.currentTag}.bias`, () => addBias(y, output, selection)) : y;
 }
 
 // Once for every row that entered, whatever it chose: a product with zeros that has the bias.

@@ -1,7 +1,7 @@
 // A decoder assembled from blocks: from token ids to the residual stream, and from there to logits.
 import type { Graph, Node } from '../graph/graph.js';
-import { linear } from '../graph/index.js';
-import { attentionBlock, type BlockContext, embed, feedForwardBlock, type KvCache, norm } from './blocks.js';
+import { type Cache, linear } from '../graph/index.js';
+import { attentionBlock, type BlockContext, embed, feedForwardBlock, norm } from './blocks.js';
 import { type Place, type Selector, selectEverything } from './select.js';
 import type { ModelSpec } from './spec.js';
 import type { DecoderNodes } from './weights.js';
@@ -13,8 +13,11 @@ export interface DecoderInputs {
   readonly positions: Node;
   /** Where the sequences begin and the last one ends, i32 [S + 1]. */
   readonly offsets: Node;
-  /** One per layer, to continue sequences from earlier runs. */
-  readonly caches?: readonly KvCache[];
+  /**
+   * To continue sequences from earlier runs: the caches of a layer, one for each of so many equal parts of its heads of
+   * keys and values. A layer is cut into as many parts in every run.
+   */
+  readonly caches?: (layer: number, parts: number) => readonly Cache[];
 }
 
 export interface DecoderOptions {
@@ -56,7 +59,7 @@ export function decoder(
       residuals.push(x);
     };
     const block = () => {
-      run('attn', () => attentionBlock(context, i, x, layer, caches?.[i]));
+      run('attn', () => attentionBlock(context, i, x, layer, caches && ((parts) => caches(i, parts))));
       run('mlp', () => feedForwardBlock(context, i, x, layer));
       return x;
     };

@@ -25,6 +25,11 @@ export interface ExpertSelection {
   readonly offsets: Node;
   /** Factor of what each of them adds to the residual stream, f32 [R]; absent: 1. */
   readonly gate?: Node;
+  /**
+   * Of attention, whether only these rows have keys and values of the expert's heads, which are then no other expert's;
+   * default: all rows that have keys in the layer.
+   */
+  readonly ownKeys?: boolean;
 }
 
 /** The rows that entered a sub-layer, as its products read them. */
@@ -84,7 +89,10 @@ export interface Selector {
   runs(layer: number, place: Place): boolean;
   /** The rows that enter a sub-layer; null: all. */
   rows(subLayer: SubLayer): RowSelection | null;
-  /** Of a sub-layer cut into as many experts of equal width, who chose each; null or absent: not cut. */
+  /**
+   * Of a sub-layer cut into as many experts of equal width, who chose each; null or absent: not cut. Experts of attention
+   * are its heads, or groups of them that share a head of keys and values.
+   */
   experts?(entered: EnteredRows): readonly ExpertSelection[] | null;
   /** The correction of a projection, or of one part of its units; null or absent: none. */
   patch?(layer: number, projection: Projection, part?: UnitPart): LowRank | null;

@@ -45,21 +45,21 @@ struct Queries {
   int64_t count(int64_t s) const { return offsets[s + 1] - offsets[s]; }
 };
 
-// `offsets`: of the key rows, checked.
+// `offsets`: of the `keys` new rows, checked.
 Queries checkedQueries(const char* op, const TensorView& rows, const TensorView& rowOffsets, const TensorView& q,
-                       const TensorView& k, const int32_t* offsets) {
+                       int64_t keys, const int32_t* offsets) {
   if (!rows != !rowOffsets) {
     fail(ErrorCode::InvalidProgram, "[%s] rows and row_offsets must be given together, got %s alone", op,
          rows ? "rows" : "row_offsets");
   }
   if (!rows) {
-    if (q.dim(0) != k.dim(0)) {
+    if (q.dim(0) != keys) {
       fail(ErrorCode::InvalidProgram, "[%s] without rows q and k must have as many rows, got %lld and %lld", op,
-           static_cast<long long>(q.dim(0)), static_cast<long long>(k.dim(0)));
+           static_cast<long long>(q.dim(0)), static_cast<long long>(keys));
     }
     return {offsets, nullptr};
   }
-  checkRows(op, rows.i32(), q.dim(0), k.dim(0));
+  checkRows(op, rows.i32(), q.dim(0), keys);
   const int64_t segments = checkOffsets(op, rowOffsets, q.dim(0), "row_offsets");
   const Queries queries{rowOffsets.i32(), rows.i32()};
   for (int64_t s = 0; s < segments; ++s) {
@@ -169,7 +169,7 @@ void attention(const KernelArgs& args) {
   checkStatistics(op, args.out[1], h.heads);
   const int64_t segments = checkOffsets(op, args.in[3], args.in[1].dim(0));
   const int32_t* offsets = args.in[3].i32();
-  const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1], offsets);
+  const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1].dim(0), offsets);
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
   attend(args, h, args.in[0].f32(), queries, offsets, segments, causal, scale, args.out[0].f32(),
          args.out[1] ? args.out[1].f32() : nullptr, [&](int64_t s) {
@@ -186,7 +186,7 @@ void attentionGrad(const KernelArgs& args) {
   checkStatistics(op, args.in[5], h.heads);
   const int64_t segments = checkOffsets(op, args.in[6], args.in[2].dim(0));
   const int32_t* offsets = args.in[6].i32();
-  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[1], args.in[2], offsets);
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[1], args.in[2].dim(0), offsets);
   const VectorOps& vector = vectorOps();
   double pairs = 0;
   int64_t longest = 0;
@@ -231,48 +231,65 @@ void attentionGrad(const KernelArgs& args) {
   });
 }
 
-void attentionCached(const KernelArgs& args) {
-  const char* op = "attention_cached";
-  const int64_t kvWidth = args.in[1].dim(1);
-  const Heads h = checkedHeads(args, op, args.in[0].dim(1), kvWidth);
-  const float scale = static_cast<float>(finiteAttribute(args, op, 2, "scale"));
-  const int64_t segments = checkOffsets(op, args.in[3], args.in[1].dim(0));
-  const int32_t* offsets = args.in[3].i32();
-  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[0], args.in[1], offsets);
-  const TensorView& cacheK = args.in[5];
-  const TensorView& cacheV = args.in[6];
-  const int64_t capacity = cacheK.dim(1);
-  int32_t* lengths = args.in[4].i32();
-  if (args.in[4].dim(0) != segments) {
+namespace {
+
+// One length per segment, in [least(s), most(s)].
+template <typename Least, typename Most>
+void checkLengths(const char* op, const TensorView& lengths, int64_t segments, const Least& least, const Most& most) {
+  if (lengths.dim(0) != segments) {
     fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", op,
-         static_cast<long long>(segments), static_cast<long long>(args.in[4].dim(0)));
+         static_cast<long long>(segments), static_cast<long long>(lengths.dim(0)));
   }
   for (int64_t s = 0; s < segments; ++s) {
-    const int64_t added = offsets[s + 1] - offsets[s];
-    if (lengths[s] < 0 || lengths[s] + added > capacity) {
-      fail(ErrorCode::InvalidData,
-           "[%s] lengths[%lld] must be in [0, %lld] to append %lld rows to a cache of %lld, got %d", op,
-           static_cast<long long>(s), static_cast<long long>(capacity - added), static_cast<long long>(added),
-           static_cast<long long>(capacity), lengths[s]);
-    }
+    const int32_t length = lengths.i32()[s];
+    if (length >= least(s) && length <= most(s)) continue;
+    fail(ErrorCode::InvalidData, "[%s] lengths[%lld] must be in [%lld, %lld] for the new rows and the cache, got %d", op,
+         static_cast<long long>(s), static_cast<long long>(least(s)), static_cast<long long>(most(s)), length);
   }
-  const float *k = args.in[1].f32(), *v = args.in[2].f32();
-  const int64_t added = args.in[1].dim(0);
-  forChunks(added, rowsPerChunk(kvWidth), args, [&](int64_t begin, int64_t end, int) {
+}
+
+}  // namespace
+
+void cacheAppend(const KernelArgs& args) {
+  const char* op = "cache_append";
+  const int64_t rows = args.in[0].dim(0), width = args.in[0].dim(1);
+  const int64_t segments = checkOffsets(op, args.in[2], rows);
+  const int32_t* offsets = args.in[2].i32();
+  const TensorView &cacheK = args.in[4], &cacheV = args.in[5];
+  const int64_t capacity = cacheK.dim(1);
+  int32_t* lengths = args.in[3].i32();
+  checkLengths(op, args.in[3], segments, [](int64_t) { return 0; },
+               [&](int64_t s) { return capacity - (offsets[s + 1] - offsets[s]); });
+  const float *k = args.in[0].f32(), *v = args.in[1].f32();
+  forChunks(rows, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
     int64_t s = std::upper_bound(offsets, offsets + segments + 1, begin) - offsets - 1;
     for (int64_t row = begin; row < end; ++row) {
       while (row >= offsets[s + 1]) ++s;
-      const int64_t to = (s * capacity + lengths[s] + row - offsets[s]) * kvWidth;
-      std::memcpy(cacheK.f32() + to, k + row * kvWidth, static_cast<size_t>(kvWidth) * sizeof(float));
-      std::memcpy(cacheV.f32() + to, v + row * kvWidth, static_cast<size_t>(kvWidth) * sizeof(float));
+      const int64_t to = (s * capacity + lengths[s] + row - offsets[s]) * width;
+      std::memcpy(cacheK.f32() + to, k + row * width, static_cast<size_t>(width) * sizeof(float));
+      std::memcpy(cacheV.f32() + to, v + row * width, static_cast<size_t>(width) * sizeof(float));
     }
   });
-  attend(args, h, args.in[0].f32(), queries, offsets, segments, true, scale, args.out[0].f32(), nullptr,
-         [&](int64_t s) {
-           return Keys{cacheK.f32() + s * capacity * kvWidth, cacheV.f32() + s * capacity * kvWidth, lengths[s]};
-         });
   // Last, so that an aborted run leaves the cache as it was.
   for (int64_t s = 0; s < segments; ++s) lengths[s] += offsets[s + 1] - offsets[s];
+}
+
+void attentionCached(const KernelArgs& args) {
+  const char* op = "attention_cached";
+  const TensorView &q = args.in[0], &lengths = args.in[2], &cacheK = args.in[3], &cacheV = args.in[4];
+  const int64_t capacity = cacheK.dim(1), kvWidth = cacheK.dim(2);
+  const Heads h = checkedHeads(args, op, q.dim(1), kvWidth);
+  const float scale = static_cast<float>(finiteAttribute(args, op, 2, "scale"));
+  const int32_t* offsets = args.in[1].i32();
+  const int64_t last = args.in[1].dim(0) - 1, added = args.in[5] && last >= 0 ? offsets[last] : q.dim(0);
+  const int64_t segments = checkOffsets(op, args.in[1], added);
+  const auto fresh = [&](int64_t s) { return offsets[s + 1] - offsets[s]; };
+  checkLengths(op, lengths, segments, fresh, [&](int64_t) { return capacity; });
+  const Queries queries = checkedQueries(op, args.in[5], args.in[6], q, added, offsets);
+  attend(args, h, q.f32(), queries, offsets, segments, true, scale, args.out[0].f32(), nullptr, [&](int64_t s) {
+    return Keys{cacheK.f32() + s * capacity * kvWidth, cacheV.f32() + s * capacity * kvWidth,
+                lengths.i32()[s] - fresh(s)};
+  });
 }
 
 }  // namespace elastiform::cpu

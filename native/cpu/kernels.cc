@@ -74,6 +74,7 @@ Kernel findKernel(const std::string& name) {
       {"rope", rope},
       {"attention", attention},
       {"attention_grad", attentionGrad},
+      {"cache_append", cacheAppend},
       {"attention_cached", attentionCached},
       {"route_topk", routeTopk},
       {"route_threshold", routeThreshold},

@@ -46,6 +46,7 @@ void linearDw(const KernelArgs&);
 void rope(const KernelArgs&);
 void attention(const KernelArgs&);
 void attentionGrad(const KernelArgs&);
+void cacheAppend(const KernelArgs&);
 void attentionCached(const KernelArgs&);
 // route.cc
 void routeTopk(const KernelArgs&);

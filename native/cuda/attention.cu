@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
   // Offsets may be trusted and still be those of other rows.
   if (tid == 0) {
     const int keyEnd = segments > 0 ? g.first(segments) : 0, queryEnd = segments > 0 ? g.start(segments) : 0;
-    if (keyEnd != t.k.size(0)) state.report(Fault::OffsetEnd, t.offsetsInput, segments, 0, t.k.size(0), keyEnd);
+    if (t.k && keyEnd != t.k.size(0)) state.report(Fault::OffsetEnd, t.offsetsInput, segments, 0, t.k.size(0), keyEnd);
     if (queryEnd != queries) state.report(Fault::OffsetEnd, t.startsInput, segments, 0, queries, queryEnd);
     if (t.lengths && t.lengths.size(0) != segments) {
       state.report(Fault::Segments, t.lengthsInput, 0, 0, segments, t.lengths.size(0));
@@ -75,16 +75,23 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
   syncThreads();
   if (state.faulted()) return;
   if (t.lengths) {
+    const int capacity = t.cache.size(1);
     for (int i = tid; i < segments; i += kPlanThreads) {
-      const int room = t.cache.size(1) - g.added(i);
-      if (g.cached(i) < 0 || g.cached(i) > room) state.report(Fault::Length, t.lengthsInput, i, 0, room, g.cached(i));
+      // Without k nothing else says how far the offsets may go.
+      const int64_t first = i > 0 ? g.first(i) : 0, added = g.first(i + 1) - first;
+      if (g.first(i) != first) state.report(Fault::Offset, t.offsetsInput, i, 0, 0, g.first(i));
+      if (added < 0 || added > capacity) {
+        state.report(Fault::Offset, t.offsetsInput, i + 1, first, first + capacity, g.first(i + 1));
+      } else if (g.keys(i) < added || g.keys(i) > capacity) {
+        state.report(Fault::Length, t.lengthsInput, i, added, capacity, g.keys(i));
+      }
     }
   }
   if (g.rows) {
     for (int i = tid; i < queries; i += kPlanThreads) {
       const int segment = segmentOf(g.starts, segments, i), low = g.first(segment), high = low + g.added(segment);
-      const int row = ldGlobal(g.rows + i);
-      if (row < low || row >= high) state.report(Fault::Segment, t.rowsInput, i, low, high, row);
+      const int row = ldGlobal(g.rows + i), least = i > g.start(segment) ? max(low, ldGlobal(g.rows + i - 1) + 1) : low;
+      if (row < least || row >= high) state.report(Fault::Segment, t.rowsInput, i, least, high, row);
     }
   }
   syncThreads();
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
   } else {
     for (int i = tid; i < segments; i += kPlanThreads) {
       const double count = g.queries(i);
-      pairs += g.causal ? count * (count + 1) / 2 + count * g.cached(i) : count * g.added(i);
+      pairs += g.causal ? count * (count + 1) / 2 + count * g.before(i) : count * g.added(i);
     }
   }
   pairs = blockTotal(pairs, s.sums);
@@ -390,31 +397,49 @@ __global__ void __launch_bounds__(kCopyThreads, 2) convertKernel(Operand from, O
 }
 
 struct Append {
-  AttentionSegments segments;
-  Operand k, v, cacheK, cacheV, lengths;
+  Operand k, v, offsets, lengths, cacheK, cacheV;
   StepState state;
+
+  DEVICE int count() const { return max(offsets.size(0) - 1, 0); }
+  DEVICE int first(int s) const { return ldGlobal(offsets.i32() + s); }
+  DEVICE int added(int s) const { return first(s + 1) - first(s); }
 };
+
+// Checks that the new rows fit, and counts them as cached. One block.
+__global__ void __launch_bounds__(kCopyThreads, 1) reserveKernel(Append t) {
+  if (t.state.faulted()) return;
+  const int segments = t.count(), tid = threadIdx.x;
+  if (tid == 0) {
+    const int end = segments > 0 ? t.first(segments) : 0;
+    if (end != t.k.size(0)) t.state.report(Fault::OffsetEnd, 2, segments, 0, t.k.size(0), end);
+    if (t.lengths.size(0) != segments) t.state.report(Fault::Segments, 3, 0, 0, segments, t.lengths.size(0));
+  }
+  syncThreads();
+  if (t.state.faulted()) return;
+  for (int i = tid; i < segments; i += kCopyThreads) {
+    const int length = ldGlobal(t.lengths.i32() + i), room = t.cacheK.size(1) - t.added(i);
+    if (length < 0 || length > room) t.state.report(Fault::Length, 3, i, 0, room, length);
+  }
+  syncThreads();
+  if (t.state.faulted()) return;
+  for (int i = tid; i < segments; i += kCopyThreads) {
+    stGlobal(t.lengths.i32() + i, ldGlobal(t.lengths.i32() + i) + t.added(i));
+  }
+}
 
 __global__ void __launch_bounds__(kCopyThreads, 2) appendKernel(Append t) {
   if (t.state.faulted()) return;
-  const int width = t.k.size(1), segments = t.segments.count();
+  const int width = t.k.size(1), segments = t.count();
   const bool vectors = width % 4 == 0 && startsAligned(t.k, t.v, t.cacheK, t.cacheV);
   for (int row = blockIdx.x; row < t.k.size(0); row += gridDim.x) {
-    const int segment = segmentOf(t.segments.offsets.i32(), segments, row);
-    const int position = t.segments.cached(segment) + row - t.segments.first(segment);
+    const int segment = segmentOf(t.offsets.i32(), segments, row);
+    const int position = ldGlobal(t.lengths.i32() + segment) + row - t.first(segment + 1);
     const int64_t from = int64_t{row} * width, to = (int64_t{segment} * t.cacheK.size(1) + position) * width;
     forColumns(width, vectors, threadIdx.x, kCopyThreads, [&]<typename V>(int i) {
       store(t.cacheK, to + i, load<V>(t.k, from + i));
       store(t.cacheV, to + i, load<V>(t.v, from + i));
     });
   }
-}
-
-// Last, so that a failed run leaves the cache as it was.
-__global__ void __launch_bounds__(kCopyThreads, 2) advanceKernel(Append t) {
-  if (t.state.faulted()) return;
-  const int i = blockIdx.x * kCopyThreads + threadIdx.x;
-  if (i < t.segments.count()) stGlobal(t.lengths.i32() + i, t.segments.cached(i) + t.segments.added(i));
 }
 
 // ---- Gradient
@@ -659,8 +684,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Tile::kBlocks) keyGradientK
 float* floats(const Operand& operand) { return static_cast<float*>(operand.data); }
 int32_t* ints(const Operand& operand) { return static_cast<int32_t*>(operand.data); }
 
-AttentionHeads checkedHeads(const Launch& launch, const Operand& q, const Operand& k) {
-  const int64_t heads = launch.intAttribute(0, "heads", 1, 1 << 20), queryWidth = q.bound[1], kvWidth = k.bound[1];
+AttentionHeads checkedHeads(const Launch& launch, const Operand& q, int64_t kvWidth) {
+  const int64_t heads = launch.intAttribute(0, "heads", 1, 1 << 20), queryWidth = q.bound[1];
   const int64_t kvHeads = launch.intAttribute(1, "kv_heads", 1, 1 << 20);
   if (heads % kvHeads != 0) {
     fail(ErrorCode::InvalidProgram, "[%s] heads must be a multiple of kv_heads, got %lld and %lld", launch.op,
@@ -692,24 +717,23 @@ void checkStatistics(const Launch& launch, const Operand& lse, const AttentionHe
   }
 }
 
-// The segments of an op and its plan, of which the caller sets what concerns its kernels. Inputs: where q and k are,
-// offsets, and rows, which row_offsets follows.
-Planning plan(const Launch& launch, const AttentionHeads& h, int qInput, int offsetsInput, int rowsInput, bool causal) {
-  const Operand &q = launch.in[qInput], &k = launch.in[qInput + 1], &offsets = launch.in[offsetsInput];
+// The segments of an op and its plan, of which the caller sets what concerns its kernels. k: absent where keys are in a
+// cache. Inputs: where q, offsets, and rows are, which row_offsets follows.
+Planning plan(const Launch& launch, const AttentionHeads& h, const Operand& k, int qInput, int offsetsInput,
+              int rowsInput, bool causal) {
+  const Operand &q = launch.in[qInput], &offsets = launch.in[offsetsInput];
   const Operand &rows = launch.in[rowsInput], &rowOffsets = launch.in[rowsInput + 1];
   if (!rows != !rowOffsets) {
     fail(ErrorCode::InvalidProgram, "[%s] rows and row_offsets must be given together, got %s alone", launch.op,
          rows ? "rows" : "row_offsets");
   }
-  if (!rows && q.bound[0] != k.bound[0]) {
+  if (k && !rows && q.bound[0] != k.bound[0]) {
     fail(ErrorCode::InvalidProgram, "[%s] without rows q and k must have as many rows, got %lld and %lld", launch.op,
          static_cast<long long>(q.bound[0]), static_cast<long long>(k.bound[0]));
   }
-  checkOffsets(launch, offsetsInput, k, 0);
-  if (rows) {
-    checkRows(launch, rowsInput, k, 0);
-    checkOffsets(launch, rowsInput + 1, q, 0);
-  }
+  if (k) checkOffsets(launch, offsetsInput, k, 0);
+  if (k && rows) checkRows(launch, rowsInput, k, 0);
+  if (rows) checkOffsets(launch, rowsInput + 1, q, 0);
   Planning p{};
   p.segments.offsets = offsets;
   p.segments.starts = rows ? ints(rowOffsets) : ints(offsets);
@@ -799,11 +823,11 @@ void launchPlan(const Launch& launch, const Planning& planning) {
 
 void attention(const Launch& launch) {
   const Operand &q = launch.in[0], &k = launch.in[1], &lse = launch.out[1];
-  const AttentionHeads h = checkedHeads(launch, q, k);
+  const AttentionHeads h = checkedHeads(launch, q, k.bound[1]);
   const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
   const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
   checkStatistics(launch, lse, h);
-  Planning planning = plan(launch, h, 0, 3, 4, causal);
+  Planning planning = plan(launch, h, k, 0, 3, 4, causal);
   planning.flopsPerPair = 4.0 * h.headDim * h.heads;
   if (q.dtype == DType::BF16) {
     attendMma(launch, planning, attentionOf<bf16>(launch, h, planning, scale));
@@ -820,11 +844,11 @@ void attention(const Launch& launch) {
 
 void attentionGrad(const Launch& launch) {
   const Operand &q = launch.in[1], &k = launch.in[2], &lse = launch.in[5], &offsets = launch.in[6];
-  const AttentionHeads h = checkedHeads(launch, q, k);
+  const AttentionHeads h = checkedHeads(launch, q, k.bound[1]);
   const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
   const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
   checkStatistics(launch, lse, h);
-  Planning planning = plan(launch, h, 1, 6, 7, causal);
+  Planning planning = plan(launch, h, k, 1, 6, 7, causal);
   planning.flopsPerPair = 10.0 * h.headDim * h.heads;
   planning.keyTilesBefore = launch.scratch<int32_t>(offsets.bound[0]);
   if (q.dtype == DType::BF16) {
@@ -847,9 +871,20 @@ void attentionGrad(const Launch& launch) {
   });
 }
 
+void cacheAppend(const Launch& launch) {
+  const Operand &k = launch.in[0], &v = launch.in[1], &offsets = launch.in[2], &lengths = launch.in[3];
+  checkOffsets(launch, 2, k, 0);
+  if (lengths.bound[0] >= std::max<int64_t>(offsets.bound[0], 1)) {
+    fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", launch.op,
+         static_cast<long long>(offsets.bound[0] - 1), static_cast<long long>(lengths.bound[0]));
+  }
+  const Append append{k, v, offsets, lengths, launch.in[4], launch.in[5], launch.state};
+  LAUNCH(reserveKernel, 1, kCopyThreads, 0, launch.stream, append);
+  LAUNCH(appendKernel, launch.blocks(k.bound[0], 1), kCopyThreads, 0, launch.stream, append);
+}
+
 void attentionCached(const Launch& launch) {
-  const Operand &k = launch.in[1], &v = launch.in[2], &offsets = launch.in[3];
-  const Operand &lengths = launch.in[4], &cacheK = launch.in[5], &cacheV = launch.in[6];
+  const Operand &offsets = launch.in[1], &lengths = launch.in[2], &cacheK = launch.in[3], &cacheV = launch.in[4];
   Operand q = launch.in[0], y = launch.out[0];
   const bool narrow = q.dtype == DType::BF16;
   if (narrow) {
@@ -858,9 +893,9 @@ void attentionCached(const Launch& launch) {
       x->dtype = DType::F32;
     }
   }
-  const AttentionHeads h = checkedHeads(launch, q, k);
+  const AttentionHeads h = checkedHeads(launch, q, cacheK.bound[2]);
   const float scale = static_cast<float>(launch.finiteAttribute(2, "scale"));
-  Planning planning = plan(launch, h, 0, 3, 7, true);
+  Planning planning = plan(launch, h, {}, 0, 1, 5, true);
   if (lengths.bound[0] >= std::max<int64_t>(offsets.bound[0], 1)) {
     fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", launch.op,
          static_cast<long long>(offsets.bound[0] - 1), static_cast<long long>(lengths.bound[0]));
@@ -870,7 +905,7 @@ void attentionCached(const Launch& launch) {
   planning.segments.lengths = ints(lengths);
   planning.lengths = lengths;
   planning.cache = cacheK;
-  planning.lengthsInput = 4;
+  planning.lengthsInput = 2;
   planning.flopsPerPair = 4.0 * h.headDim * h.heads;
   planning.most = kFewRows;
   planning.splitKeys = kSplitKeys;
@@ -892,7 +927,6 @@ void attentionCached(const Launch& launch) {
   attend.plan = planning.plan;
   attend.tilesBefore = planning.tilesBefore;
   attend.state = launch.state;
-  const Append append{planning.segments, k, v, cacheK, cacheV, lengths, launch.state};
   const auto convert = [&](const Operand& from, const Operand& to) {
     LAUNCH(convertKernel, launch.blocks(from.boundElements(), 4 * kCopyThreads), kCopyThreads, 0, launch.stream, from,
            to, launch.state);
@@ -904,14 +938,11 @@ void attentionCached(const Launch& launch) {
     planning.fewRows = Few::kRows;
     launchPlan(launch, planning);
     if (narrow) convert(launch.in[0], q);
-    LAUNCH(appendKernel, launch.blocks(k.bound[0], 1), kCopyThreads, 0, launch.stream, append);
     launchAttend<Few>(launch, attend, rows, mostSplits);
     if (rows > kFewRows) launchAttend<Many>(launch, attend, rows, 1);
   });
   LAUNCH(joinSplitsKernel, launch.blocks(headRows * h.headDim, kCopyThreads), kCopyThreads, 0, launch.stream, attend);
   if (narrow) convert(y, launch.out[0]);
-  const int64_t advanceBlocks = std::max<int64_t>((lengths.bound[0] + kCopyThreads - 1) / kCopyThreads, 1);
-  LAUNCH(advanceKernel, static_cast<unsigned>(advanceBlocks), kCopyThreads, 0, launch.stream, append);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

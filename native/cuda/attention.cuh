@@ -28,8 +28,8 @@ struct AttentionHeads {
   Divisor byGroup;
 };
 
-// Segment s has new key rows [offsets[s], offsets[s + 1]), after `lengths[s]` cached ones, and queries [starts[s],
-// starts[s + 1]); query i stands at new key row rows[i]. The queries of one kv head are looked at as `rows` of a
+// Segment s has new key rows [offsets[s], offsets[s + 1]), the last of the `lengths[s]` in its cache, and queries
+// [starts[s], starts[s + 1]); query i stands at new key row rows[i]. The queries of one kv head are looked at as `rows` of a
 // segment: row r is query r / group with head r % group of the group.
 struct AttentionSegments {
   Operand offsets;
@@ -41,13 +41,13 @@ struct AttentionSegments {
   DEVICE int count() const { return max(offsets.size(0) - 1, 0); }
   DEVICE int first(int s) const { return ldGlobal(offsets.i32() + s); }
   DEVICE int added(int s) const { return first(s + 1) - first(s); }
-  DEVICE int cached(int s) const { return lengths ? ldGlobal(lengths + s) : 0; }
-  DEVICE int keys(int s) const { return cached(s) + added(s); }
+  DEVICE int keys(int s) const { return lengths ? ldGlobal(lengths + s) : added(s); }
+  DEVICE int before(int s) const { return keys(s) - added(s); }  // cached before the new ones
   DEVICE int start(int s) const { return ldGlobal(starts + s); }
   DEVICE int queries(int s) const { return start(s + 1) - start(s); }
   // Keys that a query sees: the first so many of its segment.
   DEVICE int seen(int s, int query) const {
-    return causal ? cached(s) + (rows ? ldGlobal(rows + query) : query) - first(s) + 1 : keys(s);
+    return causal ? before(s) + (rows ? ldGlobal(rows + query) : query) - first(s) + 1 : keys(s);
   }
   // The first query of a segment that sees a key; the end of the segment's queries when none does.
   DEVICE int firstToSee(int s, int key) const {
@@ -88,7 +88,7 @@ struct AttentionPlan {
 // What a plan is made of.
 struct Planning {
   AttentionSegments segments;
-  Operand q, k;
+  Operand q, k;                                       // k absent: keys are in the cache
   Operand lengths, cache;                             // absent: no cache
   int offsetsInput, rowsInput, startsInput, lengthsInput;
   int group, kvHeads;

@@ -35,6 +35,7 @@ Emitter findEmitter(const std::string& op) {
       {"rope", rope},
       {"attention", attention},
       {"attention_grad", attentionGrad},
+      {"cache_append", cacheAppend},
       {"attention_cached", attentionCached},
       {"route_topk", routeTopk},
       {"route_threshold", routeThreshold},
@@ -75,7 +76,7 @@ std::string faultMessage(const char* op, const std::string& operand, const Fault
     case Fault::Segment:
       return text("[%s] %s[%.0f] must be in its segment, [%.0f, %.0f), got %.0f", r.index, r.low, r.high, r.got);
     case Fault::Length:
-      return text("[%s] %s[%.0f] must be in [%.0f, %.0f] to append the new rows to the cache, got %.0f", r.index, r.low,
+      return text("[%s] %s[%.0f] must be in [%.0f, %.0f] for the new rows and the cache, got %.0f", r.index, r.low,
                   r.high, r.got);
     case Fault::NotFinite: return text("[%s] %s[%.0f] must be finite, got %g", r.index, r.got);
     case Fault::Range: return text("[%s] %s[%.0f] must be in [%g, %g], got %g", r.index, r.low, r.high, r.got);

@@ -47,6 +47,7 @@ void rope(const Launch&);
 // attention.cu
 void attention(const Launch&);
 void attentionGrad(const Launch&);
+void cacheAppend(const Launch&);
 void attentionCached(const Launch&);
 // route.cu
 void routeTopk(const Launch&);

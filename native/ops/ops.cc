@@ -62,10 +62,13 @@ const std::vector<OpDef>& opDefs() {
        "dy:f32[R,Q] q:f32[R,Q] k:f32[N,C] v:f32[N,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] rows?:i32[R] "
        "row_offsets?:i32[O] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]",
        {"heads", "kv_heads", "causal", "scale"}, -1, "dy,q,k,v,y,dq,dk,dv"},
+      {"cache_append",
+       "k:f32[N,C] v:f32[N,C] offsets:i32[O] lengths!:i32[S] cache_k!:f32[S,T,C] cache_v!:f32[S,T,C] ->",
+       {}, -1, "k,v"},
       {"attention_cached",
-       "q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] lengths!:i32[S] cache_k!:f32[S,T,C] cache_v!:f32[S,T,C] "
-       "rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q]",
-       {"heads", "kv_heads", "scale"}, -1, "q,k,v,y"},
+       "q:f32[R,Q] offsets:i32[O] lengths:i32[S] cache_k:f32[S,T,C] cache_v:f32[S,T,C] rows?:i32[R] "
+       "row_offsets?:i32[O] -> y:f32[R,Q]",
+       {"heads", "kv_heads", "scale"}, -1, "q,y"},
       // routing
       {"route_topk", "z:f32[N,1] offsets:i32[O] capacity:f32[S] -> rows:i32[+R] row_offsets:i32[O]", {}},
       {"route_threshold", "z:f32[N,1] offsets:i32[O] threshold:f32[S] -> rows:i32[+R] row_offsets:i32[O]", {}},

@@ -72,7 +72,8 @@ std::vector<Encoded> corpus() {
     w.step("attention", {rotated, key, key, offsets, -1, -1}, {full, lse}, {2, 1, 1, 0.7});
     w.step("attention_grad", {x, rotated, key, key, full, lse, offsets, -1, -1},
            {w.output({r, q}), w.output({r, c}), w.output({r, c})}, {2, 1, 1, 0.7});
-    w.step("attention_cached", {rotated, key, key, offsets, lengths, k, values, -1, -1}, {y}, {2, 1, 0.7});
+    w.step("cache_append", {key, key, offsets, lengths, k, values}, {});
+    w.step("attention_cached", {rotated, offsets, lengths, k, values, -1, -1}, {y}, {2, 1, 0.7});
     const int logits = w.temp({s, v}), rows = w.feedIds({s}), picked = w.temp({s, q});
     w.step("gather_rows", {y, rows}, {picked});
     w.step("linear", {picked, head, -1, -1}, {logits, -1}, {0});
@@ -96,8 +97,8 @@ std::vector<Encoded> corpus() {
     w.step("attention", {queries, key, key, offsets, rows, rowOffsets}, {y, lse}, {2, 1, 1, 0.7});
     w.step("attention_grad", {queries, queries, key, key, y, lse, offsets, rows, rowOffsets},
            {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7});
-    w.step("attention_cached", {queries, key, key, offsets, lengths, k, values, rows, rowOffsets}, {w.output({r, q})},
-           {2, 1, 0.7});
+    w.step("cache_append", {key, key, offsets, lengths, k, values}, {});
+    w.step("attention_cached", {queries, offsets, lengths, k, values, rows, rowOffsets}, {w.output({r, q})}, {2, 1, 0.7});
     w.step("topk_credit", {x, x, after, z, offsets, rowOffsets, weight}, {w.output({n, one})});
     programs.push_back(encode(w));
   }

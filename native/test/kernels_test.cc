@@ -746,8 +746,10 @@ void testAttention() {
               Value sK = make(DType::F32, {segments, capacity, C}), sV = make(DType::F32, {segments, capacity, C});
               std::memcpy(sK.f32(), cacheK.f32(), sK.bytes());
               std::memcpy(sV.f32(), cacheV.f32(), sV.bytes());
-              Op{"attention_cached", {&sq, &pk, &pv, &po, &sCached, &sK, &sV, &at, &starts}, {&sy}, cachedAttr}.run();
-              Op op{"attention_cached", {&pq, &pk, &pv, &po, &cached, &cacheK, &cacheV}, {&py}, cachedAttr};
+              Op{"cache_append", {&pk, &pv, &po, &sCached, &sK, &sV}, {}, {}}.run();
+              Op{"attention_cached", {&sq, &po, &sCached, &sK, &sV, &at, &starts}, {&sy}, cachedAttr}.run();
+              Op{"cache_append", {&pk, &pv, &po, &cached, &cacheK, &cacheV}, {}, {}}.run();
+              Op op{"attention_cached", {&pq, &po, &cached, &cacheK, &cacheV}, {&py}, cachedAttr};
               op.run();
               flops += op.counters.flops;
               Value wantY = selection.of(py);
@@ -793,21 +795,19 @@ void testAttention() {
     Op{"attention", {&q, &k, &v, &b}, {&y, nullptr}, {2, 1, 1, 1}}.throws(ErrorCode::InvalidData, "offsets");
     Op{"attention_grad", {&y, &q, &k, &v, &y, &lse, &b}, {&y, &k, &v}, {2, 1, 1, 1}}.throws(ErrorCode::InvalidData,
                                                                                          "offsets");
-    Op{"attention_cached", {&q, &k, &v, &b, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidData,
-                                                                                       "offsets");
+    Op{"cache_append", {&k, &v, &b, &lengths, &ck, &cv}, {}, {}}.throws(ErrorCode::InvalidData, "offsets");
+    Op{"attention_cached", {&q, &b, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidData, "offsets");
   }
   // Queries: out of order, out of their segment, badly counted, or with one operand of two.
   Value two = ints({0, 1, 2}), q1 = noise({1, 8}), y1 = empty({1, 8}), lse1 = empty({1, 2});
-  Value lengths2 = ints({0, 0}), ck2 = noise({2, 4, 4}), cv2 = noise({2, 4, 4});
+  Value lengths2 = ints({1, 1}), ck2 = noise({2, 4, 4}), cv2 = noise({2, 4, 4});
   const auto allThrow = [&](Value* rows, Value* starts, Value& query, Value& out, Value& stats, ErrorCode code,
                             const std::string& what) {
-    const Doubles before = ck2.doubles();
     Op{"attention", {&query, &k, &v, &two, rows, starts}, {&out, nullptr}, {2, 1, 1, 1}}.throws(code, what);
     Op{"attention_grad", {&out, &query, &k, &v, &out, &stats, &two, rows, starts}, {&out, &k, &v}, {2, 1, 1, 1}}.throws(
         code, what);
-    Op{"attention_cached", {&query, &k, &v, &two, &lengths2, &ck2, &cv2, rows, starts}, {&out}, {2, 1, 1}}.throws(code,
-                                                                                                                  what);
-    expect(ck2.doubles() == before && lengths2.i32()[0] == 0, what + ": the cache was written to");
+    Op{"attention_cached", {&query, &two, &lengths2, &ck2, &cv2, rows, starts}, {&out}, {2, 1, 1}}.throws(
+        rows || starts ? code : ErrorCode::InvalidData, what);
   };
   Value all = ints({0, 1}), allStarts = ints({0, 1, 2}), second = ints({1}), secondStarts = ints({0, 0, 1});
   for (const Ints& bad : {Ints{1, 0}, Ints{0, 0}, Ints{-1, 1}, Ints{0, 2}, Ints{0, INT32_MAX}, Ints{INT32_MIN, 1}}) {
@@ -836,13 +836,16 @@ void testAttention() {
   for (const int32_t used : {-1, 3, INT32_MAX, INT32_MIN}) {
     Value lengths = ints({used}), ck = noise({1, 4, 4}), cv = noise({1, 4, 4});
     const Doubles before = ck.doubles();
-    Op{"attention_cached", {&q, &k, &v, &o, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidData,
-                                                                                       "full cache");
+    Op{"cache_append", {&k, &v, &o, &lengths, &ck, &cv}, {}, {}}.throws(ErrorCode::InvalidData, "full cache");
     expect(ck.doubles() == before && lengths.i32()[0] == used, "a full cache was written to");
   }
-  Value lengths = ints({0, 0}), ck = noise({2, 4, 4}), cv = noise({2, 4, 4});
-  Op{"attention_cached", {&q, &k, &v, &o, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidProgram,
-                                                                                     "two lengths");
+  for (const int32_t held : {-1, 1, 5, INT32_MAX, INT32_MIN}) {
+    Value lengths = ints({held}), ck = noise({1, 4, 4}), cv = noise({1, 4, 4});
+    Op{"attention_cached", {&q, &o, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidData, "lengths");
+  }
+  Value lengths = ints({2, 2}), ck = noise({2, 4, 4}), cv = noise({2, 4, 4});
+  Op{"cache_append", {&k, &v, &o, &lengths, &ck, &cv}, {}, {}}.throws(ErrorCode::InvalidProgram, "two lengths");
+  Op{"attention_cached", {&q, &o, &lengths, &ck, &cv}, {&y}, {2, 1, 1}}.throws(ErrorCode::InvalidProgram, "two lengths");
 }
 
 // ---- routing

@@ -173,6 +173,6 @@ test.each([
   [{ count: 4, gate: 'raw' }, /blocks.gate must be one of straight-through, softmax, renormalised/],
   [{ count: 4, k: 2 }, /unknown key 'blocks.k'/],
 ])('recipe blocks %j is refused', (blocks, message) => {
-  const spec = { layers: 2, hidden: 32, ffn: 64, gated: true };
+  const spec = { layers: 2, hidden: 32, ffn: 64, heads: 4, kvHeads: 2, gated: true };
   expect(() => policyOf({ kind: 'elastiformer', blocks: blocks as { count: number } }, spec)).toThrow(message);
 });

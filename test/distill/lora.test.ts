@@ -221,6 +221,6 @@ it.each([
   [{ rank: 1, layers: [2] }, /layers must be ids from 0 to 1, got 2/],
   [{ rank: 1, alpha: 2 }, /unknown key 'lora.alpha'/],
 ])('recipe lora %j is refused', (lora, message) => {
-  const spec = { layers: 2, hidden: 32, ffn: 64, gated: false };
+  const spec = { layers: 2, hidden: 32, ffn: 64, heads: 4, kvHeads: 2, gated: false };
   expect(() => policyOf({ kind: 'elastiformer', lora: lora as { rank: number } }, spec)).toThrow(message);
 });

@@ -74,7 +74,7 @@ describe('recipes', () => {
     [{ kind: 'elastiformer', tokens: { mlp: Number.NaN } }, /capacity must be in/],
     [{ kind: 'elastiformer', tokens: { mlp: [0.9, 0.5] } }, /range must ascend/],
     [{ kind: 'elastiformer', tokens: { head: 0.5 } }, /unknown place 'head'/],
-    [{ kind: 'elastiformer', tokens: {} }, /must route tokens of attn, mlp or both, or blocks/],
+    [{ kind: 'elastiformer', tokens: {} }, /must route tokens of attn, mlp or both, or heads or blocks/],
     [{ kind: 'elastiformer', layers: [4] }, /layers must be ids from 0 to 3, got 4/],
     [{ kind: 'elastiformer', layers: [] }, /layers must be/],
     [{ kind: 'elastiformer', gate: 'soft' }, /gate must be one of/],
@@ -251,10 +251,10 @@ describe('budgets', () => {
     expect(point).toMatchObject({ level: 'p70', full: false });
     expect(point.flopsRatio).toBeCloseTo(0.7, 3);
     const half = resolveBudget({ spec: { tokenCapacity: { mlp: 0.5 } } }, spec, policy);
-    expect(half.capacity).toEqual({ attn: 1, mlp: 0.5, blocks: 1 });
+    expect(half.capacity).toEqual({ attn: 1, heads: 1, mlp: 0.5, blocks: 1 });
     expect(half.spec).toEqual({ tokenCapacity: { mlp: 0.5 } });
     const layers = resolveBudget({ spec: { tokenCapacity: { mlp: [1, 1, 0.5, 0] } } }, spec, policy);
-    expect(layers.capacity).toEqual({ attn: 1, mlp: 0.625, blocks: 1 });
+    expect(layers.capacity).toEqual({ attn: 1, heads: 1, mlp: 0.625, blocks: 1 });
     expect(layers.thresholds.get(routerId(3, 'mlp'))).toBe(Number.POSITIVE_INFINITY);
   });
 

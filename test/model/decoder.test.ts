@@ -219,7 +219,10 @@ describe.each(models)('%s', (name) => {
       lengths: state('i32', [segments]),
     }));
     const nodes = bindWeights(graph, weights);
-    graph.output('logits', logits(graph, spec, nodes, decoder(graph, spec, nodes, { ...feeds, caches })));
+    graph.output(
+      'logits',
+      logits(graph, spec, nodes, decoder(graph, spec, nodes, { ...feeds, caches: (layer) => [caches[layer]] })),
+    );
     using program = Program.compile(graph, engine);
 
     // Both sequences advance in steps of different sizes, the first by one row at its end.

@@ -5,8 +5,11 @@ import {
   activation,
   attention,
   attentionCached,
+  type Cache,
+  cacheAppend,
   gatherRows,
   gradients,
+  type HeadOptions,
   Program,
   rope,
   routeThreshold,
@@ -14,6 +17,12 @@ import {
 } from '../../lib/graph/index.js';
 import { Tensor } from '../../lib/native/index.js';
 import { type Case, cases, compare, failure, inputs, narrowEngine, offsetsOf, testEngine } from './harness.js';
+
+/** Attention over caches to which k and v were appended. */
+function appended(q: Node, k: Node, v: Node, offsets: Node, cache: Cache, options: HeadOptions): Node {
+  cacheAppend(k, v, offsets, cache);
+  return attentionCached(q, offsets, cache, options);
+}
 
 /** Every way of storing activations that the device of the tests has. */
 const engines = [testEngine(), narrowEngine()].filter((engine) => engine !== null);
@@ -177,7 +186,7 @@ cases(
         cacheV: make.state('f32', [...cache].reverse(), past.length, capacity, kvHeads * dh),
       },
       build: ({ q, k, v, offsets, lengths, cacheK, cacheV }) => ({
-        y: attentionCached(q, k, v, offsets, lengths, cacheK, cacheV, { heads, kvHeads, scale: 0.4 }),
+        y: appended(q, k, v, offsets, { lengths, k: cacheK, v: cacheV }, { heads, kvHeads, scale: 0.4 }),
       }),
     };
   }),
@@ -217,7 +226,7 @@ cases(
         const selected = routeThreshold(z, offsets, threshold);
         const queries = gatherRows(q, selected.rows);
         const options = { heads, kvHeads, scale: 0.4, selected };
-        return { y: attentionCached(queries, k, v, offsets, lengths, cacheK, cacheV, options) };
+        return { y: appended(queries, k, v, offsets, { lengths, k: cacheK, v: cacheV }, options) };
       },
     };
   }),
@@ -327,8 +336,8 @@ test('feeding rows one by one gives what attention gives at once', async () => {
     Tensor.alloc('f32', [1, rows, kvHeads * dh]),
     Tensor.alloc('f32', [1, rows, kvHeads * dh]),
   ];
-  const caches = [step.state(lengths), step.state(cacheK), step.state(cacheV)] as const;
-  step.output('y', attentionCached(...feeds(step, 1), ...caches, options));
+  const cache = { lengths: step.state(lengths), k: step.state(cacheK), v: step.state(cacheV) };
+  step.output('y', appended(...feeds(step, 1), cache, options));
   using single = Program.compile(step, testEngine());
   const row = (data: Float32Array, i: number) => data.slice((i * data.length) / rows, ((i + 1) * data.length) / rows);
   for (let i = 0; i < rows; ++i) {
@@ -444,7 +453,7 @@ describe.each([8, 33, 64, 100, 130])('heads of %i', (dh) => {
       const query = g.feed('q', 'f32', [queries.length, heads * dh]);
       const offsets = g.feed('offsets', 'i32', [segments + 1]);
       const options = { heads, kvHeads, scale: 1, selected };
-      g.output('y', attentionCached(query, keys, values, offsets, lengths, cacheK, cacheV, options));
+      g.output('y', appended(query, keys, values, offsets, { lengths, k: cacheK, v: cacheV }, options));
       using program = Program.compile(g, testEngine());
       const ends = Int32Array.from({ length: segments + 1 }, (_, s) => s * fresh);
       const { outputs } = await program.run({
@@ -500,6 +509,7 @@ describe.each(['attention', 'attention_cached'])('%s: selected rows', (op) => {
       Tensor.alloc('f32', [2, n, 2]),
       Tensor.alloc('f32', [2, n, 2]),
     ];
+    lengths.write(Int32Array.of(n, n));
     const error = await failure(
       (g) => {
         const q = g.feed('q', 'f32', [rows.length, 2]);
@@ -507,8 +517,8 @@ describe.each(['attention', 'attention_cached'])('%s: selected rows', (op) => {
         const selected = { rows: g.feed('rows', 'i32', [rows.length]), offsets: g.feed('starts', 'i32', [3]) };
         const segments = g.feed('offsets', 'i32', [3]);
         if (op === 'attention_cached') {
-          const caches = [g.state(lengths), g.state(cacheK), g.state(cacheV)] as const;
-          g.output('y', attentionCached(q, k, v, segments, ...caches, { heads, kvHeads, scale, selected }));
+          const cache = { lengths: g.state(lengths), k: g.state(cacheK), v: g.state(cacheV) };
+          g.output('y', attentionCached(q, segments, cache, { heads, kvHeads, scale, selected }));
         } else {
           g.output('y', attention(q, k, v, segments, { heads, kvHeads, causal: true, scale, selected }));
         }
@@ -524,7 +534,6 @@ describe.each(['attention', 'attention_cached'])('%s: selected rows', (op) => {
         },
       },
     );
-    expect([...cacheK.read(), ...cacheV.read(), ...lengths.read()].every((value) => value === 0)).toBe(true);
     for (const tensor of [lengths, cacheK, cacheV]) tensor.dispose();
     return error;
   };
@@ -549,6 +558,47 @@ describe.each(['attention', 'attention_cached'])('%s: selected rows', (op) => {
   });
 });
 
+describe.each([
+  ['offsets', [1, 2, 4], [4, 4], 'attention_cached'],
+  ['offsets', [0, 3, 2], [4, 4], 'attention_cached'],
+  ['offsets', [0, -1, 4], [4, 4], 'attention_cached'],
+  ['lengths', [0, 2, 4], [2, 1], 'attention_cached'],
+  ['lengths', [0, 2, 4], [2, 7], 'attention_cached'],
+  ['lengths', [0, 2, 4], [-1, 2], 'attention_cached'],
+  ['offsets', [0, 3, 2], [0, 0], 'cache_append'],
+  ['offsets', [0, 2, 3], [0, 0], 'cache_append'],
+  ['lengths', [0, 2, 4], [0, 5], 'cache_append'],
+  ['lengths', [0, 2, 4], [-1, 0], 'cache_append'],
+])('bad %s %j with lengths %j: %s', (operand, ends, held, op) => {
+  test.each(op === 'cache_append' ? [false] : [false, true])('is InvalidData, selected rows: %s', async (some) => {
+    const [lengths, k, v] = [Tensor.alloc('i32', [2]), Tensor.alloc('f32', [2, 6, 2]), Tensor.alloc('f32', [2, 6, 2])];
+    lengths.write(Int32Array.from(held));
+    const error = await failure(
+      (g) => {
+        const offsets = g.feed('offsets', 'i32', [3]);
+        const cache = { lengths: g.state(lengths), k: g.state(k), v: g.state(v) };
+        const selected = some ? { rows: g.feed('rows', 'i32', [2]), offsets: g.feed('starts', 'i32', [3]) } : undefined;
+        const x = g.feed('x', 'f32', [some ? 2 : 4, 2]);
+        const options = { heads: 1, kvHeads: 1, scale: 1, ...(selected && { selected }) };
+        if (op === 'cache_append') cacheAppend(x, x, offsets, cache);
+        else g.output('y', attentionCached(x, offsets, cache, options));
+      },
+      {
+        feeds: {
+          x: new Float32Array(some ? 4 : 8).fill(1),
+          offsets: Int32Array.from(ends),
+          ...(some && { rows: Int32Array.of(0, 3), starts: Int32Array.of(0, 1, 2) }),
+        },
+      },
+    );
+    expect(error).toMatchObject({ code: 'InvalidData' });
+    expect(error.message).toContain(`[${op}] ${operand}[`);
+    expect([...lengths.read()]).toEqual(held);
+    expect([...k.read(), ...v.read()].every((value) => value === 0)).toBe(true);
+    for (const tensor of [lengths, k, v]) tensor.dispose();
+  });
+});
+
 test('q and k of different rows need a selection', async () => {
   const error = await failure((g) => {
     const [q, k] = [g.feed('q', 'f32', [3, 2]), g.feed('k', 'f32', [4, 2])];
@@ -565,5 +615,5 @@ test('heads that do not fit are named', async () => {
     const q = g.feed('q', 'f32', [4, 6]);
     attention(q, q, q, g.feed('offsets', 'i32', [2]), { heads: 4, kvHeads: 4, causal: true, scale: 1 });
   });
-  expect(error.message).toBe('[attention] 4 heads and 4 kv heads do not fit q:[4,6] k:[4,6]');
+  expect(error.message).toBe('[attention] 4 heads and 4 kv heads do not fit q:[4,6] and keys of [6]');
 });

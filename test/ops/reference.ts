@@ -434,18 +434,24 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [dq, dk, dv];
   },
-  attention_cached([q, k, v, offsets, lengths, cacheK, cacheV, rows, rowOffsets], [heads, kvHeads, scale]) {
+  cache_append([k, v, offsets, lengths, cacheK, cacheV]) {
+    const [, capacity, c] = cacheK!.shape;
+    for (let s = 0; s + 1 < offsets!.data.length; ++s) {
+      const [from, to] = [offsets!.data[s], offsets!.data[s + 1]];
+      const at = (s * capacity + lengths!.data[s]) * c;
+      cacheK!.data.set(k!.data.subarray(from * c, to * c), at);
+      cacheV!.data.set(v!.data.subarray(from * c, to * c), at);
+      lengths!.data[s] += to - from;
+    }
+    return [];
+  },
+  attention_cached([q, offsets, lengths, cacheK, cacheV, rows, rowOffsets], [heads, kvHeads, scale]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
-    const [, capacity, c] = cacheK!.shape;
+    const capacity = cacheK!.shape[1];
     const y = f64(q!.shape);
     queries(offsets!, rows, rowOffsets).forEach(({ from, to, standing }, s) => {
-      const past = lengths!.data[s];
-      for (let i = from; i < to; ++i) {
-        const at = (s * capacity + past + i - from) * c;
-        cacheK!.data.set(k!.data.subarray(i * c, (i + 1) * c), at);
-        cacheV!.data.set(v!.data.subarray(i * c, (i + 1) * c), at);
-      }
+      const past = lengths!.data[s] - (to - from);
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
           const start = s * capacity;
@@ -457,7 +463,6 @@ export const references: Readonly<Record<string, Reference>> = {
           });
         }
       }
-      lengths!.data[s] += to - from;
     });
     return [y];
   },

@@ -1,7 +1,14 @@
 // All op builders.
 import type { Node } from '../graph.js';
 
-export { type AttentionOptions, attention, attentionCached, type HeadOptions } from './attention.js';
+export {
+  type AttentionOptions,
+  attention,
+  attentionCached,
+  type Cache,
+  cacheAppend,
+  type HeadOptions,
+} from './attention.js';
 export {
   type Act,
   activation,
