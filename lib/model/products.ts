@@ -49,8 +49,11 @@ export interface ProductRows {
 // y + (x[rows] a^T) b^T; what all parts of a projection share is computed once.
 function corrected(y: Node, x: Node, { a, b }: LowRank, { rows, among }: ProductRows): Node {
   const u = among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows });
-  return linearAdd(y, u, b);
+  return beside(y.graph, () => linearAdd(y, u, b));
 }
+
+// Under a tag of its own: the rows of a correction are no more rows that entered.
+const beside = (graph: Graph, build: () => Node): Node => graph.tag(`${graph.currentTag}.lora`, build);
 
 /** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]. */
 export function product(
@@ -79,5 +82,6 @@ export function productAdd(
   { rows, gate }: { rows?: Node | null; gate?: Node | null } = {},
 ): Node {
   const y = linearAdd(residual, x, weight, { bias, rows, gate });
-  return patch ? linearAdd(y, linear(x, patch.a), patch.b, { rows, gate }) : y;
+  if (!patch) return y;
+  return beside(y.graph, () => linearAdd(y, linear(x, patch.a), patch.b, { rows, gate }));
 }

@@ -174,6 +174,7 @@ describe('a tiny model', async () => {
     const { policy, spec } = model.network;
     const capacities = routerPlaces(policy!).map(({ axis }) => (axis === 'blocks' ? 0.5 : 1));
     expect(usage.compute.ratio).toBeCloseTo(flopsRatio(spec, policy!, capacities, ids.length), 6);
+    expect([...usage.compute.layersRun.attn, ...usage.compute.layersRun.mlp]).toEqual([1, 1, 1, 0.5, 0.5, 0.5]);
   });
 
   it('continues from trained corrections, and gives the same bits for the same seed', async () => {
