@@ -1,5 +1,5 @@
 // `elastiform elastify`: attaches untrained routers to a model.
-import { elastify, type Recipe, type TrainCapacity } from '../elastic/elastify.js';
+import { elastify, headGroups, type Recipe, type TrainCapacity } from '../elastic/elastify.js';
 import { attentionKeys, gateModes } from '../elastic/policy.js';
 import { projections } from '../model/select.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
@@ -15,6 +15,12 @@ export const elastifyCommand: Command = {
     recipe: { type: 'string', short: 'r', value: 'FILE', help: 'YAML file with the recipe; flags override it' },
     attn: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train attention for (default: 0.3:1)' },
     mlp: { type: 'string', value: 'C|LOW:HIGH', help: 'share of tokens to train the FFN for (default: 0.3:1)' },
+    heads: {
+      type: 'string',
+      value: headGroups.join('|'),
+      help: 'every token uses a share of the heads of attention: each by itself, or as groups that share keys',
+    },
+    'head-share': { type: 'string', value: 'C|LOW:HIGH', help: 'share of heads to train for (default: 0.3:1)' },
     blocks: { type: 'string', value: 'N', help: 'cut the FFN into N blocks, of which every token uses a share' },
     'block-share': { type: 'string', value: 'C|LOW:HIGH', help: 'share of blocks to train for (default: 0.3:1)' },
     lora: { type: 'string', value: 'RANK', help: 'train corrections of this rank' },
@@ -60,6 +66,8 @@ function recipeFlags(flags: FlagReader): Record<string, unknown> {
   return {
     'tokens.attn': capacity(flags, 'attn'),
     'tokens.mlp': capacity(flags, 'mlp'),
+    'heads.group': flags.choice('heads', headGroups),
+    'heads.share': capacity(flags, 'head-share'),
     'blocks.count': flags.integer('blocks', { min: 2 }),
     'blocks.share': capacity(flags, 'block-share'),
     'lora.rank': flags.integer('lora', { min: 1 }),

@@ -1,5 +1,6 @@
 // `elastiform inspect`: what is in a model directory.
-import { meanCapacity } from '../elastic/axes.js';
+import { axes, axisTraits, meanCapacity, specByAxis } from '../elastic/axes.js';
+import { routedLayers } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
 import { Checkpoint } from '../io/safetensors.js';
 import type { Command } from './command.js';
@@ -43,15 +44,16 @@ export const inspect: Command = {
       ]).replaceAll(/(?<=\S) {2,}/g, '  '),
     );
     if (info.levels.length > 0) {
+      const { policy } = network;
+      const routed = axes.filter((axis) => policy && routedLayers(policy, axis).length > 0);
       print('\n');
       print(
         columns([
-          ['level', 'FLOPs', 'attn tokens', 'FFN tokens'],
+          ['level', 'FLOPs', ...routed.map((axis) => axisTraits[axis].column)],
           ...info.levels.map((level) => [
             level.name,
             level.flopsRatio === undefined ? '' : percent(level.flopsRatio),
-            percent(meanCapacity(level.spec.tokenCapacity?.attn ?? 1)),
-            percent(meanCapacity(level.spec.tokenCapacity?.mlp ?? 1)),
+            ...routed.map((axis) => percent(meanCapacity(specByAxis(level.spec)[axis] ?? 1))),
           ]),
         ]),
       );

@@ -3,7 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
-import { axes, axisTraits, isExperts, specByAxis } from '../elastic/axes.js';
+import { axes, axisTraits, expertAxes, isExperts, specByAxis } from '../elastic/axes.js';
 import type { Budget, OperatingPoint } from '../elastic/budget.js';
 import { routedLayers, routerCapacities, routerPlaces } from '../elastic/policy.js';
 import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
@@ -101,7 +101,7 @@ export async function measureModel(
       ? { on: `${data!.name}, ${evaluated!.tokens} tokens`, maps }
       : { on: 'the texts below, prompts included', maps: traced },
     samples,
-    notes: [...(model.network.policy?.blocks ? [blocksNote] : []), ...notes(evaluated)],
+    notes: [...expertNotes(model), ...notes(evaluated)],
   };
 }
 
@@ -137,10 +137,11 @@ async function sampleText(
   return { sample, trace, point: model.resolve(asRun, { length: ids.length }) };
 }
 
-function shares({ tokens, layers, attn, mlp, blockShare }: ElasticTrace): PerLayer<number> {
+function shares({ tokens, layers, attn, mlp, headShare, blockShare }: ElasticTrace): PerLayer<number> {
   const share = (bits: Uint8Array): number[] =>
     Array.from({ length: layers }, (_, l) => tokens.filter((_, t) => bits[t * layers + l]).length / tokens.length);
-  return { attn: share(attn), mlp: share(mlp).map((s, l) => s * blockShare[l]) };
+  const times = (entered: number[], used: Float32Array) => entered.map((s, l) => s * used[l]);
+  return { attn: times(share(attn), headShare), mlp: times(share(mlp), blockShare) };
 }
 
 const layerShares = ({ layersRun }: EvalLevel): PerLayer<number> => ({
@@ -148,7 +149,7 @@ const layerShares = ({ layersRun }: EvalLevel): PerLayer<number> => ({
   mlp: [...layersRun.mlp],
 });
 
-/** As ComputeReport counts: share of tokens, times the share of blocks where the FFN is cut. */
+/** As ComputeReport counts: share of tokens, times the share of experts where it is cut. */
 function targets(model: ElasticModel, point: OperatingPoint): PerLayer<number | null> {
   const { policy } = model.network;
   const none = (): (number | null)[] => new Array(model.info.layers).fill(null);
@@ -171,8 +172,13 @@ function levelResult(level: EvalLevel): LevelResult {
   };
 }
 
-const blocksNote =
-  'Where an FFN is cut into blocks, its share of tokens is times the share of blocks that they use, and so is its part in a token’s colour.';
+const expertNotes = ({ network: { policy } }: ElasticModel): string[] =>
+  expertAxes
+    .filter((axis) => policy?.[axis])
+    .map(
+      (axis) =>
+        `Where tokens choose ${axis} of ${axis === 'heads' ? 'attention' : 'an FFN'}, the share of tokens is times the share of ${axis} that they use, and so is its part in a token’s colour.`,
+    );
 
 function notes(evaluated: EvalReport | null): string[] {
   const sampling = 'The generated text was drawn with a fixed seed, not chosen.';

@@ -22,26 +22,27 @@ interface AxisTraits {
   setting: string;
   /** A share of what, for a person. */
   of: string;
-  /** What has routers, for a person. */
+  /** What has routers, and whose shares a column of a table has, for a person. */
   title: string;
+  column: string;
 }
 
 export const axisTraits: Readonly<Record<Axis, AxisTraits>> = {
   attn: {
     ...{ place: 'attn', routes: 'tokens', router: 'token', act: 'sigmoid', setting: 'tokenCapacity.attn' },
-    ...{ of: 'of tokens into attn', title: 'attention' },
+    ...{ of: 'of tokens into attn', title: 'attention', column: 'attn tokens' },
   },
   heads: {
     ...{ place: 'attn', routes: 'experts', router: 'heads', act: 'softmax', setting: 'headShare' },
-    ...{ of: 'of the heads of attention', title: 'attention heads' },
+    ...{ of: 'of the heads of attention', title: 'attention heads', column: 'heads' },
   },
   mlp: {
     ...{ place: 'mlp', routes: 'tokens', router: 'token', act: 'sigmoid', setting: 'tokenCapacity.mlp' },
-    ...{ of: 'of tokens into mlp', title: 'FFN' },
+    ...{ of: 'of tokens into mlp', title: 'FFN', column: 'FFN tokens' },
   },
   blocks: {
     ...{ place: 'mlp', routes: 'experts', router: 'blocks', act: 'softmax', setting: 'blockShare' },
-    ...{ of: 'of the blocks of the feed-forward', title: 'FFN blocks' },
+    ...{ of: 'of the blocks of the feed-forward', title: 'FFN blocks', column: 'FFN blocks' },
   },
 };
 

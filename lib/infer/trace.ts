@@ -19,6 +19,8 @@ export interface ElasticTrace {
   readonly attn: Uint8Array;
   /** 1 where a token entered a layer's FFN, [tokens, layers]. */
   readonly mlp: Uint8Array;
+  /** Share of a layer's attention heads that each token which enters uses, [layers]: 1 where heads are not routed. */
+  readonly headShare: Float32Array;
   /** Share of a layer's FFN that each token which enters uses, [layers]: 1 where it is not cut into blocks. */
   readonly blockShare: Float32Array;
   readonly layers: number;
@@ -29,6 +31,7 @@ export interface ElasticTrace {
     depth: string;
     attn: string;
     mlp: string;
+    headShare: number[];
     blockShare: number[];
   };
 }
@@ -77,11 +80,12 @@ export function traceOf(
   for (const i of attn.keys()) depth[Math.floor(i / layers)] += attn[i] | mlp[i];
   const base64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString('base64');
   const tokens = tokenPieces(ids, network.tokenizer);
-  const { mlp: blockShare } = expertShares(network, point);
+  const { attn: headShare, mlp: blockShare } = expertShares(network, point);
   return {
-    ...{ tokens, depth, attn, mlp, blockShare, layers },
+    ...{ tokens, depth, attn, mlp, headShare, blockShare, layers },
     toJSON: () => ({
       ...{ tokens, layers, depth: base64(depth), attn: base64(attn), mlp: base64(mlp) },
+      headShare: [...headShare],
       blockShare: [...blockShare],
     }),
   };

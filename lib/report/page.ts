@@ -72,8 +72,8 @@ function element(name, parent, text, kind) {
   parent.append(node);
   return node;
 }
-function layers(bits, shares) {
-  const part = (share) => (share === 1 ? '' : ' (' + Math.round(100 * share) + ' % of its blocks)');
+function layers(bits, shares, experts) {
+  const part = (share) => (share === 1 ? '' : ' (' + Math.round(100 * share) + ' % of its ' + experts + ')');
   const ids = [...bits].flatMap((bit, layer) => (bit === '1' ? [layer + part(shares[layer])] : []));
   return ids.length === bits.length && Math.min(...shares) === 1 ? 'all layers' : ids.length === 0 ? 'no layer' : 'layer ' + ids.join(', ');
 }
@@ -90,12 +90,12 @@ function choose(token) {
   element('strong', detail, text);
   element('span', detail, ', token ' + place + (token.classList.contains('prompt') ? ', prompt' : '') + ': ' + entered + ' of ' + 2 * attn.length + ' sub-layers; layers 0 to ' + (attn.length - 1) + ' from left to right');
   const grid = element('div', detail, '', 'bits');
-  const blocks = box.dataset.blocks.split(',').map(Number);
-  for (const [name, bits, shares] of [['attention', attn, blocks.map(() => 1)], ['FFN', ffn, blocks]]) {
+  for (const [name, bits, experts] of [['attention', attn, 'heads'], ['FFN', ffn, 'blocks']]) {
+    const shares = box.dataset[experts].split(',').map(Number);
     element('span', grid, name);
     const row = element('div', grid);
     row.setAttribute('role', 'img');
-    row.setAttribute('aria-label', layers(bits, shares));
+    row.setAttribute('aria-label', layers(bits, shares, experts));
     [...bits].forEach((bit, layer) => {
       const cell = element('i', row);
       if (bit === '1') element('b', cell).style.height = 100 * shares[layer] + '%';

@@ -16,7 +16,8 @@ function sampleText(sample: Sample, s: number): string {
   const { trace } = sample;
   const [attn, mlp] = [bits(trace.attn, trace), bits(trace.mlp, trace)];
   const tokens = trace.tokens.map((text, t) => {
-    const weights = [...attn[t]].map(Number).concat([...mlp[t]].map((bit, l) => Number(bit) * trace.blockShare[l]));
+    const times = (bits: string, used: readonly number[]) => [...bits].map((bit, l) => Number(bit) * used[l]);
+    const weights = [...times(attn[t], trace.headShare), ...times(mlp[t], trace.blockShare)];
     const entered = weights.reduce((a, b) => a + b, 0) / weights.length;
     const kind = `t${t < trace.promptTokens ? ' prompt' : ''}${text === '' ? ' none' : ''}`;
     // A token without text of its own (special, or part of a character) still has a place.
@@ -24,9 +25,9 @@ function sampleText(sample: Sample, s: number): string {
     return `<span class="${kind}" role="option" aria-selected="false" id="s${s}t${t}" style="--c:${Number(entered.toFixed(3))}" data-attn="${attn[t]}" data-ffn="${mlp[t]}">${piece}</span>`;
   });
   const label = escapeXml(sample.label);
-  const blocks = trace.blockShare.map((share) => Number(share.toFixed(3))).join();
+  const list = (shares: readonly number[]) => shares.map((share) => Number(share.toFixed(3))).join();
   return `<h3>${label} <small>${percent(sample.ratio)} of the FLOPs</small></h3>
-<div class="text" role="listbox" tabindex="0" aria-label="Tokens at ${label}" aria-describedby="how" data-blocks="${blocks}">${tokens.join('')}</div>`;
+<div class="text" role="listbox" tabindex="0" aria-label="Tokens at ${label}" aria-describedby="how" data-heads="${list(trace.headShare)}" data-blocks="${list(trace.blockShare)}">${tokens.join('')}</div>`;
 }
 
 /** A string of 0 and 1 for every token, one for each layer. */

@@ -53,7 +53,7 @@ export interface PerLayer<T> {
 /** What the routers did at a budget. */
 export interface RouterMap {
   readonly budget: number | string;
-  /** Share of tokens that entered, times the share of its blocks they used where an FFN is cut. */
+  /** Share of tokens that entered, times the share of its heads or blocks they used where they choose. */
   readonly measured: PerLayer<number>;
   /** The same as it was meant to be; null where there is no router. */
   readonly target: PerLayer<number | null>;
@@ -76,7 +76,8 @@ export interface SampleTrace {
   /** Base64 of one byte for every token and layer, [tokens, layers]: 1 where the token entered. */
   readonly attn: string;
   readonly mlp: string;
-  /** Share of its FFN that a token which enters uses, for every layer. */
+  /** Share of its heads, and of its FFN, that a token which enters uses, for every layer. */
+  readonly headShare: readonly number[];
   readonly blockShare: readonly number[];
 }
 

@@ -124,13 +124,24 @@ describe('elastify --recipe', () => {
 
 describe('examples/recipes', () => {
   it('are all tested', () => {
-    expect(readdirSync(examples).sort()).toEqual(['blocks.yaml', 'distill.yaml', 'tokens.yaml']);
+    expect(readdirSync(examples).sort()).toEqual(['blocks.yaml', 'distill.yaml', 'heads.yaml', 'tokens.yaml']);
   });
 
-  it.each(['tokens.yaml', 'blocks.yaml'])('%s is a recipe', async (name) => {
+  it.each([
+    ['tokens.yaml', ['attn', 'mlp']],
+    ['heads.yaml', ['heads']],
+    ['blocks.yaml', ['blocks']],
+  ])('%s is a recipe', async (name, axes) => {
     const { content } = await ConfigFile.read(join(examples, name), 'recipe');
-    const policy = policyOf(content as unknown as Recipe, { layers: 8, hidden: 128, ffn: 352, gated: true });
-    expect(Object.keys(policy.capacity)).toEqual(name === 'tokens.yaml' ? ['attn', 'mlp'] : ['blocks']);
+    const policy = policyOf(content as unknown as Recipe, {
+      layers: 8,
+      hidden: 128,
+      ffn: 352,
+      gated: true,
+      heads: 4,
+      kvHeads: 2,
+    });
+    expect(Object.keys(policy.capacity)).toEqual(axes);
   });
 
   it('tokens.yaml and distill.yaml train a model; flags come first', async () => {

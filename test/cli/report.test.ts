@@ -63,7 +63,7 @@ describe('with a text', () => {
       expect(attn).toHaveLength(report.model.layers);
     }
     expect(report.elastic.places).toBe('routers for attention of 8 layers, FFN of 8 layers, FFN blocks of 8 layers');
-    expect(report.notes[0]).toMatch(/^Where an FFN is cut into blocks/);
+    expect(report.notes[0]).toMatch(/^Where tokens choose blocks of an FFN/);
     expect(report.training.points.map(({ step }) => step)).toEqual([1, 2, 3, 4]);
     expect(report.training.evaluations.length).toBeGreaterThan(0);
   });

@@ -1,58 +1,21 @@
 // Feed-forward layers cut into blocks: gradients of their routers, training, and the trained model at budgets.
 import { join } from 'node:path';
 import { describe, expect, it, test } from 'vitest';
-import { batchRun } from '../../lib/distill/batches.js';
 import { distill } from '../../lib/distill/distill.js';
 import type { TrainEvent } from '../../lib/distill/events.js';
-import { trainablePlan } from '../../lib/distill/plan.js';
-import { capacityFeeds, trainProgram } from '../../lib/distill/steps.js';
-import { Trainable } from '../../lib/distill/trainable.js';
 import { resolveBudget } from '../../lib/elastic/budget.js';
 import { type ElastiformerRecipe, elastify, policyOf } from '../../lib/elastic/elastify.js';
-import { type ElasticPolicy, routerPlaces } from '../../lib/elastic/policy.js';
+import { routerPlaces } from '../../lib/elastic/policy.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import { loadModel } from '../../lib/infer/model.js';
-import { Checkpoint } from '../../lib/io/safetensors.js';
 import { forwardFlops } from '../../lib/model/flops.js';
-import { loadWeights } from '../../lib/model/weights.js';
-import { Engine } from '../../lib/native/index.js';
 import { goldenDirectory, readSpec } from '../model/golden.js';
+import { trainStep } from './step.js';
 import { stories, temporaryDirectory, tinyModel } from './tiny.js';
 
-const batch = {
-  ids: Int32Array.from({ length: 24 }, (_, i) => (i * 11 + 3) % 29),
-  positions: Int32Array.from({ length: 24 }, (_, i) => i % 12),
-  targets: new Int32Array(24).fill(-1),
-  offsets: Int32Array.of(0, 12, 24),
-};
-
 describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
-  const directory = join(goldenDirectory, name);
-  const spec = readSpec(directory);
-
-  /** The KL of one step, and the gradient of the routers, which lie in `values`. */
-  async function step(recipe: Partial<ElastiformerRecipe>, values?: Float32Array, capacity = 0.5) {
-    const policy = policyOf({ kind: 'elastiformer', ...recipe }, spec) as ElasticPolicy;
-    using checkpoint = Checkpoint.open(directory);
-    using loaded = loadWeights(spec, checkpoint);
-    using engine = new Engine();
-    using trainable = new Trainable(trainablePlan(policy, spec));
-    const start = values ?? Float32Array.from({ length: trainable.plan.size }, (_, i) => 0.1 * Math.sin(1.7 * i));
-    trainable.params.write(start);
-    const model = { spec, weights: loaded.weights, policy, trainable, engine, batchTokens: 24 };
-    using program = trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 });
-    const { dims, feeds } = batchRun(batch);
-    const { outputs, counters } = await program.run({
-      dims,
-      feeds: {
-        ...feeds,
-        ...capacityFeeds(policy, dims.segments, () => capacity),
-        weight: new Float32Array(24).fill(1 / 24),
-        share: Float32Array.of(1),
-      },
-    });
-    return { kl: outputs.kl[0], gradient: trainable.grads.readFloat(), start, counters, plan: trainable.plan };
-  }
+  const step = (recipe: Partial<ElastiformerRecipe>, values?: Float32Array, capacity?: number) =>
+    trainStep(join(goldenDirectory, name), recipe, values, capacity);
 
   it.each(['softmax', 'renormalised'] as const)('gradients of %s gates are finite differences', async (gate) => {
     const recipe = { blocks: { count: 4, gate } };

@@ -38,6 +38,7 @@ function trace(
     layers,
     attn: bits(0),
     mlp: bits(1),
+    headShare: Array.from({ length: layers }, (_, l) => (l === 4 ? 0.25 : 1)),
     blockShare: Array.from({ length: layers }, (_, l) => (l === 3 ? 0.5 : 1)),
   };
 }
