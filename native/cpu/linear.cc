@@ -30,6 +30,16 @@ double flops(int64_t M, int64_t N, int64_t K) {
   return 2.0 * static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K);
 }
 
+// The columns of u, and their FLOPs; operands `at` and at + 1, by name.
+Patch patchOf(const KernelArgs& args, const char* op, int at, const char* uName, const char* bName, int64_t M, int64_t N) {
+  const TensorView &u = args.in[at], &b = args.in[at + 1];
+  checkTogether(op, uName, static_cast<bool>(u), bName, static_cast<bool>(b));
+  if (!u) return {};
+  const int64_t P = u.dim(1);
+  args.counters->flops += flops(M, N, P);
+  return {u.f32(), P, weightB(b)};
+}
+
 void copyTo(float* to, const TensorView& from, const KernelArgs& args) {
   if (to == from.data) return;
   forChunks(from.elements(), kParallelElements, args, [&](int64_t begin, int64_t end, int) {
@@ -48,7 +58,8 @@ void linear(const KernelArgs& args) {
   setBias(e, args.in[2]);
   e.act = act;
   e.pre = args.out[1].f32();
-  gemm(M, N, K, rowsOf(x, rows), weightB(w), e, y.f32(), N, args);
+  const Patch patch = patchOf(args, "linear", 4, "u", "b", M, N);
+  gemm(M, N, K, rowsOf(x, rows), weightB(w), e, y.f32(), N, args, patch);
   args.counters->flops += flops(M, N, K);
 }
 
@@ -67,7 +78,9 @@ void linearGated(const KernelArgs& args) {
   }
   e.g = args.out[1].f32();
   e.u = args.out[2].f32();
-  gemmGated(M, N, K, rowsOf(x, rows), weightB(args.in[1]), weightB(args.in[2]), e, y.f32(), N, args);
+  const Patch gatePatch = patchOf(args, "linear_gated", 6, "gate_u", "gate_b", M, N);
+  const Patch upPatch = patchOf(args, "linear_gated", 8, "up_u", "up_b", M, N);
+  gemmGated(M, N, K, rowsOf(x, rows), weightB(args.in[1]), weightB(args.in[2]), e, y.f32(), N, args, gatePatch, upPatch);
   args.counters->flops += 2 * flops(M, N, K);
 }
 
@@ -75,13 +88,14 @@ void linearAdd(const KernelArgs& args) {
   const TensorView &residual = args.in[0], &x = args.in[1], &rows = args.in[4], &gate = args.in[5], &y = args.out[0];
   const int64_t M = x.dim(0), N = y.dim(1), K = x.dim(1);
   if (rows) checkRows("linear_add", rows.i32(), M, y.dim(0));
+  const Patch patch = patchOf(args, "linear_add", 6, "u", "b", M, N);
   copyTo(y.f32(), residual, args);
   Epilogue e;
   setBias(e, args.in[3]);
   e.rowScale = gate.f32();
   e.rows = rows.i32();
   e.accumulate = true;
-  gemm(M, N, K, rowsOf(x, {}), weightB(args.in[2]), e, y.f32(), N, args);
+  gemm(M, N, K, rowsOf(x, {}), weightB(args.in[2]), e, y.f32(), N, args, patch);
   args.counters->flops += flops(M, N, K);
   args.counters->rows += static_cast<double>(M);
 }

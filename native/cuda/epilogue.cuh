@@ -11,9 +11,11 @@ namespace elastiform::ELASTIFORM_DEVICE {
 template <int kParts>
 DEVICE bool begin(const Product& p, int M, int N, int K) {
   if (p.countsFlops && blockIdx.x == 0 && threadIdx.x == 0) {
-    p.state.count(2. * kParts * M * N * K, p.countsRows ? M : 0);
+    double depth = double{kParts} * K;
+    for (const Patch& patch : p.patch) depth += patch ? patch.p.count() : 0;
+    p.state.count(2. * M * N * depth, p.countsRows ? M : 0);
   }
-  return M > 0 && N > 0 && (K > 0 || p.add.data != p.out.data || p.bias[0]);
+  return M > 0 && N > 0 && (K > 0 || p.add.data != p.out.data || p.bias[0] || p.patched());
 }
 
 // Where tile `index` begins. Tiles come in bands of some rows of them, which share what the caches hold of B.

@@ -42,6 +42,23 @@ Matrix converted(const Launch& launch, const Matrix& x, const Extent& rows, cons
   return y;
 }
 
+// The same where x has that precision.
+template <typename T>
+Matrix inPrecision(const Launch& launch, const Matrix& x, const Extent& rows, const Extent& columns) {
+  return x.dtype == Matrix(static_cast<const T*>(nullptr)).dtype ? x : converted<T>(launch, x, rows, columns);
+}
+
+// Both factors of a product, and of its patches.
+template <typename T>
+void convertFactors(const Launch& launch, Product& p) {
+  p.a = inPrecision<T>(launch, p.a, p.m, p.k);
+  for (Patch& patch : p.patch) {
+    if (!patch) continue;
+    patch.u = inPrecision<T>(launch, patch.u, p.m, patch.p);
+    patch.b = inPrecision<T>(launch, patch.b, p.n, patch.p);
+  }
+}
+
 // Routers: few columns of C are bound by reading A, once; a warp has a row.
 constexpr int kFewColumns = 4;
 
@@ -92,20 +109,21 @@ template <Layout kLayoutB, int kParts = 1>
 void multiplyByWeight(const Launch& launch, Product p) {
   const bool narrow = p.a.dtype == DType::BF16 || p.out.dtype == DType::BF16;
   const bool few = kLayoutB == Layout::AlongK && p.m.boundCount() <= kFewRows;
-  if (kLayoutB == Layout::AlongK && kParts == 1 && p.a.dtype == DType::BF16 && p.n.boundCount() <= kFewColumns) {
+  if (kLayoutB == Layout::AlongK && kParts == 1 && p.a.dtype == DType::BF16 && p.n.boundCount() <= kFewColumns &&
+      !p.patched()) {
     LAUNCH(fewColumnsKernel, launch.blocks(p.m.boundCount(), kThreads / 32), kThreads, 0, launch.stream, p,
            elements(p.a), elements(p.b[0]));
     return;
   }
   if (narrow && p.b[0].dtype == DType::BF16 && !few) {
-    if (p.a.dtype != DType::BF16) p.a = converted<bf16>(launch, p.a, p.m, p.k);
+    convertFactors<bf16>(launch, p);
     if (suitsWgmma(launch, p, kParts)) {
       multiplyWgmma<Layout::AlongK, kLayoutB, kParts>(launch, p);
     } else {
       multiplyMma<Layout::AlongK, kLayoutB, kParts>(launch, p);
     }
   } else {
-    if (p.a.dtype != DType::F32) p.a = converted<float>(launch, p.a, p.m, p.k);
+    convertFactors<float>(launch, p);
     multiplyF32<Layout::AlongK, kLayoutB, kParts>(launch, p);
   }
 }
@@ -122,8 +140,8 @@ void multiplyRows(const Launch& launch, const Product& p) {
     multiplyMma<Layout::AcrossK, Layout::AcrossK, 1>(launch, p);
     return;
   }
-  if (p.a.dtype != DType::F32) q.a = converted<float>(launch, p.a, p.k, p.m);
-  if (p.b[0].dtype != DType::F32) q.b[0] = converted<float>(launch, p.b[0], p.k, p.n);
+  q.a = inPrecision<float>(launch, p.a, p.k, p.m);
+  q.b[0] = inPrecision<float>(launch, p.b[0], p.k, p.n);
   multiplyF32<Layout::AcrossK, Layout::AcrossK, 1>(launch, q);
 }
 

@@ -1,9 +1,10 @@
 // The matrix engine: C[M,N] = A[M,K] B[N,K]^T with gathers, weights of any dtype and fused epilogues. gemm.cu chooses
 // between f32 on CUDA cores (gemm_f32.cu) and bf16 on tensor cores (gemm_mma.cu, gemm_wgmma.cu).
 //
-// Every element of C is one chain over k = 0..K-1 in ascending order from 0: a row's result does not depend on the rows
-// beside it, and a product over a prefix of K or N has the bits of the product of the extracted matrices. On CUDA cores
-// it is the chain of fused multiply-adds of the CPU (cpu/gemm/gemm.h), on tensor cores one of sums of 16 products.
+// Every element of C is one chain over k = 0..K-1 in ascending order from 0, then over the columns of a patch: a row's
+// result does not depend on the rows beside it, and a product over a prefix of K or N has the bits of the product of the
+// extracted matrices. On CUDA cores it is the chain of fused multiply-adds of the CPU (cpu/gemm/gemm.h), on tensor cores
+// one of sums of 16 products.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -60,6 +61,14 @@ inline Matrix weight(const Operand& w) {
   return m;
 }
 
+// More columns of A and B, both along k (LoRA): C += u b^T, u [M, P], b [N, P].
+struct Patch {
+  Extent p;
+  Matrix u, b;
+
+  __host__ __device__ explicit operator bool() const { return u.data != nullptr; }
+};
+
 // Elements in f32 or bf16 that a product reads or writes beside its factors; null where there are none.
 struct Cells {
   void* data = nullptr;
@@ -77,6 +86,7 @@ struct Cells {
 struct Product {
   Extent m, n, k;
   Matrix a, b[2];
+  Patch patch[2];  // to the products with b[0] and b[1]; of multiplyWeight and multiplyWeights alone
   Operand bias[2];
   Cells pre[2];
   Act act = Act::None;
@@ -91,6 +101,8 @@ struct Product {
   bool countsFlops = true, countsRows = false;
   int multiprocessors = 0;
 
+  __host__ __device__ bool patched() const { return patch[0] || patch[1]; }
+
   Product(const Launch& launch, Extent m, Extent n, Extent k)
       : m(m), n(n), k(k), state(launch.state), multiprocessors(launch.multiprocessors) {}
 };
@@ -104,22 +116,24 @@ constexpr int kProductRows = 128;
 
 // How an operand lies in memory: its rows run along k, as activations and weights of [N, K] do, or each is one k.
 enum class Layout { AlongK, AcrossK };
-// Products that may be asked for dots: gradients of inputs.
+// Products that may have patches, and those that may be asked for dots: gradients of inputs.
+template <Layout kLayoutA, Layout kLayoutB>
+constexpr bool kHasPatches = kLayoutA == Layout::AlongK && kLayoutB == Layout::AlongK;
 template <Layout kLayoutA, Layout kLayoutB>
 constexpr bool kHasDots = kLayoutA == Layout::AlongK && kLayoutB == Layout::AcrossK;
 
 // Launch a product: with the weight b[0] of [N, K]; with both weights, of one dtype; with the weight b[0] of [K, N];
 // and over rows, of A [K, M] and B [K, N], both activations. In bf16, with sums in f32, where both factors are bf16, or
-// the weight and the result are; else in f32.
+// the weight and the result are; else in f32. Patches are converted to what A and B are multiplied in.
 void multiplyWeight(const Launch& launch, const Product& p);
 void multiplyWeights(const Launch& launch, const Product& p);
 void multiplyTransposed(const Launch& launch, const Product& p);
 void multiplyRows(const Launch& launch, const Product& p);
 
-// The kernels. A and B lie as the layouts say, and there are kParts weights.
+// The kernels. A and B lie as the layouts say, and there are kParts weights. Patches are f32.
 template <Layout kLayoutA, Layout kLayoutB, int kParts>
 void multiplyF32(const Launch& launch, const Product& p);
-// A and B are bf16.
+// A, B and patches are bf16.
 template <Layout kLayoutA, Layout kLayoutB, int kParts>
 void multiplyMma(const Launch& launch, const Product& p);
 // The same on launch.hopper, where the rows of weights begin at multiples of 16 bytes.

@@ -138,7 +138,37 @@ DEVICE void multiply(const float* a, const float* b, int k, int row, int column,
   }
 }
 
-template <typename T, Layout kLayoutA, Layout kLayoutB, int kParts, int kSpan>
+// The columns of a patch to one part of the tile, 0 in the other; they lie in all stages at once.
+template <int kParts, int kSpan>
+DEVICE void multiplyPatch(const Patch& patch, int part, TileShared& s, int M, int N, int row, int column,
+                          float (&sum)[kSpan / 16][kSpan / 16]) {
+  constexpr int kColumns = kSpan / kParts, kSteps = kDepth<kSpan>;
+  if (!patch) return;
+  // By way of a shuffle, like the patch itself: what follows from it takes no registers during the product.
+  const int tid = static_cast<int>(threadIdx.x) + shflIdx(0, 0);
+  const float *u = static_cast<const float*>(patch.u.data), *b = static_cast<const float*>(patch.b.data);
+  const int P = shflIdx(patch.p.count(), 0), strideB = patch.b.stride ? patch.b.stride : P;
+  for (int first = 0; first < P; first += kTileStages * kSteps) {
+    const int depth = min(P - first, kTileStages * kSteps);
+    for (int i = tid; i < (depth + kSteps - 1) / kSteps * kSpan * kSteps; i += kProductThreads) {
+      const int k = first + i / (kSpan * kSteps) * kSteps + i % kSteps, r = i / kSteps % kSpan;
+      const int m = s.m + r, n = s.n + r % kColumns;
+      auto& stage = s.stage[i / (kSpan * kSteps)];
+      stage.a[i % kSteps * kPitch<kSpan> + r] = k < P && m < M ? ldGlobal(u + int64_t{m} * P + k) : 0.f;
+      stage.b[i % kSteps * kPitch<kSpan> + r] =
+          k < P && n < N && r / kColumns == part ? ldGlobal(b + int64_t{n} * strideB + k) : 0.f;
+    }
+    syncThreads();  // the stages are complete
+    ROLLED
+    for (int k = 0; k < depth; ++k) {
+      const auto& stage = s.stage[k / kSteps];
+      multiply<kSpan>(stage.a, stage.b, k % kSteps, row, column, sum);
+    }
+    syncThreads();  // the stages have been read
+  }
+}
+
+template <typename T, Layout kLayoutA, Layout kLayoutB, int kParts, bool kPatched, int kSpan>
 DEVICE void multiplyTiles(const Product& p, TileShared& s, int M, int N, int K) {
   constexpr int kColumns = kSpan / kParts, kSteps = kDepth<kSpan>, kTogether = 4;
   const int tid = threadIdx.x;
@@ -185,6 +215,9 @@ DEVICE void multiplyTiles(const Product& p, TileShared& s, int M, int N, int K) 
     }
     cpAsyncWait<0>();
     syncThreads();  // the stages have been read
+    if constexpr (kPatched) {
+      for (int i = 0; i < kParts; ++i) multiplyPatch<kParts, kSpan>(p.patch[shflIdx(i, 0)], i, s, M, N, row, column, sum);
+    }
     // By way of shared memory the epilogue is a loop, however many accumulators a thread has.
     UNROLL
     for (int i = 0; i < kSpan / 16; ++i) {
@@ -233,7 +266,7 @@ DEVICE void widenPiece(const unsigned char* piece, float (&w)[16 / sizeof(T)]) {
   }
 }
 
-template <typename T, int kParts, int kRows>
+template <typename T, int kParts, bool kPatched, int kRows>
 DEVICE void multiplyFew(const Product& p, FewShared<T, kRows>& s, float* c, int M, int N, int K) {
   constexpr int kStages = FewShared<T, kRows>::kStages, kPiece = 16 / sizeof(T), kPieces = kFewDepth / kPiece;
   constexpr int kRowsAtOnce = kProductThreads / kPieces, kPasses = kFewColumns / kRowsAtOnce;
@@ -311,6 +344,21 @@ DEVICE void multiplyFew(const Product& p, FewShared<T, kRows>& s, float* c, int 
         for (int piece = 0; piece < pieces; ++piece) multiplyPiece(piece);
       }
     }
+    const int n = tile * kColumns + lane % kColumns;
+    const Patch& patch = p.patch[lane / kColumns];
+    if (kPatched && patch && n < N) {
+      const int P = patch.p.count();
+      const float* u = static_cast<const float*>(patch.u.data);
+      const float* b = static_cast<const float*>(patch.b.data) + int64_t{n} * (patch.b.stride ? patch.b.stride : P);
+      for (int j = 0; j < P; ++j) {
+        const float weight = ldGlobal(b + j);
+        UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          const int m = warp + i * kProductWarps;
+          if (m < M) sum[i] = fmaf(ldGlobal(u + int64_t{m} * P + j), weight, sum[i]);
+        }
+      }
+    }
     cpAsyncWait<0>();
     syncThreads();  // all stages have been read
     UNROLL
@@ -345,8 +393,11 @@ DEVICE bool inPieces(const Product& p, int K) {
   return yes;
 }
 
-template <typename T, Layout kLayoutA, Layout kLayoutB, int kParts>
-__global__ void __launch_bounds__(kProductThreads, 2) productKernel(const __grid_constant__ Product p) {
+// Patches are in kernels of their own: the others spend no registers on them. Two beside f32 weights take more than half
+// of the registers on sm_80.
+template <typename T, Layout kLayoutA, Layout kLayoutB, int kParts, bool kPatched>
+__global__ void __launch_bounds__(kProductThreads, kPatched && kParts == 2 && sizeof(T) == 4 ? 1 : 2)
+    productKernel(const __grid_constant__ Product p) {
   using Shared = ProductShared<T, kLayoutB>;
   SHARED_MEMORY(Shared, s);
   if (p.state.faulted()) return;
@@ -356,9 +407,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) productKernel(const __grid
   if constexpr (kLayoutB == Layout::AlongK) {
     if (M <= kFewRowsMost && inPieces<T, kParts>(p, K)) {
       if (M <= kProductWarps) {
-        multiplyFew<T, kParts>(p, s.few, s.tiles.c, M, N, K);
+        multiplyFew<T, kParts, kPatched>(p, s.few, s.tiles.c, M, N, K);
       } else {
-        multiplyFew<T, kParts>(p, s.several, s.tiles.c, M, N, K);
+        multiplyFew<T, kParts, kPatched>(p, s.several, s.tiles.c, M, N, K);
       }
       return;
     }
@@ -366,9 +417,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) productKernel(const __grid
   constexpr int kColumns = kLargeTile / kParts;
   const int64_t largeTiles = int64_t{(M + kLargeTile - 1) / kLargeTile} * ((N + kColumns - 1) / kColumns);
   if (largeTiles >= p.multiprocessors) {
-    multiplyTiles<T, kLayoutA, kLayoutB, kParts, kLargeTile>(p, s.tiles, M, N, K);
+    multiplyTiles<T, kLayoutA, kLayoutB, kParts, kPatched, kLargeTile>(p, s.tiles, M, N, K);
   } else {
-    multiplyTiles<T, kLayoutA, kLayoutB, kParts, kSmallTile>(p, s.tiles, M, N, K);
+    multiplyTiles<T, kLayoutA, kLayoutB, kParts, kPatched, kSmallTile>(p, s.tiles, M, N, K);
   }
 }
 
@@ -380,9 +431,15 @@ void multiplyF32(const Launch& launch, const Product& p) {
   const int64_t M = p.m.boundCount(), N = p.n.boundCount() * kParts;
   const unsigned blocks =
       launch.blocks(std::max(ceilDiv(M, kSmallTile) * ceilDiv(N, kSmallTile), ceilDiv(N, kFewColumns)), 1);
+  const auto launchKernel = [&]<typename T, bool kPatched>() {
+    LAUNCH((productKernel<T, kLayoutA, kLayoutB, kParts, kPatched>), blocks, kProductThreads,
+           sizeof(ProductShared<T, kLayoutB>), launch.stream, p);
+  };
   const auto of = [&]<typename T>() {
-    LAUNCH((productKernel<T, kLayoutA, kLayoutB, kParts>), blocks, kProductThreads, sizeof(ProductShared<T, kLayoutB>),
-           launch.stream, p);
+    if constexpr (kHasPatches<kLayoutA, kLayoutB>) {
+      if (p.patched()) return launchKernel.template operator()<T, true>();
+    }
+    launchKernel.template operator()<T, false>();
   };
   if constexpr (kLayoutA == Layout::AlongK) {
     if (p.b[0].dtype == DType::BF16) return of.template operator()<bf16>();

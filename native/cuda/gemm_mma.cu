@@ -105,12 +105,60 @@ struct Side {
   }
 };
 
-template <Layout kLayoutA, Layout kLayoutB, int kParts, int kSpan>
+// One stage: sum[i][j] += rows [row + 16 i, ...) of A times rows [column + 8 j, ...) of B.
+template <typename SideA, typename SideB, int kSpan, int kA, int kB>
+DEVICE void multiplyStage(const Stage<kSpan>& stage, int row, int column, float (&sum)[kA][kB][4]) {
+  UNROLL
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t fragmentA[kA][4], fragmentB[kB / 2][4];
+    UNROLL
+    for (int i = 0; i < kA; ++i) SideA::fragmentA(fragmentA[i], stage.a, row + i * 16, k);
+    UNROLL
+    for (int j = 0; j < kB / 2; ++j) SideB::fragmentB(fragmentB[j], stage.b, column + j * 16, k);
+    UNROLL
+    for (int i = 0; i < kA; ++i) {
+      UNROLL
+      for (int j = 0; j < kB; ++j) {
+        const uint32_t half[2] = {fragmentB[j / 2][j % 2 * 2], fragmentB[j / 2][j % 2 * 2 + 1]};
+        mmaBf16(sum[i][j], fragmentA[i], half);
+      }
+    }
+  }
+}
+
+// The columns of a patch to one part of the tile at (m, n), 0 in the other; they lie in all stages at once.
+template <int kParts, int kSpan, int kA, int kB>
+DEVICE void multiplyPatch(const Patch& patch, int part, TileShared<kSpan>& s, int m, int n, int M, int N, int row,
+                          int column, float (&sum)[kA][kB][4]) {
+  using Along = Side<Layout::AlongK, kSpan, 1>;
+  constexpr int kColumns = kSpan / kParts, kPieces = Along::kPieces, kStagePieces = kSpan * kPieces;
+  if (!patch) return;
+  const bf16 *u = static_cast<const bf16*>(patch.u.data), *b = static_cast<const bf16*>(patch.b.data);
+  const int P = shflIdx(patch.p.count(), 0), strideB = patch.b.stride ? patch.b.stride : P;
+  for (int first = 0; first < P; first += kStages * kDepth) {
+    const int steps = (min(P - first, kStages * kDepth) + kDepth - 1) / kDepth;
+    for (int i = threadIdx.x; i < steps * kStagePieces; i += kThreads) {
+      const int step = i / kStagePieces, r = i / kPieces % kSpan, piece = i % kPieces;
+      const int k = first + step * kDepth + piece * 8, c = n + r % kColumns;
+      const int place = Along::place(r, piece);
+      copyEight(s.stage[step].a + place, u + int64_t{m + r} * P + k, m + r < M ? P - k : 0, u);
+      copyEight(s.stage[step].b + place, b + int64_t{c} * strideB + k, c < N && r / kColumns == part ? P - k : 0, u);
+    }
+    cpAsyncCommit();
+    cpAsyncWait<0>();
+    syncThreads();  // the stages are complete
+    ROLLED
+    for (int step = 0; step < steps; ++step) multiplyStage<Along, Along>(s.stage[step], row, column, sum);
+    syncThreads();  // the stages of the patch have been read
+  }
+}
+
+template <Layout kLayoutA, Layout kLayoutB, int kParts, bool kPatched, int kSpan>
 DEVICE void multiplyTiles(const Product& p, TileShared<kSpan>& s, int M, int N, int K) {
   using SideA = Side<kLayoutA, kSpan, 1>;
   using SideB = Side<kLayoutB, kSpan, kParts>;
   constexpr int kColumns = kSpan / kParts;
-  constexpr int kWarpRows = kSpan / 2, kWarpColumns = kSpan / 4, kA = kWarpRows / 16, kB = kWarpColumns / 16;
+  constexpr int kWarpRows = kSpan / 2, kWarpColumns = kSpan / 4, kA = kWarpRows / 16, kB = kWarpColumns / 8;
   const int lane = laneId(), warp = warpId();
   const int warpRow = warp / 4 * kWarpRows, warpColumn = warp % 4 * kWarpColumns;
   const int tilesM = (M + kSpan - 1) / kSpan, tilesN = (N + kColumns - 1) / kColumns;
@@ -122,7 +170,7 @@ DEVICE void multiplyTiles(const Product& p, TileShared<kSpan>& s, int M, int N, 
     const TilePlace place(tile, tilesM, tilesN, kSpan, kColumns);
     a.start(place.m, M);
     b.start(place.n, N);
-    float sum[kA][2 * kB][4] = {};
+    float sum[kA][kB][4] = {};
     for (int step = 1 - kStages; step < steps; ++step) {
       cpAsyncWait<kStages - 2>();
       syncThreads();  // this step's stage is complete, and the one before has been read
@@ -133,30 +181,19 @@ DEVICE void multiplyTiles(const Product& p, TileShared<kSpan>& s, int M, int N, 
       }
       cpAsyncCommit();
       if (step < 0) continue;
-      const auto& stage = s.stage[step % kStages];
-      UNROLL
-      for (int k = 0; k < kDepth; k += 16) {
-        uint32_t fragmentA[kA][4], fragmentB[kB][4];
-        UNROLL
-        for (int i = 0; i < kA; ++i) SideA::fragmentA(fragmentA[i], stage.a, warpRow + i * 16, k);
-        UNROLL
-        for (int j = 0; j < kB; ++j) SideB::fragmentB(fragmentB[j], stage.b, warpColumn + j * 16, k);
-        UNROLL
-        for (int i = 0; i < kA; ++i) {
-          UNROLL
-          for (int j = 0; j < 2 * kB; ++j) {
-            const uint32_t half[2] = {fragmentB[j / 2][j % 2 * 2], fragmentB[j / 2][j % 2 * 2 + 1]};
-            mmaBf16(sum[i][j], fragmentA[i], half);
-          }
-        }
-      }
+      multiplyStage<SideA, SideB>(s.stage[step % kStages], warpRow, warpColumn, sum);
     }
     cpAsyncWait<0>();
     syncThreads();  // the stages have been read
+    if constexpr (kPatched) {
+      for (int i = 0; i < kParts; ++i) {
+        multiplyPatch<kParts>(p.patch[i], i, s, place.m, place.n, M, N, warpRow, warpColumn, sum);
+      }
+    }
     UNROLL
     for (int i = 0; i < kA; ++i) {
       UNROLL
-      for (int j = 0; j < 2 * kB; ++j) {
+      for (int j = 0; j < kB; ++j) {
         UNROLL
         for (int half = 0; half < 2; ++half) {
           const int row = warpRow + i * 16 + half * 8 + lane / 4, column = warpColumn + j * 8 + lane % 4 * 2;
@@ -170,7 +207,8 @@ DEVICE void multiplyTiles(const Product& p, TileShared<kSpan>& s, int M, int N, 
   }
 }
 
-template <Layout kLayoutA, Layout kLayoutB, int kParts>
+// Patches are in kernels of their own: the others spend no registers on them.
+template <Layout kLayoutA, Layout kLayoutB, int kParts, bool kPatched>
 __global__ void __launch_bounds__(kThreads, 2) mmaKernel(const __grid_constant__ Product p) {
   SHARED_MEMORY(MmaShared, s);
   if (p.state.faulted()) return;
@@ -179,9 +217,9 @@ __global__ void __launch_bounds__(kThreads, 2) mmaKernel(const __grid_constant__
   constexpr int kColumns = kLargeTile / kParts;
   const int64_t largeTiles = int64_t{(M + kLargeTile - 1) / kLargeTile} * ((N + kColumns - 1) / kColumns);
   if (largeTiles >= p.multiprocessors) {
-    multiplyTiles<kLayoutA, kLayoutB, kParts>(p, s.large, M, N, K);
+    multiplyTiles<kLayoutA, kLayoutB, kParts, kPatched>(p, s.large, M, N, K);
   } else {
-    multiplyTiles<kLayoutA, kLayoutB, kParts>(p, s.small, M, N, K);
+    multiplyTiles<kLayoutA, kLayoutB, kParts, kPatched>(p, s.small, M, N, K);
   }
 }
 
@@ -190,9 +228,14 @@ __global__ void __launch_bounds__(kThreads, 2) mmaKernel(const __grid_constant__
 template <Layout kLayoutA, Layout kLayoutB, int kParts>
 void multiplyMma(const Launch& launch, const Product& p) {
   const auto tiles = [](int64_t size) { return (size + kSmallTile - 1) / kSmallTile; };
-  LAUNCH((mmaKernel<kLayoutA, kLayoutB, kParts>),
-         launch.blocks(tiles(p.m.boundCount()) * tiles(p.n.boundCount() * kParts), 1), kThreads, sizeof(MmaShared),
-         launch.stream, p);
+  const unsigned blocks = launch.blocks(tiles(p.m.boundCount()) * tiles(p.n.boundCount() * kParts), 1);
+  if constexpr (kHasPatches<kLayoutA, kLayoutB>) {
+    if (p.patched()) {
+      LAUNCH((mmaKernel<kLayoutA, kLayoutB, kParts, true>), blocks, kThreads, sizeof(MmaShared), launch.stream, p);
+      return;
+    }
+  }
+  LAUNCH((mmaKernel<kLayoutA, kLayoutB, kParts, false>), blocks, kThreads, sizeof(MmaShared), launch.stream, p);
 }
 
 template void multiplyMma<Layout::AlongK, Layout::AlongK, 1>(const Launch&, const Product&);

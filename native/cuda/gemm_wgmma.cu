@@ -39,6 +39,7 @@ struct Weights {
 
 struct Sizes {
   int m, n, k;
+  int steps;  // through k and the columns of patches
 };
 
 // How a product is cut: into tiles for blocks, or into tiles one above the other for pairs of them, of which each block
@@ -86,6 +87,34 @@ DEVICE void copyRows(bf16* to, int rows, const void* any, const Of& of) {
     int count;
     of(row, piece, from, count);
     copyEight(to + swizzle128(row, piece) / 2, from, count, any);
+  }
+}
+
+// The producer's steps through the columns of a patch to one part of the tile, 0 in the other.
+template <int kParts, int kWidth>
+DEVICE void producePatch(const Patch& patch, int part, Ring<kWidth>& ring, WgmmaShared& s, const Sizes& size, int tileM,
+                         int tileN) {
+  constexpr int kColumns = kWidth / kParts;
+  if (!patch) return;
+  const int P = patch.p.count();
+  const bf16 *u = static_cast<const bf16*>(patch.u.data), *b = static_cast<const bf16*>(patch.b.data);
+  const int strideB = patch.b.stride ? patch.b.stride : P;
+  for (int k = 0; k < P; k += kDepth, ring.advance()) {
+    mbarrierWait(s.empty[ring.stage], ring.round ^ 1);
+    copyRows(ring.a(), kRows, u, [&](int row, int piece, const bf16*& from, int& count) {
+      const int m = tileM + row, at = k + piece * 8;
+      from = u + int64_t{m} * P + at;
+      count = m < size.m ? P - at : 0;
+    });
+    copyRows(ring.b(), kWidth, u, [&](int row, int piece, const bf16*& from, int& count) {
+      const int n = tileN + row % kColumns, at = k + piece * 8;
+      from = b + int64_t{n} * strideB + at;
+      count = row / kColumns == part && n < size.n ? P - at : 0;
+    });
+    cpAsyncCommit();
+    cpAsyncWait<0>();
+    fenceProxyAsync();
+    mbarrierArrive(s.full[ring.stage]);
   }
 }
 
@@ -159,6 +188,9 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
         mbarrierArrive(full);
       }
     }
+    if constexpr (kAlong) {
+      for (int part = 0; part < kParts; ++part) producePatch<kParts>(p.patch[part], part, ring, s, cut.size, tileM, tileN);
+    }
   });
 }
 
@@ -225,7 +257,7 @@ DEVICE void consume(const Product& p, WgmmaShared& s, const Cut& cut) {
         mbarrierArrive(s.empty[before]);
       }
     };
-    for (int k = 0; k < cut.size.k; k += kDepth, ring.advance()) {
+    for (int step = 0; step < cut.size.steps; ++step, ring.advance()) {
       mbarrierWait(s.full[ring.stage], ring.round);
       fenceProxyAsync();  // rows that cp.async wrote, for wgmma
       const uint64_t a = descriptorK(ring.a() + warp / 4 * 64 * kDepth);
@@ -248,7 +280,7 @@ DEVICE void consume(const Product& p, WgmmaShared& s, const Cut& cut) {
       } else {
         wgmmaWait<1>(sum[0], sum[1]);
       }
-      if (k > 0) release();
+      if (step > 0) release();
       before = ring.stage;
     }
     if constexpr (kParts == 1) {
@@ -256,7 +288,7 @@ DEVICE void consume(const Product& p, WgmmaShared& s, const Cut& cut) {
     } else {
       wgmmaWait<0>(sum[0], sum[1]);
     }
-    if (cut.size.k > 0) release();
+    if (cut.size.steps > 0) release();
     finishRows<kParts, kColumns, kHasDots<Layout::AlongK, kLayoutB>>(p, sum, s.c[warp], tileM + warp * kWarpRows, tileN, cut.size);
   });
 }
@@ -288,7 +320,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmmaKernel(const __grid_constant__ Product p, const __grid_constant__ Weights<kParts> weights) {
   SHARED_MEMORY(WgmmaShared, s);
   if (p.state.faulted()) return;
-  const Sizes size{shflIdx(p.m.count(), 0), shflIdx(p.n.count(), 0), shflIdx(p.k.count(), 0)};
+  Sizes size{shflIdx(p.m.count(), 0), shflIdx(p.n.count(), 0), shflIdx(p.k.count(), 0), 0};
+  const auto steps = [](int k) { return (k + kDepth - 1) / kDepth; };
+  size.steps = steps(size.k);
+  for (const Patch& patch : p.patch) size.steps += patch ? steps(shflIdx(patch.p.count(), 0)) : 0;
   if (!begin<kParts>(p, size.m, size.n, size.k)) return;
   const Cut cut = cutOf<kParts>(size);
   if (threadIdx.x == 0) {

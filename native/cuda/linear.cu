@@ -36,6 +36,15 @@ Operand widened(const Launch& launch, const Operand& w) {
   return y;
 }
 
+// The patch in operands `at` and `at + 1`, of which these are the names; none where both are absent.
+Patch patchAt(const Launch& launch, int at, const char* uName, const char* bName) {
+  const Operand &u = launch.in[at], &b = launch.in[at + 1];
+  checkTogether(launch.op, uName, static_cast<bool>(u), bName, static_cast<bool>(b));
+  Patch patch;
+  if (u) patch = {{u, 1}, Matrix(u), weight(b)};
+  return patch;
+}
+
 struct GateGradient {
   Operand dy, dx, bias, rows, dgate;
   const float* dots;  // [R, dotParts(K)]
@@ -69,6 +78,7 @@ void linear(const Launch& launch) {
   Product p(launch, {y, 0}, {y, 1}, {x, 1});
   p.a = Matrix(x, rows);
   p.b[0] = weight(w);
+  p.patch[0] = patchAt(launch, 4, "u", "b");
   p.bias[0] = bias;
   p.pre[0] = launch.out[1];
   p.act = act;
@@ -89,6 +99,8 @@ void linearGated(const Launch& launch) {
     p.bias[i] = launch.in[3 + i];
     p.pre[i] = launch.out[1 + i];
   }
+  p.patch[0] = patchAt(launch, 6, "gate_u", "gate_b");
+  p.patch[1] = patchAt(launch, 8, "up_u", "up_b");
   p.act = act;
   p.out = y;
   multiplyWeights(launch, p);
@@ -101,6 +113,7 @@ void linearAdd(const Launch& launch) {
   Product p(launch, {x, 0}, {y, 1}, {x, 1});
   p.a = Matrix(x);
   p.b[0] = weight(w);
+  p.patch[0] = patchAt(launch, 6, "u", "b");
   p.bias[0] = bias;
   p.rowScale = floats(gate);
   p.add = residual;

@@ -20,6 +20,7 @@
 #define __launch_bounds__(...)
 #define DEVICE inline
 #define UNROLL
+#define ROLLED
 #define threadIdx (::elastiform::simt::current->index)
 #define blockIdx (::elastiform::simt::current->block->index)
 #define blockDim (::elastiform::simt::current->block->dim)

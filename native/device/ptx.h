@@ -11,6 +11,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // for a loop whose unrolling costs registers that another needs
 
 // The kernel's shared memory as one struct, aligned to 1024 bytes as TMA and wgmma want their tiles.
 #define SHARED_MEMORY(Type, name)                                      \

@@ -1,4 +1,4 @@
-// Checks of the attributes of a step, for the kernels of every device.
+// Checks of a step's attributes, and of operands that a signature cannot say, for the kernels of every device.
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,13 @@ inline int64_t checkedInteger(const char* op, const char* name, double value, in
 inline double checkedFinite(const char* op, const char* name, double value) {
   if (!std::isfinite(value)) fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be finite, got %g", op, name, value);
   return value;
+}
+
+// Operands of which one alone means nothing.
+inline void checkTogether(const char* op, const char* first, bool hasFirst, const char* second, bool hasSecond) {
+  if (hasFirst == hasSecond) return;
+  fail(ErrorCode::InvalidProgram, "[%s] %s and %s must be given together, got %s alone", op, first, second,
+       hasFirst ? first : second);
 }
 
 }  // namespace elastiform

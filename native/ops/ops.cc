@@ -36,15 +36,18 @@ const std::vector<OpDef>& opDefs() {
        "dweight?:f32[D] dbias?:f32[D]",
        {}, -1, "dy"},
       // linear (cpu/gemm)
-      {"linear", "x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] -> y:f32[R|M,N] pre?:f32[R|M,N]", {"act"}, -1, "x y,pre"},
+      {"linear",
+       "x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] u?:f32[R|M,P] b?:w[N<,P<] -> y:f32[R|M,N] pre?:f32[R|M,N]",
+       {"act"}, -1, "x u y,pre"},
       {"linear_gated",
-       "x:f32[M,K] wg:w[N<,K<] wu:w[N<,K<] bg?:w[N<] bu?:w[N<] rows?:i32[R] -> y:f32[R|M,N] g?:f32[R|M,N] "
-       "u?:f32[R|M,N]",
-       {"act"}, -1, "x y,g,u"},
+       "x:f32[M,K] wg:w[N<,K<] wu:w[N<,K<] bg?:w[N<] bu?:w[N<] rows?:i32[R] gate_u?:f32[R|M,P] gate_b?:w[N<,P<] "
+       "up_u?:f32[R|M,Q] up_b?:w[N<,Q<] -> y:f32[R|M,N] g?:f32[R|M,N] u?:f32[R|M,N]",
+       {"act"}, -1, "x gate_u up_u y,g,u"},
       {"linear_add",
-       "residual:f32[N,D] x:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> y:f32[N,D]",
+       "residual:f32[N,D] x:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] u?:f32[R|N,P] b?:w[D<,P<] "
+       "-> y:f32[N,D]",
        {},
-       0, "x"},
+       0, "x u"},
       {"linear_dx", "dy:f32[R,N] w:w[N<,K<] acc?:f32[R,K] -> dx:f32[R,K]", {}, 2, "dy acc,dx"},
       {"linear_add_grad",
        "dy:f32[N,D] x?:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> dx:f32[R|N,K] "

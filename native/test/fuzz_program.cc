@@ -45,8 +45,14 @@ std::vector<Encoded> corpus() {
     w.step("route_topk", {z, offsets, capacity}, {rows, rowOffsets});
     w.step("gate", {z, rows}, {gates}, {2});
     w.step("rms_norm", {x, norm, rows}, {normed, rstd}, {1e-5});
-    w.step("linear_gated", {normed, gate, up, -1, -1, -1}, {hidden, -1, -1}, {3});
-    w.step("linear_add", {x, hidden, down, -1, rows, gates}, {y});
+    const int rank = w.constant(2), wide = w.constant(3), low = w.temp({r, rank}), lower = w.temp({r, wide});
+    const int small = w.bound(DType::F32, {2, 4}), smaller = w.bound(DType::BF16, {3, 4});
+    const int gateB = w.bound(DType::F32, {8, 2}, true), upB = w.bound(DType::BF16, {8, 4});
+    const int downB = w.bound(DType::F16, {4, 2});
+    w.step("linear", {normed, small, -1, -1, -1, -1}, {low, -1}, {0});
+    w.step("linear", {normed, smaller, -1, -1, low, w.bound(DType::F32, {3, 2})}, {lower, -1}, {0});
+    w.step("linear_gated", {normed, gate, up, -1, -1, -1, low, gateB, lower, upB}, {hidden, -1, -1}, {3});
+    w.step("linear_add", {x, hidden, down, -1, rows, gates, low, downB}, {y});
     w.step("linear_add_grad", {x, hidden, down, -1, rows, gates}, {dx, dgate});
     w.step("gate_grad", {dgate, z, rows}, {dz}, {2});
     w.step("topk_bce", {z, rows}, {w.output({one})});
@@ -68,7 +74,7 @@ std::vector<Encoded> corpus() {
     const int full = w.temp({r, q}), lse = w.temp({r, h});
     w.step("embedding", {table, ids}, {x});
     w.step("rope", {x, positions, frequencies}, {rotated}, {2, 1, 1});
-    w.step("linear", {x, wk, -1, -1}, {key, -1}, {0});
+    w.step("linear", {x, wk, -1, -1, -1, -1}, {key, -1}, {0});
     w.step("attention", {rotated, key, key, offsets, -1, -1}, {full, lse}, {2, 1, 1, 0.7});
     w.step("attention_grad", {x, rotated, key, key, full, lse, offsets, -1, -1},
            {w.output({r, q}), w.output({r, c}), w.output({r, c})}, {2, 1, 1, 0.7});
@@ -76,7 +82,7 @@ std::vector<Encoded> corpus() {
     w.step("attention_cached", {rotated, offsets, lengths, k, values, -1, -1}, {y}, {2, 1, 0.7});
     const int logits = w.temp({s, v}), rows = w.feedIds({s}), picked = w.temp({s, q});
     w.step("gather_rows", {y, rows}, {picked});
-    w.step("linear", {picked, head, -1, -1}, {logits, -1}, {0});
+    w.step("linear", {picked, head, -1, -1, -1, -1}, {logits, -1}, {0});
     w.step("sample", {logits, params}, {w.tensor(TensorKind::Output, DType::I32, {s}), w.output({s})});
     w.step("embedding_grad", {y, ids}, {w.output({v, q})});
     programs.push_back(encode(w));

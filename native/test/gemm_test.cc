@@ -22,6 +22,7 @@
 #include "cpu/gemm/kernel.h"
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
+#include "runtime/signature.h"
 #include "test/view.h"
 
 namespace {
@@ -165,9 +166,11 @@ double activation(int act, double x) {
 bool near(float got, double want) { return std::abs(got - want) <= 2e-6 * (1 + std::abs(want)); }
 
 // Runs an op once for each thread count; outputs must have the same bits. `reset` restores what the op overwrites.
-Counters runOp(const char* op, const std::vector<TensorView>& in, const std::vector<TensorView>& out,
+// Operands left out at the end are absent.
+Counters runOp(const char* op, std::vector<TensorView> in, const std::vector<TensorView>& out,
                const std::vector<double>& attr, const std::function<void()>& reset = [] {}) {
   const Kernel kernel = findKernel(op);
+  in.resize(signatureOf(findOp(op)).inputs.size());
   Counters first;
   std::vector<std::vector<float>> bits;
   for (const int threads : {1, 2, 5}) {
@@ -375,8 +378,7 @@ void testTables() {
   }
 }
 
-float rowChain(const std::vector<float>& x, int64_t row, const Weight& w, int64_t n, int64_t K) {
-  float c = 0;
+float rowChain(const std::vector<float>& x, int64_t row, const Weight& w, int64_t n, int64_t K, float c = 0) {
   for (int64_t k = 0; k < K; ++k) c = chain(c, x[static_cast<size_t>(row * K + k)], w.at(n, k));
   return c;
 }
@@ -395,22 +397,35 @@ void testLinear() {
     std::vector<float> y(static_cast<size_t>(M * N)), g = y, u = y;
     const TensorView rowsView = selected ? view(rows, {M}) : TensorView{};
     const TensorView biasView = biased ? bias.view() : TensorView{}, bias2View = biased ? bias2.view() : TensorView{};
+    const bool patched[2] = {coin(), coin()};
+    const int64_t ranks[2] = {pick(1, 20), pick(1, 70)};
+    Weight patches[2] = {{N + pick(0, 9), ranks[0] + pick(0, 9)}, {N, ranks[1]}};
+    std::vector<float> low[2] = {random(M * ranks[0]), random(M * ranks[1])};
+    const auto uView = [&](int i) { return patched[i] ? view(low[i], {M, ranks[i]}) : TensorView{}; };
+    const auto bView = [&](int i) { return patched[i] ? patches[i].view() : TensorView{}; };
+    const auto patchedChain = [&](int i, int64_t row, int64_t n, float c) {
+      return patched[i] ? rowChain(low[i], row, patches[i], n, ranks[i], c) : c;
+    };
+    const auto width = [&](int i) { return K + (patched[i] ? ranks[i] : 0); };
 
-    Counters counters = runOp("linear", {view(x, {rowsIn, K}), w.view(), biasView, rowsView},
+    Counters counters = runOp("linear", {view(x, {rowsIn, K}), w.view(), biasView, rowsView, uView(0), bView(0)},
                               {view(y, {M, N}), view(g, {M, N})}, {double(act)});
-    CHECK(counters.flops == 2.0 * static_cast<double>(M * N * K), "linear counts its work wrong");
+    CHECK(counters.flops == 2.0 * static_cast<double>(M * N * width(0)), "linear counts its work wrong");
     for (int64_t i = 0; i < M * N; ++i) {
-      float c = rowChain(x, rowOf(i / N), w, i % N, K);
+      float c = patchedChain(0, i / N, i % N, rowChain(x, rowOf(i / N), w, i % N, K));
       if (biased) c += bias.values[static_cast<size_t>(i % N)];
       CHECK(sameBits(g[static_cast<size_t>(i)], c), "linear pre");
       CHECK(near(y[static_cast<size_t>(i)], activation(act, c)), "linear y");
     }
 
-    counters = runOp("linear_gated", {view(x, {rowsIn, K}), w.view(), w2.view(), biasView, bias2View, rowsView},
+    counters = runOp("linear_gated",
+                     {view(x, {rowsIn, K}), w.view(), w2.view(), biasView, bias2View, rowsView, uView(0), bView(0),
+                      uView(1), bView(1)},
                      {view(y, {M, N}), view(g, {M, N}), view(u, {M, N})}, {double(act)});
-    CHECK(counters.flops == 4.0 * static_cast<double>(M * N * K), "linear_gated counts its work wrong");
+    CHECK(counters.flops == 2.0 * static_cast<double>(M * N * (width(0) + width(1))), "linear_gated counts its work wrong");
     for (int64_t i = 0; i < M * N; ++i) {
-      float c = rowChain(x, rowOf(i / N), w, i % N, K), d = rowChain(x, rowOf(i / N), w2, i % N, K);
+      float c = patchedChain(0, i / N, i % N, rowChain(x, rowOf(i / N), w, i % N, K));
+      float d = patchedChain(1, i / N, i % N, rowChain(x, rowOf(i / N), w2, i % N, K));
       if (biased) c += bias.values[static_cast<size_t>(i % N)], d += bias2.values[static_cast<size_t>(i % N)];
       CHECK(sameBits(g[static_cast<size_t>(i)], c) && sameBits(u[static_cast<size_t>(i)], d), "linear_gated g, u");
       CHECK(near(y[static_cast<size_t>(i)], activation(act, c) * d), "linear_gated y");
@@ -422,12 +437,12 @@ void testLinear() {
     auto sum = residual;
     counters = runOp("linear_add",
                      {view(inPlace ? sum : residual, {rowsIn, N}), view(compact, {M, K}), w.view(), biasView, rowsView,
-                      gated ? view(gate, {M}) : TensorView{}},
+                      gated ? view(gate, {M}) : TensorView{}, uView(1), bView(1)},
                      {view(sum, {rowsIn, N})}, {}, [&] { sum = residual; });
     CHECK(counters.rows == static_cast<double>(M), "linear_add counts its rows wrong");
     auto want = residual;
     for (int64_t i = 0; i < M * N; ++i) {
-      float c = rowChain(compact, i / N, w, i % N, K);
+      float c = patchedChain(1, i / N, i % N, rowChain(compact, i / N, w, i % N, K));
       if (biased) c += bias.values[static_cast<size_t>(i % N)];
       if (gated) c *= gate[static_cast<size_t>(i / N)];
       want[static_cast<size_t>(rowOf(i / N) * N + i % N)] += c;
@@ -505,6 +520,14 @@ void testLinear() {
   });
   throws("act", ErrorCode::InvalidProgram,
          [&] { runOp("linear", {view(x, {4, 2}), view(w, {2, 2}), {}, {}}, {view(y, {4, 2}), {}}, {5}); });
+  throws("u without b", ErrorCode::InvalidProgram, [&] {
+    runOp("linear", {view(x, {4, 2}), view(w, {2, 2}), {}, {}, view(x, {4, 2})}, {view(y, {4, 2}), {}}, {0});
+  });
+  throws("up_b without up_u", ErrorCode::InvalidProgram, [&] {
+    runOp("linear_gated",
+          {view(x, {4, 2}), view(w, {2, 2}), view(w, {2, 2}), {}, {}, {}, {}, {}, {}, view(w, {2, 2})},
+          {view(y, {4, 2}), {}, {}}, {0});
+  });
 }
 
 struct Softmax {

@@ -134,7 +134,7 @@ struct Sample {
 template <typename Change>
 void buildChanged(const Change& change) {
   Sample sample;
-  sample.writer.step("linear", {sample.x, sample.w, -1, -1}, {sample.y, -1}, {0});
+  sample.writer.step("linear", {sample.x, sample.w, -1, -1, -1, -1}, {sample.y, -1}, {0});
   std::vector<int32_t> code = sample.writer.code();
   std::vector<double> attributes = sample.writer.attributes();
   std::vector<std::string> names = sample.writer.opNames();
@@ -174,7 +174,7 @@ int testBadEncodings() {
   BAD("unknown op \"nonsense\"", names[0] = "nonsense");
   BAD("step 0: op must be in [0, 1), got 3", code[35] = 3);
   BAD("step 0 (linear): tag must be in [0, 1), got 1", code[36] = 1);
-  BAD("step 0 (linear): 4 inputs wanted, got 5", code[37] = 5);
+  BAD("step 0 (linear): 6 inputs wanted, got 5", code[37] = 5);
   BAD("step 0 (linear): 2 outputs wanted, got 1", code[38] = 1);
   BAD("step 0 (linear): 1 attributes wanted, got 0", code[39] = 0);
   BAD("step 0 (linear): attributes 1.. lie outside", code[40] = 1);
@@ -182,8 +182,8 @@ int testBadEncodings() {
   BAD("step 0 (linear): x is missing", code[41] = -1);
   BAD("step 0 (linear): x must be a tensor in [0, 3) or -1, got 3", code[41] = 3);
   BAD("step 0 (linear): x (tensor 2) is read before it is written", code[41] = 2);
-  BAD("step 0 (linear): y must be a temporary or an output, got a feed", code[45] = 0);
-  BAD("step 0 (linear): pre (tensor 2) is written twice", code[46] = 2);
+  BAD("step 0 (linear): y must be a temporary or an output, got a feed", code[47] = 0);
+  BAD("step 0 (linear): pre (tensor 2) is written twice", code[48] = 2);
   BAD("step 0 (linear): w[0] must be at least N = 4, got 3", code[32] = 1);
   return failures;
 }
@@ -197,36 +197,36 @@ int testBadPrograms() {
   {
     Sample s;  // K of x is 3 where the weight has only 4 x 3
     const int x = s.writer.feed({s.m, s.writer.constant(5)});
-    s.writer.step("linear", {x, s.w, -1, -1}, {s.y, -1}, {0});
+    s.writer.step("linear", {x, s.w, -1, -1, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "step 0 (linear): w[1] must be at least K = 5, got 4", build(s.writer));
   }
   {
     Sample s;
     const int x = s.writer.feedIds({s.m, s.k});
-    s.writer.step("linear", {x, s.w, -1, -1}, {s.y, -1}, {0});
+    s.writer.step("linear", {x, s.w, -1, -1, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "x must be f32, got i32", build(s.writer));
   }
   {
     Sample s;
     const int w = s.writer.bound(DType::F32, {12});
-    s.writer.step("linear", {s.x, w, -1, -1}, {s.y, -1}, {0});
+    s.writer.step("linear", {s.x, w, -1, -1, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "w must have rank 2, got 1", build(s.writer));
   }
   {
     Sample s;
     const int w = s.writer.bound(DType::I32, {3, 4});
-    s.writer.step("linear", {s.x, w, -1, -1}, {s.y, -1}, {0});
+    s.writer.step("linear", {s.x, w, -1, -1, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "w must be f32, bf16 or f16, got i32", build(s.writer));
   }
   {
     Sample s;
-    s.writer.step("linear", {s.w, s.w, -1, -1}, {s.y, -1}, {0});
+    s.writer.step("linear", {s.w, s.w, -1, -1, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "y[0] must be M = 3, got dim 0 (at most 8)", build(s.writer));
   }
   {
     Sample s;
     const int rows = s.writer.feedIds({s.n});  // with rows present, y has R rows and not M
-    s.writer.step("linear", {s.x, s.w, -1, rows}, {s.y, -1}, {0});
+    s.writer.step("linear", {s.x, s.w, -1, rows, -1, -1}, {s.y, -1}, {0});
     CHECK_ERROR(InvalidProgram, "y[0] must be R = 3, got dim 0 (at most 8)", build(s.writer));
   }
   {
@@ -406,7 +406,7 @@ int testRuns() {
   }
   {  // arguments of a run
     Sample s;
-    s.writer.step("linear", {s.x, s.w, -1, -1}, {s.y, -1}, {0});
+    s.writer.step("linear", {s.x, s.w, -1, -1, -1, -1}, {s.y, -1}, {0});
     const auto program = build(s.writer);
     CHECK_ERROR(InvalidArgument, "4 dims wanted, got 1", Job(program, std::vector<int32_t>{1}.data(), 1));
     CHECK_ERROR(InvalidArgument, "dim 0 must be in [1, 8], got 9", makeJob(program, {9}, {}));

@@ -59,7 +59,7 @@ test('the layout, word for word', () => {
     ...[1, 1, 2, 2, 1, -1, -1],
     ...[2, 3, 1, 3, -1, -1, -1],
     ...[3, 0, 2, 3, 2, -1, -1],
-    ...[0, 0, 4, 2, 1, 0, 0, 1, -1, 2, 3, -1],
+    ...[0, 0, 6, 2, 1, 0, 0, 1, -1, 2, -1, -1, 3, -1],
   ]);
   expect([...lowered.attrs]).toEqual([4]);
   expect(lowered).toMatchObject({ opNames: ['linear'], tensors: [w], feeds: [x, rows], tags: ['L0'] });

@@ -84,9 +84,54 @@ const productsOf = (m: number, n: number, k: number, dtype: DType): Case => {
   };
 };
 
+// Patches of few columns and of more than a step of k has, to every product of a weight.
+const patchShapes = [
+  [1, 70, 264, 8],
+  [5, 33, 8, 3],
+  [27, 70, 264, 17],
+  [33, 70, 40, 64],
+  [60, 19, 67, 2],
+  [70, 3, 130, 4],
+  [300, 300, 37, 40],
+] as const;
+
+const patchesOf = (m: number, n: number, k: number, rank: number, dtype: DType, other: DType): Case => {
+  const make = inputs(m + n + k + rank);
+  const selected = Math.ceil(m / 2);
+  return {
+    name: `[${m},${k}] x [${n},${k}] of ${dtype} + ${rank} ${other}`,
+    inputs: {
+      x: make.f32(['M', m], k),
+      w: make.weight(dtype, n, k),
+      v: make.weight(dtype, n, k),
+      bias: make.weight('f32', n),
+      rows: make.rows('R', selected, m),
+      gate: make.f32(['R', selected]),
+      some: make.f32(['R', selected], k),
+      r: make.f32(['M', m], n),
+      u: make.f32(['M', m], rank),
+      few: make.f32(['R', selected], rank),
+      b: make.weight(other, n, rank),
+      wide: make.weight(other, n + 3, rank + 5),
+    },
+    build: ({ x, w, v, bias, rows, gate, some, r, u, few, b, wide }) => ({
+      y: linear(x, w, { bias, act: 'relu', rows, patch: { u: few, b: wide } }),
+      gated: linearGated(x, w, v, { act: 'relu', gatePatch: { u, b }, upPatch: { u, b: wide } }),
+      upOnly: linearGated(x, w, v, { bg: bias, act: 'relu', rows, upPatch: { u: few, b } }),
+      gateOnly: linearGated(x, w, v, { act: 'relu', rows, gatePatch: { u: few, b } }),
+      added: linearAdd(r, some, w, { bias, rows, gate, patch: { u: few, b } }),
+    }),
+    narrowTolerance: 0.004,
+  };
+};
+
 const all = shapes.flatMap(([m, n, k]) =>
   (['f32', 'bf16', 'f16'] as DType[]).map((dtype) => productsOf(m, n, k, dtype)),
 );
+for (const [m, n, k, rank] of patchShapes) {
+  all.push(patchesOf(m, n, k, rank, 'f32', 'f32'), patchesOf(m, n, k, rank, 'bf16', 'f32'));
+  all.push(patchesOf(m, n, k, rank, 'bf16', 'bf16'), patchesOf(m, n, k, rank, 'f16', 'bf16'));
+}
 
 // The portable kernels round products and sums separately.
 test.skipIf(loadAddon().info().isa === 'portable').each(all)('$name', async (c) => {
@@ -174,6 +219,9 @@ const ofPrefixes = ([m, n, k]: readonly [number, number, number]): Case => {
 
 const tensorCases = [
   ...tensorShapes.map(onTensorCores),
+  patchesOf(260, 504, 136, 16, 'bf16', 'f32'),
+  patchesOf(140, 130, 136, 70, 'bf16', 'bf16'),
+  patchesOf(100, 504, 40, 5, 'bf16', 'f32'),
   ...(
     [
       [300, 260, 100],

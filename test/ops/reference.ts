@@ -73,6 +73,13 @@ function product(x: Value, w: Value, bias: Value | null, rows: Value | null, wid
   return y;
 }
 
+/** `y + u b^T`. */
+const patched = (y: Value, u: Value | null, b: Value | null): Value => {
+  if (!u || !b) return y;
+  const low = product(u, b, null, null, y.shape[1]);
+  return map(y, (v, i) => v + low.data[i]);
+};
+
 /** `dy w`, of which the first `width` columns. */
 function transposed(dy: Value, w: Value, rows: Value | null, width: number): Value {
   const [m, n, stride] = [count(rows, dy), dy.shape[1], w.shape[1]];
@@ -323,18 +330,18 @@ export const references: Readonly<Record<string, Reference>> = {
     return [dx, dweight, dbias];
   },
 
-  linear([x, w, bias, rows], [kind], [size]) {
-    const pre = product(x!, w!, bias, rows, size![1]);
+  linear([x, w, bias, rows, u, b], [kind], [size]) {
+    const pre = patched(product(x!, w!, bias, rows, size![1]), u, b);
     return [map(pre, (v) => act[kind](v)), pre];
   },
-  linear_gated([x, wg, wu, bg, bu, rows], [kind], [size]) {
-    const g = product(x!, wg!, bg, rows, size![1]);
-    const u = product(x!, wu!, bu, rows, size![1]);
+  linear_gated([x, wg, wu, bg, bu, rows, gateU, gateB, upU, upB], [kind], [size]) {
+    const g = patched(product(x!, wg!, bg, rows, size![1]), gateU, gateB);
+    const u = patched(product(x!, wu!, bu, rows, size![1]), upU, upB);
     return [map(g, (v, i) => act[kind](v) * u.data[i]), g, u];
   },
-  linear_add([residual, x, w, bias, rows, gate]) {
+  linear_add([residual, x, w, bias, rows, gate, u, b]) {
     const d = residual!.shape[1];
-    const update = product(x!, w!, bias, null, d);
+    const update = patched(product(x!, w!, bias, null, d), u, b);
     const y = f64(residual!.shape, residual!.data);
     for (let r = 0; r < x!.shape[0]; ++r) {
       for (let i = 0; i < d; ++i) y.data[rowOf(rows, r) * d + i] += (gate ? gate.data[r] : 1) * update.data[r * d + i];

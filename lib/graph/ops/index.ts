@@ -40,6 +40,7 @@ export {
   linearDw,
   linearDx,
   linearGated,
+  type Patch,
 } from './linear.js';
 export { type CrossEntropy, crossEntropy, type DistillKl, distillKl } from './loss.js';
 export { layerNorm, type NormOptions, rmsNorm } from './norm.js';

@@ -1,8 +1,9 @@
-// Linear layers: plain, gated, and added to the residual stream at selected rows; with their gradients.
+// Linear layers: plain, gated, and added to the residual stream at selected rows, each with low-rank patches; with their
+// gradients.
 import { InvalidArgumentError } from '../../native/errors.js';
 import { formatShape, type Size } from '../dims.js';
 import type { Node } from '../graph.js';
-import { defineOp } from '../op.js';
+import { defineOp, type GradientContext } from '../op.js';
 import { type Act, actCode, activationGrad, activations, gatedActivationGrad } from './elementwise.js';
 import { sumRows } from './rows.js';
 
@@ -40,12 +41,36 @@ function requireFull(op: string, w: Node, shape: readonly Size[]): void {
   }
 }
 
+/**
+ * A low-rank addition to a product (LoRA, arXiv 2106.09685): `u b^T` is part of the sum that `x w^T` is, before bias and
+ * activation. With zeros in `b` the result has the bits of the product without.
+ */
+export interface Patch {
+  /** `x[rows] A^T`, f32 [rows of the product, rank]. */
+  u: Node;
+  /** [N, rank] or larger: LoRA's B with the scale in it. */
+  b: Node;
+}
+
+type Gradients = Pick<GradientContext, 'needs' | 'add' | 'take'>;
+
+/** Adds to the gradients of a patch, operands `at` and `at + 1`, for dy of x w^T + u b^T: f32 [R, N]. */
+function patchGradient(op: string, at: number, u: Node | null, b: Node | null, dy: Node, to: Gradients): void {
+  if (!u || !b) return;
+  const rank = u.shape[1];
+  if (to.needs(at)) to.add(at, linearDx(dy, b, to.take(at), rank));
+  if (to.needs(at + 1)) {
+    requireFull(op, b, [dy.shape[1], rank]);
+    to.add(at + 1, linearDw(dy, u));
+  }
+}
+
 const linearOp = defineOp(
   'linear',
-  'x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] -> y:f32[R|M,N] pre?:f32[R|M,N]',
+  'x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] u?:f32[R|M,P] b?:w[N<,P<] -> y:f32[R|M,N] pre?:f32[R|M,N]',
   ['act'],
   {
-    gradient({ inputs: [x, w, bias, rows], outputs: [, pre], attrs: [act], dy, needs, add, take }) {
+    gradient({ inputs: [x, w, bias, rows, u, b], outputs: [, pre], attrs: [act], dy, needs, add, take }) {
       const dpre = act === 0 ? dy : activationGrad(dy, pre!, activations[act]);
       const [n, k] = [dy.shape[1], x!.shape[1]];
       if (needs(1)) {
@@ -56,6 +81,7 @@ const linearOp = defineOp(
         requireFull('linear', bias!, [n]);
         add(2, sumRows(dpre));
       }
+      patchGradient('linear', 4, u, b, dpre, { needs, add, take });
       if (needs(0)) add(0, linearDx(dpre, w!, take(0, rows), k), rows);
     },
   },
@@ -69,21 +95,30 @@ export interface LinearOptions {
   rows?: Node | null;
   /** Outputs to compute: a prefix of w's. */
   width?: Size;
+  patch?: Patch | null;
 }
 
 /**
- * `act(x[rows] w^T + bias)`: x f32 [M, K], w [N, K] or larger (a prefix is used). Returns f32 [R or M, N].
+ * `act(x[rows] w^T + u b^T + bias)`: x f32 [M, K], w [N, K] or larger (a prefix is used), u and b of `patch`.
+ * Returns f32 [R or M, N].
  */
-export function linear(x: Node, w: Node, { bias = null, act = 'none', rows = null, width }: LinearOptions = {}): Node {
-  return linearOp.apply([x, w, bias, rows], [actCode('linear', act)], { bind: { N: width } })[0]!;
+export function linear(
+  x: Node,
+  w: Node,
+  { bias = null, act = 'none', rows = null, width, patch = null }: LinearOptions = {},
+): Node {
+  const operands = [x, w, bias, rows, patch?.u ?? null, patch?.b ?? null];
+  return linearOp.apply(operands, [actCode('linear', act)], { bind: { N: width } })[0]!;
 }
 
 const linearGatedOp = defineOp(
   'linear_gated',
-  'x:f32[M,K] wg:w[N<,K<] wu:w[N<,K<] bg?:w[N<] bu?:w[N<] rows?:i32[R] -> y:f32[R|M,N] g?:f32[R|M,N] u?:f32[R|M,N]',
+  'x:f32[M,K] wg:w[N<,K<] wu:w[N<,K<] bg?:w[N<] bu?:w[N<] rows?:i32[R] gate_u?:f32[R|M,P] gate_b?:w[N<,P<] ' +
+    'up_u?:f32[R|M,Q] up_b?:w[N<,Q<] -> y:f32[R|M,N] g?:f32[R|M,N] u?:f32[R|M,N]',
   ['act'],
   {
-    gradient({ inputs: [x, wg, wu, bg, bu, rows], outputs: [, g, u], attrs: [act], dy, needs, add, take }) {
+    gradient({ inputs, outputs: [, g, u], attrs: [act], dy, needs, add, take }) {
+      const [x, wg, wu, bg, bu, rows, gateU, gateB, upU, upB] = inputs;
       const { dg, du } = gatedActivationGrad(dy, g!, u!, activations[act]);
       const [n, k] = [dy.shape[1], x!.shape[1]];
       for (const [i, w, d] of [[1, wg, dg] as const, [2, wu, du] as const]) {
@@ -96,6 +131,8 @@ const linearGatedOp = defineOp(
         requireFull('linear_gated', b!, [n]);
         add(i, sumRows(d));
       }
+      patchGradient('linear_gated', 6, gateU, gateB, dg, { needs, add, take });
+      patchGradient('linear_gated', 8, upU, upB, du, { needs, add, take });
       if (needs(0)) add(0, linearDx(du, wu!, linearDx(dg, wg!, take(0, rows), k), k), rows);
     },
   },
@@ -109,25 +146,45 @@ export interface LinearGatedOptions {
   act: Act;
   rows?: Node | null;
   width?: Size;
+  /** To the gate product. */
+  gatePatch?: Patch | null;
+  /** To the up product. */
+  upPatch?: Patch | null;
 }
 
-/** `act(x wg^T + bg) * (x wu^T + bu)`: x f32 [M, K], wg and wu [N, K] or larger. Returns f32 [R or M, N]. */
+/**
+ * `act(x wg^T + bg) * (x wu^T + bu)`, patches added to the products: x f32 [M, K], wg and wu [N, K] or larger.
+ * Returns f32 [R or M, N].
+ */
 export function linearGated(
   x: Node,
   wg: Node,
   wu: Node,
-  { bg = null, bu = null, act, rows = null, width }: LinearGatedOptions,
+  { bg = null, bu = null, act, rows = null, width, gatePatch = null, upPatch = null }: LinearGatedOptions,
 ): Node {
-  return linearGatedOp.apply([x, wg, wu, bg, bu, rows], [actCode('linear_gated', act)], { bind: { N: width } })[0]!;
+  const patches = [gatePatch, upPatch].flatMap((patch) => [patch?.u ?? null, patch?.b ?? null]);
+  const operands = [x, wg, wu, bg, bu, rows, ...patches];
+  return linearGatedOp.apply(operands, [actCode('linear_gated', act)], { bind: { N: width } })[0]!;
 }
 
 const linearAddOp = defineOp(
   'linear_add',
-  'residual:f32[N,D] x:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] -> y:f32[N,D]',
+  'residual:f32[N,D] x:f32[R|N,K] w:w[D<,K<] bias?:w[D<] rows?:i32[R] gate?:f32[R|N] u?:f32[R|N,P] b?:w[D<,P<] ' +
+    '-> y:f32[N,D]',
   [],
   {
-    gradient({ inputs: [, x, w, bias, rows, gate], dy, needs, add }) {
+    gradient({ inputs: [, x, w, bias, rows, gate, u, b], dy, needs, add }) {
       const [d, k] = [dy.shape[1], x!.shape[1]];
+      // Adds to the gradients of operand `at`, a factor of a product with `weight`, and of the gate.
+      const addProduct = (at: number, factor: Node, weight: Node, bias: Node | null) => {
+        if (!needs(at) && !needs(5)) return;
+        // The factor is kept for the gate's gradient only.
+        const kept = needs(5) ? factor : null;
+        const options = { bind: { K: factor.shape[1] }, without: needs(5) ? [] : ['dgate'] };
+        const [dx, dgate] = linearAddGradOp.apply([dy, kept, weight, bias, rows, gate], [], options);
+        add(at, dx!);
+        if (dgate) add(5, dgate);
+      };
       if (needs(2)) {
         requireFull('linear_add', w!, [d, k]);
         add(2, linearDw(dy, x!, { dyrows: rows, gate }));
@@ -136,14 +193,12 @@ const linearAddOp = defineOp(
         requireFull('linear_add', bias!, [d]);
         add(3, sumRows(dy, rows, gate));
       }
-      if (needs(1) || needs(5)) {
-        // x is kept for the gate's gradient only.
-        const kept = needs(5) ? x : null;
-        const without = needs(5) ? [] : ['dgate'];
-        const [dx, dgate] = linearAddGradOp.apply([dy, kept, w, bias, rows, gate], [], { bind: { K: k }, without });
-        add(1, dx!);
-        if (dgate) add(5, dgate);
+      if (needs(7)) {
+        requireFull('linear_add', b!, [d, u!.shape[1]]);
+        add(7, linearDw(dy, u!, { dyrows: rows, gate }));
       }
+      addProduct(1, x!, w!, bias);
+      if (u && b) addProduct(6, u, b, null);
       add(0, dy);
     },
   },
@@ -161,17 +216,18 @@ export interface LinearAddOptions {
   rows?: Node | null;
   /** Factor of every row of x, f32 [R] (or [N]). */
   gate?: Node | null;
+  patch?: Patch | null;
 }
 
 /**
- * `residual` with `gate[r] * (x[r] w^T + bias)` added to row `rows[r]`: residual f32 [N, D], x f32 [R or N, K],
+ * `residual` with `gate[r] * (x[r] w^T + u[r] b^T + bias)` added to row `rows[r]`: residual f32 [N, D], x f32 [R or N, K],
  * w [D, K] or larger. Returns f32 [N, D]. Counts one row per row of x.
  */
 export function linearAdd(
   residual: Node,
   x: Node,
   w: Node,
-  { bias = null, rows = null, gate = null }: LinearAddOptions = {},
+  { bias = null, rows = null, gate = null, patch = null }: LinearAddOptions = {},
 ): Node {
-  return linearAddOp.apply([residual, x, w, bias, rows, gate])[0]!;
+  return linearAddOp.apply([residual, x, w, bias, rows, gate, patch?.u ?? null, patch?.b ?? null])[0]!;
 }

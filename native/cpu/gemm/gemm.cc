@@ -104,6 +104,7 @@ struct Product {
   const GatedEpilogue* gated;
   float* out;
   int64_t ldOut;
+  const Patch* patch[2] = {nullptr, nullptr};  // to each of b; null where it has none
   // The product is computed as C^T = W^T A^T: M and N are exchanged, the tiles are rows of the transposed weight, read
   // where its panels lie, and b[0] is A, packed on the way.
   const PackedWeight* transposed = nullptr;
@@ -117,6 +118,7 @@ struct Block {
 struct Buffers {
   float* acc;     // tiles of the block between blocks of k
   float* panels;  // B packed or widened here; of a transposed weight: a tile widened, and a finished tile transposed
+  float* patch[2];  // panels of patches
 };
 
 class Run {
@@ -133,11 +135,18 @@ class Run {
             : std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(depth, 1)));
     const int64_t stored = p_.transposed ? ceilDiv(p_.N, table_.columns) * table_.columns : rowsAtOnce;
     float* store = direct ? nullptr : args_.scratch<float>(stored * depth);
+    float* patchRows[2] = {};
+    for (int i = 0; i < 2; ++i) {
+      if (p_.patch[i]) packedU_[i] = patchRows[i] = args_.scratch<float>(rowsAtOnce * p_.patch[i]->P);
+    }
 
     for (base_ = 0; base_ < p_.M; base_ += rowsAtOnce) {
       const int64_t rows = std::min(rowsAtOnce, p_.M - base_);
       tiles_ = rowTiles(rows, table_.rows);
       plan(rows, depth);
+      for (int i = 0; i < 2; ++i) {
+        if (p_.patch[i]) packRows({p_.patch[i]->u, p_.patch[i]->P, 1}, rows, 0, p_.patch[i]->P, patchRows[i]);
+      }
       begin_ = 0;
       do {
         end_ = std::min(p_.K, begin_ + depth);
@@ -147,7 +156,7 @@ class Run {
         } else if (direct) {
           packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride + begin_;
         } else {
-          packRows(rows, store);
+          packRows(*p_.a, rows, begin_, end_ - begin_, store);
           packedA_ = store;
         }
         multiply();
@@ -157,21 +166,19 @@ class Run {
   }
 
  private:
-  // Steps [begin_, end_) of the rows at hand.
-  void packRows(int64_t rows, float* store) {
-    MatrixA part = *p_.a;
+  // Steps [begin, begin + depth) of the rows at hand.
+  void packRows(MatrixA part, int64_t rows, int64_t begin, int64_t depth, float* store) {
     if (part.rows) {
       part.rows += base_;
     } else {
       part.data += base_ * part.rowStride;
     }
     if (part.cols) {
-      part.cols += begin_;
+      part.cols += begin;
     } else {
-      part.data += begin_ * part.colStride;
+      part.data += begin * part.colStride;
     }
-    if (part.colScale) part.colScale += begin_;
-    const int64_t depth = end_ - begin_;
+    if (part.colScale) part.colScale += begin;
     if (rows * depth <= kPackInParallel) {
       table_.packA(part, tiles_, 0, tiles_.count, depth, store);
       return;
@@ -229,15 +236,21 @@ class Run {
     panelElements_ = kc_ * table_.columns;
     panelBuffer_ = packed_ ? (widen_ ? panelElements_ : 0) : mostPanels * panelElements_;
     if (p_.transposed) panelBuffer_ += table_.columns * table_.columns;
+    patchBuffer_ = 0;
+    for (const Patch* patch : p_.patch) {
+      if (patch && !patch->b.packed) patchBuffer_ = std::max(patchBuffer_, mostPanels * patch->P * table_.columns);
+    }
     // Unfinished blocks of C stay with their chunk from one depth to the next; else they are the worker's.
     const bool kept = depth < p_.K;
     const int64_t accs = kept ? mBlocks_ * nBlocks_ : threads;
     accOfChunk_ = kept;
-    if (workerElements_ < (accs * accBlock_ + threads * panelBuffer_) * p_.count) {
-      workerElements_ = (accs * accBlock_ + threads * panelBuffer_) * p_.count;
+    const int64_t elements = (accs * accBlock_ + threads * (panelBuffer_ + patchBuffer_)) * p_.count;
+    if (workerElements_ < elements) {
+      workerElements_ = elements;
       worker_ = args_.scratch<float>(workerElements_);
     }
     panelsAt_ = accs * accBlock_ * p_.count;
+    patchesAt_ = panelsAt_ + threads * panelBuffer_ * p_.count;
   }
 
   void multiply() {
@@ -246,8 +259,10 @@ class Run {
       const Block block{m * tiles_.count / mBlocks_, (m + 1) * tiles_.count / mBlocks_,
                         std::min(panels_, n * units_ / nBlocks_ * strip_),
                         std::min(panels_, (n + 1) * units_ / nBlocks_ * strip_)};
+      float* patches = worker_ + patchesAt_ + worker * patchBuffer_ * p_.count;
       multiplyBlock(block, {worker_ + (accOfChunk_ ? chunk : worker) * accBlock_ * p_.count,
-                            worker_ + panelsAt_ + worker * panelBuffer_ * p_.count});
+                            worker_ + panelsAt_ + worker * panelBuffer_ * p_.count,
+                            {patches, patches + patchBuffer_}});
     };
     if (mBlocks_ * nBlocks_ == 1) {
       body(0, 0);
@@ -259,6 +274,7 @@ class Run {
   bool narrow(int product) const { return p_.b[product]->packed->dtype != DType::F32; }
 
   void multiplyBlock(const Block& block, const Buffers& buffers) const {
+    if (end_ == p_.K) packPatches(block, buffers);
     int64_t k0 = begin_;
     do {
       const int64_t kc = std::min(kc_, end_ - k0);
@@ -284,6 +300,28 @@ class Run {
         unpack(*b.packed, block.panel0 + panel, k0, kc, to + panel * kc * table_.columns);
       }
     }
+  }
+
+  void packPatches(const Block& block, const Buffers& buffers) const {
+    for (int i = 0; i < p_.count; ++i) {
+      const Patch* patch = p_.patch[i];
+      if (!patch || patch->b.packed) continue;
+      table_.packB(patch->b, p_.N, block.panel0 * table_.columns, block.panel1 - block.panel0, 0, patch->P,
+                   buffers.patch[i]);
+    }
+  }
+
+  // Goes on with the chains in `acc` of a tile and `together` panels, over the columns of patch i.
+  void multiplyPatch(int i, const Block& block, const Buffers& buffers, int64_t m0, int64_t rows, int64_t panel,
+                     int together, float* acc) const {
+    const Patch& patch = *p_.patch[i];
+    const PackedWeight* packed = patch.b.packed;
+    const int64_t stride = (packed ? packed->K : patch.P) * table_.columns;
+    const void* source = packed ? static_cast<const void*>(panelAt(*packed, panel, 0))
+                                : buffers.patch[i] + (panel - block.panel0) * stride;
+    const TileFunction function =
+        (together > 1 ? table_.strip : table_.tile)[packed ? static_cast<int>(packed->dtype) : 0][rows];
+    function(patch.P, packedU_[i] + m0 * patch.P, source, stride, acc, true, nullptr, 0);
   }
 
   void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t kc, float* to) const {
@@ -372,6 +410,7 @@ class Run {
         }
         const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
         function(kc, a, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
+        if (last && p_.patch[i]) multiplyPatch(i, block, buffers, m0, rows, panel, together, acc);
       }
       if (!last) continue;
       if (p_.transposed) {
@@ -430,11 +469,13 @@ class Run {
   RowTiles tiles_{};
   const float* packedA_ = nullptr;
   const float* packedB_ = nullptr;  // panels of rows against a transposed weight
+  const float* packedU_[2] = {};    // of patches
   int64_t panels_ = 0;            // of all of N
   int strip_ = 1;                 // panels multiplied together
   int64_t units_ = 0;             // strips of all of N
   int64_t mBlocks_ = 1, nBlocks_ = 1, kc_ = 0;
   int64_t accBlock_ = 0, panelElements_ = 0, panelBuffer_ = 0, panelsAt_ = 0;
+  int64_t patchBuffer_ = 0, patchesAt_ = 0;
   bool accOfChunk_ = false;
   float* worker_ = nullptr;
   int64_t workerElements_ = 0;
@@ -502,11 +543,12 @@ bool packable(const TensorView& w) { return w.tensor && !w.tensor->storage->writ
 }  // namespace
 
 void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
-          int64_t ldOut, const KernelArgs& args) {
+          int64_t ldOut, const KernelArgs& args, const Patch& patch) {
   if (M <= 0 || N <= 0) return;
   const float* bias = biasF32(epilogue.bias, epilogue.biasDtype, epilogue.biasStride, N, args);
   if (!b.transposed) {
-    const Product product{M, N, K, &a, {&b, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
+    Product product{M, N, K, &a, {&b, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
+    if (patch.u) product.patch[0] = &patch;
     return Run{product, args}();
   }
   const MatrixB rows{.data = a.data,
@@ -515,15 +557,21 @@ void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, c
                      .kStride = a.colStride,
                      .ks = a.cols,
                      .ns = a.rows};
-  const Product product{N, M, K, nullptr, {&rows, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut, b.packed};
+  Product product{N, M, K, nullptr, {&rows, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
+  product.transposed = b.packed;
   Run{product, args}();
 }
 
 void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& gate, const MatrixB& up,
-               const GatedEpilogue& e, float* out, int64_t ldOut, const KernelArgs& args) {
+               const GatedEpilogue& e, float* out, int64_t ldOut, const KernelArgs& args, const Patch& gatePatch,
+               const Patch& upPatch) {
   if (M <= 0 || N <= 0) return;
   Product product{M, N, K, &a, {&gate, &up}, 2, {nullptr, nullptr}, nullptr, &e, out, ldOut};
-  for (int i = 0; i < 2; ++i) product.bias[i] = biasF32(e.bias[i], e.biasDtype[i], e.biasStride[i], N, args);
+  const Patch* patches[2] = {&gatePatch, &upPatch};
+  for (int i = 0; i < 2; ++i) {
+    product.bias[i] = biasF32(e.bias[i], e.biasDtype[i], e.biasStride[i], N, args);
+    if (patches[i]->u) product.patch[i] = patches[i];
+  }
   Run{product, args}();
 }
 

@@ -1,8 +1,8 @@
 // The matrix engine: C[M,N] = A[M,K] B[N,K]^T with gathers, packed weights and fused epilogues.
 //
-// Every element of C is one chain of fused multiply-adds over k = 0..K-1 in ascending order, whatever M, the blocking
-// or the number of threads: a row's result does not depend on the rows beside it, and a product over a prefix of K or
-// N equals the product of the extracted matrices, bit for bit.
+// Every element of C is one chain of fused multiply-adds over k = 0..K-1 in ascending order, then over the columns of a
+// patch, whatever M, the blocking or the number of threads: a row's result does not depend on the rows beside it, and a
+// product over a prefix of K or N equals the product of the extracted matrices, bit for bit.
 #pragma once
 
 #include <atomic>
@@ -37,6 +37,13 @@ struct MatrixB {
   bool transposed = false;
 };
 
+// More columns of A and B (LoRA): C += u b^T, u [M, P] contiguous, b [N, P]. None where u is null.
+struct Patch {
+  const float* u = nullptr;
+  int64_t P = 0;
+  MatrixB b{};
+};
+
 // What happens to a finished tile of C, in this order: y = c + bias[n]; pre[m,n] = y; y = act(y);
 // y *= rowScale[m]; out[row(m), n] (+)= y, row(m) = rows ? rows[m] : m. `out` must not be read by A or B.
 struct Epilogue {
@@ -61,9 +68,10 @@ struct GatedEpilogue {
 };
 
 void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
-          int64_t ldOut, const KernelArgs& args);
+          int64_t ldOut, const KernelArgs& args, const Patch& patch = {});
 void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& gate, const MatrixB& up,
-               const GatedEpilogue& epilogue, float* out, int64_t ldOut, const KernelArgs& args);
+               const GatedEpilogue& epilogue, float* out, int64_t ldOut, const KernelArgs& args,
+               const Patch& gatePatch, const Patch& upPatch);
 
 // The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock.
 MatrixB weightB(const TensorView& w);
