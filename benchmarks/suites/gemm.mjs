@@ -1,4 +1,5 @@
-// Matrix products: ours against torch and the machine's peak, and what a prefix of a feed-forward layer's width costs.
+// Matrix products: ours against torch and the machine's peak, and what a prefix of a feed-forward layer's width and a
+// low-rank patch cost.
 
 import { roundRobin, summary, warmUp } from '../harness/measure.mjs';
 import { buildPeak, measurePeak } from '../harness/peak.mjs';
@@ -15,6 +16,16 @@ const SHAPES = [
   [1, 768, 3072],
 ];
 const SLICES = { rows: 512, hidden: 768, ffn: 3072, widths: [3072, 1536, 768, 384] };
+const PATCHES = {
+  shapes: [
+    [512, 768, 3072],
+    [512, 768, 768],
+    [8, 768, 3072],
+    [1, 768, 3072],
+  ],
+  rank: 16,
+  ways: ['none', 'patch', 'second product'],
+};
 const COPIES = 8; // weights used in turn: 75 MB of the largest shape, more than the caches hold
 
 export async function gemm({ start, peers, threads, rounds, repeats, quick, cache, log }) {
@@ -26,7 +37,9 @@ export async function gemm({ start, peers, threads, rounds, repeats, quick, cach
   try {
     const ours = start('elastiform', 'ours.mjs');
     children.push(ours);
-    const libraries = { elastiform: await ours.ask('products', { threads, shapes, copies: COPIES, slices: SLICES }) };
+    const libraries = {
+      elastiform: await ours.ask('products', { threads, shapes, copies: COPIES, slices: SLICES, patches: PATCHES }),
+    };
     let torch = null;
     if (peers.torch.file) {
       torch = start('torch', peers.torch.file, peers.torch.options);
@@ -72,6 +85,27 @@ export async function gemm({ start, peers, threads, rounds, repeats, quick, cach
     );
     await warmUp(contestants);
     const times = await roundRobin(contestants, { rounds, repeats, batchMs });
+    log('gemm: patches');
+    const firstPatch = shapes.length + 2 * SLICES.widths.length;
+    const patches = [];
+    for (const [i, shape] of PATCHES.shapes.entries()) {
+      const ways = PATCHES.ways.map((key, j) => ({
+        key,
+        child: ours,
+        command: 'product',
+        args: { index: firstPatch + i * PATCHES.ways.length + j },
+      }));
+      await warmUp(ways);
+      const milliseconds = await roundRobin(ways, { rounds, repeats, batchMs });
+      const over = (way) => milliseconds[way].median / milliseconds.none.median;
+      patches.push({
+        shape: shape.join('x'),
+        rank: PATCHES.rank,
+        milliseconds,
+        patch: over('patch'),
+        secondProduct: over('second product'),
+      });
+    }
     peaks.push(measurePeak(peakProgram).gflops);
     // The peak is the machine's: the most that was seen, not the least.
     const peak = { gflops: Math.max(...peaks), seen: summary(peaks) };
@@ -101,10 +135,15 @@ export async function gemm({ start, peers, threads, rounds, repeats, quick, cach
         ['width', 'share', 'up (linear, GELU)', 'down (linear_add)', 'both'],
         slices.map((s) => [s.width, s.share, number(s.up, 2), number(s.down, 2), number(s.both, 2)]),
       ),
+      `A patch of rank ${PATCHES.rank} (LoRA): time over that of the product without one.`,
+      table(
+        ['M x K x N', 'in the same product', 'by a second product'],
+        patches.map((p) => [p.shape, number(p.patch, 3), number(p.secondProduct, 3)]),
+      ),
     ].join('\n\n');
     return {
       libraries,
-      data: { peak, shapes: rows, slices: { milliseconds: times, costs: slices } },
+      data: { peak, shapes: rows, slices: { milliseconds: times, costs: slices }, patches },
       text,
       targets: [
         target('f32 product 512x768x3072 over FMA peak', 0.85, first.gflops.elastiform / peak.gflops),

@@ -98,8 +98,9 @@ function routeAll(graph, segments, policy) {
 }
 
 await serve({
-  // Products x[m,k] w[n,k]^T of `shapes`, and prefixes of a feed-forward layer's width.
-  products({ threads, shapes, copies, slices }) {
+  // Products x[m,k] w[n,k]^T of `shapes`, prefixes of a feed-forward layer's width, and low-rank patches: a product
+  // without, with, and with the patch added by a second product.
+  products({ threads, shapes, copies, slices, patches }) {
     loadAddon().setThreads(threads);
     engine = new Engine();
     for (const [m, k, n] of shapes) {
@@ -125,6 +126,23 @@ await serve({
         copies,
         feeds: { x, h: random(rows * width, 97, 1), kept: Int32Array.of(0) },
       });
+    }
+    const { rank } = patches;
+    for (const [m, k, n] of patches.shapes) {
+      const weights = Array.from({ length: copies }, (_, i) => weight([n, k], 1 + i));
+      const bs = Array.from({ length: copies }, () => Tensor.alloc('f32', [n, rank]));
+      for (const b of bs) b.write(random(n * rank, 2));
+      for (const way of patches.ways) {
+        const program = productProgram(copies, 0, (graph, i) => {
+          const x = graph.feed('x', 'f32', [m, k]);
+          const patch = { u: graph.feed('u', 'f32', [m, rank]), b: graph.state(bs[i]) };
+          if (way === 'patch') return linear(x, graph.weight(weights[i]), { patch });
+          const y = linear(x, graph.weight(weights[i]));
+          return way === 'second product' ? linearAdd(y, patch.u, patch.b) : y;
+        });
+        const u = way === 'none' ? {} : { u: random(m * rank, 95, 1) };
+        products.push({ program, copies, feeds: { x: random(m * k, 99, 1), ...u, kept: Int32Array.of(0) } });
+      }
     }
     return facts();
   },
