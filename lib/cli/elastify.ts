@@ -71,7 +71,7 @@ function recipeFlags(flags: FlagReader): Record<string, unknown> {
     'blocks.count': flags.integer('blocks', { min: 2 }),
     'blocks.share': capacity(flags, 'block-share'),
     'lora.rank': flags.integer('lora', { min: 1 }),
-    'lora.targets': flags.string('lora-targets')?.split(','),
+    'lora.targets': flags.list('lora-targets'),
     layers: layers === undefined || layers === 'all' || layers === 'even' ? layers : layerIds(layers),
     keys: flags.choice('keys', attentionKeys),
     gate: flags.choice('gate', gateModes),

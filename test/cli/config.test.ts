@@ -85,6 +85,7 @@ describe('elastify --recipe', () => {
     ['kind: elastiformer\ntokens: 5\n', 'tokens must be an object, got 5', ', line 2)'],
     ['kind: elastiformer\nblocks:\n', 'blocks must be an object, got null', ', line 2)'],
     ['kind: elastiformer\nblocks: { count: 7 }\n', 'blocks.count must be an integer from 2 that divides', ', line 2)'],
+    ['kind: elastiformer\nlora:\n  rank: 0\n', 'lora.rank must be a positive integer, got 0', ', line 3)'],
     ['kind: elastiformer\nlayers: [0, 99]\n', 'layers must be ids from 0 to', ', line 2)'],
     ['kind: elastiformer\ntokens:\n  head: 1\n', "unknown place 'head'", ', line 3)'],
     ['tokens: {}\n', "recipe.kind must be 'elastiformer', got undefined", '.yaml)'],
@@ -124,13 +125,14 @@ describe('elastify --recipe', () => {
 
 describe('examples/recipes', () => {
   it('are all tested', () => {
-    expect(readdirSync(examples).sort()).toEqual(['blocks.yaml', 'distill.yaml', 'heads.yaml', 'tokens.yaml']);
+    expect(readdirSync(examples).sort()).toEqual(['blocks.yaml', 'distill.yaml', 'heads.yaml', 'lora.yaml', 'tokens.yaml']);
   });
 
   it.each([
     ['tokens.yaml', ['attn', 'mlp']],
     ['heads.yaml', ['heads']],
     ['blocks.yaml', ['blocks']],
+    ['lora.yaml', ['attn', 'mlp']],
   ])('%s is a recipe', async (name, axes) => {
     const { content } = await ConfigFile.read(join(examples, name), 'recipe');
     const policy = policyOf(content as unknown as Recipe, {
@@ -142,6 +144,7 @@ describe('examples/recipes', () => {
       kvHeads: 2,
     });
     expect(Object.keys(policy.capacity)).toEqual(axes);
+    expect(policy.lora?.rank).toBe(name === 'lora.yaml' ? 4 : undefined);
   });
 
   it('tokens.yaml and distill.yaml train a model; flags come first', async () => {
