@@ -1,4 +1,5 @@
-// Token routing at capacity 0.5 against our own dense code: the feed-forward layers alone, and the whole model.
+// Token routing at capacity 0.5 against our own dense code: the feed-forward layers alone, and the whole model; texts at
+// different budgets in one run against one after the other.
 import { roundRobin } from '../harness/measure.mjs';
 import { milliseconds, number, table, target } from '../harness/report.mjs';
 
@@ -30,6 +31,15 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
         flopsRatio: Object.fromEntries(modes.slice(1).map((mode) => [mode, flops.dense / flops[mode]])),
       };
     }
+    log('routed: mixed budgets');
+    const mixed = { texts: 8, length: 64, capacities: [1, 0.8, 0.6, 0.4] };
+    const ratios = await child.ask('mixed', mixed);
+    const mixedTimes = await roundRobin(
+      ['together', 'alone'].map((mode) => ({ key: mode, child, command: 'mixedRun', args: { mode } })),
+      { rounds, repeats, batchMs: quick ? 0 : 500 },
+    );
+    const speedup = mixedTimes.alone.median / mixedTimes.together.median;
+    data.mixed = { ...mixed, milliseconds: mixedTimes, ratios, speedup };
     const rows = [
       ['12 feed-forward layers', 'ffn', 'routed'],
       ['whole model, both places', 'model', 'routed'],
@@ -45,10 +55,22 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
         number(data[what].flopsRatio[mode], 2),
       ]),
     );
+    const mixedText = table(
+      [
+        `${mixed.texts} texts of ${mixed.length} tokens, ${mixed.capacities.length} budgets`,
+        'ms',
+        'share of full FLOPs',
+      ],
+      [
+        ['one after the other', milliseconds(mixedTimes.alone), number(ratios.alone, 3)],
+        ['in one call', milliseconds(mixedTimes.together), number(ratios.together, 3)],
+        ['speed-up', number(speedup, 2), ''],
+      ],
+    );
     return {
       libraries,
       data,
-      text,
+      text: `${text}\n\n${mixedText}`,
       targets: [
         target('routed FFN at 0.5 over dense FFN', 1.85, data.ffn.speedup.routed),
         target('routed model at 0.5 over dense prefill', 1.7, data.model.speedup.routed),

@@ -1,9 +1,11 @@
 // elastiform itself: products, prefill, decode and routed programs, built by the same code that `generate` runs.
 import { capacityFeeds } from '../../dist/distill/steps.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
+import { routerPlaces } from '../../dist/elastic/policy.js';
 import { trainingSelector } from '../../dist/elastic/rows.js';
 import { Graph, gatherRows, linear, linearAdd, Program } from '../../dist/graph/index.js';
 import { Session } from '../../dist/infer/cache.js';
+import { ElasticModel } from '../../dist/infer/model.js';
 import { loadNetwork } from '../../dist/infer/network.js';
 import { compilePrefill } from '../../dist/infer/programs.js';
 import { feedForwardBlock } from '../../dist/model/blocks.js';
@@ -95,6 +97,27 @@ function routeAll(graph, segments, policy) {
     return known.get(id);
   };
   return trainingSelector(graph, policy, routers, segments);
+}
+
+// A model with random routers at every place. Their scores over normalised rows are spread like a logistic distribution of
+// this scale, near enough for thresholds; what share they let through is counted, not assumed.
+function withRouters(scale) {
+  const policy = policyAt(['attn', 'mlp'], 'all');
+  const places = routerPlaces(policy);
+  const routers = places.map(({ id }, i) => [
+    id,
+    { weight: weight([1, network.spec.hidden], 2000 + i), bias: Tensor.fromData('f32', [1], new Float32Array(1)) },
+  ]);
+  const points = 65;
+  const quantiles = Float32Array.from({ length: points }, (_, j) => {
+    const q = (j + 0.5) / points;
+    return scale * Math.log(q / (1 - q));
+  });
+  const calibration = {
+    ...{ path: [places.map(() => 1), places.map(() => 0)], capacities: [1], points, tokens: 1, sequenceLength: 64 },
+    quantiles: new Map(places.map(({ id }) => [id, quantiles])),
+  };
+  return new ElasticModel({ ...network, policy: { ...policy, calibration }, routers: new Map(routers) });
 }
 
 await serve({
@@ -243,6 +266,32 @@ await serve({
     };
     return facts();
   },
+  // Texts at different budgets, scored in one call or one after the other.
+  async mixed({ texts, length, capacities }) {
+    const model = withRouters(0.45);
+    const inputs = Array.from({ length: texts }, (_, i) => [...tokens(length, network.spec.vocab, 50 + i)]);
+    const budgets = inputs.map((_, i) => {
+      const share = capacities[i % capacities.length];
+      return share === 1 ? 'full' : { spec: { tokenCapacity: { attn: share, mlp: share } } };
+    });
+    const score = {
+      together: () => model.score(inputs, { budget: budgets }),
+      alone: async () => {
+        const results = [];
+        for (const [i, ids] of inputs.entries()) results.push(...(await model.score([ids], { budget: budgets[i] })));
+        return results;
+      },
+    };
+    routed.mixed = score;
+    const [together, alone] = [await score.together(), await score.alone()];
+    for (const [i, { logprobs }] of together.entries()) {
+      if (logprobs.some((p, t) => !Object.is(p, alone[i].logprobs[t])))
+        throw new Error('a mixed batch changes results');
+    }
+    const mean = (results) => results.reduce((sum, r) => sum + r.usage.compute.ratio, 0) / texts;
+    return { together: mean(together), alone: mean(alone) };
+  },
+  mixedRun: ({ mode, batchMs }) => batch(batchMs, routed.mixed[mode]),
   async routedRun({ what, mode, batchMs }) {
     const { program, dims, feeds } = routed[what][mode];
     let counters;

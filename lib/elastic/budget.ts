@@ -86,8 +86,8 @@ function routedFlops(
   return routers + keys + used * whole;
 }
 
-// Of the corrections of one sub-layer's projections.
-function loraFlops(
+/** FLOPs of the corrections of one sub-layer's projections, at the shares of `routedFlops`. */
+export function loraFlops(
   spec: ModelSpec,
   policy: Costed,
   { layer, place, tokens, experts }: Shares & { layer: number; place: Place },

@@ -203,6 +203,23 @@ export function recordedSelector(graph: Graph, selector: Selector): Selector {
   };
 }
 
+/** Name of the output i32 [S + 1] with the segments of the rows that chose an expert of a router. */
+export const expertOffsetsOutput = (id: string, expert: number): string => `${id}.${expert}`;
+
+/** The same selector; where the rows that chose each expert lie becomes an output of the graph. */
+export function recordedExperts(graph: Graph, selector: Selector): Selector {
+  return {
+    ...selector,
+    experts(entered: EnteredRows): readonly ExpertSelection[] | null {
+      const experts = selector.experts?.(entered) ?? null;
+      for (const [i, { offsets }] of (experts ?? []).entries()) {
+        graph.output(expertOffsetsOutput(routerId(entered.layer, expertAxisOf(entered.place)!), i), offsets);
+      }
+      return experts;
+    },
+  };
+}
+
 /** Values of the feeds of inferenceSelector for so many segments, when it knows these thresholds. */
 export function thresholdFeeds(
   thresholds: ReadonlyMap<string, number>,

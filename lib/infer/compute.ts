@@ -14,7 +14,7 @@ export class ComputeMeter {
   }
 
   /** Adds a run over `rows` rows. Steps under a tag in `except` are left out of the FLOPs. */
-  add(result: RunResult, rows: number, except: readonly string[] = []): void {
+  add(result: Pick<RunResult, 'counters'>, rows: number, except: readonly string[] = []): void {
     this.rows += rows;
     for (const [tag, counter] of Object.entries(result.counters)) {
       if (!except.includes(tag)) this.flops += counter.flops;

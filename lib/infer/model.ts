@@ -10,19 +10,35 @@ import type { TypedArray } from '../native/index.js';
 import { SessionPool } from './cache.js';
 import { ComputeMeter } from './compute.js';
 import { generate, promptIds } from './generate.js';
+import { decisionFeeds, jointDecisions, packedBatch, packRuns, type Sequence, sequenceCounters } from './mixed.js';
 import { loadNetwork, type Network } from './network.js';
 import { checkOptions } from './options.js';
-import { budgetSelector, compileLogits, compileScore, compileTrace, ProgramCache, packedDims } from './programs.js';
+import {
+  budgetSelector,
+  compileCountedScore,
+  compileLogits,
+  compileTrace,
+  type PackedLimits,
+  ProgramCache,
+  packedDims,
+} from './programs.js';
 import { choosesTokens, type ElasticTrace, traceOf } from './trace.js';
 import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
 
-const compilers = { score: compileScore, logits: compileLogits, trace: compileTrace };
+const compilers = { logits: compileLogits, trace: compileTrace };
 type Api = keyof typeof compilers;
+/** Most texts of one run of `score`. */
+const scoredSegments = 64;
 
 interface CallOptions {
   /** Default 'full'. */
   budget?: Budget;
   signal?: AbortSignal;
+}
+
+interface ScoreOptions extends Omit<CallOptions, 'budget'> {
+  /** One for all texts, or one for each. Default 'full'. */
+  budget?: Budget | readonly Budget[];
 }
 
 /**
@@ -86,20 +102,48 @@ export class ElasticModel implements AsyncDisposable {
     return generate(this.network, this.#sessions, prompt, options, this.#closed.signal);
   }
 
-  /** Log-probability of every token of each text given those before it. */
-  async score(inputs: readonly (string | readonly number[])[], options: CallOptions = {}): Promise<ScoreResult[]> {
-    const results: ScoreResult[] = [];
-    for (const input of inputs) {
-      const { ids, point, run } = this.#forward('score', input, options);
-      const targets = Int32Array.from(ids, (_, i) => (i + 1 < ids.length ? ids[i + 1] : -1));
+  /**
+   * Log-probability of every token of each text given those before it. Texts run together, as many as fit the context,
+   * each at its own budget and with the results that it has alone.
+   */
+  async score(inputs: readonly (string | readonly number[])[], options: ScoreOptions = {}): Promise<ScoreResult[]> {
+    this.#alive('score');
+    checkOptions('score', options, ['budget', 'signal']);
+    const { budget = 'full', signal } = options;
+    const requested = Array.isArray(budget) ? (budget as readonly Budget[]) : inputs.map(() => budget as Budget);
+    if (requested.length !== inputs.length) {
+      throw new InvalidArgumentError(
+        `[score] budget must be one budget or one for each of the ${inputs.length} texts, got ${requested.length}`,
+      );
+    }
+    const sequences = inputs.map((input, i) => this.#sequence('score', input, requested[i]));
+    const { network } = this;
+    const limits = { rows: network.maxContext, segments: scoredSegments };
+    const results = new Array<ScoreResult>(inputs.length);
+    for (const run of packRuns(network, sequences, limits)) {
+      const members = run.map((i) => sequences[i]);
+      const batch = packedBatch(members);
+      const joint = jointDecisions(network, members);
+      const program = this.#programs.get('score', joint, () =>
+        compileCountedScore(network, limits, (graph, _, segments) => budgetSelector(graph, network, joint, segments)),
+      );
+      const rows = batch.ids.length;
+      // What the last token of a text gives the first of the next one is not read.
+      const targets = Int32Array.from(batch.ids, (_, i) => batch.ids[i + 1] ?? -1);
+      const feeds = { ...batch, ...decisionFeeds(network, joint, members), targets, weight: new Float32Array(rows) };
       const started = performance.now();
-      const result = await run({ targets, weight: new Float32Array(ids.length) });
+      const result = await program.run({ dims: packedDims(batch), feeds, signal });
       const ms = performance.now() - started;
       const ce = result.outputs.ce as Float32Array;
       requireNumbers('score', ce);
-      const logprobs = Float32Array.from(ids, (_, i) => (i === 0 ? Number.NaN : -ce[i - 1]));
-      const compute = this.#report(options.budget ?? 'full', point, result, ids.length, ms);
-      results.push({ tokens: [...ids], logprobs, usage: { inputTokens: ids.length, outputTokens: 0, compute } });
+      const counters = sequenceCounters(network, batch, joint, result);
+      for (const [s, i] of run.entries()) {
+        const { ids, point } = members[s];
+        const at = batch.offsets[s];
+        const logprobs = Float32Array.from(ids, (_, t) => (t === 0 ? Number.NaN : -ce[at + t - 1]));
+        const compute = this.#report(requested[i], point, counters[s], ids.length, { ms, rows });
+        results[i] = { tokens: [...ids], logprobs, usage: { inputTokens: ids.length, outputTokens: 0, compute } };
+      }
     }
     return results;
   }
@@ -139,16 +183,21 @@ export class ElasticModel implements AsyncDisposable {
     if (this.#closed.signal.aborted) throw new DisposedError(`[${api}] the model was disposed`);
   }
 
-  #forward(api: Api, input: string | readonly number[], options: CallOptions) {
-    this.#alive(api);
-    checkOptions(api, options, ['budget', 'signal']);
+  /** The ids of a text that fits the context, and what its budget means for it. */
+  #sequence(api: string, input: string | readonly number[], budget: Budget): Sequence {
     const { network } = this;
     const ids = promptIds(network, input);
     if (ids.length > network.maxContext) {
       throw new InvalidArgumentError(`[${api}] ${ids.length} tokens do not fit the context of ${network.maxContext}`);
     }
-    const point = resolveBudget(options.budget ?? 'full', network.spec, network.policy, { length: ids.length });
-    const batch = { ids, positions: Int32Array.from(ids, (_, i) => i), offsets: Int32Array.of(0, ids.length) };
+    return { ids, point: resolveBudget(budget, network.spec, network.policy, { length: ids.length }) };
+  }
+
+  #forward(api: Api, input: string | readonly number[], options: CallOptions) {
+    this.#alive(api);
+    checkOptions(api, options, ['budget', 'signal']);
+    const { ids, point } = this.#sequence(api, input, options.budget ?? 'full');
+    const batch = packedBatch([{ ids, point }]);
     const feeds = { ...batch, ...thresholdFeeds(point.thresholds, 1) };
     const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
       this.#program(api, point).run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
@@ -157,15 +206,22 @@ export class ElasticModel implements AsyncDisposable {
 
   #program(api: Api, point: OperatingPoint): Program {
     const { network } = this;
-    const limits = { rows: network.maxContext, segments: 1 };
+    const limits: PackedLimits = { rows: network.maxContext, segments: 1 };
     return this.#programs.get(api, point, () =>
       compilers[api](network, limits, (graph, _rows, segments) => budgetSelector(graph, network, point, segments)),
     );
   }
 
-  #report(requested: Budget, point: OperatingPoint, result: RunResult, rows: number, ms: number): ComputeReport {
+  // `run`: what the text ran in, together with others.
+  #report(
+    requested: Budget,
+    point: OperatingPoint,
+    counters: RunResult['counters'],
+    rows: number,
+    run: { ms: number; rows: number },
+  ): ComputeReport {
     const meter = new ComputeMeter(this.network.spec.layers);
-    meter.add(result, rows);
+    meter.add({ counters }, rows);
     const flopsFull = forwardFlops(this.network.spec, [rows]).total;
     return {
       requested,
@@ -175,8 +231,8 @@ export class ElasticModel implements AsyncDisposable {
       flopsFull,
       ratio: meter.flops / flopsFull,
       layersRun: meter.layersRun(),
-      ms: { prefill: ms, decode: 0, total: ms },
-      tokensPerSecond: ms > 0 ? (rows / ms) * 1000 : null,
+      ms: { prefill: run.ms, decode: 0, total: run.ms },
+      tokensPerSecond: run.ms > 0 ? (run.rows / run.ms) * 1000 : null,
     };
   }
 }

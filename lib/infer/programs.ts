@@ -1,12 +1,13 @@
 // The programs inference runs: next token with caches, and whole sequences without.
 import type { OperatingPoint } from '../elastic/budget.js';
 import { patched } from '../elastic/lora.js';
-import { inferenceSelector, recordedSelector, routerNodes } from '../elastic/rows.js';
+import { inferenceSelector, recordedExperts, recordedSelector, routerNodes } from '../elastic/rows.js';
 import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
 import { bindWeights, type DecoderNodes } from '../model/weights.js';
 import type { Session } from './cache.js';
+import type { Decisions } from './mixed.js';
 import type { Network } from './network.js';
 
 /** Rows that one run appends at most: memory is planned for as many. */
@@ -19,7 +20,7 @@ export const decodeRows = (network: Network): number => Math.min(prefillRows, ne
 export function budgetSelector(
   graph: Graph,
   network: Network,
-  { full, thresholds }: OperatingPoint,
+  { full, thresholds }: Decisions,
   segments: Dim | number,
 ): Selector {
   const { policy, routers, lora, loraAtFull } = network;
@@ -36,7 +37,7 @@ export class ProgramCache {
   readonly #programs = new Map<string, Program>();
 
   /** The program of `name` for a budget: budgets that leave out and keep whole the same sub-layers share one. */
-  get(name: string, { full, thresholds }: OperatingPoint, compile: () => Program): Program {
+  get(name: string, { full, thresholds }: Decisions, compile: () => Program): Program {
     const decided = [...thresholds.values()].map((t) => (Number.isFinite(t) ? 'routed' : t < 0 ? 'whole' : 'absent'));
     const key = full ? name : `${name} ${decided.join()}`;
     const program = this.#programs.get(key) ?? compile();
@@ -177,6 +178,13 @@ export function compileTrace(network: Network, limits: PackedLimits, select: Sel
     recordedSelector(graph, select(graph, rows, segments)),
   );
   return Program.compile(graph, network.engine);
+}
+
+/** The score program with what routers chose as outputs (`sequenceCounters`). */
+export function compileCountedScore(network: Network, limits: PackedLimits, select: SelectorFactory): Program {
+  return compileScore(network, limits, (graph, rows, segments) =>
+    recordedExperts(graph, recordedSelector(graph, select(graph, rows, segments))),
+  );
 }
 
 /** Prefill as generation runs it, for timing: the last row of each segment (feed `last` i32 [segments]) is sampled. */

@@ -23,8 +23,9 @@ export interface ComputeReport {
   ratio: number;
   /** Mean share of tokens that entered each sub-layer, per layer. */
   layersRun: { attn: Float32Array; mlp: Float32Array };
+  /** Of a text scored together with others: of the whole run. */
   ms: { prefill: number; decode: number; total: number };
-  /** Tokens generated per second of decoding; for a scored text, tokens per second. Null when nothing was timed. */
+  /** Tokens generated per second of decoding; when scoring, tokens of the run per second. Null when nothing was timed. */
   tokensPerSecond: number | null;
 }
 

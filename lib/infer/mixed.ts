@@ -1,0 +1,179 @@
+// Sequences of one call packed into runs, each at its own budget, and what each of them cost.
+import { expertAxisOf, isExperts, routerId } from '../elastic/axes.js';
+import { loraFlops, type OperatingPoint } from '../elastic/budget.js';
+import { type Routing, routedLayers, routerPlaces } from '../elastic/policy.js';
+import { expertOffsetsOutput, thresholdFeed } from '../elastic/rows.js';
+import type { RunResult } from '../graph/index.js';
+import { attentionFlops, causalPairs, feedForwardFlops, keyValueFlops } from '../model/flops.js';
+import type { Place } from '../model/select.js';
+import type { ModelSpec } from '../model/spec.js';
+import type { Network } from './network.js';
+import type { PackedBatch, PackedLimits } from './programs.js';
+
+/** What decides at the routers of a run (`thresholds` of policy.ts). */
+export type Decisions = Pick<OperatingPoint, 'full' | 'thresholds'>;
+
+export interface Sequence {
+  readonly ids: Int32Array;
+  readonly point: OperatingPoint;
+}
+
+const whole = Number.NEGATIVE_INFINITY;
+const absent = Number.POSITIVE_INFINITY;
+
+const decision = ({ full, thresholds }: Decisions, id: string): number => (full ? whole : thresholds.get(id)!);
+
+// Sequences may share a run when each gets there the bits that it gets alone. Tokens let in by a threshold of minus infinity
+// are as without a router, if its gate is 1; a sub-layer summed from all its experts is rounded otherwise than whole.
+// Corrections that a model was trained with are of every budget but full.
+function company({ policy, lora, loraAtFull }: Network, point: OperatingPoint): string {
+  if (!policy) return '';
+  const kinds = routerPlaces(policy).map(({ id, layer, place, axis }) => {
+    const at = decision(point, id);
+    if (!isExperts(axis)) return policy.gate === 'straight-through' || at !== whole ? '' : 'whole';
+    // Rows that no token router lets in choose no expert.
+    const entersNone = at === absent && routedLayers(policy, place).includes(layer);
+    return at === whole ? 'whole' : at === absent && !entersNone ? 'absent' : 'cut';
+  });
+  return `${kinds}${lora && !loraAtFull && point.full ? ' full' : ''}`;
+}
+
+/** Indices of the sequences of each run, in the order given: as many together as the limits and their budgets allow. */
+export function packRuns(network: Network, sequences: readonly Sequence[], limits: PackedLimits): number[][] {
+  const runs: number[][] = [];
+  const open = new Map<string, { run: number[]; rows: number }>();
+  for (const [i, { ids, point }] of sequences.entries()) {
+    const key = company(network, point);
+    const last = open.get(key);
+    if (last && last.rows + ids.length <= limits.rows && last.run.length < limits.segments) {
+      last.run.push(i);
+      last.rows += ids.length;
+      continue;
+    }
+    const run = [i];
+    runs.push(run);
+    open.set(key, { run, rows: ids.length });
+  }
+  return runs;
+}
+
+export function packedBatch(sequences: readonly Sequence[]): PackedBatch {
+  const offsets = Int32Array.from({ length: sequences.length + 1 });
+  for (const [s, { ids }] of sequences.entries()) offsets[s + 1] = offsets[s] + ids.length;
+  const ids = new Int32Array(offsets[sequences.length]);
+  for (const [s, sequence] of sequences.entries()) ids.set(sequence.ids, offsets[s]);
+  return { ids, positions: Int32Array.from(sequences.flatMap((s) => [...s.ids.keys()])), offsets };
+}
+
+/** What the program of a run must decide: where all its sequences are whole or none enters there is no router to run. */
+export function jointDecisions({ policy }: Network, sequences: readonly Sequence[]): Decisions {
+  const full = sequences.every(({ point }) => point.full);
+  if (full) return { full, thresholds: new Map() };
+  const thresholds = routerPlaces(policy!).map(({ id }) => {
+    const all = sequences.map(({ point }) => decision(point, id));
+    return [id, all.every((t) => t === all[0] && !Number.isFinite(t)) ? all[0] : 0] as const;
+  });
+  return { full, thresholds: new Map(thresholds) };
+}
+
+/** Feeds of the routers of that program, f32 [segments] each: every sequence's own decision. */
+export function decisionFeeds(
+  { policy }: Network,
+  joint: Decisions,
+  sequences: readonly Sequence[],
+): Record<string, Float32Array> {
+  if (joint.full) return {};
+  const feeds = routerPlaces(policy!).flatMap(({ id, axis }) => {
+    if (!Number.isFinite(joint.thresholds.get(id))) return [];
+    const all = sequences.map(({ point }) => decision(point, id));
+    // Not a threshold but a share.
+    const shares = all.map((share) => (share === absent ? 0 : share));
+    return [[thresholdFeed(id), Float32Array.from(isExperts(axis) ? shares : all)] as const];
+  });
+  return Object.fromEntries(feeds);
+}
+
+/**
+ * Divides the counters of a run among its sequences: rows are those the program's outputs list, FLOPs of a sub-layer are
+ * divided as its rows cost.
+ *
+ * @param joint what the run's program decided
+ * @param result of a program whose selector records rows and experts (`recordedSelector`, `recordedExperts`)
+ */
+export function sequenceCounters(
+  { spec, policy, lora }: Network,
+  { offsets }: PackedBatch,
+  joint: Decisions,
+  { counters, outputs }: RunResult,
+): RunResult['counters'][] {
+  const lengths = Array.from({ length: offsets.length - 1 }, (_, s) => offsets[s + 1] - offsets[s]);
+  const result: RunResult['counters'][] = lengths.map(() => ({}));
+  for (const [tag, total] of Object.entries(counters)) {
+    const [, number, place, part] = /^L(\d+)\.(attn|mlp)(.*)$/.exec(tag) ?? [];
+    const layer = Number(number);
+    const rows = place === undefined ? undefined : (outputs[routerId(layer, place as Place)] as Int32Array | undefined);
+    const ends = rows && endsOfSegments(rows, offsets);
+    const experts = place === undefined ? [] : expertOffsets(outputs, layer, place as Place);
+    const costs = lengths.map((length, s): { rows: number; flops: number } => {
+      const own = ends ? rows.subarray(ends[s - 1] ?? 0, ends[s]) : null;
+      const n = own?.length ?? length;
+      if (part?.startsWith('/')) {
+        const uses = experts.reduce((sum, at) => sum + at[s + 1] - at[s], 0);
+        return { rows: uses, flops: uses };
+      }
+      if (place === undefined || part !== '') return { rows: n, flops: n };
+      const router = own ? 2 * length * spec.hidden : 0;
+      if (experts.length > 0) return { rows: n, flops: router + 2 * n * spec.hidden * experts.length };
+      const shares = { layer, place: place as Place, tokens: n / length, experts: 1 };
+      const corrections = policy?.lora && lora && !joint.full ? loraFlops(spec, policy, shares, length) : 0;
+      const dense = place === 'attn' ? attention(spec, policy, length, own, offsets[s]) : feedForwardFlops(spec, n);
+      return { rows: n, flops: router + dense + corrections };
+    });
+    const all = costs.reduce((sum, { flops }) => sum + flops, 0);
+    for (const [s, { rows, flops }] of costs.entries()) {
+      const share = all === 0 ? 0 : Math.round((total.flops * flops) / all);
+      result[s][tag] = { flops: share, rows: total.rows === 0 ? 0 : rows };
+    }
+  }
+  return result;
+}
+
+/** Where the rows lie that chose each expert of a sub-layer, i32 [S + 1] each; none where it is not cut. */
+function expertOffsets(outputs: RunResult['outputs'], layer: number, place: Place): Int32Array[] {
+  const axis = expertAxisOf(place);
+  const all: Int32Array[] = [];
+  if (!axis) return all;
+  for (;;) {
+    const offsets = outputs[expertOffsetsOutput(routerId(layer, axis), all.length)] as Int32Array | undefined;
+    if (!offsets) return all;
+    all.push(offsets);
+  }
+}
+
+/** Where each segment ends among ascending rows: how many of them lie before the next segment starts. */
+function endsOfSegments(rows: Int32Array, offsets: Int32Array): Int32Array {
+  const ends = new Int32Array(offsets.length - 1);
+  let at = 0;
+  for (let s = 0; s < ends.length; s++) {
+    while (at < rows.length && rows[at] < offsets[s + 1]) at++;
+    ends[s] = at;
+  }
+  return ends;
+}
+
+/** FLOPs of the attention of one sequence of `length` rows, of which `rows` enter; null: all. */
+function attention(
+  spec: ModelSpec,
+  policy: Pick<Routing, 'tokens'> | null,
+  length: number,
+  rows: Int32Array | null,
+  start: number,
+): number {
+  if (!rows) return attentionFlops(spec, [length]);
+  if (policy!.tokens.attn!.keys === 'selected') return attentionFlops(spec, [rows.length]);
+  // A query sees every row up to its own; rows that are no queries have keys and values all the same.
+  const pairs = rows.reduce((sum, row) => sum + row - start + 1, 0);
+  const scores = 4 * spec.headDim * spec.heads;
+  const own = attentionFlops(spec, [rows.length]) - scores * causalPairs([rows.length]);
+  return own + scores * pairs + keyValueFlops(spec, length - rows.length);
+}
