@@ -5,7 +5,7 @@ export type { OptimizerConfig, TrainConfig, TrainEvent, TrainResult } from './di
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { DivergedError } from './distill/trainer.js';
 export type { Axis, Capacity, ElasticSpec } from './elastic/axes.js';
-export type { Budget, OperatingPoint } from './elastic/budget.js';
+export type { Budget, BudgetContext, OperatingPoint } from './elastic/budget.js';
 export {
   type ElasticPlan,
   type ElastiformerRecipe,
@@ -14,6 +14,13 @@ export {
   type TrainCapacity,
 } from './elastic/elastify.js';
 export type { AttentionKeys, GateMode, Level } from './elastic/policy.js';
+export {
+  type DeviceProfile,
+  type LatencyMetric,
+  type LevelTimes,
+  type MeasuredOn,
+  writeProfile,
+} from './elastic/profile.js';
 export type { ExpertGate } from './graph/ops/expert.js';
 export {
   type Baseline,
@@ -25,6 +32,8 @@ export {
 } from './infer/evaluate.js';
 export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/merge.js';
 export { type ElasticModel, loadModel } from './infer/model.js';
+export { type ProfileOptions, profile } from './infer/profile.js';
+export { recordQuality } from './infer/quality.js';
 export { getRuntime } from './infer/runtime.js';
 export type { Measured } from './infer/statistics.js';
 export type { ElasticTrace } from './infer/trace.js';

@@ -1,9 +1,12 @@
 // `elastiform eval`: quality, counted compute and measured speed at budgets.
-import type { Budget } from '../elastic/budget.js';
-import { type Baseline, type EvalLevel, evaluate } from '../infer/evaluate.js';
-import { loadModel } from '../infer/model.js';
+import { type Budget, budgetText } from '../elastic/budget.js';
+import { writeProfile } from '../elastic/profile.js';
+import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
+import { type ElasticModel, loadModel } from '../infer/model.js';
+import { profile } from '../infer/profile.js';
+import { recordQuality } from '../infer/quality.js';
 import type { Measured } from '../infer/statistics.js';
-import { type Command, exitCodes, UsageError } from './command.js';
+import { type Command, type CommandContext, exitCodes, UsageError } from './command.js';
 import { dataFlags, documentsOf } from './data.js';
 import { columns, Progress } from './progress.js';
 import { loadFlags, loadOptions, parseBudget, percent } from './shared.js';
@@ -20,7 +23,7 @@ export const evalCommand: Command = {
       type: 'string',
       short: 'b',
       value: 'B,...',
-      help: 'shares or levels (default: every level of the model)',
+      help: 'shares, levels, latencies, qualities, as generate takes them (default: every level of the model)',
     },
     baselines: { type: 'string', value: 'random,drop', help: 'baselines at equal compute' },
     limit: { type: 'string', value: 'N', help: 'tokens to evaluate at most' },
@@ -31,10 +34,14 @@ export const evalCommand: Command = {
       value: 'SHARE',
       help: 'exit with 3 when a budget agrees less with the full model',
     },
+    record: {
+      type: 'boolean',
+      help: 'keep agreement of levels, and times on this device, in <model>, for budgets by quality and latency',
+    },
     seed: { type: 'string', value: 'N', help: 'seed of the random baseline and the intervals (default: 0)' },
     ...loadFlags,
   },
-  example: 'elastiform eval runs/tiny --data heldout.txt --budgets full,0.8,0.6 --baselines random,drop',
+  example: 'elastiform eval runs/tiny --data heldout.txt --baselines random,drop --record',
   async run(context) {
     const { flags, positionals, json, print, printJson, signal } = context;
     const baselines = (flags.list('baselines') ?? []) as Baseline[];
@@ -64,25 +71,42 @@ export const evalCommand: Command = {
       signal,
     }).finally(() => progress.finish());
 
+    const recorded = flags.boolean('record') ? await record(context, model, data, report) : null;
     const below = report.levels.filter(
       (l) => l.method === 'routed' && least !== undefined && l.agreement.value < least,
     );
-    if (json) printJson({ model: positionals[0], ...report });
+    if (json) printJson({ model: positionals[0], ...report, ...(recorded && { recorded }) });
     else {
       print(`${report.tokens} tokens in ${report.sequences} sequences of at most ${report.sequenceLength}\n\n`);
       print(levelTable(report.levels));
+      if (recorded) print(`\nRecorded ${recorded.levels.join(', ')} and ${recorded.profile}\n`);
     }
     for (const level of below) {
       process.stderr.write(
-        `elastiform: [eval] agreement ${percent(level.agreement.value)} at ${budgetName(level.budget)} is below ${percent(least!)}\n`,
+        `elastiform: [eval] agreement ${percent(level.agreement.value)} at ${budgetText(level.budget)} is below ${percent(least!)}\n`,
       );
     }
     return below.length > 0 ? exitCodes.constraint : exitCodes.ok;
   },
 };
 
-export const budgetName = (budget: Budget): string =>
-  typeof budget === 'object' ? JSON.stringify(budget.spec.tokenCapacity ?? {}) : String(budget);
+/** Writes quality and times of the model's levels into its directory. */
+async function record(
+  { signal }: CommandContext,
+  model: ElasticModel,
+  data: readonly string[],
+  report: EvalReport,
+): Promise<{ levels: string[]; profile: string }> {
+  const { dir, tokenizer } = model.network;
+  const levels = await recordQuality(dir, report);
+  const progress = new Progress('eval');
+  const times = await profile(model, {
+    ids: data.flatMap((text) => tokenizer!.encode(text)),
+    onProgress: ({ phase, done, total }) => progress.update({ done, total, facts: [phase] }),
+    signal,
+  }).finally(() => progress.finish());
+  return { levels, profile: await writeProfile(dir, times) };
+}
 
 /** A table of levels with half-widths of the 95 % intervals. */
 export function levelTable(levels: readonly EvalLevel[]): string {
@@ -92,7 +116,7 @@ export function levelTable(levels: readonly EvalLevel[]): string {
     ['method', 'budget', 'FLOPs', 'tokens', 'perplexity', 'bits/byte', 'KL', 'agreement', 'tokens/s'],
     ...levels.map((l) => [
       l.method,
-      budgetName(l.budget),
+      budgetText(l.budget),
       percent(l.ratio),
       percent(l.share),
       show(l.perplexity, 3),

@@ -2,7 +2,7 @@
 import { loadModel } from '../infer/model.js';
 import type { GenerateOptions } from '../infer/types.js';
 import { type Command, exitCodes, type FlagReader, UsageError } from './command.js';
-import { loadFlags, loadOptions, parseBudget, parseIds, percent } from './shared.js';
+import { budgetForms, loadFlags, loadOptions, parseBudget, parseIds, percent } from './shared.js';
 
 export const generateCommand: Command = {
   name: 'generate',
@@ -14,8 +14,8 @@ export const generateCommand: Command = {
     budget: {
       type: 'string',
       short: 'b',
-      value: 'SHARE|LEVEL',
-      help: 'share of the FLOPs in (0, 1], or a level (default: full)',
+      value: budgetForms,
+      help: 'share of the FLOPs, a level, a latency or a quality (default: full)',
     },
     'max-tokens': { type: 'string', value: 'N', help: 'tokens to generate at most (default: 256)' },
     temperature: { type: 'string', value: 'T', help: '0 is greedy (default: 0)' },

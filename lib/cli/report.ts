@@ -9,7 +9,7 @@ import { reportHtml } from '../report/index.js';
 import { type Command, exitCodes } from './command.js';
 import { dataFlags, documentsOf, fileNames } from './data.js';
 import { firstWords, measureModel, readTraining, replaceDirectory, reportOf, writeReport } from './reporting.js';
-import { loadFlags, loadOptions, parseBudget } from './shared.js';
+import { loadFlags, loadOptions, parseLevel } from './shared.js';
 
 const defaultBudgets = [0.9, 0.8, 0.7, 0.6, 0.5];
 
@@ -42,7 +42,7 @@ export const reportCommand: Command = {
     const { flags, positionals, json, print, printJson } = context;
     const started = performance.now();
     const [run] = positionals;
-    const asked = flags.list('budgets')?.map(parseBudget);
+    const asked = flags.list('budgets')?.map(parseLevel);
     const limit = flags.integer('limit', { min: 1 });
     const sequenceLength = flags.integer('sequence-length', { min: 2 });
     const seed = flags.integer('seed', { min: 0, max: 2 ** 32 - 1 }) ?? 1;

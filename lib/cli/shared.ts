@@ -1,4 +1,6 @@
 // Flags and conversions that several commands share.
+import type { Budget } from '../elastic/budget.js';
+import type { LatencyMetric } from '../elastic/profile.js';
 import type { LoadOptions } from '../infer/types.js';
 import { activationTypes, deviceChoices } from '../native/index.js';
 import { type CommandContext, UsageError } from './command.js';
@@ -31,13 +33,24 @@ export function loadOptions({ flags, signal }: CommandContext): LoadOptions {
 }
 
 /** `0.7`, `full` or the name of a level. */
-export function parseBudget(text: string): number | string {
+export function parseLevel(text: string): number | string {
   const value = Number(text);
   if (text.trim() === '' || Number.isNaN(value)) return text;
   if (!(value > 0 && value <= 1))
     throw new UsageError(`[cli] a budget must be in (0, 1], full or a level, got '${text}'`);
   return value;
 }
+
+/** The same, or `200ms`, `ttft:200ms`, `tpot:20ms`, `quality:0.95`. */
+export function parseBudget(text: string): Budget {
+  const [, metric = 'total', ms] = /^(?:(ttft|tpot|total):)?([\d.]+)ms$/.exec(text) ?? [];
+  if (ms !== undefined) return { latencyMs: Number(ms), metric: metric as LatencyMetric };
+  const [, quality] = /^quality:([\d.]+)$/.exec(text) ?? [];
+  return quality === undefined ? parseLevel(text) : { minQuality: Number(quality) };
+}
+
+/** What parseBudget takes, for --help. */
+export const budgetForms = 'SHARE|LEVEL|200ms|ttft:200ms|tpot:20ms|quality:0.95';
 
 /** Token ids, separated by commas. */
 export function parseIds(text: string): number[] {

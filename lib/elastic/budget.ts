@@ -29,11 +29,41 @@ import {
   routerPlaces,
   thresholds,
 } from './policy.js';
+import { type DeviceProfile, expectedMs, type LatencyMetric, latencyMetrics } from './profile.js';
 
 /**
- * What a call may spend: a share of the full model's FLOPs in (0, 1], 'full', the name of a level, or explicit settings.
+ * What a call may spend: a share of the full model's FLOPs in (0, 1], 'full', the name of a level, or explicit settings. Or
+ * what it must reach: with `latencyMs` the costliest level that takes at most so many milliseconds by the times measured on
+ * this device, in total (the default), until the first token (`ttft`) or for each further one (`tpot`); with `minQuality` the
+ * cheapest level whose next token is the full model's at so many positions, by the lower end of what was measured.
  */
-export type Budget = number | 'full' | (string & {}) | { spec: ElasticSpec };
+export type Budget =
+  | number
+  | 'full'
+  | (string & {})
+  | { latencyMs: number; metric?: LatencyMetric }
+  | { minQuality: number }
+  | { spec: ElasticSpec };
+
+/** A budget as the command line takes it: `0.7`, `p70`, `ttft:200ms`, `quality:0.95`; explicit settings as JSON. */
+export function budgetText(budget: Budget): string {
+  if (typeof budget !== 'object') return String(budget);
+  if ('latencyMs' in budget) return `${budget.metric ?? 'total'}:${budget.latencyMs}ms`;
+  return 'minQuality' in budget ? `quality:${budget.minQuality}` : JSON.stringify(budget.spec);
+}
+
+/** What a budget is resolved for. */
+export interface BudgetContext {
+  /**
+   * Tokens of the sequences it is meant for: attention's part of the cost grows with it. Default: the length the model was
+   * calibrated at.
+   */
+  length?: number;
+  /** Of these, tokens generated; default none: a text is only read. */
+  maxTokens?: number;
+  /** The times of this device; throws when there are none. */
+  profile?: () => DeviceProfile;
+}
 
 /** A budget resolved for a model. */
 export interface OperatingPoint {
@@ -173,18 +203,16 @@ const solvePath = (
  * Resolves a budget. A number becomes the point of the calibrated path that costs this share.
  *
  * @param policy null for a plain checkpoint, which has only the full budget.
- * @param length tokens of the sequences the share is meant for: attention's part of the cost grows with it. Default: the
- * length the model was calibrated at.
- * @throws InvalidArgumentError when the budget is malformed, names no level, is below what routing can reach, or needs
- * routers that are missing or not trained.
+ * @throws InvalidArgumentError when the budget is malformed, names no level, is below what routing can reach, needs
+ * routers that are missing or not trained, or measurements that are missing.
  */
 export function resolveBudget(
   budget: Budget,
   spec: ModelSpec,
   policy: ElasticPolicy | null,
-  { length }: { length?: number } = {},
+  context: BudgetContext = {},
 ): OperatingPoint {
-  const at = length ?? policy?.calibration?.sequenceLength ?? 512;
+  const at = context.length ?? policy?.calibration?.sequenceLength ?? 512;
   if (budget === 'full' || budget === 1) return fullPoint(budget === 'full' ? 'full' : null);
   if (typeof budget === 'string') {
     const level = policy?.levels.find((candidate) => candidate.name === budget);
@@ -209,14 +237,100 @@ export function resolveBudget(
     return routedPoint(axisCapacities(routed, capacities), spec, routed, at, null);
   }
   if (typeof budget === 'object' && budget !== null) {
-    const unknown = Object.keys(budget).find((key) => key !== 'spec');
-    if (unknown === undefined && typeof budget.spec === 'object' && budget.spec !== null) {
+    const keys = Object.keys(budget).sort().join();
+    if ('latencyMs' in budget && (keys === 'latencyMs' || keys === 'latencyMs,metric')) {
+      return withinLatency(budget, levelPoints(spec, needRouters(policy, budget), at), { ...context, length: at });
+    }
+    if ('minQuality' in budget && keys === 'minQuality') {
+      const routed = needRouters(policy, budget);
+      return withQuality(budget.minQuality, levelPoints(spec, routed, at), routed.levels);
+    }
+    if ('spec' in budget && keys === 'spec' && typeof budget.spec === 'object' && budget.spec !== null) {
       return explicit(budget.spec, spec, policy, at, null);
     }
   }
   throw new InvalidArgumentError(
-    `[budget] a budget must be a number in (0, 1], 'full', a level or {spec}, got ${JSON.stringify(budget)}`,
+    `[budget] a budget must be a number in (0, 1], 'full', a level, {latencyMs, metric}, {minQuality} or {spec}, got ${JSON.stringify(budget)}`,
   );
+}
+
+/** A level with its settings as they are written. */
+interface LevelPoint {
+  readonly name: string;
+  readonly spec: ElasticSpec;
+  readonly point: OperatingPoint;
+}
+
+/** Full and every level of a model, the costliest first. */
+function levelPoints(spec: ModelSpec, policy: ElasticPolicy, length: number): LevelPoint[] {
+  const full: LevelPoint = { name: 'full', spec: {}, point: fullPoint('full') };
+  const others = policy.levels.filter(({ name }) => name !== 'full');
+  const points = others.map((level) => ({
+    ...{ name: level.name, spec: level.spec },
+    point: explicit(level.spec, spec, policy, length, level.name),
+  }));
+  return [full, ...points].sort((a, b) => b.point.flopsRatio - a.point.flopsRatio);
+}
+
+function withinLatency(
+  { latencyMs, metric = 'total' }: { latencyMs: number; metric?: LatencyMetric },
+  levels: readonly LevelPoint[],
+  { length, maxTokens = 0, profile }: BudgetContext & { length: number },
+): OperatingPoint {
+  if (!(typeof latencyMs === 'number' && Number.isFinite(latencyMs) && latencyMs > 0))
+    throw new InvalidArgumentError(`[budget] latencyMs must be a positive number, got ${JSON.stringify(latencyMs)}`);
+  if (!latencyMetrics.includes(metric)) {
+    throw new InvalidArgumentError(
+      `[budget] metric must be one of ${latencyMetrics.join(', ')}, got ${JSON.stringify(metric)}`,
+    );
+  }
+  if (!profile) throw new InvalidArgumentError('[budget] a latency budget needs a loaded model, whose device it means');
+  const times = profile();
+  const call = { prompt: Math.max(length - Math.max(maxTokens - 1, 0), 1), generated: maxTokens };
+  const measured = levels.flatMap(({ name, spec, point }) => {
+    const found = times.levels.find(
+      (entry) => entry.level === name && JSON.stringify(entry.spec) === JSON.stringify(spec),
+    );
+    return found ? [{ name, point, ms: expectedMs(times, found, metric, call) }] : [];
+  });
+  if (measured.length === 0) {
+    throw new InvalidArgumentError(
+      '[budget] the times measured on this device are of other levels than the model has; measure again with `elastiform eval --record`',
+    );
+  }
+  const what = `${metric} of ${call.prompt} tokens${maxTokens > 0 ? ` and ${maxTokens} generated` : ''}`;
+  const chosen = measured.find(({ ms }) => ms <= latencyMs);
+  if (!chosen) {
+    const fastest = measured.reduce((a, b) => (b.ms < a.ms ? b : a));
+    throw new InvalidArgumentError(
+      `[budget] no level keeps ${latencyMs} ms (${what}): the fastest, ${fastest.name}, takes ${fastest.ms.toFixed(1)} ms on this device; allow more, or ask for fewer tokens`,
+    );
+  }
+  const { name, point, ms } = chosen;
+  const why = `${name} is the costliest level within ${latencyMs} ms: ${ms.toFixed(1)} ms, ${what}, by the times measured on this device; ${point.why}`;
+  return { ...point, why };
+}
+
+/** The metric that `minQuality` is about: the share of positions whose most likely next token is the full model's. */
+export const qualityMetric = 'top1_agreement';
+
+function withQuality(least: number, points: readonly LevelPoint[], levels: ElasticPolicy['levels']): OperatingPoint {
+  if (!(typeof least === 'number' && least > 0 && least <= 1))
+    throw new InvalidArgumentError(`[budget] minQuality must be in (0, 1], got ${JSON.stringify(least)}`);
+  const quality = new Map(levels.map(({ name, quality }) => [name, quality?.[qualityMetric]]));
+  const measured = points.flatMap(({ name, point }) => {
+    const value = name === 'full' ? { value: 1, lo: 1 } : quality.get(name);
+    return value ? [{ name, point, ...value }] : [];
+  });
+  if (measured.length === 1) {
+    throw new InvalidArgumentError(
+      '[budget] the quality of no level was measured yet; measure it: elastiform eval DIR --data FILE --record',
+    );
+  }
+  // Full is among them, and the costliest comes first.
+  const { name, point, value, lo } = measured.findLast((level) => level.lo >= least)!;
+  const why = `${name} is the cheapest level that agrees with the full model at ${least} of positions: ${value.toFixed(3)}, at least ${lo.toFixed(3)}; ${point.why}`;
+  return { ...point, why };
 }
 
 function fullPoint(level: string | null): OperatingPoint {

@@ -20,6 +20,7 @@ import {
   specKeys,
   specOfAxes,
 } from './axes.js';
+import { type Json, Reader } from './reader.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
 export type GateMode = 'straight-through' | 'raw' | 'two-sigma';
@@ -231,8 +232,6 @@ function quantile(calibration: Calibration, id: string, context: number, q: numb
 }
 
 // ---- elastic_config.json ----
-
-type Json = Record<string, unknown>;
 
 /** The content of elastic_config.json, version 1. */
 export function policyToJson(policy: ElasticPolicy): Json {
@@ -523,34 +522,4 @@ function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[]
     }
     return result;
   });
-}
-
-class Reader {
-  constructor(
-    readonly file: string,
-    readonly warnings: string[],
-  ) {}
-
-  fail(key: string, expected: string, got: unknown): never {
-    throw new InvalidDataError(
-      `[elastic] ${this.file}: ${key || 'the file'} must be ${expected}, got ${JSON.stringify(got)}`,
-    );
-  }
-  object(value: unknown, key: string): Json {
-    if (typeof value !== 'object' || value === null || Array.isArray(value)) this.fail(key, 'an object', value);
-    return value as Json;
-  }
-  string(value: unknown, key: string): string {
-    if (typeof value !== 'string') this.fail(key, 'a string', value);
-    return value as string;
-  }
-  numbers(value: unknown, key: string): number[] {
-    if (!Array.isArray(value) || value.some((v) => typeof v !== 'number')) this.fail(key, 'a list of numbers', value);
-    return value as number[];
-  }
-  known(object: Json, prefix: string, keys: readonly string[]): void {
-    for (const key of Object.keys(object)) {
-      if (!keys.includes(key)) this.warnings.push(`${this.file}: unknown key ${prefix}${key} is ignored`);
-    }
-  }
 }

@@ -1,7 +1,6 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
-
 import { isExperts, routerId } from '../elastic/axes.js';
-import { type Budget, resolveBudget } from '../elastic/budget.js';
+import { type Budget, budgetText } from '../elastic/budget.js';
 import { routerPlaces } from '../elastic/policy.js';
 import { capacityFeed, droppedSelector, randomSelector, scoreFeed, thresholdFeeds } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
@@ -11,7 +10,7 @@ import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
 import type { TypedArray } from '../native/index.js';
 import { ComputeMeter } from './compute.js';
 import { type ElasticModel, loadModel } from './model.js';
-import type { Network } from './network.js';
+import { type Network, resolveFor } from './network.js';
 import { checkNumber, checkOptions, naturalNumber, positiveInteger } from './options.js';
 import {
   budgetSelector,
@@ -221,7 +220,7 @@ class Evaluation {
             () => ({}),
           ),
         );
-        this.#progress(`full at ${label(budget)}`);
+        this.#progress(`full at ${budgetText(budget)}`);
         continue;
       }
       const feeds = (batch: Batch) => thresholdFeeds(point.thresholds, batch.sequences.length);
@@ -229,7 +228,7 @@ class Evaluation {
         budgetSelector(graph, this.#network, point, segments);
       const measured = await this.#compare(routedSelector, feeds);
       const routed = await this.#level('routed', budget, measured, routedSelector, feeds);
-      this.#progress(`routed at ${label(budget)}`);
+      this.#progress(`routed at ${budgetText(budget)}`);
       levels.push(routed);
       for (const baseline of baselines) {
         const level =
@@ -248,7 +247,7 @@ class Evaluation {
   }
 
   #resolve(budget: Budget) {
-    return resolveBudget(budget, this.#network.spec, this.#network.policy, { length: this.#length });
+    return resolveFor(this.#network, budget, { length: this.#length });
   }
 
   #progress(phase: string): void {
@@ -323,7 +322,7 @@ class Evaluation {
       );
     const measured = await this.#compare(selector, feeds);
     const result = await this.#level('random', budget, measured, selector, feeds);
-    this.#progress(`random at ${label(budget)}`);
+    this.#progress(`random at ${budgetText(budget)}`);
     return { result, sums: measured.sums };
   }
 
@@ -356,7 +355,7 @@ class Evaluation {
       timeRatio: less && more && mean(more, less),
       dropped: [...order[below].dropped],
     };
-    this.#progress(`drop at ${label(budget)}`);
+    this.#progress(`drop at ${budgetText(budget)}`);
     return { result, sums };
   }
 
@@ -558,8 +557,6 @@ function pack(sequences: readonly Sequence[], rows: number): Batch[] {
   }
   return batches;
 }
-
-const label = (budget: Budget): string => (typeof budget === 'object' ? JSON.stringify(budget.spec) : String(budget));
 
 const base = ({ ids, positions, offsets }: Batch) => ({ ids, positions, offsets });
 

@@ -1,12 +1,12 @@
 // Generation of text: prefill in chunks, then token by token, at a budget, as a stream.
-import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import type { Budget, OperatingPoint } from '../elastic/budget.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import { forwardFlops } from '../model/flops.js';
 import { InvalidArgumentError } from '../native/errors.js';
 
 import type { SessionPool } from './cache.js';
 import { ComputeMeter } from './compute.js';
-import type { Network } from './network.js';
+import { type Network, resolveFor } from './network.js';
 import { checkNumber, checkOptions, naturalNumber, positiveInteger } from './options.js';
 import { decodeRows } from './programs.js';
 import { seedLimit, uniform } from './random.js';
@@ -86,7 +86,7 @@ function check(network: Network, prompt: string | readonly number[], options: Ge
     stop,
     seed: options.seed ?? Math.floor(Math.random() * seedLimit),
     budget,
-    point: resolveBudget(budget, network.spec, network.policy, { length: ids.length + most - 1 }),
+    point: resolveFor(network, budget, { length: ids.length + most - 1, maxTokens: most }),
   };
 }
 

@@ -1,5 +1,5 @@
 // A model to call: generation, scoring and logits, each at a budget.
-import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import type { Budget, BudgetContext, OperatingPoint } from '../elastic/budget.js';
 import { routerParameters } from '../elastic/policy.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
@@ -11,8 +11,8 @@ import { SessionPool } from './cache.js';
 import { ComputeMeter } from './compute.js';
 import { generate, promptIds } from './generate.js';
 import { decisionFeeds, jointDecisions, packedBatch, packRuns, type Sequence, sequenceCounters } from './mixed.js';
-import { loadNetwork, type Network } from './network.js';
-import { checkOptions } from './options.js';
+import { loadNetwork, type Network, resolveFor } from './network.js';
+import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import {
   budgetSelector,
   compileCountedScore,
@@ -84,12 +84,15 @@ export class ElasticModel implements AsyncDisposable {
   }
 
   /**
-   * What a budget means for this model. `length`: tokens of the sequences it is meant for.
+   * What a budget means for this model on its device. `length`: tokens of the sequences it is meant for; `maxTokens`: of
+   * these, tokens generated.
    * @throws InvalidArgumentError when the model cannot run at that budget.
    */
-  resolve(budget: Budget, options: { length?: number } = {}): OperatingPoint {
-    checkOptions('resolve', options, ['length']);
-    return resolveBudget(budget, this.network.spec, this.network.policy, options);
+  resolve(budget: Budget, options: Omit<BudgetContext, 'profile'> = {}): OperatingPoint {
+    checkOptions('resolve', options, ['length', 'maxTokens']);
+    for (const name of ['length', 'maxTokens'] as const)
+      checkNumber('resolve', name, options[name], positiveInteger, 'a positive integer');
+    return resolveFor(this.network, budget, options);
   }
 
   /**
@@ -190,7 +193,7 @@ export class ElasticModel implements AsyncDisposable {
     if (ids.length > network.maxContext) {
       throw new InvalidArgumentError(`[${api}] ${ids.length} tokens do not fit the context of ${network.maxContext}`);
     }
-    return { ids, point: resolveBudget(budget, network.spec, network.policy, { length: ids.length }) };
+    return { ids, point: resolveFor(network, budget, { length: ids.length }) };
   }
 
   #forward(api: Api, input: string | readonly number[], options: CallOptions) {

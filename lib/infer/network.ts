@@ -1,8 +1,10 @@
 // A loaded model: mapped weights, routers and tokenizer on one engine, shared by everything that runs it.
 import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
+import { type Budget, type BudgetContext, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
 import { LoraTensors, loraOfModules } from '../elastic/lora.js';
 import type { ElasticPolicy } from '../elastic/policy.js';
+import { type MeasuredOn, Profiles } from '../elastic/profile.js';
 import { adapterDirectory, readElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { readPeft } from '../io/peft.js';
@@ -12,6 +14,7 @@ import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { type DecoderTensors, loadWeights } from '../model/weights.js';
 import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 import { Engine, loadAddon, Tensor } from '../native/index.js';
+import { measuredOn } from './machine.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import type { Dtype, LoadOptions } from './types.js';
 
@@ -43,7 +46,17 @@ export interface Network {
   /** Tokens that end a text. */
   readonly endIds: ReadonlySet<number>;
   readonly maxContext: number;
+  /** What was measured of this model's levels, here or on other machines. */
+  readonly profiles: Profiles;
+  /** What times measured now depend on. */
+  measuredOn(): MeasuredOn;
   dispose(): void;
+}
+
+/** What a budget means for a model on its device. Errors: those of resolveBudget. */
+export function resolveFor(network: Network, budget: Budget, context: Omit<BudgetContext, 'profile'>): OperatingPoint {
+  const profile = () => network.profiles.of(network.measuredOn());
+  return resolveBudget(budget, network.spec, network.policy, { ...context, profile });
 }
 
 /**
@@ -133,6 +146,8 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
       loraAtFull: adapter !== undefined,
       tokenizer,
       ...ids,
+      profiles: await Profiles.read(dir),
+      measuredOn: () => measuredOn(engine, loaded.dtype),
       maxContext: options.maxContext ?? Math.min(spec.maxPositions, defaultContext),
       dispose,
     };

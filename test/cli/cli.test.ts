@@ -167,6 +167,22 @@ describe('from a plain model to text at a budget', () => {
     expect(json(evaluated).levels).toMatchObject([{ method: 'full' }, { method: 'routed', budget: 0.6 }]);
   });
 
+  it('eval --record measures levels for budgets by quality and latency', async () => {
+    const ask = (budget: string) => run('generate', elastic, '--budget', budget, '--max-tokens', '2', '--json');
+    expect((await ask('quality:0.5')).stderr).toMatch(/quality of no level was measured yet/);
+    expect((await ask('60000ms')).stderr).toMatch(/needs times measured on this device .*--record/);
+    const flags = ['--data', join(work, 'train.txt'), '--sequence-length', '32', '--record', '--json'];
+    const evaluated = await run('eval', elastic, ...flags);
+    expect(evaluated.code).toBe(0);
+    const { recorded } = json(evaluated) as { recorded: { levels: string[]; profile: string } };
+    expect(recorded.levels).toContain('p80');
+    expect(existsSync(recorded.profile)).toBe(true);
+    // Every level keeps a minute, and only full surely agrees everywhere.
+    for (const budget of ['60000ms', 'ttft:60000ms', 'tpot:60000ms', 'quality:1'])
+      expect(json(await ask(budget))).toMatchObject({ usage: { compute: { level: 'full', ratio: 1 } } });
+    expect((await ask('0.000001ms')).stderr).toMatch(/no level keeps 0\.000001 ms/);
+  });
+
   it('a plan is refused below full budget until it is trained', async () => {
     const { code, stdout, stderr } = await run('generate', plan, '--budget', '0.6');
     expect({ code, stdout }).toEqual({ code: 1, stdout: '' });

@@ -273,7 +273,7 @@ describe('budgets', () => {
       /tokenCapacity.mlp must be in \(0, 1\] or 4 numbers in \[0, 1\], one per layer, got 0/,
     ],
     [{ spec: { tokenCapacity: { head: 1 } } }, /unknown place 'head'/],
-    [{ latencyMs: 3 }, /must be a number in/],
+    [{ latency: 3 }, /must be a number in/],
     [null, /must be a number in/],
   ])('refuse %j', (budget, message) => {
     expect(() => resolveBudget(budget as never, spec, policy)).toThrow(message);
