@@ -23,6 +23,7 @@ import {
   type Calibration,
   type ElasticPolicy,
   type Level,
+  qualityMetric,
   type Routing,
   routedLayers,
   routerCapacities,
@@ -310,9 +311,6 @@ function withinLatency(
   const why = `${name} is the costliest level within ${latencyMs} ms: ${ms.toFixed(1)} ms, ${what}, by the times measured on this device; ${point.why}`;
   return { ...point, why };
 }
-
-/** The metric that `minQuality` is about: the share of positions whose most likely next token is the full model's. */
-export const qualityMetric = 'top1_agreement';
 
 function withQuality(least: number, points: readonly LevelPoint[], levels: ElasticPolicy['levels']): OperatingPoint {
   if (!(typeof least === 'number' && least > 0 && least <= 1))

@@ -29,6 +29,7 @@ import {
   routerPlaces,
   targetProblem,
 } from './policy.js';
+import { provenanceOf } from './provenance.js';
 import { baseFiles, elasticConfigFile, hashFiles, weightsSha256, writeElastic } from './store.js';
 
 /** A capacity to train at, or a range to draw it from, uniformly for every step and sequence. */
@@ -260,6 +261,7 @@ export async function elastify(model: string, recipe: Recipe, { out }: { out: st
     ...partial,
     base: {
       name: basename(resolve(model)),
+      ...(await provenanceOf(model)),
       weightsSha256: weightsSha256(sha256),
       tokenizerSha256: sha256['tokenizer.json'] ?? null,
     },

@@ -20,6 +20,7 @@ import {
   specKeys,
   specOfAxes,
 } from './axes.js';
+import type { Provenance } from './provenance.js';
 import { type Json, Reader } from './reader.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
@@ -32,6 +33,9 @@ export const gateModes: readonly GateMode[] = ['straight-through', 'raw', 'two-s
  */
 export type AttentionKeys = 'all' | 'selected';
 export const attentionKeys: readonly AttentionKeys[] = ['all', 'selected'];
+
+/** The metric that `minQuality` is about: the share of positions whose most likely next token is the full model's. */
+export const qualityMetric = 'top1_agreement';
 
 export interface QualityValue {
   value: number;
@@ -103,7 +107,7 @@ export const ownKeysRule = (count: number, kvHeads: number): string | null =>
 export interface ElasticPolicy {
   version: 1;
   /** The unchanged backbone this policy belongs to. */
-  base: { name: string; weightsSha256: string; tokenizerSha256: string | null };
+  base: { name: string; weightsSha256: string; tokenizerSha256: string | null } & Provenance;
   /** Of the backbone: routers are [1, hidden]. */
   hidden: number;
   layers: number;
@@ -233,6 +237,9 @@ function quantile(calibration: Calibration, id: string, context: number, q: numb
 
 // ---- elastic_config.json ----
 
+/** How tokens are chosen while training and afterwards. */
+const tokenRules = { train: 'top-k', decode: 'threshold' } as const;
+
 /** The content of elastic_config.json, version 1. */
 export function policyToJson(policy: ElasticPolicy): Json {
   const tokens: Json = {};
@@ -242,9 +249,8 @@ export function policyToJson(policy: ElasticPolicy): Json {
     tokens[place] = {
       layers: routed.layers,
       ...('keys' in routed ? { keys: routed.keys } : {}),
-      train: 'top-k',
+      ...tokenRules,
       train_capacity: policy.capacity[place],
-      decode: 'threshold',
     };
   }
   const { calibration, lora } = policy;
@@ -252,6 +258,8 @@ export function policyToJson(policy: ElasticPolicy): Json {
     elastic_version: 1,
     base: {
       name_or_path: policy.base.name,
+      ...(policy.base.revision && { revision: policy.base.revision }),
+      ...(policy.base.license && { license: policy.base.license }),
       weights_sha256: policy.base.weightsSha256,
       tokenizer_sha256: policy.base.tokenizerSha256,
     },
@@ -317,7 +325,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
   ]);
 
   const base = read.object(root.base, 'base');
-  read.known(base, 'base.', ['name_or_path', 'revision', 'weights_sha256', 'tokenizer_sha256']);
+  read.known(base, 'base.', ['name_or_path', 'revision', 'license', 'weights_sha256', 'tokenizer_sha256']);
 
   const gate = root.gate as GateMode;
   if (!gateModes.includes(gate)) read.fail('gate', `one of ${gateModes.join(', ')}`, gate);
@@ -363,6 +371,9 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     if (place === 'attn') tokens.attn = { layers, keys };
     else tokens.mlp = { layers };
     capacity[place] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
+    for (const [name, rule] of Object.entries(tokenRules)) {
+      if (entry[name] !== rule) read.fail(`${key}.${name}`, JSON.stringify(rule), entry[name]);
+    }
   }
 
   const experts: Partial<Record<ExpertAxis, Experts>> = {};
@@ -402,6 +413,8 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     version: 1,
     base: {
       name: read.string(base.name_or_path, 'base.name_or_path'),
+      ...(base.revision !== undefined && { revision: read.string(base.revision, 'base.revision') }),
+      ...(base.license !== undefined && { license: read.string(base.license, 'base.license') }),
       weightsSha256: read.string(base.weights_sha256, 'base.weights_sha256'),
       tokenizerSha256:
         base.tokenizer_sha256 === null ? null : read.string(base.tokenizer_sha256, 'base.tokenizer_sha256'),
@@ -449,11 +462,15 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
       read.fail('calibration.capacities', 'ascending numbers in (0, 1]', capacities);
     }
     if (!Array.isArray(entry.path) || entry.path.length === 0) read.fail('calibration.path', 'a list', entry.path);
+    let before = expected.map(() => 1);
     const path = (entry.path as unknown[]).map((step, i) => {
       const key = `calibration.path[${i}]`;
       const shares = read.numbers(step, key);
       const ok = shares.length === expected.length && shares.every((c) => c >= 0 && c <= 1);
       if (!ok) read.fail(key, `${expected.length} capacities in [0, 1]`, step);
+      if (i === 0 && shares.some((c) => c < 1)) read.fail(key, 'all 1, where the path starts', step);
+      if (shares.some((c, r) => c > before[r])) read.fail(key, 'nowhere above the capacities before', step);
+      before = shares;
       return shares;
     });
     const integer = (key: string, least: number, most: number): number => {
@@ -496,6 +513,7 @@ function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[]
     const name = read.string(level.name, `${key}.name`);
     if (names.has(name)) read.fail(`${key}.name`, 'unique', name);
     names.add(name);
+    if (name === '') read.fail(`${key}.name`, 'a name', name);
     const specJson = read.object(level.spec, `${key}.spec`);
     read.known(specJson, `${key}.spec.`, specKeys);
     const shares: Partial<Record<Axis, Capacity>> = {};
@@ -511,15 +529,36 @@ function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[]
       for (const place of places) shareAt(capacity[place], place);
     }
     for (const axis of expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
-    const result: Level = { name, spec: specOfAxes(shares) };
+    const spec = specOfAxes(shares);
+    if (name === 'full' && Object.keys(spec).length > 0) read.fail(`${key}.spec`, "{}: 'full' has no settings", spec);
+    const result: Level = { name, spec };
     if (level.flops_ratio !== undefined) {
       const ratio = level.flops_ratio;
       if (typeof ratio !== 'number' || !(ratio > 0)) read.fail(`${key}.flops_ratio`, 'a positive number', ratio);
       result.flopsRatio = ratio as number;
     }
-    if (level.quality !== undefined) {
-      result.quality = read.object(level.quality, `${key}.quality`) as Record<string, QualityValue>;
-    }
+    if (level.quality !== undefined) result.quality = readQuality(read, level.quality, `${key}.quality`);
     return result;
   });
+}
+
+function readQuality(read: Reader, json: unknown, key: string): Record<string, QualityValue> {
+  const metrics = Object.entries(read.object(json, key)).map(([metric, entry]) => {
+    const at = `${key}.${metric}`;
+    const quality = read.object(entry, at);
+    read.known(quality, `${at}.`, ['value', 'lo', 'hi', 'n']);
+    const [value, lo, hi] = ['value', 'lo', 'hi'].map((name) => {
+      const number = quality[name];
+      if (typeof number !== 'number') read.fail(`${at}.${name}`, 'a number', number);
+      return number as number;
+    });
+    // A percentile interval may leave the value just outside.
+    const shares = metric !== qualityMetric || [value, lo, hi].every((share) => share >= 0 && share <= 1);
+    if (!shares) read.fail(at, 'a share, in [0, 1]', entry);
+    if (lo > hi) read.fail(`${at}.lo`, 'at most hi', lo);
+    const n = quality.n;
+    if (!Number.isInteger(n) || (n as number) < 1) read.fail(`${at}.n`, 'a positive integer', n);
+    return [metric, { value, lo, hi, n: n as number }] as const;
+  });
+  return Object.fromEntries(metrics);
 }

@@ -9,12 +9,14 @@ import { openSafetensors, type TensorData, writeSafetensors } from '../io/safete
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
 import { isExperts } from './axes.js';
+import { modelCard } from './card.js';
 import { type Lora, loraModules, loraOfModules } from './lora.js';
 import { type ElasticPolicy, type Level, policyFromJson, policyToJson, type Router, routerPlaces } from './policy.js';
 
 export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';
 export const manifestFile = 'elastic_manifest.json';
+export const cardFile = 'README.md';
 /** Holds the corrections of an elastic directory, as PEFT reads them. */
 export const adapterDirectory = 'adapter';
 const adapterFiles = [adapterConfigFile, adapterWeightsFile].map((name) => `${adapterDirectory}/${name}`);
@@ -139,7 +141,7 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
     if (typeof hash !== 'string' || !/^[0-9a-f]{64}$/.test(hash)) bad(`the hash of ${name} is not a SHA-256`);
   }
   for (const key of Object.keys(rest)) {
-    if (key !== 'tool') warnings.push(`${path}: unknown key ${key} is ignored`);
+    if (key !== 'tool' && key !== 'base') warnings.push(`${path}: unknown key ${key} is ignored`);
   }
   return files as Record<string, string>;
 }
@@ -195,8 +197,8 @@ function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPoli
 
 /**
  * Writes a whole elastic directory: the checkpoint's files are hard-linked from `base` (copied where links do not work),
- * then routers, corrections, policy and, last, the manifest. Until the manifest is there readElastic refuses the directory, so a write
- * that stops half-way is never mistaken for a model. `out` may be `base` itself.
+ * then routers, corrections, policy, model card and, last, the manifest. Until the manifest is there readElastic refuses the
+ * directory, so a write that stops half-way is never mistaken for a model. `out` may be `base` itself.
  * Errors: FileSystemError when the file system refuses.
  */
 export async function writeElastic(
@@ -206,9 +208,11 @@ export async function writeElastic(
   routers: ReadonlyMap<string, Router>,
   lora: Lora | null,
 ): Promise<void> {
+  const names = baseFiles(base);
+  // Takes longest, and so comes before anything is touched.
+  const hashes = await hashFiles(base, names);
   await inFileSystem('create', out, () => mkdir(out, { recursive: true }));
   await rm(join(out, manifestFile), { force: true });
-  const names = baseFiles(base);
   if ((await realpath(out)) !== (await realpath(base))) {
     for (const name of names) await takeOver(join(base, name), join(out, name));
   }
@@ -231,25 +235,30 @@ export async function writeElastic(
     await writePeft(adapter, loraModules(spec, lora), { base: name, rank, transposed: spec.family === 'gpt2' });
   } else await rm(adapter, { recursive: true, force: true });
   await writeFileAtomic(join(out, elasticConfigFile), `${JSON.stringify(policyToJson(policy), null, 2)}\n`);
-  await writeManifest(out, [...names, elasticConfigFile, routerFile, ...(lora ? adapterFiles : [])]);
+  await writeFileAtomic(join(out, cardFile), modelCard(policy));
+  const written = [elasticConfigFile, routerFile, cardFile, ...(lora ? adapterFiles : [])];
+  const { name, revision, license } = policy.base;
+  const manifest = {
+    ...{ manifest_version: 1, tool: 'elastiform', base: { name, revision, license } },
+    files: { ...hashes, ...(await hashFiles(out, written)) },
+  };
+  await writeFileAtomic(join(out, manifestFile), `${JSON.stringify(manifest, null, 2)}\n`);
 }
 
 /**
  * Replaces the named levels of an elastic directory, for instance to record measured quality.
- * Errors: those of readElastic and writeElastic; InvalidArgumentError when the directory is not elastic.
+ * Errors: those of readElastic and writeElastic; InvalidArgumentError when the directory is not elastic, InvalidDataError
+ * when a level is not what it must be.
  */
 export async function writeLevels(dir: string, levels: readonly Level[]): Promise<void> {
   const elastic = await readElastic(dir);
   if (!elastic) throw new InvalidArgumentError(`[elastic] ${dir} is not an elastic directory`);
-  await writeElastic(dir, dir, { ...elastic.policy, levels }, elastic.routers, elastic.lora);
-}
-
-async function writeManifest(out: string, names: readonly string[]): Promise<void> {
-  const files = await hashFiles(out, names);
-  await writeFileAtomic(
-    join(out, manifestFile),
-    `${JSON.stringify({ manifest_version: 1, tool: 'elastiform', files }, null, 2)}\n`,
-  );
+  const policy = { ...elastic.policy, levels };
+  // What could not be read again must not be written.
+  const configPath = join(dir, 'config.json');
+  const spec = specFromConfig(await readJson(configPath), configPath);
+  policyFromJson(JSON.parse(JSON.stringify(policyToJson(policy))), join(dir, elasticConfigFile), spec, []);
+  await writeElastic(dir, dir, policy, elastic.routers, elastic.lora);
 }
 
 async function takeOver(from: string, to: string): Promise<void> {

@@ -1,6 +1,5 @@
 // Keeps what an evaluation measured of a model's levels in the model's directory, for budgets by quality.
-import { qualityMetric } from '../elastic/budget.js';
-import type { QualityValue } from '../elastic/policy.js';
+import { type QualityValue, qualityMetric } from '../elastic/policy.js';
 import { readElastic, writeLevels } from '../elastic/store.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import type { EvalReport } from './evaluate.js';
