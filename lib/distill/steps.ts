@@ -1,6 +1,6 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
 import { LoraTensors, patched, trainablePatch } from '../elastic/lora.js';
-import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
+import { type ElasticPolicy, hasQuantiles, routerPlaces } from '../elastic/policy.js';
 import {
   capacityFeed,
   inferenceSelector,
@@ -216,13 +216,18 @@ export function evalProgram(model: DistillModel): Program {
   return Program.compile(graph, model.engine);
 }
 
-/** The logits of every router of tokens, f32 [rows, 1] each, as outputs named by router id, routed by top-k at the capacities fed. */
+/**
+ * The logits of every router that has calibrated quantiles, f32 [rows that it scored, outputs], as outputs named by router
+ * id, routed by top-k at the capacities fed.
+ */
 export function logitsProgram(model: DistillModel): Program {
   const graph = new Graph();
   const { segments, rows: _, ...inputs } = batchInputs(graph, model.batchTokens);
   const selector = studentSelector(graph, model, segments);
   decoder(graph, model.spec, bindWeights(graph, model.weights), inputs, selector);
   for (const { id, z } of selector.routed) graph.output(id, z);
+  const byMass = new Set(routerPlaces(model.policy).flatMap((r) => (hasQuantiles(model.policy, r.axis) ? [r.id] : [])));
+  for (const { id, detached } of selector.routedExperts) if (byMass.has(id)) graph.output(id, detached.z);
   return Program.compile(graph, model.engine);
 }
 

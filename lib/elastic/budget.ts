@@ -11,7 +11,6 @@ import {
   capacityRule,
   type ElasticSpec,
   expertAxisOf,
-  expertsUsed,
   isCapacity,
   meanCapacity,
   perAxis,
@@ -29,6 +28,7 @@ import {
   routerCapacities,
   routerPlaces,
   thresholds,
+  usedShare,
 } from './policy.js';
 import { type DeviceProfile, expectedMs, type LatencyMetric, latencyMetrics } from './profile.js';
 
@@ -104,7 +104,7 @@ function routedFlops(
 ): number {
   if (tokens <= 0 || experts <= 0) return 0;
   const cut = experts < 1 ? policy[expertAxisOf(place)]! : null;
-  const used = cut ? expertsUsed(experts, cut.count) / cut.count : 1;
+  const used = cut ? usedShare(cut, experts) : 1;
   const entered = tokens * length;
   const tokenRouter = tokens < 1 ? 2 * length * spec.hidden : 0;
   const routers = tokenRouter + (cut ? 2 * entered * spec.hidden * cut.count : 0);
@@ -128,8 +128,8 @@ export function loraFlops(
   if (!lora?.layers.includes(layer) || tokens <= 0 || experts <= 0) return 0;
   const { hidden, ffn, heads, kvHeads, headDim } = spec;
   const cut = experts < 1 ? policy[expertAxisOf(place)]! : null;
-  const used = cut ? expertsUsed(experts, cut.count) : 1;
-  const part = used / (cut?.count ?? 1);
+  const part = cut ? usedShare(cut, experts) : 1;
+  const used = part * (cut?.count ?? 1);
   const [q, kv, units] = [part * heads * headDim, kvHeads * headDim, part * ffn];
   const entered = tokens * length;
   const own = cut?.keys === 'selected';

@@ -3,7 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { mkdir, readdir, realpath, rename, rm, rmdir } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
-import { type ExpertGate, expertGates } from '../graph/index.js';
+import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
 import { FileSystemError, inFileSystem, readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { type Place, type Projection, places, projections } from '../model/select.js';
@@ -43,13 +43,13 @@ export interface ElastiformerRecipe {
   /** Which rows routed attention attends to; default 'all'. 'selected' saves more and loses more. */
   keys?: AttentionKeys;
   /** Cuts the feed-forward into `count` blocks, of which every token uses a share; default not. */
-  blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate };
+  blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate; rule?: ExpertRule };
   /**
    * Makes experts of attention's heads, of which every token uses a share; default not. `group` 'gqa': heads that share keys
    * and values are one expert, the default where they do; 'head': every head is one. `keys` 'selected': a row has only the
    * keys and values of heads that it chose, default 'all'.
    */
-  heads?: { share?: TrainCapacity; gate?: ExpertGate; group?: HeadGroup; keys?: AttentionKeys };
+  heads?: { share?: TrainCapacity; gate?: ExpertGate; rule?: ExpertRule; group?: HeadGroup; keys?: AttentionKeys };
   /**
    * Trains corrections of a rank for projections (default q and v) of all layers, or of some; every budget below full has
    * them. Default none.
@@ -160,15 +160,15 @@ export function policyOf(recipe: Recipe, spec: ModelSizes): Omit<ElasticPolicy, 
 type Fail = (message: string) => never;
 
 function blocksOf(
-  { count, gate, share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
+  { count, gate, rule, share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
   layers: readonly number[],
   spec: ModelSizes,
   fail: Fail,
 ): Experts {
-  for (const key of Object.keys(rest)) fail(`unknown key 'blocks.${key}'; blocks takes count, share, gate`);
-  const [accepts, rule] = cutRule('blocks', spec);
-  if (!accepts(count)) fail(`blocks.count must be ${rule}, got ${JSON.stringify(count)}`);
-  return { layers, count, gate: gateOf('blocks', gate, fail) };
+  for (const key of Object.keys(rest)) fail(`unknown key 'blocks.${key}'; blocks takes count, share, gate, rule`);
+  const [accepts, counts] = cutRule('blocks', spec);
+  if (!accepts(count)) fail(`blocks.count must be ${counts}, got ${JSON.stringify(count)}`);
+  return { layers, count, ...choiceOf('blocks', gate, rule, fail) };
 }
 
 function loraOf(
@@ -187,12 +187,12 @@ function loraOf(
 }
 
 function headsOf(
-  { gate, share: _, group, keys = 'all', ...rest }: NonNullable<ElastiformerRecipe['heads']>,
+  { gate, rule, share: _, group, keys = 'all', ...rest }: NonNullable<ElastiformerRecipe['heads']>,
   layers: readonly number[],
   spec: ModelSizes,
   fail: Fail,
 ): Experts {
-  for (const key of Object.keys(rest)) fail(`unknown key 'heads.${key}'; heads takes share, gate, group, keys`);
+  for (const key of Object.keys(rest)) fail(`unknown key 'heads.${key}'; heads takes share, gate, rule, group, keys`);
   if (group !== undefined && !headGroups.includes(group)) {
     fail(`heads.group must be one of ${headGroups.join(', ')}, got ${JSON.stringify(group)}`);
   }
@@ -208,12 +208,22 @@ function headsOf(
   }
   const bad = keys === 'selected' ? ownKeysRule(count, spec.kvHeads) : null;
   if (bad) fail(`heads.keys must be ${bad}`);
-  return { layers, count, gate: gateOf('heads', gate, fail), keys };
+  return { layers, count, ...choiceOf('heads', gate, rule, fail), keys };
 }
 
-function gateOf(axis: ExpertAxis, gate: ExpertGate = 'straight-through', fail: Fail): ExpertGate {
-  if (expertGates.includes(gate)) return gate;
-  return fail(`${axis}.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
+function choiceOf(
+  axis: ExpertAxis,
+  gate: ExpertGate = 'straight-through',
+  rule: ExpertRule = 'top-k',
+  fail: Fail,
+): Pick<Experts, 'gate' | 'rule'> {
+  if (!expertGates.includes(gate)) {
+    fail(`${axis}.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
+  }
+  if (!expertRules.includes(rule)) {
+    fail(`${axis}.rule must be one of ${expertRules.join(', ')}, got ${JSON.stringify(rule)}`);
+  }
+  return { gate, rule };
 }
 
 function layersOf(which: 'all' | 'even' | readonly number[], count: number, fail: Fail): number[] {

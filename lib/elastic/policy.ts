@@ -1,6 +1,6 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 
-import { type ExpertGate, expertGates } from '../graph/index.js';
+import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
 import { type Place, type Projection, places, projections } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
@@ -13,6 +13,7 @@ import {
   type ElasticSpec,
   type ExpertAxis,
   expertAxes,
+  expertsUsed,
   isCapacity,
   isExperts,
   meanCapacity,
@@ -61,6 +62,9 @@ export interface Level {
  * `quantiles.get(id)` is [capacities.length, points], row-major, ascending within a row: the quantiles of a router's
  * logits while the model ran on the path at each mean capacity of `capacities`, since the logits a router sees depend on
  * what the routers before it dropped. Point j is the j/(points-1) quantile.
+ *
+ * Of routers of experts by mass they are quantiles of the mass that a token's better experts have before each: the share c of
+ * all experts is used at a mass that is the c quantile.
  */
 export interface Calibration {
   path: readonly (readonly number[])[];
@@ -81,6 +85,11 @@ export interface Experts {
   layers: readonly number[];
   count: number;
   gate: ExpertGate;
+  /**
+   * How a token's share becomes experts where the model is used: `top-k`, so many of them; `mass`, as many as its scores take
+   * to reach a mass of which tokens use the share on the mean. Routers are trained by top-k.
+   */
+  rule: ExpertRule;
   /**
    * Of heads, whose keys and values a row that enters has: default `all`; with `selected` only those of the heads that it
    * chose.
@@ -173,6 +182,16 @@ export function routerParameters(policy: Routing & Pick<ElasticPolicy, 'hidden'>
   return routerPlaces(policy).reduce((sum, { outputs }) => sum + outputs * (policy.hidden + 1), 0);
 }
 
+/** The share of experts that tokens use on the mean when a share is asked for: whole ones, at least one. */
+export const usedShare = ({ count, rule }: Experts, share: number): number =>
+  rule === 'mass' ? Math.max(share, 1 / count) : expertsUsed(share, count) / count;
+
+/** Whether routers of an axis have calibrated quantiles; the others need none. */
+export const hasQuantiles = (policy: Routing, axis: Axis): boolean => !isExperts(axis) || policy[axis]!.rule === 'mass';
+
+/** Smaller than the mass of a token's best expert. */
+const leastMass = 1e-6;
+
 /** One capacity per router, in the order of execution, from shares per axis; absent axes are full. */
 export function routerCapacities(policy: Routing, shares: Partial<Record<Axis, Capacity>>): number[] {
   return routerPlaces(policy).map(({ layer, axis }) => {
@@ -205,7 +224,9 @@ export function thresholds(
       const c = capacities[i];
       if (absent.has(name(router))) return [id, Number.POSITIVE_INFINITY];
       if (c >= 1) return [id, Number.NEGATIVE_INFINITY];
-      if (isExperts(axis)) return [id, c];
+      if (isExperts(axis) && policy[axis]!.rule === 'top-k') return [id, c];
+      // Of no mass a token would use no expert, and it uses at least one.
+      if (isExperts(axis)) return [id, Math.max(quantile(calibration, id, mean, c), leastMass)];
       // A router that scores all tokens alike cannot choose: all pass.
       const table = calibration.quantiles.get(id)!;
       if (Math.max(...table) === Math.min(...table)) return [id, Number.NEGATIVE_INFINITY];
@@ -380,14 +401,23 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
   for (const axis of expertAxes) {
     if (root[axis] === undefined) continue;
     const entry = read.object(root[axis], axis);
-    read.known(entry, `${axis}.`, ['layers', 'count', 'gate', ...(axis === 'heads' ? ['keys'] : []), 'train_share']);
+    read.known(entry, `${axis}.`, [
+      'layers',
+      'count',
+      'gate',
+      'rule',
+      ...(axis === 'heads' ? ['keys'] : []),
+      'train_share',
+    ]);
     const layers = layersAt(entry, axis);
     const count = entry.count as number;
     const [accepts, rule] = cutRule(axis, model);
     if (!accepts(count)) read.fail(`${axis}.count`, rule, count);
     const expertGate = entry.gate as ExpertGate;
     if (!expertGates.includes(expertGate)) read.fail(`${axis}.gate`, `one of ${expertGates.join(', ')}`, expertGate);
-    experts[axis] = { layers, count, gate: expertGate };
+    const expertRule = entry.rule as ExpertRule;
+    if (!expertRules.includes(expertRule)) read.fail(`${axis}.rule`, `one of ${expertRules.join(', ')}`, expertRule);
+    experts[axis] = { layers, count, gate: expertGate, rule: expertRule };
     if (axis === 'heads') {
       const keys = entry.keys as AttentionKeys;
       if (!attentionKeys.includes(keys)) read.fail('heads.keys', `one of ${attentionKeys.join(', ')}`, keys);

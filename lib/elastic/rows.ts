@@ -50,7 +50,7 @@ export interface RoutedExperts {
 export const capacityFeed = (id: string): string => `capacity.${id}`;
 /** Name of the feed f32 [N, outputs] with what is added to a router's logits before rows are chosen in training. */
 export const noiseFeed = (id: string): string => `noise.${id}`;
-/** Name of the feed f32 [S] with a router's logit threshold, or share of experts, for every segment. */
+/** Name of the feed f32 [S] with a router's logit threshold, or share or mass of experts, for every segment. */
 export const thresholdFeed = (id: string): string => `threshold.${id}`;
 /** Name of the feed f32 [N, outputs] with the scores that stand in for a router's logits in the random baseline. */
 export const scoreFeed = (id: string): string => `score.${id}`;
@@ -176,7 +176,7 @@ export function inferenceSelector(
       const { id, gate: mode } = cut;
       const share = graph.feed(thresholdFeed(id), 'f32', [segments]);
       const z = expertLogits(entered, routers(id));
-      const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: 'top-k' };
+      const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: cut.rule };
       return chosenExperts(scores, cut, (expert, rows) =>
         mode === 'straight-through' ? undefined : expertGate(scores, expert, rows, mode),
       );

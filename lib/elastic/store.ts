@@ -8,10 +8,17 @@ import { adapterConfigFile, adapterWeightsFile, readPeft, writePeft } from '../i
 import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
-import { isExperts } from './axes.js';
 import { modelCard } from './card.js';
 import { type Lora, loraModules, loraOfModules } from './lora.js';
-import { type ElasticPolicy, type Level, policyFromJson, policyToJson, type Router, routerPlaces } from './policy.js';
+import {
+  type ElasticPolicy,
+  hasQuantiles,
+  type Level,
+  policyFromJson,
+  policyToJson,
+  type Router,
+  routerPlaces,
+} from './policy.js';
 
 export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';
@@ -181,7 +188,7 @@ function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPoli
   for (const { id, axis, outputs } of routerPlaces(policy)) {
     const bias = load(`${id}.bias`, [outputs]);
     routers.set(id, { weight: load(`${id}.weight`, [outputs, policy.hidden]), bias });
-    if (!calibration || isExperts(axis)) continue;
+    if (!calibration || !hasQuantiles(policy, axis)) continue;
     const table = load(`${id}.quantiles`, [calibration.capacities.length, calibration.points]);
     for (let i = 1; i < table.length; i++) {
       if (i % calibration.points !== 0 && table[i] < table[i - 1]) {
@@ -221,7 +228,7 @@ export async function writeElastic(
     const { weight, bias } = routers.get(id)!;
     tensors[`${id}.weight`] = { dtype: 'f32', shape: [outputs, policy.hidden], data: weight };
     tensors[`${id}.bias`] = { dtype: 'f32', shape: [outputs], data: bias };
-    if (policy.calibration && !isExperts(axis)) {
+    if (policy.calibration && hasQuantiles(policy, axis)) {
       const { capacities, points, quantiles } = policy.calibration;
       tensors[`${id}.quantiles`] = { dtype: 'f32', shape: [capacities.length, points], data: quantiles.get(id)! };
     }

@@ -1,7 +1,7 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
 import { isExperts, routerId } from '../elastic/axes.js';
 import { type Budget, budgetText } from '../elastic/budget.js';
-import { routerPlaces } from '../elastic/policy.js';
+import { routedLayers, routerPlaces } from '../elastic/policy.js';
 import { capacityFeed, droppedSelector, randomSelector, scoreFeed, thresholdFeeds } from '../elastic/rows.js';
 import type { Program } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
@@ -306,17 +306,25 @@ class Evaluation {
     // A sub-layer ran on its share of tokens times its share of experts, of which whole ones are used.
     const experts = expertShares(this.#network, this.#resolve(budget));
     const shares = routers.map(({ id, layer, place, axis, outputs }) => {
-      const used = experts[place][layer];
       const ran = routed.layersRun[place][layer];
+      // Where tokens are not routed, too, all that is less than whole is the share of experts.
+      const used = routedLayers(policy, place).includes(layer) ? experts[place][layer] : ran;
       return { id, outputs, share: ran === 0 ? 0 : isExperts(axis) ? used : ran / used };
     });
     const present = shares.filter(({ share }) => share > 0);
     const absent = new Set(shares.filter(({ share }) => share === 0).map(({ id }) => id));
     const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments, absent);
+    // Experts come whole: of the numbers around a share each is drawn for some sequences, so that the mean is the same.
+    const whole = (share: number, u: number) => Math.floor(Math.round(share * 1e6) / 1e6 + u);
     const feeds = (batch: Batch, index: number): Record<string, TypedArray> =>
       Object.fromEntries(
         present.flatMap(({ id, outputs, share }, r) => [
-          [capacityFeed(id), new Float32Array(batch.sequences.length).fill(Math.min(1, share))],
+          [
+            capacityFeed(id),
+            noise(this.#seed, index, r + 2048, batch.sequences.length).map((u) =>
+              Math.min(1, outputs === 1 ? share : whole(share * outputs, u) / outputs),
+            ),
+          ],
           [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length * outputs)],
         ]),
       );

@@ -1,8 +1,8 @@
 // Which sub-layers each token of a text entered.
 
-import { expertAxisOf, expertsUsed, isExperts, routerId, specByAxis } from '../elastic/axes.js';
+import { expertAxisOf, isExperts, routerId, specByAxis } from '../elastic/axes.js';
 import type { OperatingPoint } from '../elastic/budget.js';
-import { routerCapacities, routerPlaces } from '../elastic/policy.js';
+import { routerCapacities, routerPlaces, usedShare } from '../elastic/policy.js';
 import { type Place, places } from '../model/select.js';
 import type { TypedArray } from '../native/index.js';
 import type { Network } from './network.js';
@@ -44,14 +44,14 @@ export function choosesTokens({ policy }: Network, { thresholds }: OperatingPoin
   );
 }
 
-/** Share of each sub-layer that a token which enters uses at a budget, in whole experts, [layers]. */
+/** Share of each sub-layer's experts that a token which enters uses at a budget, [layers]; by mass, the expected mean. */
 export function expertShares({ spec, policy }: Network, point: OperatingPoint): Record<Place, Float32Array> {
   const whole = () => new Float32Array(spec.layers).fill(1);
   const shares = { attn: whole(), mlp: whole() };
   if (!policy) return shares;
   const capacities = routerCapacities(policy, specByAxis(point.spec));
-  for (const [i, { layer, place, axis, outputs }] of routerPlaces(policy).entries()) {
-    if (isExperts(axis)) shares[place][layer] = expertsUsed(capacities[i], outputs) / outputs;
+  for (const [i, { layer, place, axis }] of routerPlaces(policy).entries()) {
+    if (isExperts(axis)) shares[place][layer] = usedShare(policy[axis]!, capacities[i]);
   }
   return shares;
 }

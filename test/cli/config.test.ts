@@ -125,7 +125,13 @@ describe('elastify --recipe', () => {
 
 describe('examples/recipes', () => {
   it('are all tested', () => {
-    expect(readdirSync(examples).sort()).toEqual(['blocks.yaml', 'distill.yaml', 'heads.yaml', 'lora.yaml', 'tokens.yaml']);
+    expect(readdirSync(examples).sort()).toEqual([
+      'blocks.yaml',
+      'distill.yaml',
+      'heads.yaml',
+      'lora.yaml',
+      'tokens.yaml',
+    ]);
   });
 
   it.each([

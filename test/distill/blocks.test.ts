@@ -85,7 +85,7 @@ describe('a trained model', async () => {
 
     const elastic = (await readElastic(out))!;
     expect(elastic.warnings).toEqual([]);
-    expect(elastic.policy.blocks).toEqual({ layers: [0, 1, 2], count: 4, gate: 'straight-through' });
+    expect(elastic.policy.blocks).toEqual({ layers: [0, 1, 2], count: 4, gate: 'straight-through', rule: 'top-k' });
     expect(routerPlaces(elastic.policy).map(({ id }) => id)).toContain('layers.1.mlp.blocks');
     const point = resolveBudget(0.75, readSpec(out), elastic.policy);
     expect(point.flopsRatio).toBeCloseTo(0.75, 1);

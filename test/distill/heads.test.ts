@@ -1,6 +1,7 @@
 // Attention of which every token uses some heads: gradients of the routers, training, and the trained model at budgets.
 import { join } from 'node:path';
 import { describe, expect, it, test } from 'vitest';
+import { massesBefore } from '../../lib/distill/calibrate.js';
 import { distill } from '../../lib/distill/distill.js';
 import { resolveBudget } from '../../lib/elastic/budget.js';
 import { type ElastiformerRecipe, elastify, policyOf } from '../../lib/elastic/elastify.js';
@@ -161,13 +162,65 @@ describe.each([
   });
 });
 
+test('experts by mass are as many as were asked for on the mean, and differ between tokens', async () => {
+  const root = temporaryDirectory();
+  const [backbone, plan, out] = ['backbone', 'plan', 'run'].map((name) => join(root, name));
+  await tinyModel(backbone);
+  const heads = { group: 'head', rule: 'mass' } as const;
+  await elastify(backbone, { kind: 'elastiformer', heads, blocks: { count: 8, rule: 'mass' } }, { out: plan });
+  const data = stories(120);
+  await distill({
+    plan,
+    out,
+    data: { kind: 'documents', documents: data },
+    steps: 30,
+    batchTokens: 128,
+    sequenceLength: 32,
+    optimizer: { lr: 1e-2 },
+    calibrationTokens: 1024,
+    seed: 3,
+    device: 'cpu',
+  });
+  const { policy } = (await readElastic(out))!;
+  expect([...policy.calibration!.quantiles.keys()]).toEqual(routerPlaces(policy).map(({ id }) => id));
+
+  await using model = await loadModel(out);
+  const ids = model.network.tokenizer!.encode('The cat saw the dog by the lake.');
+  await generated(model, ids, { headShare: 0.5, blockShare: 0.6 });
+  const spec = { headShare: 0.6, blockShare: 0.4 };
+  const { levels } = await evaluate(model, { data, budgets: [{ spec }, 0.8], baselines: ['random'], speed: false });
+  const mean = (shares: Float32Array) => shares.reduce((a, b) => a + b, 0) / shares.length;
+  const [routed, random, budget] = levels;
+  expect(mean(routed.layersRun.attn)).toBeCloseTo(0.6, 1);
+  expect(mean(routed.layersRun.mlp)).toBeCloseTo(0.4, 1);
+  // Not a whole number of experts: tokens use more or fewer.
+  expect(routed.layersRun.attn.some((share) => Math.abs(share * 4 - Math.round(share * 4)) > 0.01)).toBe(true);
+  expect(mean(random.layersRun.attn)).toBeCloseTo(mean(routed.layersRun.attn), 1);
+  expect(mean(random.layersRun.mlp)).toBeCloseTo(mean(routed.layersRun.mlp), 1);
+  expect(budget.ratio).toBeCloseTo(0.8, 1);
+});
+
+test('masses are those of the softmax before each expert, the best first', () => {
+  const z = Float32Array.of(0, Math.log(2), Math.log(5), 7, 7, 7);
+  const masses = [0, 5 / 8, 7 / 8, 0, 1 / 3, 2 / 3];
+  massesBefore(z, 3).forEach((mass, i) => {
+    expect(mass).toBeCloseTo(masses[i], 6);
+  });
+});
+
 describe('recipes', () => {
   const spec = { layers: 2, hidden: 32, ffn: 64, gated: true, heads: 4, kvHeads: 2 };
   const policy = (heads: object, more: object = {}, sizes: object = {}) =>
     policyOf({ kind: 'elastiformer', heads, ...more } as ElastiformerRecipe, { ...spec, ...sizes });
 
   test('make groups experts where heads share keys', () => {
-    expect(policy({}).heads).toEqual({ layers: [0, 1], count: 2, gate: 'straight-through', keys: 'all' });
+    expect(policy({}).heads).toEqual({
+      layers: [0, 1],
+      count: 2,
+      gate: 'straight-through',
+      rule: 'top-k',
+      keys: 'all',
+    });
     expect(policy({ group: 'head' }).heads?.count).toBe(4);
     expect(policy({}, {}, { kvHeads: 4 }).heads?.count).toBe(4);
     expect(policy({}, {}, { kvHeads: 1 }).heads?.count).toBe(4);
@@ -188,6 +241,7 @@ describe('recipes', () => {
     [{ keys: 'selected' }, { tokens: { attn: 0.5 } }, {}, /keys must be 'selected' too/],
     [{ share: 2 }, {}, {}, /heads.share: capacity must be in \(0, 1\], got 2/],
     [{ gate: 'raw' }, {}, {}, /heads.gate must be one of straight-through, softmax, renormalised/],
+    [{ rule: 'xmoe' }, {}, {}, /heads.rule must be one of top-k, mass/],
     [{ count: 2 }, {}, {}, /unknown key 'heads.count'/],
   ])('%o with %o is refused', (heads, more, sizes, message) => {
     expect(() => policy(heads, more, sizes)).toThrow(message);

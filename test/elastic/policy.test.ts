@@ -47,7 +47,10 @@ function calibrated(recipe: Recipe): ElasticPolicy & { calibration: Calibration 
     (_, i) => (i % points) / (points - 1) + 10 * capacities[Math.floor(i / points)],
   );
   const quantiles = new Map(routerPlaces(policy).map(({ id }) => [id, table]));
-  return { ...policy, calibration: { path, capacities, points, tokens: 100, sequenceLength: 64, quantiles } };
+  return {
+    ...policy,
+    calibration: { path, capacities, points, tokens: 100, sequenceLength: 64, quantiles },
+  };
 }
 
 describe('recipes', () => {
@@ -166,6 +169,23 @@ describe('thresholds', () => {
 
   const at = (attn: number, mlp: number) =>
     thresholds(policy, policy.calibration, routerCapacities(policy, { attn, mlp }));
+
+  it('by mass are the c quantiles of the masses before experts, and never so small that none is used', () => {
+    const cut = calibrated({ kind: 'elastiformer', layers: [0, 1], heads: { group: 'head', rule: 'mass' } });
+    // Points 0, 1/4, 1/2, 3/4, 1 at mean capacities 0.4 and 0.8.
+    const table = Float32Array.of(0, 0, 0.5, 0.6, 0.8, 0, 0.2, 0.4, 0.8, 1);
+    const quantiles = new Map(routerPlaces(cut).map(({ id }) => [id, table]));
+    const massAt = (first: number, second: number) =>
+      thresholds(cut, { ...cut.calibration, quantiles }, [first, second]).get(routerId(0, 'heads'));
+    expect(massAt(0.5, 0.1)).toBeCloseTo(0.5, 6);
+    expect(massAt(0.625, 0.1)).toBeCloseTo(0.55, 6);
+    expect(massAt(0.75, 0.85)).toBeCloseTo(0.8, 6);
+    // Halfway between both rows.
+    expect(massAt(0.75, 0.45)).toBeCloseTo(0.7, 6);
+    expect(massAt(0.2, 0.1)).toBe(1e-6);
+    expect(massAt(1, 0.5)).toBe(Number.NEGATIVE_INFINITY);
+    expect(massAt(0, 0.5)).toBe(Number.POSITIVE_INFINITY);
+  });
 
   it('are the 1 - c quantiles, interpolated between calibrated capacities', () => {
     expect(at(0.4, 0.4).get(id)).toBeCloseTo(4.6);
