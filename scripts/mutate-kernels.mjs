@@ -99,7 +99,7 @@ async function seed(mutation, folder) {
   }
   // First, so that of functions in headers these are taken.
   link[link.indexOf('-o') + 1] = `"${binary}" ${objects.join(' ')}`;
-  // An addon that does not load would be passed over for the one in build/Release.
+  // An addon that does not load would fail every test.
   const linked = await run(`${link.join(' ')}${mutation.ops ? ` && node -e 'require("${binary}")'` : ''}`);
   return linked.ok ? { binary } : { failure: `DOES NOT LINK:\n${linked.text}` };
 }

@@ -1,5 +1,6 @@
 // How processes and worker threads with native work in flight end: exit codes, and nothing on stderr.
 import { spawnSync } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
 import { resolve } from 'node:path';
 import { describe, expect, it, vi } from 'vitest';
 
@@ -148,31 +149,47 @@ describe('loading', () => {
     expect(result).toMatchObject({ code: 0, stdout: 'imported\n', stderr: '' });
   });
 
-  it('prefers ELASTIFORM_NATIVE_PATH and falls back to the build', () => {
+  it('takes what ELASTIFORM_NATIVE_PATH names', () => {
     const script = `const { loadAddon } = await import(${native}); console.log(typeof loadAddon().info().isa);`;
-    const direct = { ELASTIFORM_NATIVE_PATH: resolve(root, 'build/Release/elastiform.node') };
-    expect(run(script, direct)).toMatchObject({ code: 0, stdout: 'string\n' });
-    expect(run(script, { ELASTIFORM_NATIVE_PATH: '/nonexistent' })).toMatchObject({ code: 0, stdout: 'string\n' });
+    const env = { ELASTIFORM_NATIVE_PATH: 'build/Release/elastiform.node', ELASTIFORM_PREBUILD: '/nonexistent' };
+    expect(run(script, env)).toMatchObject({ code: 0, stdout: 'string\n' });
   });
 
-  it('lists every attempt, the platform and the command when nothing loads', () => {
-    // node-gyp-build looks where <NAME>_PREBUILD points instead of the package.
-    const env = { ELASTIFORM_NATIVE_PATH: '/nonexistent', ELASTIFORM_PREBUILD: '/nonexistent' };
-    const result = run(
+  const failure = (env: Record<string, string>) =>
+    run(
       `const { loadAddon } = await import(${native});
       try { loadAddon(); } catch (error) { console.log(error.name, error.message); }`,
       env,
     );
-    expect(result.code).toBe(0);
-    for (const part of [
-      'InternalError',
-      'ELASTIFORM_NATIVE_PATH=/nonexistent',
+
+  it('says why what ELASTIFORM_NATIVE_PATH names does not load, and takes no other', () => {
+    const broken = resolve(root, 'build/broken.node');
+    writeFileSync(broken, 'no addon');
+    for (const path of ['/nonexistent', broken]) {
+      const { code, stdout } = failure({ ELASTIFORM_NATIVE_PATH: path });
+      expect(code).toBe(0);
+      const cause = path === broken ? broken : "Cannot find module '/nonexistent'";
+      const parts = [
+        'InternalError [native]',
+        `ELASTIFORM_NATIVE_PATH=${path}: ${cause}`,
+        'unset ELASTIFORM_NATIVE_PATH',
+      ];
+      for (const part of parts) expect(stdout).toContain(part);
+    }
+  });
+
+  it('says what was tried, the platform and the command when there is no addon', () => {
+    // node-gyp-build looks where <NAME>_PREBUILD points instead of the package.
+    const { code, stdout } = failure({ ELASTIFORM_PREBUILD: '/nonexistent' });
+    expect(code).toBe(0);
+    const parts = [
+      'InternalError [native]',
+      `${root}: No native build`,
       process.platform,
       'Node-API',
       'npx cmake-js compile',
-    ]) {
-      expect(result.stdout).toContain(part);
-    }
+    ];
+    for (const part of parts) expect(stdout).toContain(part);
   });
 
   it('honours ELASTIFORM_THREADS and ELASTIFORM_ISA', () => {
