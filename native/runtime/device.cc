@@ -3,22 +3,8 @@
 
 #include "core/error.h"
 #include "cpu/kernels.h"
-#include "runtime/engine.h"
 
 namespace elastiform {
-
-namespace {
-
-class Cpu : public Device {
- public:
-  explicit Cpu(std::shared_ptr<std::atomic<int64_t>> owned) : workspace_(std::move(owned)) {}
-  void run(Job& job) override { runJob(job, workspace_); }
-
- private:
-  Workspace workspace_;
-};
-
-}  // namespace
 
 std::vector<DeviceInfo> deviceInfos() {
   std::vector<DeviceInfo> infos{{DeviceKind::Cpu, true, cpu::isaName()}};
@@ -49,7 +35,7 @@ std::unique_ptr<Device> makeDevice(DeviceKind kind, std::shared_ptr<std::atomic<
 #if defined(ELASTIFORM_WITH_SIMT)
   if (kind == DeviceKind::Simt) return simt::makeRunner(std::move(owned));
 #endif
-  return std::make_unique<Cpu>(std::move(owned));
+  return cpu::makeRunner(std::move(owned));
 }
 
 }  // namespace elastiform

@@ -31,6 +31,9 @@ std::vector<DeviceInfo> deviceInfos();
 // `owned`: bytes held by one JavaScript environment. Error(DeviceUnavailable) with the reason.
 std::unique_ptr<Device> makeDevice(DeviceKind kind, std::shared_ptr<std::atomic<int64_t>> owned);
 
+namespace cpu {
+std::unique_ptr<Device> makeRunner(std::shared_ptr<std::atomic<int64_t>> owned);
+}  // namespace cpu
 namespace cuda {
 std::unique_ptr<Device> makeRunner(std::shared_ptr<std::atomic<int64_t>> owned);
 DeviceInfo describe();

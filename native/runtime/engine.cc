@@ -215,6 +215,27 @@ void runJob(Job& job, Workspace& workspace) {
   job.hostMilliseconds = job.milliseconds;
 }
 
+namespace cpu {
+
+namespace {
+
+class Cpu : public Device {
+ public:
+  explicit Cpu(std::shared_ptr<std::atomic<int64_t>> owned) : workspace_(std::move(owned)) {}
+  void run(Job& job) override { runJob(job, workspace_); }
+
+ private:
+  Workspace workspace_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> makeRunner(std::shared_ptr<std::atomic<int64_t>> owned) {
+  return std::make_unique<Cpu>(std::move(owned));
+}
+
+}  // namespace cpu
+
 Engine::Engine(std::function<void(std::shared_ptr<Job>)> done, std::unique_ptr<Device> device)
     : done_(std::move(done)), device_(std::move(device)), thread_([this] { loop(); }) {}
 

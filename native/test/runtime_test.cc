@@ -464,7 +464,7 @@ int testEngine() {
           const std::lock_guard lock(mutex);
           done.push_back(std::move(job));
         },
-        makeDevice(DeviceKind::Cpu, {}));
+        cpu::makeRunner({}));
     const std::vector<float> large(1 << 20, 0.5f), small(4, 0.5f);
     const auto first = makeJob(program, {1 << 20}, {large}), second = makeJob(program, {4}, {small}),
                third = makeJob(program, {4}, {small});
