@@ -36,6 +36,7 @@ export async function training(context) {
   const { eventLoop, abort } = half;
   const torchAllRows = data['capacity 1']?.fastestPeer ?? null;
   const againstAllRows = torchAllRows && torchAllRows / half.milliseconds.elastiform.median;
+  const work = eventLoop.work ? `; the JavaScript thread itself works ${number(eventLoop.work)} ms of one at most` : '';
   const text = [
     table(
       ['capacity', 'library', 'ms/step: median (range)', 'peak RSS MiB', 'its time / ours', 'its memory / ours'],
@@ -44,7 +45,7 @@ export async function training(context) {
     peers.torch.file
       ? `Router gradients at capacity 0.5 differ from torch's by ${half.agreement.gradients.toExponential(1)} of the largest one.`
       : 'torch is missing: gradients were not compared.',
-    `While training, the largest gap between ticks of a 1 ms timer is ${number(eventLoop.largest)} ms (99th percentile ${number(eventLoop.p99)} ms, ${eventLoop.ticks} ticks); abort answers after ${number(abort.largest)} ms at most, ${number(abort.median)} ms in the median of ${abort.trials}.`,
+    `While training, the largest gap between ticks of a 1 ms timer is ${number(eventLoop.largest)} ms (99th percentile ${number(eventLoop.p99)} ms, ${eventLoop.ticks} ticks${work}); abort answers after ${number(abort.largest)} ms at most, ${number(abort.median)} ms in the median of ${abort.trials}.`,
   ].join('\n\n');
   return {
     libraries,

@@ -85,6 +85,12 @@ function startTraining({ spec, engine, rows, lr, scratch }) {
   }).catch((error) => reached?.reject(error));
 }
 
+/** Milliseconds for which this thread has run; 0 where /proc does not say. */
+function worked() {
+  if (process.platform !== 'linux') return 0;
+  return Number(fs.readFileSync('/proc/thread-self/schedstat', 'utf8').split(' ')[0]) / 1e6;
+}
+
 function oneStep() {
   return new Promise((resolve, reject) => {
     reached = { resolve, reject };
@@ -140,19 +146,27 @@ await serve({
     const loss = await oneStep();
     return { ms: performance.now() - start, loss };
   },
-  // The longest time between two ticks of a 1 ms timer while steps run.
+  // The longest time between two ticks of a 1 ms timer while steps run, and for how long at most this thread worked
+  // between two: the rest of a gap is waiting for a processor.
   async eventLoop({ steps }) {
     const gaps = [];
-    let last = performance.now();
+    const work = [];
+    let [last, lastWorked] = [performance.now(), worked()];
     const timer = setInterval(() => {
-      const now = performance.now();
+      const [now, nowWorked] = [performance.now(), worked()];
       gaps.push(now - last);
-      last = now;
+      work.push(nowWorked - lastWorked);
+      [last, lastWorked] = [now, nowWorked];
     }, 1);
     for (let i = 0; i < steps; i++) await oneStep();
     clearInterval(timer);
     gaps.sort((a, b) => a - b);
-    return { ticks: gaps.length, largest: gaps.at(-1), p99: gaps[Math.floor(gaps.length * 0.99)] };
+    return {
+      ticks: gaps.length,
+      largest: gaps.at(-1),
+      p99: gaps[Math.floor(gaps.length * 0.99)],
+      work: Math.max(...work),
+    };
   },
   // Aborts steps at random moments; milliseconds from abort() until the run's promise has rejected.
   async abort({ ids, trials, within }) {
