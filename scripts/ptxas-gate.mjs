@@ -14,6 +14,7 @@ const tablePath = join(root, 'native/device/ptxas.json');
 const { values } = parseArgs({
   options: { arch: { type: 'string', default: '80,90a' }, update: { type: 'boolean', default: false } },
 });
+const architectures = values.arch.split(',');
 
 async function run(command, args) {
   try {
@@ -69,7 +70,8 @@ async function measure(compiler, source, arch) {
   mkdirSync(keep);
   const compiled = await run(compiler, [
     ...['-std=c++20', '-O3', '-fmad=false', '-Xcompiler', '-Wall,-Wextra', '-Xptxas', '-v', '-I', 'native'],
-    ...['-gencode', `arch=compute_${arch},code=sm_${arch}`, '--keep', '--keep-dir', keep, '-c', source, '-o', object],
+    ...['-gencode', `arch=compute_${arch},code=sm_${arch}`, '--keep', '--keep-dir', keep],
+    ...[arch === architectures[0] ? '-c' : '-cubin', source, '-o', object], // host code is compiled once
   ]);
   if (!compiled.ok) {
     problems.push(`${where} does not compile:\n${compiled.text}`);
@@ -127,7 +129,7 @@ if (!compiler) {
 const listed = await run('git', ['ls-files', '-co', '--exclude-standard', 'native/*.cu']);
 const sources = listed.text.trim().split('\n');
 const table = existsSync(tablePath) ? JSON.parse(readFileSync(tablePath, 'utf8')) : {};
-const jobs = values.arch.split(',').flatMap((arch) => sources.map((source) => ({ arch, source, kernels: {} })));
+const jobs = architectures.flatMap((arch) => sources.map((source) => ({ arch, source, kernels: {} })));
 const waiting = [...jobs];
 await Promise.all(
   Array.from({ length: availableParallelism() }, async () => {
@@ -136,7 +138,7 @@ await Promise.all(
     }
   }),
 );
-for (const arch of values.arch.split(',')) {
+for (const arch of architectures) {
   const own = jobs.filter((job) => job.arch === arch && Object.keys(job.kernels).length > 0);
   const measured = Object.fromEntries(own.map(({ source, kernels }) => [source, kernels]));
   if (!values.update) compare(table[`sm_${arch}`] ?? {}, measured, `sm_${arch}`);
