@@ -57,6 +57,14 @@ export const mutations = [
     cases: '140,24\\] x .* of f32.?$',
   },
   {
+    what: 'products over rows: numbers of rows that differ',
+    file: linear,
+    search: 'checkRowCount(launch, xRows ? 3 : 1, reduced);',
+    replace: '',
+    ops: 'hostile',
+    cases: '^linear_dw of other',
+  },
+  {
     what: 'f32: computes with indices that a check has refused',
     file: gemmF32,
     search: 'if (p.state.faulted()) return;',

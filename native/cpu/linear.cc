@@ -149,7 +149,7 @@ void linearDw(const KernelArgs& args) {
   const int64_t N = dw.dim(0), K = dw.dim(1);
   const int64_t reduced = dyRows ? dyRows.dim(0) : dy.dim(0), xReduced = xRows ? xRows.dim(0) : x.dim(0);
   if (reduced != xReduced) {
-    fail(ErrorCode::InvalidProgram, "[linear_dw] dy and x must have as many rows, got %lld and %lld",
+    fail(ErrorCode::InvalidProgram, "[linear_dw] %s must have %lld rows, got %lld", xRows ? "xrows" : "x",
          static_cast<long long>(reduced), static_cast<long long>(xReduced));
   }
   if (dyRows) checkRows("linear_dw", dyRows.i32(), reduced, dy.dim(0));

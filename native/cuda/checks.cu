@@ -35,6 +35,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+__global__ void __launch_bounds__(32, 1) rowCountKernel(Operand x, Operand other, StepState state, int input) {
+  if (threadIdx.x == 0 && x.size(0) != other.size(0)) {
+    state.report(Fault::Rows, input, 0, 0, other.size(0), x.size(0));
+  }
+}
+
 template <Check check>
 void checkIndices(const Launch& launch, int input, const Operand& limitOf, int limitDim) {
   // Different limits are different checks.
@@ -67,6 +73,12 @@ void checkOffsets(const Launch& launch, int input, const Operand& rowsOf, int ro
   }
   LAUNCH(offsetsKernel, launch.blocks(offsets.bound[0], kThreads), kThreads, 0, launch.stream, offsets,
          rowsOf.sizes + rowsOf.dim[rowsDim], launch.state, input);
+}
+
+void checkRowCount(const Launch& launch, int input, const Operand& other) {
+  const Operand& x = launch.in[input];
+  if (x.dim[0] == other.dim[0]) return;
+  LAUNCH(rowCountKernel, 1, 32, 0, launch.stream, x, other, launch.state, input);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -17,8 +17,7 @@ inline const int32_t* indices(const Operand& x) { return static_cast<const int32
 
 // Rows [first, first + most) of a dim.
 struct Extent {
-  const int32_t* size = nullptr;   // of the dim, on the device
-  const int32_t* limit = nullptr;  // of a dim that must be as large, where that is another
+  const int32_t* size = nullptr;  // of the dim, on the device
   int64_t bound = 0;
   int first = 0, most = INT32_MAX;
 
@@ -31,8 +30,7 @@ struct Extent {
     return e;
   }
   DEVICE int count() const {
-    const int whole = limit ? min(ldGlobal(size), ldGlobal(limit)) : ldGlobal(size);
-    return max(0, min(whole - first, most));
+    return max(0, min(ldGlobal(size) - first, most));
   }
   int64_t boundCount() const { return std::clamp<int64_t>(bound - first, 0, most); }
 };

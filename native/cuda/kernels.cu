@@ -89,6 +89,7 @@ std::string faultMessage(const char* op, const std::string& operand, const Fault
     case Fault::Segments:
       return text("[%s] %s: one value per segment wanted: %.0f segments, got %.0f values", r.high, r.got);
     case Fault::Room: return text("[%s] %s selects more rows than the bound %.0f of their dim", r.high);
+    case Fault::Rows: return text("[%s] %s must have %.0f rows, got %.0f", r.high, r.got);
     case Fault::None: break;
   }
   return text("[%s] %s: no fault");

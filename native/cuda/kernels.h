@@ -10,7 +10,7 @@ namespace elastiform::ELASTIFORM_DEVICE {
 // Never null for an op of ops.cc (a test walks the whole registry).
 Emitter findEmitter(const std::string& op);
 
-// The message of Error(InvalidData) for a fault of `op`; `operand` is the name of its input.
+// The message of the error for a fault of `op`; `operand` is the name of its input.
 std::string faultMessage(const char* op, const std::string& operand, const FaultRecord& record);
 
 // embedding.cu

@@ -63,6 +63,7 @@ enum class Fault : int32_t {
   Whole,       // value is negative or has a fraction
   Segments,    // not one value for each of `high` segments
   Room,        // more rows than their dim's bound `high` are selected
+  Rows,        // not `high` rows
 };
 
 // The first fault of a run; the data type of all values is double, which holds every index exactly.
@@ -144,5 +145,7 @@ void checkRows(const Launch& launch, int input, const Operand& limitOf, int limi
 void checkTargets(const Launch& launch, int input, const Operand& limitOf, int limitDim);  // in [-1, limit)
 // 0 first, never falling, the size of dim `rowsDim` of `rowsOf` last.
 void checkOffsets(const Launch& launch, int input, const Operand& rowsOf, int rowsDim);
+// As many rows as `other` has: Error(InvalidProgram), as sizes are the program's.
+void checkRowCount(const Launch& launch, int input, const Operand& other);
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -162,20 +162,15 @@ void linearAddGrad(const Launch& launch) {
 void linearDw(const Launch& launch) {
   const Operand &dy = launch.in[0], &x = launch.in[1], &dyRows = launch.in[2], &xRows = launch.in[3];
   const Operand &gate = launch.in[4], &dw = launch.out[0];
-  const Operand &reduced = dyRows ? dyRows : dy, &xReduced = xRows ? xRows : x;
-  if (reduced.bound[0] != xReduced.bound[0]) {
-    fail(ErrorCode::InvalidProgram, "[linear_dw] dy and x must have as many rows, got %lld and %lld",
-         static_cast<long long>(reduced.bound[0]), static_cast<long long>(xReduced.bound[0]));
-  }
+  const Operand& reduced = dyRows ? dyRows : dy;
+  checkRowCount(launch, xRows ? 3 : 1, reduced);
   if (dyRows) checkRows(launch, 2, dy, 0);
   if (xRows) checkRows(launch, 3, x, 0);
-  if (x.dtype == DType::BF16 && dw.bound[0] == 1 && !dyRows && !gate && reduced.dim[0] == xReduced.dim[0]) {
+  if (x.dtype == DType::BF16 && dw.bound[0] == 1 && !dyRows && !gate) {
     sumOfRows(launch, x, xRows, dy, dw, 1, 2);  // of a router
     return;
   }
-  Extent k(reduced, 0);
-  if (xReduced.dim[0] != reduced.dim[0]) k.limit = xReduced.sizes + xReduced.dim[0];
-  Product p(launch, {dw, 0}, {dw, 1}, k);
+  Product p(launch, {dw, 0}, {dw, 1}, {reduced, 0});
   p.a = Matrix(dy, dyRows);
   p.a.scale = floats(gate);
   p.b[0] = Matrix(x, xRows);

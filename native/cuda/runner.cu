@@ -284,7 +284,7 @@ class Runner : public Device {
     if (!record.claimed) return;
     step_ = record.step;
     const int op = program.steps[record.step].op;
-    fail(ErrorCode::InvalidData, "%s",
+    fail(record.fault == Fault::Rows ? ErrorCode::InvalidProgram : ErrorCode::InvalidData, "%s",
          faultMessage(opDefs()[op].name, signatureOf(op).inputs[record.operand].name, record).c_str());
   }
 

@@ -91,3 +91,37 @@ describe.each(Object.entries(builders))('%s', (op, build) => {
     },
   );
 });
+
+describe('linear_dw of other numbers of rows', () => {
+  const product = (gathered: boolean) => (g: Graph) => {
+    const [a, b, q] = ['A', 'B', 'Q'].map((name) => g.dim(name, 5));
+    const xrows = gathered ? g.feed('xrows', 'i32', [q!]) : null;
+    g.output('dw', linearDw(g.feed('dy', 'f32', [a!, 2]), g.feed('x', 'f32', [b!, 3]), { xrows }));
+  };
+  const run = (A: number, B: number, Q: number | null) => ({
+    dims: { A, B, ...(Q ? { Q } : {}) },
+    feeds: {
+      dy: new Float32Array(A * 2).fill(1),
+      x: new Float32Array(B * 3).fill(1),
+      ...(Q ? { xrows: Int32Array.from({ length: Q }, (_, i) => i) } : {}),
+    },
+  });
+
+  test.each([
+    [4, 5, null, 'x must have 4 rows, got 5'],
+    [5, 4, null, 'x must have 5 rows, got 4'],
+    [4, 4, 3, 'xrows must have 4 rows, got 3'],
+  ])('%d of dy, %d of x, gathered: %j', async (A, B, Q, says) => {
+    const error = await failure(product(Q !== null), run(A, B, Q));
+    expect(error).toMatchObject({ code: 'InvalidProgram' });
+    expect(error.message).toContain(`[linear_dw] ${says}`);
+  });
+
+  test('as many, by dims of their own', async () => {
+    const g = new Graph();
+    product(false)(g);
+    using program = Program.compile(g, testEngine());
+    const { outputs } = await program.run(run(4, 4, null));
+    expect([...outputs.dw!]).toEqual(Array(6).fill(4));
+  });
+});
