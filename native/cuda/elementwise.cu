@@ -17,8 +17,14 @@ __global__ void __launch_bounds__(kThreads, 6) mapKernel(F f, Operand y, Operand
   });
 }
 
-__global__ void __launch_bounds__(kThreads, 8) zerosKernel(Operand y) {
+__global__ void __launch_bounds__(kThreads, 8) clearKernel(Operand y, StepState state) {
+  if (state.faulted()) return;
   forElements(y.elements(), startsAligned(y), [&]<typename V>(int64_t i) { stGlobal(y.f32() + i, V{}); });
+}
+
+__global__ void __launch_bounds__(kThreads, 8) copyKernel(Operand x, Operand y, StepState state) {
+  if (state.faulted()) return;
+  forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) { store(y, i, load<V>(x, i)); });
 }
 
 __global__ void __launch_bounds__(kThreads, 8) scaleKernel(Operand x, Operand s, Operand y, double factor) {
@@ -62,9 +68,16 @@ void map(const Launch& launch, F f, const Operands&... x) {
 
 }  // namespace
 
-void zeros(const Launch& launch) {
-  LAUNCH(zerosKernel, blocksFor(launch), kThreads, 0, launch.stream, launch.out[0]);
+void clear(const Launch& launch, const Operand& y) {
+  LAUNCH(clearKernel, launch.blocks(y.boundElements(), 4 * kThreads), kThreads, 0, launch.stream, y, launch.state);
 }
+
+void copy(const Launch& launch, const Operand& x, const Operand& y) {
+  if (x.data == y.data) return;
+  LAUNCH(copyKernel, launch.blocks(y.boundElements(), 4 * kThreads), kThreads, 0, launch.stream, x, y, launch.state);
+}
+
+void zeros(const Launch& launch) { clear(launch, launch.out[0]); }
 
 void add(const Launch& launch) { map(launch, Sum{}, launch.in[0], launch.in[1]); }
 

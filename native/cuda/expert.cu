@@ -67,13 +67,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// dz is zero but for `rows`, which come after.
-__global__ void __launch_bounds__(kThreads, 4) clearKernel(Operand dz, StepState state) {
-  if (state.faulted()) return;
-  const int64_t count = dz.elements(), step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) stGlobal(dz.f32() + i, 0.f);
-}
-
 __global__ void __launch_bounds__(kThreads, 2)
     gateGradKernel(Experts e, int expert, ExpertGate mode, Operand dg, Operand rows, Operand dz, StepState state) {
   if (state.faulted()) return;
@@ -185,7 +178,7 @@ void expertGateGrad(const Launch& launch) {
   const Experts e = checkedExperts(launch, 1, 1);
   const Operand &dg = launch.in[0], &rows = launch.in[4], &dz = launch.out[0];
   checkRows(launch, 4, e.z, 0);
-  LAUNCH(clearKernel, launch.blocks(dz.boundElements(), kThreads), kThreads, 0, launch.stream, dz, launch.state);
+  clear(launch, dz);
   LAUNCH(gateGradKernel, launch.blocks(rows.bound[0], kThreads), kThreads, 0, launch.stream, e,
          expertAttribute(launch, e), modeAttribute(launch), dg, rows, dz, launch.state);
 }

@@ -148,4 +148,8 @@ void checkOffsets(const Launch& launch, int input, const Operand& rowsOf, int ro
 // As many rows as `other` has: Error(InvalidProgram), as sizes are the program's.
 void checkRowCount(const Launch& launch, int input, const Operand& other);
 
+// Launch y = 0 (f32), and y = x unless they share memory (f32 or bf16); after a fault nothing (elementwise.cu).
+void clear(const Launch& launch, const Operand& y);
+void copy(const Launch& launch, const Operand& x, const Operand& y);
+
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -11,13 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads, 8) copyKernel(Operand x, Operand y, StepState state) {
-  if (state.faulted()) return;
-  forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) {
-    stGlobal(y.f32() + i, ldGlobal<V>(x.f32() + i));
-  });
-}
-
 __global__ void __launch_bounds__(kThreads, 8) widenKernel(Operand w, Operand y) {
   const int width = y.size(1);
   const bool vectors = width % 4 == 0 && w.stride % 4 == 0 && startsAligned(w, y);
@@ -120,10 +113,8 @@ void linearAdd(const Launch& launch) {
   p.out = y;
   p.rows = indices(rows);
   p.countsRows = true;
-  if (rows && residual.data != y.data) {
-    // Rows that the product does not reach; it adds to those it does in place.
-    LAUNCH(copyKernel, launch.blocks(y.boundElements(), 4 * kThreads), kThreads, 0, launch.stream, residual, y,
-           launch.state);
+  if (rows) {  // which the product adds to in place; it does not reach the others
+    copy(launch, residual, y);
     p.add = y;
   }
   multiplyWeight(launch, p);

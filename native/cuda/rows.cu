@@ -30,12 +30,6 @@ __global__ void __launch_bounds__(kThreads, 8) gatherIdsKernel(Operand x, Operan
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 8) copyKernel(Operand x, Operand y) {
-  forElements(y.elements(), startsAligned(x, y), [&]<typename V>(int64_t i) {
-    stGlobal(y.f32() + i, ldGlobal<V>(x.f32() + i));
-  });
-}
-
 __global__ void __launch_bounds__(kThreads, 8) scatterAddKernel(Operand x, Operand rows, Operand y, StepState state) {
   if (state.faulted()) return;
   const int width = x.size(1);
@@ -90,7 +84,7 @@ void gatherIds(const Launch& launch) {
 void scatterAdd(const Launch& launch) {
   const Operand &acc = launch.in[0], &x = launch.in[1], &rows = launch.in[2], &y = launch.out[0];
   checkRows(launch, 2, y, 0);
-  if (y.data != acc.data) LAUNCH(copyKernel, cellBlocks(launch, y), kThreads, 0, launch.stream, acc, y);
+  copy(launch, acc, y);
   LAUNCH(scatterAddKernel, cellBlocks(launch, x), kThreads, 0, launch.stream, x, rows, y, launch.state);
 }
 
