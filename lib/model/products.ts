@@ -1,6 +1,6 @@
 // Products with the matrices of a layer, whole or in parts of their units, each with its low-rank correction if it has one.
 import type { Graph, Node } from '../graph/graph.js';
-import { type Act, activation, gatedActivation, gatherRows, linear, linearAdd, linearGated } from '../graph/index.js';
+import { type Act, gatherRows, linear, linearAdd, linearGated, type Patch } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type LowRank, type Projection, type Selector, type UnitPart, unitAxis } from './select.js';
 import type { Affine } from './weights.js';
@@ -46,14 +46,12 @@ export interface ProductRows {
   among?: { readonly gather: Node | null; readonly rows: Node };
 }
 
-// y + (x[rows] a^T) b^T; what all parts of a projection share is computed once.
-function corrected(y: Node, x: Node, { a, b }: LowRank, { rows, among }: ProductRows): Node {
-  const u = among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows });
-  return beside(y.graph, () => linearAdd(y, u, b));
+// x[rows] a^T, with b; what all parts of a projection share is computed once.
+function patchOf(x: Node, patch: LowRank | null, { rows, among }: ProductRows): Patch | null {
+  if (!patch) return null;
+  const { a, b } = patch;
+  return { u: among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows }), b };
 }
-
-// Under a tag of its own: the rows of a correction are no more rows that entered.
-const beside = (graph: Graph, build: () => Node): Node => graph.tag(`${graph.currentTag}.lora`, build);
 
 /** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]. */
 export function product(
@@ -61,17 +59,15 @@ export function product(
   { weight, bias, patch }: Matrix,
   { act = 'none', ...of }: ProductRows & { act?: Act } = {},
 ): Node {
-  if (!patch) return linear(x, weight, { bias, rows: of.rows, act });
-  const y = corrected(linear(x, weight, { bias, rows: of.rows }), x, patch, of);
-  return act === 'none' ? y : activation(y, act);
+  return linear(x, weight, { bias, rows: of.rows, act, patch: patchOf(x, patch, of) });
 }
 
 /** `act(x[rows] gate^T) * (x[rows] up^T)`, with their biases: f32 [R or N, outputs]. */
 export function productGated(x: Node, gate: Matrix, up: Matrix, { act, ...of }: ProductRows & { act: Act }): Node {
-  if (!gate.patch && !up.patch) {
-    return linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, rows: of.rows });
-  }
-  return gatedActivation(product(x, gate, of), product(x, up, of), act);
+  return linearGated(x, gate.weight, up.weight, {
+    ...{ bg: gate.bias, bu: up.bias, act, rows: of.rows },
+    ...{ gatePatch: patchOf(x, gate.patch, of), upPatch: patchOf(x, up.patch, of) },
+  });
 }
 
 /** `residual` with `gate[r] (x[r] w^T + bias)` added to row `rows[r]`: f32 [N, D]. */
@@ -81,7 +77,5 @@ export function productAdd(
   { weight, bias, patch }: Matrix,
   { rows, gate }: { rows?: Node | null; gate?: Node | null } = {},
 ): Node {
-  const y = linearAdd(residual, x, weight, { bias, rows, gate });
-  if (!patch) return y;
-  return beside(y.graph, () => linearAdd(y, linear(x, patch.a), patch.b, { rows, gate }));
+  return linearAdd(residual, x, weight, { bias, rows, gate, patch: patchOf(x, patch, {}) });
 }
