@@ -203,18 +203,17 @@ export function recordedSelector(graph: Graph, selector: Selector): Selector {
   };
 }
 
-/** Name of the output i32 [S + 1] with the segments of the rows that chose an expert of a router. */
-export const expertOffsetsOutput = (id: string, expert: number): string => `${id}.${expert}`;
+/** Name of the output i32 with the rows, among those that entered the sub-layer, that chose an expert of a router. */
+export const expertRowsOutput = (id: string, expert: number): string => `${id}.${expert}`;
 
-/** The same selector; where the rows that chose each expert lie becomes an output of the graph. */
+/** The same selector; the rows that chose each expert become outputs of the graph. */
 export function recordedExperts(graph: Graph, selector: Selector): Selector {
   return {
     ...selector,
     experts(entered: EnteredRows): readonly ExpertSelection[] | null {
       const experts = selector.experts?.(entered) ?? null;
-      for (const [i, { offsets }] of (experts ?? []).entries()) {
-        graph.output(expertOffsetsOutput(routerId(entered.layer, expertAxisOf(entered.place)!), i), offsets);
-      }
+      const id = routerId(entered.layer, expertAxisOf(entered.place));
+      for (const [i, { rows }] of (experts ?? []).entries()) graph.output(expertRowsOutput(id, i), rows);
       return experts;
     },
   };

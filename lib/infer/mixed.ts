@@ -2,7 +2,7 @@
 import { expertAxisOf, isExperts, routerId } from '../elastic/axes.js';
 import { loraFlops, type OperatingPoint } from '../elastic/budget.js';
 import { type Routing, routedLayers, routerPlaces } from '../elastic/policy.js';
-import { expertOffsetsOutput, thresholdFeed } from '../elastic/rows.js';
+import { expertRowsOutput, thresholdFeed } from '../elastic/rows.js';
 import type { RunResult } from '../graph/index.js';
 import { attentionFlops, causalPairs, feedForwardFlops, keyValueFlops } from '../model/flops.js';
 import type { Place } from '../model/select.js';
@@ -95,7 +95,7 @@ export function decisionFeeds(
 
 /**
  * Divides the counters of a run among its sequences: rows are those the program's outputs list, FLOPs of a sub-layer are
- * divided as its rows cost.
+ * divided as its rows cost (of corrections, nearly so).
  *
  * @param joint what the run's program decided
  * @param result of a program whose selector records rows and experts (`recordedSelector`, `recordedExperts`)
@@ -112,22 +112,34 @@ export function sequenceCounters(
     const [, number, place, part] = /^L(\d+)\.(attn|mlp)(.*)$/.exec(tag) ?? [];
     const layer = Number(number);
     const rows = place === undefined ? undefined : (outputs[routerId(layer, place as Place)] as Int32Array | undefined);
-    const ends = rows && endsOfSegments(rows, offsets);
-    const experts = place === undefined ? [] : expertOffsets(outputs, layer, place as Place);
+    const entered = rows ? segmentsOf(rows, offsets) : offsets;
+    const experts = expertRows(outputs, layer, place as Place | undefined).map((chosen) => ({
+      ...{ chosen, at: segmentsOf(chosen, entered) },
+    }));
     const costs = lengths.map((length, s): { rows: number; flops: number } => {
-      const own = ends ? rows.subarray(ends[s - 1] ?? 0, ends[s]) : null;
+      const own = rows?.subarray(entered[s], entered[s + 1]) ?? null;
       const n = own?.length ?? length;
       if (part?.startsWith('/')) {
-        const uses = experts.reduce((sum, at) => sum + at[s + 1] - at[s], 0);
-        return { rows: uses, flops: uses };
+        const uses = experts.map(({ chosen, at }) => chosen.subarray(at[s], at[s + 1]).map((row) => row - entered[s]));
+        const count = uses.reduce((sum, use) => sum + use.length, 0);
+        const cost = (use: Int32Array) => headsFlops(spec, policy!, use, own, offsets[s]);
+        const alike = place === 'mlp' || part.endsWith('.lora');
+        return { rows: count, flops: alike ? count : uses.reduce((sum, use) => sum + cost(use), 0) };
       }
-      if (place === undefined || part !== '') return { rows: n, flops: n };
-      const router = own ? 2 * length * spec.hidden : 0;
-      if (experts.length > 0) return { rows: n, flops: router + 2 * n * spec.hidden * experts.length };
       const shares = { layer, place: place as Place, tokens: n / length, experts: 1 };
       const corrections = policy?.lora && lora && !joint.full ? loraFlops(spec, policy, shares, length) : 0;
+      if (part === '.lora' && corrections > 0) return { rows: n, flops: corrections };
+      if (place === undefined || part !== '') return { rows: n, flops: n };
+      const router = own ? 2 * length * spec.hidden : 0;
+      if (experts.length > 0) {
+        const choice = 2 * n * spec.hidden * experts.length;
+        const keys = own && policy!.tokens.attn?.keys === 'all' ? length : n;
+        const shared = place === 'attn' && policy!.heads!.keys !== 'selected' ? keyValueFlops(spec, keys) : 0;
+        return { rows: n, flops: router + choice + shared };
+      }
       const dense = place === 'attn' ? attention(spec, policy, length, own, offsets[s]) : feedForwardFlops(spec, n);
-      return { rows: n, flops: router + dense + corrections };
+      // The first of the two products of each correction is counted here.
+      return { rows: n, flops: router + dense + corrections / 2 };
     });
     const all = costs.reduce((sum, { flops }) => sum + flops, 0);
     for (const [s, { rows, flops }] of costs.entries()) {
@@ -138,27 +150,48 @@ export function sequenceCounters(
   return result;
 }
 
-/** Where the rows lie that chose each expert of a sub-layer, i32 [S + 1] each; none where it is not cut. */
-function expertOffsets(outputs: RunResult['outputs'], layer: number, place: Place): Int32Array[] {
-  const axis = expertAxisOf(place);
+/** The rows, among those that entered, that chose each expert of a sub-layer; none where it is not cut. */
+function expertRows(outputs: RunResult['outputs'], layer: number, place: Place | undefined): Int32Array[] {
   const all: Int32Array[] = [];
-  if (!axis) return all;
+  if (!place) return all;
+  const id = routerId(layer, expertAxisOf(place));
   for (;;) {
-    const offsets = outputs[expertOffsetsOutput(routerId(layer, axis), all.length)] as Int32Array | undefined;
-    if (!offsets) return all;
-    all.push(offsets);
+    const rows = outputs[expertRowsOutput(id, all.length)] as Int32Array | undefined;
+    if (!rows) return all;
+    all.push(rows);
   }
 }
 
-/** Where each segment ends among ascending rows: how many of them lie before the next segment starts. */
-function endsOfSegments(rows: Int32Array, offsets: Int32Array): Int32Array {
-  const ends = new Int32Array(offsets.length - 1);
+/** Where the segments lie among ascending rows, as offsets [S + 1]. */
+function segmentsOf(rows: Int32Array, offsets: Int32Array): Int32Array {
   let at = 0;
-  for (let s = 0; s < ends.length; s++) {
-    while (at < rows.length && rows[at] < offsets[s + 1]) at++;
-    ends[s] = at;
-  }
-  return ends;
+  return offsets.map((end) => {
+    while (at < rows.length && rows[at] < end) at++;
+    return at;
+  });
+}
+
+/**
+ * FLOPs of one of the experts of an attention in one sequence.
+ *
+ * @param chosen the rows that chose it, counted among those that entered
+ * @param own those that entered; null: all
+ * @param start the sequence's first row
+ */
+function headsFlops(
+  { hidden, heads, headDim }: ModelSpec,
+  policy: Pick<Routing, 'tokens' | 'heads'>,
+  chosen: Int32Array,
+  own: Int32Array | null,
+  start: number,
+): number {
+  const n = chosen.length;
+  const { count, keys } = policy.heads!;
+  const units = (heads / count) * headDim;
+  const products = 2 * n * hidden * 2 * units;
+  if (keys === 'selected') return products + 2 * n * hidden * 2 * headDim + 4 * units * causalPairs([n]);
+  const seen = own && policy.tokens.attn!.keys === 'all' ? (at: number) => own[at] - start : (at: number) => at;
+  return products + 4 * units * chosen.reduce((sum, at) => sum + seen(at) + 1, 0);
 }
 
 /** FLOPs of the attention of one sequence of `length` rows, of which `rows` enter; null: all. */

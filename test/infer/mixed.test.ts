@@ -61,6 +61,20 @@ const cases: [string, Partial<ElastiformerRecipe>, Budget[], { runs: number }][]
     ['full', 0.8, share({ attn: [0, 1, 0.4], mlp: [1, 0.6, 0] }), share({ attn: [0.5, 0, 1] }), 0.6, 'full', 0.8],
     { runs: 2 },
   ],
+  ...(['all', 'selected'] as const).map((keys): (typeof cases)[number] => [
+    `heads with keys of ${keys} heads`,
+    { tokens: { attn: [0.3, 1] }, keys, heads: { group: keys === 'all' ? 'head' : 'gqa', keys } },
+    [
+      { spec: { headShare: 0.5 } },
+      'full',
+      { spec: { headShare: 0.5, tokenCapacity: { attn: 0.5 } } },
+      { spec: { headShare: [0.5, 1, 0.5] } },
+      { spec: { headShare: 0.5, tokenCapacity: { attn: [0, 1, 0.4] } } },
+      'full',
+      { spec: { headShare: 0.5, tokenCapacity: { attn: [0.4, 0.5, 0] } } },
+    ],
+    { runs: 3 },
+  ]),
   [
     'blocks alone',
     { blocks: { count: 2 } },
@@ -114,7 +128,9 @@ describe.each(cases)('%s', (_, recipe, budgets, { runs }) => {
       const together = await model.score(texts, { budget });
       for (const [i, text] of texts.entries()) {
         const [alone] = await model.score([text], { budget });
-        expect(together[i].usage.compute.flops).toBe(alone.usage.compute.flops);
+        // How corrections' two products divide their cost is not the same for every projection.
+        const off = Math.abs(together[i].usage.compute.flops / alone.usage.compute.flops - 1);
+        expect(off).toBeLessThanOrEqual(recipe.lora ? 1e-3 : 0);
         expect(together[i].logprobs).toEqual(alone.logprobs);
       }
     }
