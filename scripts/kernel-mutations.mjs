@@ -15,6 +15,8 @@ const route = 'native/cuda/route.cu';
 const expert = 'native/cuda/expert.cu';
 const wgmma = 'native/cuda/gemm_wgmma.cu';
 const loss = 'native/cuda/loss.cu';
+const lossRows = 'native/cuda/loss.cuh';
+const topkLoss = 'native/cuda/topk_loss.cu';
 const attention = 'native/cuda/attention_mma.cu';
 const attentionGrad = 'native/cuda/attention_grad_mma.cu';
 const optimizer = 'native/cuda/optimizer.cu';
@@ -532,27 +534,75 @@ export const mutations = [
   },
   {
     what: 'losses: the sum does not shrink when a larger logit comes',
-    file: loss,
+    file: lossRows,
     search: 'sum = fmaf(sum, factor, added);',
     replace: 'sum += added;',
     ops: 'loss',
-    cases: 'distill_kl',
+    cases: 'divergence',
   },
   {
     what: 'losses: of several largest logits the last',
-    file: loss,
+    file: lossRows,
     search: 'other.piece < top.piece',
     replace: 'other.piece > top.piece',
     ops: 'loss',
     cases: 'of equal logits',
   },
   {
-    what: 'distill_kl: the teacher is read where the student is',
-    file: loss,
-    search: 'rows.logits + int64_t{count + i} * V',
-    replace: 'rows.logits + int64_t{i} * V',
+    what: 'divergence: the teacher is read where the student is',
+    file: lossRows,
+    search: 'teacherAt > 0 ? teacherAt : count()',
+    replace: 'teacherAt > 0 ? teacherAt : 0',
     ops: 'loss',
-    cases: 'distill_kl',
+    cases: 'divergence',
+  },
+  {
+    what: 'divergence: the mixture has the shares of student and teacher exchanged',
+    file: loss,
+    search: 'fmaf(rest, e, beta) : fmaf(beta, e, rest)',
+    replace: 'fmaf(beta, e, rest) : fmaf(rest, e, beta)',
+    ops: 'loss',
+    cases: 'jsd',
+  },
+  {
+    what: 'divergence: the gradient of the reverse is not relative to its mean',
+    file: loss,
+    search: 'weight * (ofQ * ((a - b) - relativeTo))',
+    replace: 'weight * (ofQ * (a - b))',
+    ops: 'loss',
+    cases: 'reverse-kl',
+  },
+  {
+    what: 'top_logits: of equal logits all',
+    file: topkLoss,
+    search: 'isGreater || (isTie && tiesBefore < least.ties)',
+    replace: 'isGreater || isTie',
+    ops: 'topk_loss',
+    cases: 'of equal logits',
+  },
+  {
+    what: 'top_logits: ids are read before other warps have written theirs',
+    file: topkLoss,
+    search: 'syncThreads();  // they may be overwritten; and in the end the ids are there',
+    replace: '',
+    ops: 'topk_loss',
+    cases: 'top_logits',
+  },
+  {
+    what: 'topk_divergence: gradients of the chosen are overwritten by the zeros of the rest',
+    file: topkLoss,
+    search: 'syncThreads();  // before the zeros of what was chosen are replaced',
+    replace: '',
+    ops: 'topk_loss',
+    cases: 'topk_divergence',
+  },
+  {
+    what: 'hidden_distance: lanes add up their own columns alone',
+    file: 'native/cuda/hidden.cu',
+    search: 'xx = warpTotal(xx);',
+    replace: '',
+    ops: 'hidden',
+    cases: 'hidden_distance',
   },
 
   // Attention of bf16 activations

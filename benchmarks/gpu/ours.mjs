@@ -7,7 +7,7 @@ import { trainingSelector } from '../../dist/elastic/rows.js';
 import {
   adamw,
   attention,
-  distillKl,
+  divergence,
   Graph,
   gradients,
   linear,
@@ -291,7 +291,7 @@ const groups = {
       const graph = new Graph();
       const normed = (x) => rmsNorm(graph.state(x), graph.weight(scale), { eps: EPS });
       const [student, teacher] = [normed(hs), normed(ht)];
-      const { loss } = distillKl(student, teacher, graph.weight(head), graph.feed('weight', 'f32', [rows]));
+      const { loss } = divergence(student, teacher, graph.weight(head), graph.feed('weight', 'f32', [rows]));
       graph.output('loss', loss);
       const [dh] = gradients(loss, [student]);
       keep(graph, 'dh', dh);

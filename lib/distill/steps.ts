@@ -13,7 +13,7 @@ import {
 import {
   add,
   type Dim,
-  distillKl,
+  divergence,
   dot,
   expertBalance,
   Graph,
@@ -153,7 +153,7 @@ export function trainProgram(
   const weight = graph.feed('weight', 'f32', [rows]);
   const share = graph.feed('share', 'f32', [1]);
   const { loss: kl, agree } = graph.tag('head', () =>
-    distillKl(finalNorm(spec, weights, student), ht, weights.head, weight),
+    divergence(finalNorm(spec, weights, student), ht, weights.head, weight),
   );
   graph.output('kl', kl);
   graph.output('agree', dot(agree, weight));
@@ -210,7 +210,7 @@ export function evalProgram(model: DistillModel): Program {
   const selector = studentSelector(graph, model, segments);
   const student = finalNorm(spec, weights, decoder(graph, spec, weights, inputs, selector));
   const weight = graph.feed('weight', 'f32', [rows]);
-  const { loss, agree } = distillKl(student, graph.feed('teacher', 'f32', [rows, spec.hidden]), weights.head, weight);
+  const { loss, agree } = divergence(student, graph.feed('teacher', 'f32', [rows, spec.hidden]), weights.head, weight);
   graph.output('kl', loss);
   graph.output('agree', dot(agree, weight));
   return Program.compile(graph, model.engine);

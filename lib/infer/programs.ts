@@ -2,7 +2,7 @@
 import type { OperatingPoint } from '../elastic/budget.js';
 import { patched } from '../elastic/lora.js';
 import { inferenceSelector, recordedExperts, recordedSelector, routerNodes } from '../elastic/rows.js';
-import { crossEntropy, type Dim, distillKl, Graph, type Node, Program, sample } from '../graph/index.js';
+import { crossEntropy, type Dim, divergence, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
 import { bindWeights, type DecoderNodes } from '../model/weights.js';
@@ -164,7 +164,7 @@ export function compileCompare(network: Network, limits: PackedLimits, select: S
     const targets = graph.feed('targets', 'i32', [rows]);
     const weight = graph.feed('weight', 'f32', [rows]);
     const hidden = finalNorm(network.spec, weights, x);
-    const { row, agree, ce } = distillKl(hidden, teacher, weights.head, weight, targets);
+    const { row, agree, ce } = divergence(hidden, teacher, weights.head, weight, { targets });
     graph.output('kl', row);
     graph.output('agree', agree);
     graph.output('ce', ce!);

@@ -63,8 +63,13 @@ void expertGateGrad(const KernelArgs&);
 void expertBalance(const KernelArgs&);
 void expertBalanceGrad(const KernelArgs&);
 // loss.cc (on gemm/)
-void distillKl(const KernelArgs&);
+void divergence(const KernelArgs&);
 void crossEntropy(const KernelArgs&);
+// topk_loss.cc
+void topLogits(const KernelArgs&);
+void topkDivergence(const KernelArgs&);
+// hidden.cc
+void hiddenDistance(const KernelArgs&);
 // optimizer.cc
 void accumulate(const KernelArgs&);
 void adamw(const KernelArgs&);

@@ -1,9 +1,7 @@
 // Losses over the vocabulary, a few rows at a time: the logits of all rows never exist together.
-#include <algorithm>
-#include <cmath>
+#include "cpu/loss.h"
+
 #include <cstring>
-#include <utility>
-#include <vector>
 
 #include "core/pool.h"
 #include "cpu/checks.h"
@@ -15,47 +13,6 @@ namespace elastiform::cpu {
 
 namespace {
 
-// Logits kept at a time. More rows to a chunk make more of every read (and, for the gradient, every packing) of the
-// weight; rows are chunked by shape alone, so results do not depend on the machine.
-constexpr int64_t kLogitsBytes = int64_t{64} << 20;
-
-int64_t chunkRows(int64_t R, int64_t V, int64_t matrices) {
-  const int64_t most = std::clamp<int64_t>(kLogitsBytes / (matrices * V * 4), 1, std::max<int64_t>(R, 1));
-  const int64_t chunks = (R + most - 1) / most;
-  return chunks ? (R + chunks - 1) / chunks : 1;
-}
-
-// Scratch for a loop whose passes allocate alike: the blocks of one pass serve the next.
-class LoopScratch {
- public:
-  explicit LoopScratch(const KernelArgs& args) : parent_(args), args_(args) {
-    args_.scratchArena = this;
-    args_.scratchAlloc = [](void* self, size_t bytes) { return static_cast<LoopScratch*>(self)->take(bytes); };
-  }
-  LoopScratch(const LoopScratch&) = delete;
-
-  const KernelArgs& nextPass() {
-    used_ = 0;
-    return args_;
-  }
-
- private:
-  void* take(size_t bytes) {
-    if (used_ == blocks_.size()) blocks_.emplace_back(nullptr, 0);
-    auto& [data, size] = blocks_[used_++];
-    if (size < bytes) {
-      data = parent_.scratch<uint8_t>(static_cast<int64_t>(bytes));
-      size = bytes;
-    }
-    return data;
-  }
-
-  const KernelArgs& parent_;
-  KernelArgs args_;
-  std::vector<std::pair<void*, size_t>> blocks_;
-  size_t used_ = 0;
-};
-
 void checkTargets(const char* op, const TensorView& targets, int64_t V) {
   for (int64_t r = 0; r < targets.dim(0); ++r) {
     const int32_t target = targets.i32()[r];
@@ -66,49 +23,48 @@ void checkTargets(const char* op, const TensorView& targets, int64_t V) {
   }
 }
 
-// sum of weight[r] * row[r] in the order of the rows.
-float weightedSum(const float* weight, const double* row, int64_t R) {
-  double total = 0;
-  for (int64_t r = 0; r < R; ++r) total += weight[r] * row[r];
-  return static_cast<float>(total);
-}
-
-double productFlops(int64_t R, int64_t V, int64_t K) {
-  return 2.0 * static_cast<double>(R) * static_cast<double>(V) * static_cast<double>(K);
-}
-
 }  // namespace
 
-void distillKl(const KernelArgs& args) {
+void divergence(const KernelArgs& args) {
   const TensorView &hs = args.in[0], &ht = args.in[1], &w = args.in[2], &weight = args.in[3], &targets = args.in[4];
+  const TensorView& wt = args.in[5];
   const TensorView &loss = args.out[0], &row = args.out[1], &dh = args.out[2], &agree = args.out[3];
   const TensorView& ce = args.out[4];
-  const int64_t R = hs.dim(0), K = hs.dim(1), V = w.dim(0);
-  if (targets) checkTargets("distill_kl", targets, V);
-  if (ce && !targets) fail(ErrorCode::InvalidProgram, "[distill_kl] targets must be given where ce is wanted");
+  const int64_t R = hs.dim(0), K = hs.dim(1), J = ht.dim(1), V = w.dim(0);
+  const auto kind = intAttribute(args, "divergence", 0, "kind", 0, 2);
+  const float beta = checkedShare("divergence", "beta", args.attr[1]);
+  if (targets) checkTargets("divergence", targets, V);
+  if (ce && !targets) fail(ErrorCode::InvalidProgram, "[divergence] targets must be given where ce is wanted");
+  if (!wt && J != K) fail(ErrorCode::InvalidProgram, "[divergence] ht must be as wide as hs, %lld, or have a wt, got %lld", static_cast<long long>(K), static_cast<long long>(J));
   const MatrixB forward = weightB(w), backward = weightTransposedB(w);
+  const MatrixB teacherForward = wt ? weightB(wt) : forward;
   const int64_t C = chunkRows(R, V, 2);
   double* values = args.scratch<double>(R);
-  // Rows of the student and then of the teacher in one product: the weight is read once for both.
-  float* inputs = args.scratch<float>(2 * C * K);
+  float* inputs = wt ? nullptr : args.scratch<float>(2 * C * K);
   float* logits = args.scratch<float>(2 * C * V);
   LoopScratch loop(args);
   const KernelTable& table = kernels();
 
   for (int64_t r0 = 0; r0 < R; r0 += C) {
     const int64_t rows = std::min(C, R - r0);
-    const size_t bytes = static_cast<size_t>(rows * K) * sizeof(float);
-    std::memcpy(inputs, hs.f32() + r0 * K, bytes);
-    std::memcpy(inputs + rows * K, ht.f32() + r0 * K, bytes);
-    gemm(2 * rows, V, K, {inputs, K, 1}, forward, {}, logits, V, loop.nextPass());
+    if (wt) {
+      gemm(rows, V, K, {hs.f32() + r0 * K, K, 1}, forward, {}, logits, V, loop.nextPass());
+      gemm(rows, V, J, {ht.f32() + r0 * J, J, 1}, teacherForward, {}, logits + rows * V, V, loop.nextPass());
+    } else {
+      // Rows of the student and then of the teacher in one product: the weight is read once for both.
+      const size_t bytes = static_cast<size_t>(rows * K) * sizeof(float);
+      std::memcpy(inputs, hs.f32() + r0 * K, bytes);
+      std::memcpy(inputs + rows * K, ht.f32() + r0 * K, bytes);
+      gemm(2 * rows, V, K, {inputs, K, 1}, forward, {}, logits, V, loop.nextPass());
+    }
     parallelFor(rows,
                 [&](int64_t i, int) {
                   const int64_t r = r0 + i;
                   float* student = logits + i * V;
                   const int32_t target = targets ? targets.i32()[r] : -1;
                   const double atTarget = target < 0 ? 0 : student[target];
-                  const LossRow result =
-                      table.distillRow(student, logits + (rows + i) * V, V, weight.f32()[r], static_cast<bool>(dh));
+                  const LossRow result = table.divergenceRow[kind](student, logits + (rows + i) * V, V, beta,
+                                                                   weight.f32()[r], static_cast<bool>(dh));
                   values[r] = result.value;
                   if (row) row.f32()[r] = static_cast<float>(result.value);
                   if (agree) agree.f32()[r] = result.best >= 0 && result.best == result.bestTeacher ? 1.0f : 0.0f;
@@ -118,7 +74,7 @@ void distillKl(const KernelArgs& args) {
     if (dh) gemm(rows, K, V, {logits, V, 1}, backward, {}, dh.f32() + r0 * K, K, loop.nextPass());
   }
   loss.f32()[0] = weightedSum(weight.f32(), values, R);
-  args.counters->flops += productFlops(R, V, K) * (dh ? 3 : 2);
+  args.counters->flops += productFlops(R, V, K) * (dh ? 2 : 1) + productFlops(R, V, J);
 }
 
 void crossEntropy(const KernelArgs& args) {

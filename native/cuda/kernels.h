@@ -64,8 +64,13 @@ void expertGateGrad(const Launch&);
 void expertBalance(const Launch&);
 void expertBalanceGrad(const Launch&);
 // loss.cu
-void distillKl(const Launch&);
+void divergence(const Launch&);
 void crossEntropy(const Launch&);
+// topk_loss.cu
+void topLogits(const Launch&);
+void topkDivergence(const Launch&);
+// hidden.cu
+void hiddenDistance(const Launch&);
 // optimizer.cu
 void accumulate(const Launch&);
 void adamw(const Launch&);

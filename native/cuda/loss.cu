@@ -1,6 +1,6 @@
 // Losses over the vocabulary, a few rows at a time: the logits of all rows never exist together.
-#include "cuda/collectives.cuh"
-#include "cuda/four.cuh"
+#include "cuda/loss.cuh"
+
 #include "cuda/gemm.cuh"
 #include "cuda/kernels.h"
 #include "cuda/vector.cuh"
@@ -43,162 +43,84 @@ ChunkRows chunkRows(const Launch& launch, int64_t R, int64_t V, int64_t K, int64
   return {rows(logits), rows(gradients)};
 }
 
-constexpr int kThreads = 512;
+enum class Divergence { Kl, ReverseKl, Jsd };
 
-// What a thread takes of a row at once: pieces of four logits, as many pieces apart as there are threads.
-constexpr int kPieces = 2, kStride = 4 * kThreads, kStep = kPieces * kStride;
-using Taken = float[kPieces][4];
+// Logarithms of m / p and m / q of the mixture m = beta p + (1 - beta) q, from ratio = log(p / q) without overflow.
+struct Mixed {
+  float p, q;
 
-// Logits [c, c + 4) of a row; past its end -inf.
-DEVICE float4 logitsAt(const float* row, int c, int V) {
-  if (c + 4 <= V && alignedFour(row + c)) return ldGlobal<float4>(row + c);
-  const auto at = [&](int i) { return i < V ? ldGlobal(row + i) : -INFINITY; };
-  return {at(c), at(c + 1), at(c + 2), at(c + 3)};
-}
-
-DEVICE void take(const float* row, int c, int V, Taken& x) {
-  UNROLL
-  for (int i = 0; i < kPieces; ++i) spread(logitsAt(row, c + i * kStride, V), x[i]);
-}
-
-// The largest logit, NaN passed over, and the first piece that has it.
-struct Top {
-  float value = -INFINITY;
-  int piece = INT32_MAX;
-
-  // What exponents are relative to: where there is no logit but -inf, e^-inf must not become e^(-inf + inf).
-  DEVICE float reference() const { return value == -INFINITY ? 0.f : value; }
-};
-
-struct LossShared {
-  double partial[kThreads / 32];
-  Top top[kThreads / 32];
-};
-
-DEVICE Top warpTop(Top top) {
-  UNROLL
-  for (int lanes = 16; lanes > 0; lanes >>= 1) {
-    const Top other{shflXor(top.value, lanes), shflXor(top.piece, lanes)};
-    if (other.value > top.value || (other.value == top.value && other.piece < top.piece)) top = other;
-  }
-  return top;
-}
-
-DEVICE Top blockTop(Top top, LossShared& s) {
-  top = warpTop(top);
-  syncThreads();  // the previous one has been read
-  if (laneId() == 0) s.top[warpId()] = top;
-  syncThreads();  // top is complete
-  return warpTop(s.top[laneId() % (kThreads / 32)]);
-}
-
-// The sum of e^(logit - top) of a row, by one pass: it shrinks when a larger logit comes. In floats within a thread,
-// over a few hundred logits, and in doubles over the block.
-struct Softmax {
-  Top top;
-  float sum = 0;
-
-  // e = e^(x - top). Returns by what the sum has shrunk.
-  DEVICE float add(const Taken& x, int c, Taken& e) {
-    const float before = top.value;
-    UNROLL
-    for (int i = 0; i < kPieces; ++i) {
-      const float most = fmaxf(fmaxf(x[i][0], x[i][1]), fmaxf(x[i][2], x[i][3]));
-      if (most > top.value) top = {most, c + i * kStride};
-    }
-    const float reference = top.reference(), factor = fastExp(before - reference);
-    float added = 0;
-    UNROLL
-    for (int i = 0; i < kPieces; ++i) {
-      UNROLL
-      for (int j = 0; j < 4; ++j) e[i][j] = fastExp(x[i][j] - reference);
-      added += (e[i][0] + e[i][1]) + (e[i][2] + e[i][3]);
-    }
-    sum = fmaf(sum, factor, added);
-    return factor;
+  DEVICE Mixed(float ratio, float beta) {
+    const float e = fastExp(-fabsf(ratio)), rest = 1.f - beta;
+    const float mixed = logf(ratio >= 0.f ? fmaf(rest, e, beta) : fmaf(beta, e, rest));
+    p = ratio >= 0.f ? mixed : mixed - ratio;
+    q = ratio >= 0.f ? mixed + ratio : mixed;
   }
 };
 
-// Of the whole row, in all threads.
-struct RowSoftmax {
-  Top top;
-  double sum;
-  float factor;  // by which the sums of this thread shrink
-
-  DEVICE RowSoftmax(const Softmax& own, LossShared& s) : top(blockTop(own.top, s)) {
-    factor = fastExp(own.top.value - top.reference());
-    sum = blockTotal(static_cast<double>(own.sum) * factor, s.partial);
-  }
-  DEVICE double logSum() const { return top.value + log(sum); }
-  // Of the largest logit, the first of several; -1 where there is none, or a NaN.
-  DEVICE int index(const float* row, int V) const {
-    if (!(sum > 0)) return -1;
-    const float4 x = logitsAt(row, top.piece, V);
-    return top.piece + (x.x == top.value ? 0 : x.y == top.value ? 1 : x.z == top.value ? 2 : 3);
-  }
-};
-
-// Of the logits, [chunk, pitch], in every precision that a product takes; null otherwise.
-struct Gradient {
-  float* wide = nullptr;
-  bf16* narrow = nullptr;
-  int pitch = 0;  // rows start where eight elements may be moved at once
-  int first = 0;  // row of the chunk
-
-  __host__ __device__ explicit operator bool() const { return wide || narrow; }
-  DEVICE void store(int r, int c, int V, const float4& g) const {
-    const int64_t at = int64_t{r - first} * pitch + c;
-    if (wide) storeFour(wide + at, g, V - c);
-    if (narrow) storeFour(narrow + at, g, V - c);
-  }
-};
-
-// What both losses share; absent outputs are null.
-struct Rows {
-  Operand weight, targets;
-  float* logits = nullptr;  // of the student's rows of the chunk, then of the teacher's
-  double* value = nullptr;  // of every row
-  Operand row, ce, agree;
-  int first = 0, most = 0;  // of the chunk
-  Gradient gradient;
-
-  DEVICE int count() const { return max(0, min(weight.size(0) - first, most)); }
-  DEVICE int target(int r) const { return targets ? ldGlobal(targets.i32() + r) : -1; }
-};
-
-// row = KL(softmax(teacher) || softmax(student)); gradient = weight (q - p). One block a row.
-__global__ void __launch_bounds__(kThreads, 2) distillKernel(Rows rows, Operand w, StepState state) {
+// row = a divergence of q = softmax(student) from p = softmax(teacher); gradient = weight d row / d student. One block a
+// row.
+template <Divergence kind>
+__global__ void __launch_bounds__(kRowThreads, 2) divergenceKernel(Rows rows, Operand w, float beta, StepState state) {
   SHARED_MEMORY(LossShared, s);
   if (state.faulted()) return;
   const int V = w.size(0), count = rows.count(), tid = threadIdx.x, steps = (V + kStep - 1) / kStep;
   for (int i = blockIdx.x; i < count; i += gridDim.x) {
     const int r = rows.first + i;
     const float* student = rows.logits + int64_t{i} * V;
-    const float* teacher = rows.logits + int64_t{count + i} * V;
+    const float* teacher = rows.teacher(i, V);
     // With e = e^(t - max t): KL = sum e (t - s) / sum e - (log-sum-exp of t - log-sum-exp of s), which is 0 for equal
-    // logits.
+    // logits; the reverse is the same with s and t exchanged.
     Softmax ownQ, ownP;
     float ownDifference = 0;
     for (int step = 0; step < steps; ++step) {
       const int c = step * kStep + tid * 4;
-      Taken x, t, e;
+      Taken x, t, eQ, eP;
       take(student, c, V, x);
       take(teacher, c, V, t);
-      ownQ.add(x, c, e);
-      const float factor = ownP.add(t, c, e);
+      const float factorQ = ownQ.add(x, c, eQ), factorP = ownP.add(t, c, eP);
+      if constexpr (kind == Divergence::Jsd) continue;
+      const float factor = kind == Divergence::Kl ? factorP : factorQ;
       float added = 0;
       UNROLL
       for (int j = 0; j < kPieces * 4; ++j) {
-        const float p = e[j / 4][j % 4];
-        added += p == 0.f ? 0.f : p * (t[j / 4][j % 4] - x[j / 4][j % 4]);
+        const float e = kind == Divergence::Kl ? eP[j / 4][j % 4] : eQ[j / 4][j % 4];
+        const float difference = t[j / 4][j % 4] - x[j / 4][j % 4];
+        added += e == 0.f ? 0.f : e * (kind == Divergence::Kl ? difference : -difference);
       }
       ownDifference = (factor == 0.f ? 0.f : ownDifference * factor) + added;
     }
     const RowSoftmax q(ownQ, s), p(ownP, s);
-    const double difference =
-        blockTotal(p.factor == 0.f ? 0. : static_cast<double>(ownDifference) * p.factor, s.partial);
+    const float scaleQ = static_cast<float>(1. / q.sum), scaleP = static_cast<float>(1. / p.sum);
+    const float shift = static_cast<float>(p.logSum() - q.logSum());
+    const auto probability = [](float logit, const RowSoftmax& of, float scale) {
+      return fastExp(logit - of.top.value) * scale;
+    };
+    double value = 0, mean = 0;  // mean over q, of what the gradient is relative to
+    if constexpr (kind == Divergence::Jsd) {
+      float ownMixedP = 0, ownMixedQ = 0;
+      for (int step = steps - 1; step >= 0; --step) {
+        const int c = step * kStep + tid * 4;
+        Taken x, t;
+        take(student, c, V, x);
+        take(teacher, c, V, t);
+        UNROLL
+        for (int j = 0; j < kPieces * 4; ++j) {
+          const float a = x[j / 4][j % 4], b = t[j / 4][j % 4];
+          const Mixed mixed((b - a) - shift, beta);
+          const float ofP = probability(b, p, scaleP), ofQ = probability(a, q, scaleQ);
+          ownMixedP += ofP == 0.f ? 0.f : ofP * mixed.p;
+          ownMixedQ += ofQ == 0.f ? 0.f : ofQ * mixed.q;
+        }
+      }
+      const double mixedP = blockTotal(static_cast<double>(ownMixedP), s.partial);
+      mean = blockTotal(static_cast<double>(ownMixedQ), s.partial);
+      value = 0. - beta * mixedP - (1.f - beta) * mean;
+    } else {
+      const RowSoftmax& of = kind == Divergence::Kl ? p : q;
+      mean = blockTotal(of.factor == 0.f ? 0. : static_cast<double>(ownDifference) * of.factor, s.partial) / of.sum;
+      value = kind == Divergence::Kl ? mean - (p.logSum() - q.logSum()) : mean - (q.logSum() - p.logSum());
+    }
     if (tid == 0) {
-      const double value = difference / p.sum - (p.logSum() - q.logSum());
       stGlobal(rows.value + r, value);
       if (rows.row) stGlobal(rows.row.f32() + r, static_cast<float>(value));
       if (rows.agree) {
@@ -211,11 +133,10 @@ __global__ void __launch_bounds__(kThreads, 2) distillKernel(Rows rows, Operand 
       }
     }
     if (!rows.gradient) continue;
-    const float weight = ldGlobal(rows.weight.f32() + r);
-    const float scaleQ = static_cast<float>(1. / q.sum), scaleP = static_cast<float>(1. / p.sum);
-    // Backwards: what was read last is still in the cache.
-    for (int step = steps - 1; step >= 0; --step) {
-      const int c = step * kStep + tid * 4;
+    const float weight = ldGlobal(rows.weight.f32() + r), relativeTo = static_cast<float>(mean);
+    // The other way round: what was read last is still in the cache.
+    for (int back = steps - 1; back >= 0; --back) {
+      const int c = (kind == Divergence::Jsd ? steps - 1 - back : back) * kStep + tid * 4;
       Taken x, t;
       take(student, c, V, x);
       take(teacher, c, V, t);
@@ -224,7 +145,13 @@ __global__ void __launch_bounds__(kThreads, 2) distillKernel(Rows rows, Operand 
         float g[4];
         UNROLL
         for (int j = 0; j < 4; ++j) {
-          g[j] = weight * (fastExp(x[k][j] - q.top.value) * scaleQ - fastExp(t[k][j] - p.top.value) * scaleP);
+          const float a = x[k][j], b = t[k][j], ofQ = probability(a, q, scaleQ);
+          if constexpr (kind == Divergence::Kl) g[j] = weight * (ofQ - probability(b, p, scaleP));
+          if constexpr (kind == Divergence::ReverseKl) g[j] = ofQ == 0.f ? 0.f : weight * (ofQ * ((a - b) - relativeTo));
+          if constexpr (kind == Divergence::Jsd) {
+            const float relative = Mixed((b - a) - shift, beta).q - relativeTo;
+            g[j] = ofQ == 0.f ? 0.f : weight * (beta - 1.f) * (ofQ * relative);
+          }
         }
         rows.gradient.store(r, c + k * kStride, V, gathered(g));
       }
@@ -233,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2) distillKernel(Rows rows, Operand 
 }
 
 // row = -log softmax(student)[target]; gradient = weight (q - 1 at the target). One block a row.
-__global__ void __launch_bounds__(kThreads, 2) crossEntropyKernel(Rows rows, Operand w, StepState state) {
+__global__ void __launch_bounds__(kRowThreads, 2) crossEntropyKernel(Rows rows, Operand w, StepState state) {
   SHARED_MEMORY(LossShared, s);
   if (state.faulted()) return;
   const int V = w.size(0), count = rows.count(), tid = threadIdx.x, steps = (V + kStep - 1) / kStep;
@@ -276,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) crossEntropyKernel(Rows rows, Ope
 }
 
 // The student's rows of a chunk and then the teacher's, for one product, and how many these are.
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, 2)
     joinKernel(Operand student, Operand teacher, int first, int most, Operand joined, int32_t* rows, StepState state) {
   if (state.faulted()) return;
   const int K = student.size(1), count = max(0, min(student.size(0) - first, most));
@@ -289,24 +216,25 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // loss = sum of weight[r] value[r], in an order that the number of rows decides.
-__global__ void __launch_bounds__(kThreads, 2)
-    weightedSumKernel(Operand weight, const double* value, Operand hidden, Operand w, int products, float* loss,
-                      StepState state) {
+__global__ void __launch_bounds__(kRowThreads, 2)
+    weightedSumKernel(Operand weight, const double* value, Operand hidden, Operand teacher, Operand w, int products,
+                      float* loss, StepState state) {
   SHARED_MEMORY(LossShared, s);
   if (state.faulted()) return;
   const int R = weight.size(0);
   double sum = 0;
-  for (int r = threadIdx.x; r < R; r += kThreads) sum += ldGlobal(weight.f32() + r) * ldGlobal(value + r);
+  for (int r = threadIdx.x; r < R; r += kRowThreads) sum += ldGlobal(weight.f32() + r) * ldGlobal(value + r);
   sum = blockTotal(sum, s.partial);
   if (threadIdx.x > 0) return;
   stGlobal(loss, static_cast<float>(sum));
-  state.count(2. * R * w.size(0) * hidden.size(1) * products, 0);
+  state.count(2. * R * w.size(0) * (1. * products * hidden.size(1) + (teacher ? teacher.size(1) : 0)), 0);
 }
 
-// A loss by `kernel`, of student rows h and, where there are any, teacher rows, and the gradients that are wanted.
-template <typename Kernel>
-void vocabularyLoss(const Launch& launch, const Kernel& kernel, const Operand& h, const Operand& teacher,
-                    const Operand& w, Rows rows, const Operand& loss, const Operand& dh, const Operand& dw) {
+}  // namespace
+
+void vocabularyLoss(const Launch& launch, const std::function<void(const Rows&)>& launchRows, const Operand& h,
+                    const Operand& teacher, const Operand& w, const Operand& wt, Rows rows, const Operand& loss,
+                    const Operand& dh, const Operand& dw) {
   const int64_t R = h.bound[0], V = w.bound[0], K = h.bound[1];
   // The precisions that gemm.cu multiplies in, so that nothing is converted.
   const bool narrowWeight = w.dtype == DType::BF16;
@@ -317,7 +245,8 @@ void vocabularyLoss(const Launch& launch, const Kernel& kernel, const Operand& h
   const ChunkRows chunk = chunkRows(launch, R, V, K, matrices, pitch * ((wide ? 4 : 0) + (narrow ? 2 : 0)));
 
   rows.logits = launch.scratch<float>(matrices * chunk.logits * V);
-  rows.value = launch.scratch<double>(R);
+  rows.teacherAt = wt ? chunk.logits : 0;
+  if (loss) rows.value = launch.scratch<double>(R);
   rows.gradient.pitch = static_cast<int>(pitch);
   if (wide) rows.gradient.wide = launch.scratch<float>(chunk.gradients * pitch);
   if (narrow) rows.gradient.narrow = launch.scratch<bf16>(chunk.gradients * pitch);
@@ -328,7 +257,8 @@ void vocabularyLoss(const Launch& launch, const Kernel& kernel, const Operand& h
   };
   Operand joined;
   int32_t* joinedRows = nullptr;
-  if (teacher) {
+  const bool together = teacher && !wt;
+  if (together) {
     joined.dtype = narrowWeight ? h.dtype : DType::F32;
     const int64_t elements = 2 * chunk.logits * K;
     joined.data = joined.dtype == DType::BF16 ? static_cast<void*>(launch.scratch<bf16>(elements))
@@ -343,22 +273,30 @@ void vocabularyLoss(const Launch& launch, const Kernel& kernel, const Operand& h
     for (rows.first = first; rows.first < end; rows.first += chunk.logits) {
       rows.most = std::min(chunk.logits, end - rows.first);
       Product logits(launch, Extent(h, 0).part(rows.first, rows.most), {w, 0}, {h, 1});
-      if (teacher) {
-        LAUNCH(joinKernel, launch.blocks(2 * rows.most * K, 4 * kThreads), kThreads, 0, launch.stream, h, teacher,
+      logits.a = Matrix(h);
+      logits.a.first = rows.first;
+      if (together) {
+        LAUNCH(joinKernel, launch.blocks(2 * rows.most * K, 4 * kRowThreads), kRowThreads, 0, launch.stream, h, teacher,
                rows.first, rows.most, joined, joinedRows, launch.state);
         logits.m = Extent();
         logits.m.size = joinedRows;
         logits.m.bound = 2 * rows.most;
         logits.a = Matrix(joined);
-      } else {
-        logits.a = Matrix(h);
-        logits.a.first = rows.first;
       }
       logits.b[0] = weight(w);
       logits.out = rows.logits;
-      logits.countsFlops = false;
+      logits.countsFlops = !loss;
       multiplyWeight(launch, logits);
-      LAUNCH(kernel, launch.blocks(rows.most, 1), kThreads, sizeof(LossShared), launch.stream, rows, w, launch.state);
+      if (wt) {
+        Product own(launch, Extent(teacher, 0).part(rows.first, rows.most), {wt, 0}, {teacher, 1});
+        own.a = Matrix(teacher);
+        own.a.first = rows.first;
+        own.b[0] = weight(wt);
+        own.out = rows.logits + int64_t{rows.teacherAt} * V;
+        own.countsFlops = false;
+        multiplyWeight(launch, own);
+      }
+      launchRows(rows);
     }
     const Extent inChunk = Extent(h, 0).part(first, chunk.gradients);
     if (dh) {  // dh[first + r] = gradient[r] w
@@ -381,14 +319,19 @@ void vocabularyLoss(const Launch& launch, const Kernel& kernel, const Operand& h
       multiplyRows(launch, p);
     }
   }
-  LAUNCH(weightedSumKernel, 1, kThreads, sizeof(LossShared), launch.stream, rows.weight, rows.value, h, w,
-         static_cast<int>(matrices) + (dh ? 1 : 0) + (dw ? 1 : 0), floats(loss), launch.state);
+  if (!loss) return;
+  LAUNCH(weightedSumKernel, 1, kRowThreads, sizeof(LossShared), launch.stream, rows.weight, rows.value, h, teacher, w,
+         1 + (dh ? 1 : 0) + (dw ? 1 : 0), floats(loss), launch.state);
 }
 
-}  // namespace
-
-void distillKl(const Launch& launch) {
-  const Operand &hs = launch.in[0], &ht = launch.in[1], &w = launch.in[2], &targets = launch.in[4];
+void divergence(const Launch& launch) {
+  const Operand &hs = launch.in[0], &ht = launch.in[1], &w = launch.in[2], &targets = launch.in[4], &wt = launch.in[5];
+  const auto kind = static_cast<Divergence>(launch.intAttribute(0, "kind", 0, 2));
+  const float beta = checkedShare("divergence", "beta", launch.attr[1]);
+  if (!wt && ht.bound[1] != hs.bound[1]) {
+    fail(ErrorCode::InvalidProgram, "[divergence] ht must be as wide as hs, %lld, or have a wt, got %lld",
+         static_cast<long long>(hs.bound[1]), static_cast<long long>(ht.bound[1]));
+  }
   const Operand* out = launch.out;
   Rows rows;
   rows.weight = launch.in[3];
@@ -396,9 +339,18 @@ void distillKl(const Launch& launch) {
   rows.row = out[1];
   rows.agree = out[3];
   rows.ce = out[4];
-  if (rows.ce && !targets) fail(ErrorCode::InvalidProgram, "[distill_kl] targets must be given where ce is wanted");
+  if (rows.ce && !targets) fail(ErrorCode::InvalidProgram, "[divergence] targets must be given where ce is wanted");
   if (targets) checkTargets(launch, 4, w, 0);
-  vocabularyLoss(launch, distillKernel, hs, ht, w, rows, out[0], out[2], {});
+  const auto launchRows = [&](const Rows& chunk) {
+    const auto with = [&](const auto& kernel) {
+      LAUNCH(kernel, launch.blocks(chunk.most, 1), kRowThreads, sizeof(LossShared), launch.stream, chunk, w, beta,
+             launch.state);
+    };
+    if (kind == Divergence::Kl) with(divergenceKernel<Divergence::Kl>);
+    if (kind == Divergence::ReverseKl) with(divergenceKernel<Divergence::ReverseKl>);
+    if (kind == Divergence::Jsd) with(divergenceKernel<Divergence::Jsd>);
+  };
+  vocabularyLoss(launch, launchRows, hs, ht, w, wt, rows, out[0], out[2], {});
 }
 
 void crossEntropy(const Launch& launch) {
@@ -410,7 +362,11 @@ void crossEntropy(const Launch& launch) {
   rows.row = out[1];
   rows.agree = out[4];
   checkTargets(launch, 2, w, 0);
-  vocabularyLoss(launch, crossEntropyKernel, h, {}, w, rows, out[0], out[2], out[3]);
+  const auto launchRows = [&](const Rows& chunk) {
+    LAUNCH(crossEntropyKernel, launch.blocks(chunk.most, 1), kRowThreads, sizeof(LossShared), launch.stream, chunk, w,
+           launch.state);
+  };
+  vocabularyLoss(launch, launchRows, h, {}, w, {}, rows, out[0], out[2], out[3]);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -29,4 +29,13 @@ inline void checkTogether(const char* op, const char* first, bool hasFirst, cons
        hasFirst ? first : second);
 }
 
+// Strictly between 0 and 1, as a float too.
+inline float checkedShare(const char* op, const char* name, double value) {
+  const float share = static_cast<float>(value);
+  if (!(std::isnormal(share) && share > 0 && share < 1)) {
+    fail(ErrorCode::InvalidProgram, "[%s] attribute %s must be between 0 and 1, got %g", op, name, value);
+  }
+  return share;
+}
+
 }  // namespace elastiform

@@ -94,14 +94,23 @@ const std::vector<OpDef>& opDefs() {
       {"expert_balance", "z:f32[N,E] offsets:i32[O] share:f32[S] -> loss:f32[1]", {"rule"}},
       {"expert_balance_grad", "dloss:f32[1] z:f32[N,E] offsets:i32[O] share:f32[S] -> dz:f32[N,E]", {"rule"}},
       // losses (chunked over rows: full logits never exist)
-      {"distill_kl",
-       "hs:f32[R,K] ht:f32[R,K] w:w[V,K<] weight:f32[R] targets?:i32[R] -> loss:f32[1] row?:f32[R] "
+      {"divergence",
+       "hs:f32[R,K] ht:f32[R,J] w:w[V,K<] weight:f32[R] targets?:i32[R] wt?:w[V,J<] -> loss:f32[1] row?:f32[R] "
        "dh?:f32[R,K] agree?:f32[R] ce?:f32[R]",
-       {}, -1, "hs,ht dh"},
+       {"kind", "beta"}, -1, "hs,ht dh"},
+      {"top_logits", "h:f32[R,K] w:w[V,K<] -> ids:i32[R,T] logp:f32[R,T] rest:f32[R]", {}, -1, "h"},
+      {"topk_divergence",
+       "hs:f32[R,K] w:w[V,K<] ids:i32[R,T] logp:f32[R,T] rest:f32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] "
+       "dh?:f32[R,K]",
+       {"kind"}, -1, "hs dh"},
       {"cross_entropy",
        "h:f32[R,K] w:w[V,K<] targets:i32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] dh?:f32[R,K] "
        "dw?:f32[V,K] correct?:f32[R]",
        {}, -1, "h dh"},
+      // losses between residual streams
+      {"hidden_distance",
+       "x:f32[R,D] y:f32[R,D] weight:f32[R] -> loss:f32[1] row?:f32[R] dx?:f32[R,D]",
+       {"kind"}},
       // optimizer
       {"accumulate", "state!:f32[P] x:f32[*X] ->", {"offset"}},
       {"adamw", "p!:f32[P] g!:f32[P] m!:f32[P] v!:f32[P] hyper:f32[8] -> grad_norm:f32[1]", {"decay_count"}},

@@ -133,8 +133,8 @@ std::vector<Encoded> corpus() {
     for (int i = 0; i < 4; ++i) states.push_back(w.bound(DType::F32, {24}, true));
     const int dh = w.temp({r, k}), dw = w.temp({v, k}), norm = w.temp({r, k}), mean = w.temp({r}), rstd = w.temp({r});
     const int scaled = w.temp({r, k}), loss = w.temp({one}), sum = w.temp({r, k});
-    w.step("distill_kl", {student, teacher, head, weight, targets},
-           {w.output({one}), w.output({r}), dh, w.output({r}), w.output({r})});
+    w.step("divergence", {student, teacher, head, weight, targets, head},
+           {w.output({one}), w.output({r}), dh, w.output({r}), w.output({r})}, {2, 0.3});
     w.step("cross_entropy", {student, trained, targets, weight}, {loss, -1, scaled, dw, w.output({r})});
     w.step("layer_norm", {student, w.bound(DType::F32, {3}), w.bound(DType::F32, {3}), -1}, {norm, mean, rstd}, {1e-5});
     w.step("layer_norm_grad", {dh, student, w.bound(DType::F32, {3}), mean, rstd, -1},
@@ -148,6 +148,18 @@ std::vector<Encoded> corpus() {
     w.step("adamw", {states[0], states[1], states[2], states[3], hyper}, {w.output({one})}, {12});
     w.step("zeros", {}, {w.output({p})});
     w.step("dot", {weight, mean}, {w.output({one})});
+    programs.push_back(encode(w));
+  }
+  {  // losses on the largest logits, and between residual streams
+    ProgramWriter w;
+    const int r = w.dim(DimKind::Set, 5), k = w.constant(3), t = w.constant(2), one = w.constant(1);
+    const int student = w.feed({r, k}), teacher = w.feed({r, k}), weight = w.feed({r});
+    const int head = w.bound(DType::BF16, {6, 4});
+    const int ids = w.tensor(TensorKind::Temp, DType::I32, {r, t}), logp = w.temp({r, t}), rest = w.temp({r});
+    w.step("top_logits", {teacher, head}, {ids, logp, rest});
+    w.step("topk_divergence", {student, head, ids, logp, rest, weight},
+           {w.output({one}), w.output({r}), w.output({r, k})}, {1});
+    w.step("hidden_distance", {student, teacher, weight}, {w.output({one}), w.output({r}), w.output({r, k})}, {1});
     programs.push_back(encode(w));
   }
   {  // routing by threshold, moving rows and ids

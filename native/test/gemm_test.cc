@@ -561,12 +561,12 @@ void testLosses() {
     std::vector<float> loss(1), row(static_cast<size_t>(R)), dh(static_cast<size_t>(R * K)), agree = row, ce = row, correct = row;
     std::vector<float> dw(static_cast<size_t>(V * K));
     const bool gradient = coin();
-    Counters counters = runOp("distill_kl",
-                              {view(hs, {R, K}), view(ht, {R, K}), w.view(), view(weight, {R}), view(targets, {R})},
+    Counters counters = runOp("divergence",
+                              {view(hs, {R, K}), view(ht, {R, K}), w.view(), view(weight, {R}), view(targets, {R}), {}},
                               {view(loss, {1}), view(row, {R}), gradient ? view(dh, {R, K}) : TensorView{},
                                view(agree, {R}), view(ce, {R})},
-                              {});
-    CHECK(counters.flops == 2.0 * static_cast<double>(R * V * K) * (gradient ? 3 : 2), "distill_kl counts its work wrong");
+                              {0, 0.5});
+    CHECK(counters.flops == 2.0 * static_cast<double>(R * V * K) * (gradient ? 3 : 2), "divergence counts its work wrong");
     double total = 0;
     for (int64_t r = 0; r < R; ++r) {
       const size_t i = static_cast<size_t>(r);
@@ -585,10 +585,10 @@ void testLosses() {
       for (int64_t k = 0; gradient && k < K; ++k) {
         double d = 0;
         for (int64_t v = 0; v < V; ++v) d += weight[i] * (s.p[static_cast<size_t>(v)] - t.p[static_cast<size_t>(v)]) * w.at(v, k);
-        CHECK(std::abs(dh[static_cast<size_t>(r * K + k)] - d) <= 2e-6, "distill_kl dh");
+        CHECK(std::abs(dh[static_cast<size_t>(r * K + k)] - d) <= 2e-6, "divergence dh");
       }
     }
-    CHECK(std::abs(loss[0] - total) <= 1e-5 * (1 + std::abs(total)), "distill_kl loss");
+    CHECK(std::abs(loss[0] - total) <= 1e-5 * (1 + std::abs(total)), "divergence loss");
 
     const bool wantsDw = coin();
     counters = runOp("cross_entropy", {view(hs, {R, K}), w.view(), view(targets, {R}), view(weight, {R})},
@@ -624,19 +624,19 @@ void testLosses() {
   std::vector<float> hs = random(R * K), ht = random(R * K), weight(R, 1.0f), loss(1), row(R), dh(R * K), dw(static_cast<size_t>(V * K));
   std::vector<int32_t> targets(R, 5);
   auto values = random(V * K);
-  runOp("distill_kl", {view(hs, {R, K}), view(ht, {R, K}), view(values, {V, K}), view(weight, {R}), {}},
-        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {});
+  runOp("divergence", {view(hs, {R, K}), view(ht, {R, K}), view(values, {V, K}), view(weight, {R}), {}, {}},
+        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {0, 0.5});
   double total = 0;
   for (const float x : row) total += x;
-  CHECK(std::abs(loss[0] - total) <= 1e-5 && loss[0] > 0, "chunked distill_kl");
+  CHECK(std::abs(loss[0] - total) <= 1e-5 && loss[0] > 0, "chunked divergence");
   runOp("cross_entropy", {view(hs, {R, K}), view(values, {V, K}), view(targets, {R}), view(weight, {R})},
         {view(loss, {1}), view(row, {R}), view(dh, {R, K}), view(dw, {V, K}), {}}, {});
   double columns[2] = {0, 0}, size = 0;
   for (size_t i = 0; i < dw.size(); ++i) columns[i % 2] += dw[i], size += std::abs(dw[i]);
   CHECK(std::abs(columns[0]) + std::abs(columns[1]) < 1e-4 && size > 1, "gradients of logits must sum to 0");
   hs[0] = std::numeric_limits<float>::quiet_NaN();
-  runOp("distill_kl", {view(hs, {R, K}), view(ht, {R, K}), view(values, {V, K}), view(weight, {R}), {}},
-        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {});
+  runOp("divergence", {view(hs, {R, K}), view(ht, {R, K}), view(values, {V, K}), view(weight, {R}), {}, {}},
+        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {0, 0.5});
   CHECK(std::isnan(row[0]) && std::isnan(loss[0]) && !std::isnan(row[1]) && std::isnan(dh[0]), "NaN in one row");
   targets[3] = static_cast<int32_t>(V);
   throws("targets", ErrorCode::InvalidData, [&] {

@@ -7,7 +7,7 @@ import {
   attention,
   attentionCached,
   crossEntropy,
-  distillKl,
+  divergence,
   dot,
   embedding,
   gate,
@@ -65,7 +65,7 @@ describe('structure', () => {
   test('one loss of one: no scaling of what the loss op gives', () => {
     const g = new Graph();
     const h = g.feed('h', 'f32', [3, 4]);
-    const { loss } = distillKl(h, g.feed('t', 'f32', [3, 4]), weight(g, 9, 4), g.feed('weight', 'f32', [3]));
+    const { loss } = divergence(h, g.feed('t', 'f32', [3, 4]), weight(g, 9, 4), g.feed('weight', 'f32', [3]));
     const [dh] = gradients(loss, [h]);
     expect(dh).toBe(loss.step?.outputs[2]);
     expect(gradients(scale(loss, 0.5), [h])[0].step).toMatchObject({ op: 'scale', inputs: [dh, null], attrs: [0.5] });

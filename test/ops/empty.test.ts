@@ -4,7 +4,7 @@ import {
   add,
   attention,
   crossEntropy,
-  distillKl,
+  divergence,
   dot,
   embedding,
   gate,
@@ -127,7 +127,7 @@ cases('no rows', [
       const none = linear(x, w, { rows });
       const [weight, targets] = [gate(z, rows, 1), gatherIds(ids, rows)];
       const ce = crossEntropy(none, w, targets, weight);
-      const kl = distillKl(none, none, w, weight, targets);
+      const kl = divergence(none, none, w, weight, { targets });
       return { loss: ce.loss, kl: kl.loss, row: kl.row, agree: kl.agree, ce: kl.ce!, correct: ce.correct };
     },
     ['x', 'w'],

@@ -20,6 +20,9 @@ export type Reference = (
 
 type Fn = (x: number) => number;
 
+/** Of floats; no bucket of a divergence has less. */
+const smallestNormal = 2 ** -126;
+
 const sigmoid: Fn = (x) => 1 / (1 + Math.exp(-x));
 const softplus: Fn = (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
 
@@ -581,25 +584,104 @@ export const references: Readonly<Record<string, Reference>> = {
     return [dz];
   },
 
-  distill_kl([hs, ht, w, weight, targets]) {
+  divergence([hs, ht, w, weight, targets, wt], [kind, beta]) {
     const [r, k] = hs!.shape;
     const v = w!.shape[0];
     const [row, dh, agree, ce] = [f64([r]), f64(hs!.shape), f64([r]), f64([r])];
     const student = product(hs!, w!, null, null, v);
-    const teacher = product(ht!, w!, null, null, v);
+    const teacher = product(ht!, wt ?? w!, null, null, v);
     for (let i = 0; i < r; ++i) {
       const ls = logSoftmax(student.data.subarray(i * v, (i + 1) * v));
       const lt = logSoftmax(teacher.data.subarray(i * v, (i + 1) * v));
       agree.data[i] = argmax(ls) === argmax(lt) ? 1 : 0;
       if (targets && targets.data[i] >= 0) ce.data[i] = -ls[targets.data[i]];
+      const sum = (f: (j: number) => number) => Array.from(ls, (_, j) => f(j)).reduce((a, b) => a + b, 0);
+      const [p, q] = [Array.from(lt, Math.exp), Array.from(ls, Math.exp)];
+      const lm = p.map((x, j) => Math.log(beta * x + (1 - beta) * q[j]));
+      // The value, and its derivative by every logit of the student.
+      const reverse = sum((j) => q[j] * (ls[j] - lt[j]));
+      const fromMixture = sum((j) => q[j] * (ls[j] - lm[j]));
+      row.data[i] = [
+        sum((j) => p[j] * (lt[j] - ls[j])),
+        reverse,
+        beta * sum((j) => p[j] * (lt[j] - lm[j])) + (1 - beta) * fromMixture,
+      ][kind];
       for (let j = 0; j < v; ++j) {
-        row.data[i] += Math.exp(lt[j]) * (lt[j] - ls[j]);
-        const d = weight!.data[i] * (Math.exp(ls[j]) - Math.exp(lt[j]));
-        for (let c = 0; c < k; ++c) dh.data[i * k + c] += d * w!.data[j * w!.shape[1] + c];
+        const d = [q[j] - p[j], q[j] * (ls[j] - lt[j] - reverse), (1 - beta) * q[j] * (ls[j] - lm[j] - fromMixture)][
+          kind
+        ];
+        for (let c = 0; c < k; ++c) dh.data[i * k + c] += weight!.data[i] * d * w!.data[j * w!.shape[1] + c];
       }
     }
     const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
     return [f64([1], [loss]), row, dh, agree, targets && ce];
+  },
+  top_logits([h, w], _, [size]) {
+    const [r, t] = size!;
+    const v = w!.shape[0];
+    const [ids, logp, rest] = [f64([r, t]), f64([r, t]), f64([r])];
+    const logits = product(h!, w!, null, null, v);
+    for (let i = 0; i < r; ++i) {
+      const l = logSoftmax(logits.data.subarray(i * v, (i + 1) * v));
+      const order = Array.from(l, (_, j) => j).sort((a, b) => l[b] - l[a] || a - b);
+      const chosen = order.slice(0, t).sort((a, b) => a - b);
+      ids.data.set(chosen, i * t);
+      logp.data.set(
+        chosen.map((j) => l[j]),
+        i * t,
+      );
+      rest.data[i] = Math.log(
+        Math.max(
+          order.slice(t).reduce((sum, j) => sum + Math.exp(l[j]), 0),
+          smallestNormal,
+        ),
+      );
+    }
+    return [ids, logp, rest];
+  },
+  topk_divergence([hs, w, ids, logp, rest, weight], [kind]) {
+    const [r, k] = hs!.shape;
+    const [v, t] = [w!.shape[0], ids!.shape[1]];
+    const [row, dh] = [f64([r]), f64(hs!.shape)];
+    const logits = product(hs!, w!, null, null, v);
+    for (let i = 0; i < r; ++i) {
+      const l = logSoftmax(logits.data.subarray(i * v, (i + 1) * v));
+      const own = Array.from(ids!.data.subarray(i * t, (i + 1) * t));
+      const outside = Array.from(l, (_, j) => j).filter((j) => !own.includes(j));
+      const restQ = outside.reduce((sum, j) => sum + Math.exp(l[j]), 0);
+      const log = (x: number) => Math.max(x, Math.log(smallestNormal));
+      const p = [...logp!.data.subarray(i * t, (i + 1) * t), rest!.data[i]].map(log);
+      const q = [...own.map((j) => l[j]), Math.log(restQ)].map(log);
+      const terms = p.map((lp, b) => (kind === 0 ? Math.exp(lp) * (lp - q[b]) : Math.exp(q[b]) * (q[b] - lp)));
+      row.data[i] = terms.reduce((a, b) => a + b);
+      const mass = p.reduce((sum, lp) => sum + Math.exp(lp), 0);
+      for (let j = 0; j < v; ++j) {
+        const b = own.includes(j) ? own.indexOf(j) : t;
+        // d = probability of j times (mass - p / q of its bucket), or times (log q - log p - value).
+        const d =
+          Math.exp(l[j]) * (kind === 0 ? mass - Math.exp(p[b] - q[b]) : q[b] - p[b] - row.data[i]) * weight!.data[i];
+        for (let c = 0; c < k; ++c) dh.data[i * k + c] += d * w!.data[j * w!.shape[1] + c];
+      }
+    }
+    const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
+    return [f64([1], [loss]), row, dh];
+  },
+  hidden_distance([x, y, weight], [kind]) {
+    const [r, d] = x!.shape;
+    const [row, dx] = [f64([r]), f64([r, d])];
+    for (let i = 0; i < r; ++i) {
+      const [a, b] = [x!, y!].map((v) => Array.from(v.data.subarray(i * d, (i + 1) * d)));
+      const dot = (u: number[], v: number[]) => u.reduce((sum, value, j) => sum + value * v[j], 0);
+      const [na, nb] = [Math.sqrt(dot(a, a)), Math.sqrt(dot(b, b))];
+      const cosine = na * nb === 0 ? 0 : dot(a, b) / (na * nb);
+      row.data[i] = kind === 0 ? dot(a, a) / d - (2 * dot(a, b)) / d + dot(b, b) / d : 1 - cosine;
+      for (let j = 0; j < d; ++j) {
+        const ofCosine = na * nb === 0 ? 0 : (cosine * a[j]) / (na * na) - b[j] / (na * nb);
+        dx.data[i * d + j] = weight!.data[i] * (kind === 0 ? (2 / d) * (a[j] - b[j]) : ofCosine);
+      }
+    }
+    const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
+    return [f64([1], [loss]), row, dx];
   },
   cross_entropy([h, w, targets, weight]) {
     const [r, k] = h!.shape;

@@ -42,7 +42,18 @@ export {
   linearGated,
   type Patch,
 } from './linear.js';
-export { type CrossEntropy, crossEntropy, type DistillKl, distillKl } from './loss.js';
+export {
+  type CrossEntropy,
+  crossEntropy,
+  type Divergence,
+  type DivergenceKind,
+  type DivergenceOptions,
+  divergence,
+  hiddenDistance,
+  type TopLogits,
+  topkDivergence,
+  topLogits,
+} from './loss.js';
 export { layerNorm, type NormOptions, rmsNorm } from './norm.js';
 export { accumulate, adamw } from './optimizer.js';
 export { type RopeOptions, rope } from './rope.js';

@@ -1,34 +1,51 @@
-// Losses over a vocabulary product that is never held whole: distillation and cross-entropy.
+// Losses over a vocabulary product that is never held whole, and distances between residual streams.
 import { InvalidArgumentError } from '../../native/errors.js';
 import { sameShape } from '../dims.js';
 import type { Node } from '../graph.js';
-import { defineOp } from '../op.js';
+import { defineOp, type GradientRule } from '../op.js';
 import { scale } from './elementwise.js';
 
-const distillKlOp = defineOp(
-  'distill_kl',
-  'hs:f32[R,K] ht:f32[R,K] w:w[V,K<] weight:f32[R] targets?:i32[R] -> loss:f32[1] row?:f32[R] ' +
+/** Hands the gradient that a loss has computed, and its rows, to hidden states and row weights; heads are frozen. */
+const lossGradient =
+  (op: string, heads: readonly number[], weight: number): GradientRule =>
+  ({ outputs: [, row, dh], dy, needs, add }) => {
+    if (heads.some((i) => needs(i))) {
+      throw new InvalidArgumentError(
+        `[${op}] its head has no gradient: pass it through stopGradient or train it otherwise`,
+      );
+    }
+    if (needs(0)) add(0, scale(dh!, 1, dy));
+    if (needs(weight)) add(weight, scale(row!, 1, dy));
+  };
+
+/** How far a student's distribution is from a teacher's, in the order of the native code. */
+export const divergenceKinds = ['kl', 'reverse-kl', 'jsd'] as const;
+export type DivergenceKind = (typeof divergenceKinds)[number];
+
+const divergenceOp = defineOp(
+  'divergence',
+  'hs:f32[R,K] ht:f32[R,J] w:w[V,K<] weight:f32[R] targets?:i32[R] wt?:w[V,J<] -> loss:f32[1] row?:f32[R] ' +
     'dh?:f32[R,K] agree?:f32[R] ce?:f32[R]',
-  [],
-  {
-    // The teacher is given: its hidden states get no gradient.
-    constant: ['ht'],
-    gradient({ outputs: [, row, dh], dy, needs, add }) {
-      if (needs(2)) {
-        throw new InvalidArgumentError(
-          '[distill_kl] w has no gradient: pass it through stopGradient or train it otherwise',
-        );
-      }
-      if (needs(0)) add(0, scale(dh!, 1, dy));
-      if (needs(3)) add(3, scale(row!, 1, dy));
-    },
-  },
+  ['kind', 'beta'],
+  // The teacher is given: its hidden states get no gradient.
+  { constant: ['ht'], gradient: lossGradient('divergence', [2, 5], 3) },
 );
 
-export interface DistillKl {
+export interface DivergenceOptions {
+  /** Default `kl`: of the student from the teacher, KL(p || q). */
+  kind?: DivergenceKind;
+  /** The teacher's share of the mixture of `jsd`, between 0 and 1; default 0.5. */
+  beta?: number;
+  /** i32 [R], -1: none. */
+  targets?: Node | null;
+  /** The teacher's head [V, J]; default: the student's. */
+  wt?: Node | null;
+}
+
+export interface Divergence {
   /** f32 [1]: `sum weight[r] row[r]`. The only output that carries a gradient. */
   loss: Node;
-  /** f32 [R]: KL of the student from the teacher, nats. */
+  /** f32 [R]: divergence of the student from the teacher, nats. */
   row: Node;
   /** f32 [R]: 1 where student and teacher have the same argmax. */
   agree: Node;
@@ -37,13 +54,85 @@ export interface DistillKl {
 }
 
 /**
- * Forward KL between the next-token distributions of a teacher and a student that share one head: student hs and
- * teacher ht f32 [R, K], head w [V, K], weight f32 [R], targets i32 [R] (-1: none).
+ * Divergence between the next-token distributions of a student, hs f32 [R, K] with head w [V, K], and a teacher, ht
+ * f32 [R, J] with head `wt` [V, J]; weight f32 [R].
  */
-export function distillKl(hs: Node, ht: Node, w: Node, weight: Node, targets: Node | null = null): DistillKl {
+export function divergence(
+  hs: Node,
+  ht: Node,
+  w: Node,
+  weight: Node,
+  { kind = 'kl', beta = 0.5, targets = null, wt = null }: DivergenceOptions = {},
+): Divergence {
   const without = targets ? [] : ['ce'];
-  const [loss, row, , agree, ce] = distillKlOp.apply([hs, ht, w, weight, targets], [], { without });
+  const attributes = [divergenceKinds.indexOf(kind), beta];
+  const [loss, row, , agree, ce] = divergenceOp.apply([hs, ht, w, weight, targets, wt], attributes, { without });
   return { loss: loss!, row: row!, agree: agree!, ce };
+}
+
+const topLogitsOp = defineOp('top_logits', 'h:f32[R,K] w:w[V,K<] -> ids:i32[R,T] logp:f32[R,T] rest:f32[R]');
+
+/** The largest logits of every row, and what is left. */
+export interface TopLogits {
+  /** i32 [R, T], ascending; of equal logits the first. */
+  ids: Node;
+  /** f32 [R, T]: their log-probabilities, nats. */
+  logp: Node;
+  /** f32 [R]: logarithm of the probability of all other ids. */
+  rest: Node;
+}
+
+/** The `count` largest of `h w^T`, a few rows at a time: h f32 [R, K], w [V, K]. No gradient flows through it. */
+export function topLogits(h: Node, w: Node, count: number): TopLogits {
+  const [ids, logp, rest] = topLogitsOp.apply([h, w], [], { bind: { T: count } });
+  return { ids: ids!, logp: logp!, rest: rest! };
+}
+
+const topkDivergenceOp = defineOp(
+  'topk_divergence',
+  'hs:f32[R,K] w:w[V,K<] ids:i32[R,T] logp:f32[R,T] rest:f32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] ' +
+    'dh?:f32[R,K]',
+  ['kind'],
+  { constant: ['logp', 'rest'], gradient: lossGradient('topk_divergence', [1], 5) },
+);
+
+/**
+ * Divergence of a student, hs f32 [R, K] with head w [V, K], from a teacher of which the largest probabilities are
+ * known, on those ids and one bucket for all others; weight f32 [R]. `loss` f32 [1] carries a gradient, `row` is f32 [R].
+ */
+export function topkDivergence(
+  hs: Node,
+  w: Node,
+  { ids, logp, rest }: TopLogits,
+  weight: Node,
+  kind: 'kl' | 'reverse-kl' = 'kl',
+): { loss: Node; row: Node } {
+  const [loss, row] = topkDivergenceOp.apply([hs, w, ids, logp, rest, weight], [divergenceKinds.indexOf(kind)]);
+  return { loss: loss!, row: row! };
+}
+
+/** Distances between rows of residual streams, in the order of the native code. */
+export const hiddenDistances = ['mse', 'cosine'] as const;
+
+const hiddenDistanceOp = defineOp(
+  'hidden_distance',
+  'x:f32[R,D] y:f32[R,D] weight:f32[R] -> loss:f32[1] row?:f32[R] dx?:f32[R,D]',
+  ['kind'],
+  { constant: ['y'], gradient: lossGradient('hidden_distance', [], 2) },
+);
+
+/**
+ * `mean (x - y)^2` or `1 - cos(x, y)` of every row: x and y f32 [R, D], weight f32 [R]; y gets no gradient. `loss`
+ * f32 [1] is `sum weight[r] row[r]` and carries a gradient, `row` is f32 [R].
+ */
+export function hiddenDistance(
+  x: Node,
+  y: Node,
+  weight: Node,
+  kind: (typeof hiddenDistances)[number],
+): { loss: Node; row: Node } {
+  const [loss, row] = hiddenDistanceOp.apply([x, y, weight], [hiddenDistances.indexOf(kind)]);
+  return { loss: loss!, row: row! };
 }
 
 const crossEntropyOp = defineOp(

@@ -36,9 +36,12 @@ struct FinishTile {
   int64_t m0, rows, n0, n;
 };
 
+// Of a student from a teacher, in the order of the op's attribute; docs/ops.md has the equations.
+enum class Divergence { Kl, ReverseKl, Jsd };
+
 struct LossRow {
   double lse;    // log-sum-exp of the student's logits
-  double value;  // KL in nats, or the cross-entropy
+  double value;  // the divergence in nats, or the cross-entropy
   int64_t best;  // first index of the largest logit; -1 when there is none (NaN)
   int64_t bestTeacher;
 };
@@ -64,9 +67,9 @@ struct KernelTable {
   void (*finish)(const FinishTile& tile, const Epilogue& epilogue, float* out, int64_t ldOut);
   void (*finishGated)(const FinishTile& tile, const GatedEpilogue& epilogue, float* out, int64_t ldOut);
 
-  // value = KL(softmax(teacher) || softmax(student)); with `gradient` student becomes weight * (q - p) and the teacher's
-  // logits are lost.
-  LossRow (*distillRow)(float* student, float* teacher, int64_t V, float weight, bool gradient);
+  // By Divergence: of softmax(student) from softmax(teacher); `beta` is the teacher's share of the mixture of Jsd. With
+  // `gradient` student becomes weight * d value / d student and the teacher's logits are lost.
+  LossRow (*divergenceRow[3])(float* student, float* teacher, int64_t V, float beta, float weight, bool gradient);
   // value = -log softmax(logits)[target]; with `gradient` logits become weight * (q - 1 at the target).
   LossRow (*crossEntropyRow)(float* logits, int64_t V, int64_t target, float weight, bool gradient);
 

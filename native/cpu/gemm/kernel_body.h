@@ -390,13 +390,15 @@ ELASTIFORM_INLINE double sumExp(const float* x, int64_t V, float shift) {
   return sum(total);
 }
 
-LossRow distillRow(float* student, float* teacher, int64_t V, float weight, bool gradient) {
+// p and q: softmax of teacher and student. The logits make room for what a later pass reads.
+template <Divergence kind>
+LossRow divergenceRow(float* student, float* teacher, int64_t V, float beta, float weight, bool gradient) {
   const float top = largest(student, V), topTeacher = largest(teacher, V);
   LossRow row;
   row.best = firstIndexOf(student, V, top);
   row.bestTeacher = firstIndexOf(teacher, V, topTeacher);
   // With e = e^(t - max t): KL = sum e (t - s) / sum e - (log-sum-exp of t - log-sum-exp of s), which is 0 for equal
-  // logits. The exponentials take the place of the logits until the sums are known.
+  // logits; the reverse is the same with s and t exchanged.
   DoubleSum sumQ, sumP, sumDifference;
   for (int64_t i = 0; i < V; i += kLanes) {
     const int64_t width = V - i < kLanes ? V - i : kLanes;
@@ -411,24 +413,61 @@ LossRow distillRow(float* student, float* teacher, int64_t V, float weight, bool
     }
     add(sumQ, q);
     add(sumP, p);
-    add(sumDifference, select(p == splat(0.0f), Vec{}, p * (t - s)));
-    if (gradient) {
+    if constexpr (kind == Divergence::Kl) add(sumDifference, select(p == splat(0.0f), Vec{}, p * (t - s)));
+    if constexpr (kind == Divergence::ReverseKl) add(sumDifference, select(q == splat(0.0f), Vec{}, q * (s - t)));
+    if (gradient && kind != Divergence::Jsd) {
       storePartial(student + i, q, width);
-      storePartial(teacher + i, p, width);
+      storePartial(teacher + i, kind == Divergence::Kl ? p : s - t, width);
     }
   }
   const double total = sum(sumQ), totalTeacher = sum(sumP);
   row.lse = top + ::log(total);
-  row.value = sum(sumDifference) / totalTeacher - (topTeacher + ::log(totalTeacher) - row.lse);
+  const double lseTeacher = topTeacher + ::log(totalTeacher);
   if (total != total) row.best = -1;
   if (totalTeacher != totalTeacher) row.bestTeacher = -1;
-  if (gradient) {
-    const Vec scaleQ = splat(static_cast<float>(1.0 / total)), scaleP = splat(static_cast<float>(1.0 / totalTeacher));
+  const Vec scaleQ = splat(static_cast<float>(1.0 / total)), scaleP = splat(static_cast<float>(1.0 / totalTeacher));
+  double mean = 0;  // over q, of what the gradient is relative to
+  if constexpr (kind == Divergence::Kl) {
+    row.value = sum(sumDifference) / totalTeacher - (lseTeacher - row.lse);
+  } else if constexpr (kind == Divergence::ReverseKl) {
+    mean = sum(sumDifference) / total;
+    row.value = mean - (row.lse - lseTeacher);
+  } else {
+    // log(m / p) and log(m / q) of the mixture m = beta p + (1 - beta) q, from log(p / q) without overflow.
+    const Vec share = splat(beta), rest = splat(1.0f - beta), shift = splat(static_cast<float>(lseTeacher - row.lse));
+    DoubleSum sumMixedP, sumMixedQ;
     for (int64_t i = 0; i < V; i += kLanes) {
       const int64_t width = V - i < kLanes ? V - i : kLanes;
-      const Vec q = loadPartial(student + i, width) * scaleQ, p = loadPartial(teacher + i, width) * scaleP;
-      storePartial(student + i, splat(weight) * (q - p), width);
+      const Vec s = loadPartial(student + i, width), t = loadPartial(teacher + i, width);
+      const IVec inside = laneIndex() < splatInt(static_cast<int32_t>(width));
+      const Vec q = select(inside, exp(s - splat(top)) * scaleQ, Vec{});
+      const Vec p = select(inside, exp(t - splat(topTeacher)) * scaleP, Vec{});
+      const Vec ratio = (t - s) - shift, e = exp(-abs(ratio));
+      const IVec above = ratio >= Vec{};
+      const Vec mixed = log(select(above, fma(rest, e, share), fma(share, e, rest)));
+      const Vec mixedP = select(above, mixed, mixed - ratio), mixedQ = select(above, mixed + ratio, mixed);
+      const Vec logQ = select(q == splat(0.0f), Vec{}, mixedQ);
+      add(sumMixedP, select(p == splat(0.0f), Vec{}, p * mixedP));
+      add(sumMixedQ, q * logQ);
+      if (gradient) {
+        storePartial(student + i, q, width);
+        storePartial(teacher + i, logQ, width);
+      }
     }
+    mean = sum(sumMixedQ);
+    row.value = 0.0 - beta * sum(sumMixedP) - (1.0f - beta) * mean;
+  }
+  for (int64_t i = 0; gradient && i < V; i += kLanes) {
+    const int64_t width = V - i < kLanes ? V - i : kLanes;
+    const Vec q = loadPartial(student + i, width), other = loadPartial(teacher + i, width);
+    const Vec relative = other - splat(static_cast<float>(mean));
+    Vec g;
+    if constexpr (kind == Divergence::Kl) g = splat(weight) * (q * scaleQ - other * scaleP);
+    if constexpr (kind == Divergence::ReverseKl) {
+      g = splat(weight) * select(q == splat(0.0f), Vec{}, q * scaleQ * relative);
+    }
+    if constexpr (kind == Divergence::Jsd) g = splat(weight * (beta - 1.0f)) * (q * relative);
+    storePartial(student + i, g, width);
   }
   return row;
 }
@@ -496,7 +535,9 @@ constexpr KernelTable makeTable() {
   t.widen = widen;
   t.finish = finish;
   t.finishGated = finishGated;
-  t.distillRow = distillRow;
+  t.divergenceRow[0] = divergenceRow<Divergence::Kl>;
+  t.divergenceRow[1] = divergenceRow<Divergence::ReverseKl>;
+  t.divergenceRow[2] = divergenceRow<Divergence::Jsd>;
   t.crossEntropyRow = crossEntropyRow;
   t.fmaPeak = fmaPeak;
   t.fmaWidth = int64_t{kChains} * kLanes * 2;
