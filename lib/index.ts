@@ -1,7 +1,8 @@
 // The public API of elastiform.
 export type { DataSource } from './distill/data.js';
-export { type DistillConfig, distill, type LossTerm } from './distill/distill.js';
+export { type DistillConfig, distill } from './distill/distill.js';
 export type { OptimizerConfig, TrainConfig, TrainEvent, TrainResult } from './distill/events.js';
+export type { LossTerm } from './distill/objectives.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { DivergedError } from './distill/trainer.js';
 export type { Axis, Capacity, ElasticSpec } from './elastic/axes.js';

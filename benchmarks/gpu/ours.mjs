@@ -1,6 +1,8 @@
 // elastiform on a GPU: small programs built as models build them, timed by events on the device.
 import { batchRun } from '../../dist/distill/batches.js';
-import { capacityFeeds, routerPlan, trainProgram } from '../../dist/distill/steps.js';
+import { lossFeeds, resolveLosses } from '../../dist/distill/objectives.js';
+import { trainablePlan } from '../../dist/distill/plan.js';
+import { capacityFeeds, trainProgram } from '../../dist/distill/steps.js';
 import { Trainable } from '../../dist/distill/trainable.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
 import { trainingSelector } from '../../dist/elastic/rows.js';
@@ -313,27 +315,30 @@ const groups = {
         { kind: 'elastiformer', tokens: { attn: shape.capacity, mlp: shape.capacity }, keys: 'selected' },
         spec,
       );
-      const trainable = own(new Trainable(routerPlan(policy)));
+      const trainable = own(new Trainable(trainablePlan(policy, spec)));
       // Routers that choose rows here and there; those of zeros would take the first.
       trainable.params.write(random(trainable.plan.size).map((value) => 0.02 * value));
       const { rows, segments } = shape;
       const model = { spec, weights, policy, trainable, engine, batchTokens: rows };
-      const program = own(trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 }));
+      const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
+      const program = own(trainProgram(model, losses));
       const graph = new Graph();
       const [p, g, m, v] = ['params', 'grads', 'm', 'v'].map((name) => graph.state(trainable[name], name));
       graph.output('norm', adamw(p, g, m, v, graph.feed('hyper', 'f32', [8]), trainable.plan.decayCount));
       const update = compile(graph);
       const length = rows / segments;
-      const batch = batchRun({
+      const sequences = {
         ids: tokens(rows, spec.vocab, 5),
         positions: Int32Array.from({ length: rows }, (_, i) => i % length),
         targets: new Int32Array(rows).fill(-1),
         offsets: Int32Array.from({ length: segments + 1 }, (_, i) => i * length),
-      });
+      };
+      const batch = batchRun(sequences);
+      const capacity = () => shape.capacity;
       const feeds = {
         ...batch.feeds,
-        weight: new Float32Array(rows).fill(1 / rows),
-        ...capacityFeeds(policy, segments, () => shape.capacity),
+        ...capacityFeeds(policy, segments, capacity),
+        ...lossFeeds(losses, policy, sequences, { step: 0, steps: 1, total: rows, capacity }),
       };
       const hyper = Float32Array.of(shape.lr, 0.9, 0.999, 1e-8, 0, 0, 0.1, 0.001);
       const facts = {};

@@ -3,7 +3,9 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { batchRun } from '../../dist/distill/batches.js';
 import { TokenData } from '../../dist/distill/data.js';
-import { capacityFeeds, routerPlan, trainProgram } from '../../dist/distill/steps.js';
+import { lossFeeds, resolveLosses } from '../../dist/distill/objectives.js';
+import { trainablePlan } from '../../dist/distill/plan.js';
+import { capacityFeeds, trainProgram } from '../../dist/distill/steps.js';
 import { Trainable } from '../../dist/distill/trainable.js';
 import { resolveConfig, train } from '../../dist/distill/trainer.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
@@ -33,8 +35,8 @@ function runStep(batch, total, signal) {
     dims,
     feeds: {
       ...feeds,
-      ...capacityFeeds(settings.policy, dims.segments, () => settings.capacity),
-      weight: new Float32Array(dims.rows).fill(1 / total),
+      ...capacityFeeds(settings.policy, dims.segments, settings.capacity),
+      ...lossFeeds(settings.losses, settings.policy, batch, { step: 0, steps: 1, total, capacity: settings.capacity }),
     },
     signal,
   });
@@ -109,10 +111,11 @@ await serve({
       { kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity }, keys: 'selected' },
       spec,
     );
-    trainable = new Trainable(routerPlan(policy));
-    settings = { policy, capacity };
+    trainable = new Trainable(trainablePlan(policy, spec));
+    const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
+    settings = { policy, capacity: () => capacity, losses };
     const model = { spec, weights, policy, trainable, engine, batchTokens: rows };
-    step = trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 }, { recompute });
+    step = trainProgram(model, losses, { recompute });
     fs.mkdirSync(scratch, { recursive: true });
     process.on('exit', () => fs.rmSync(scratch, { recursive: true, force: true }));
     startTraining({ spec, engine, rows, lr, scratch });

@@ -1,10 +1,21 @@
 // `elastiform distill`: trains the routers of a plan by self-distillation.
 import { type DistillConfig, distill } from '../distill/distill.js';
+import { type LossTerm, lossKinds } from '../distill/objectives.js';
 import { activationTypes } from '../native/index.js';
 import { type Command, UsageError } from './command.js';
 import { dataSource } from './data.js';
 import { dtypes, loadFlags } from './shared.js';
 import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';
+
+/** `kl=0.5` or `kl`. */
+function lossTerm(text: string): LossTerm {
+  const [kind, weight = '1', ...rest] = text.split('=');
+  if (!lossKinds.includes(kind as LossTerm['kind']) || !(Number(weight) > 0) || rest.length > 0) {
+    const known = lossKinds.join(', ');
+    throw new UsageError(`[cli] --loss must list terms with positive weights, KIND=WEIGHT of ${known}; got '${text}'`);
+  }
+  return { kind, weight: Number(weight) } as LossTerm;
+}
 
 export const distillCommand: Command = {
   name: 'distill',
@@ -12,6 +23,11 @@ export const distillCommand: Command = {
   positionals: '[plan]',
   flags: {
     ...trainingFlags,
+    loss: {
+      type: 'string',
+      value: 'TERM=W,...',
+      help: 'terms and their weights, 1 if none is given: kl=1,topk-bce=0.1; see docs/distillation.md',
+    },
     dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the frozen weights while training' },
     activations: loadFlags.activations,
   },
@@ -23,6 +39,7 @@ export const distillCommand: Command = {
       plan: positionals[0],
       data: (await dataSource(context, 'data')) ?? undefined,
       evalData: (await dataSource(context, 'eval-data')) ?? undefined,
+      loss: flags.list('loss')?.map(lossTerm),
       dtype: flags.choice('dtype', dtypes),
       activations: flags.choice('activations', activationTypes),
     });

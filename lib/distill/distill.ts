@@ -17,20 +17,13 @@ import { batchRun, firstBatches, trainingTexts, wholeEpoch } from './batches.js'
 import { calibrate } from './calibrate.js';
 import { type DataSource, TokenData } from './data.js';
 import type { TrainConfig, TrainResult } from './events.js';
+import { type LossTerm, lossFeeds, resolveLosses } from './objectives.js';
 import { startVector, trainablePlan, trainedLora, trainedRouters } from './plan.js';
 import { DivergenceProbe } from './probe.js';
 import { Random } from './random.js';
-import { capacityFeeds, type DistillModel, type LossWeights, noiseFeeds, trainProgram } from './steps.js';
+import { capacityFeeds, type DistillModel, noiseFeeds, trainProgram } from './steps.js';
 import { Trainable } from './trainable.js';
-import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from './trainer.js';
-
-export type LossTerm =
-  /** Forward KL from the full model's next-token distribution to the routed model's. */
-  | { kind: 'kl'; weight: number }
-  /** Binary cross-entropy of every router against its own top-k choice: makes thresholds, which are causal, agree. */
-  | { kind: 'topk-bce'; weight: number }
-  /** Load balance of the experts of every layer that is cut into some: 0 when all are used alike. */
-  | { kind: 'load-balance'; weight: number };
+import { checkConfig, resolveConfig, type Task, train, withLock } from './trainer.js';
 
 export interface DistillConfig extends TrainConfig {
   /** A directory written by elastify, or an elastic model to train further. */
@@ -42,7 +35,7 @@ export interface DistillConfig extends TrainConfig {
   evalData?: DataSource;
   /** Without evalData: share of the documents to hold out. */
   heldOut?: number;
-  /** Default: kl at weight 1, topk-bce at 0.1 and, with experts, load-balance at 0.01. */
+  /** Default: kl at weight 1, topk-bce at 0.1 and, with experts, load-balance at 0.01. One must be of the output. */
   loss?: readonly LossTerm[];
   /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
@@ -82,7 +75,6 @@ const ownKeys = [
  */
 export async function distill(config: DistillConfig): Promise<TrainResult> {
   checkConfig('distill', config, ownKeys);
-  const losses = lossWeights(config.loss);
   const calibrationTokens = config.calibrationTokens ?? 8192;
   if (!Number.isInteger(calibrationTokens) || calibrationTokens < 1) {
     throw new InvalidArgumentError(`[distill] calibrationTokens must be a positive integer, got ${calibrationTokens}`);
@@ -106,6 +98,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   const { policy } = elastic;
   const configPath = join(config.plan, 'config.json');
   const spec = specFromConfig(await readJson(configPath), configPath);
+  const losses = resolveLosses(config.loss, spec);
   const tokenizer = await loadTokenizer(config.plan);
   const sequenceLength = config.sequenceLength ?? Math.min(512, spec.maxPositions);
   if (sequenceLength > spec.maxPositions) {
@@ -164,14 +157,14 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
           const draw = random.uniform();
           return shapedCapacities(sensitivity, policy, meanCapacities(policy, draw));
         });
+        const capacity = (router: number, segment: number) => capacities[segment][router];
         const { outputs } = await step.run({
           dims,
           feeds: {
             ...feeds,
-            ...capacityFeeds(policy, dims.segments, (router, s) => capacities[s][router]),
+            ...capacityFeeds(policy, dims.segments, capacity),
             ...noiseFeeds(policy, dims.rows, random),
-            weight: new Float32Array(dims.rows).fill(1 / total),
-            share: Float32Array.of(dims.rows / total),
+            ...lossFeeds(losses, policy, batch, { step: number, steps: resolved.steps, total, capacity }),
           },
           signal,
         });
@@ -198,40 +191,6 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
     }
     return { dir: config.out, step: result.step, stopped: result.stopped, ...(result.best && { best: result.best }) };
   });
-}
-
-const lossNames: Readonly<Record<LossTerm['kind'], keyof LossWeights>> = {
-  kl: 'kl',
-  'topk-bce': 'topkBce',
-  'load-balance': 'loadBalance',
-};
-
-function lossWeights(
-  terms: readonly LossTerm[] = [
-    { kind: 'kl', weight: 1 },
-    { kind: 'topk-bce', weight: 0.1 },
-    { kind: 'load-balance', weight: 0.01 },
-  ],
-): LossWeights {
-  const wrong = !Array.isArray(terms as unknown) || terms.some((term) => typeof term !== 'object' || term === null);
-  if (wrong) throw new InvalidArgumentError(`[distill] loss must be a list of terms, got ${JSON.stringify(terms)}`);
-  const weights: LossWeights = { kl: 0, topkBce: 0, loadBalance: 0 };
-  for (const term of terms) {
-    checkKeys('distill', 'key of a loss term', term, ['kind', 'weight']);
-    const name = lossNames[term.kind];
-    if (!name) {
-      const known = Object.keys(lossNames).join(', ');
-      throw new InvalidArgumentError(
-        `[distill] a loss must be one of ${known}, got ${JSON.stringify((term as LossTerm).kind)}`,
-      );
-    }
-    if (!(Number.isFinite(term.weight) && term.weight > 0)) {
-      throw new InvalidArgumentError(`[distill] the weight of ${term.kind} must be positive, got ${term.weight}`);
-    }
-    weights[name] += term.weight;
-  }
-  if (weights.kl === 0) throw new InvalidArgumentError('[distill] loss must have a kl term');
-  return weights;
 }
 
 /** Mean capacity of each axis at a draw from 0, the low end of its range, to 1, the high end. */

@@ -1,4 +1,5 @@
 // The programs of self-distillation: teacher and student in one graph, its gradients, evaluation, router logits.
+import { isExperts } from '../elastic/axes.js';
 import { LoraTensors, patched, trainablePatch } from '../elastic/lora.js';
 import { type ElasticPolicy, hasQuantiles, routerPlaces } from '../elastic/policy.js';
 import {
@@ -15,22 +16,22 @@ import {
   type Dim,
   divergence,
   dot,
-  expertBalance,
   Graph,
   gradients,
   type Node,
   Program,
   scale,
   stopGradient,
-  topkBce,
+  type TopLogits,
   topkCredit,
 } from '../graph/index.js';
 import { decoder, finalNorm } from '../model/decoder.js';
 import { selectEverything } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
-import { bindWeights, type DecoderTensors } from '../model/weights.js';
+import { bindWeights, type DecoderNodes, type DecoderTensors } from '../model/weights.js';
 import type { Engine } from '../native/index.js';
 import { batchInputs } from './batches.js';
+import { type Loss, type ModelNodes, objective, ofTeacher } from './objectives.js';
 import { trainedLora } from './plan.js';
 import type { Random } from './random.js';
 import type { Trainable } from './trainable.js';
@@ -46,13 +47,15 @@ export interface DistillModel {
   engine: Engine;
   /** Most rows of a batch. */
   batchTokens: number;
+  /** What the losses compare the student with; default: the full model itself. */
+  teacher?: Teacher;
 }
 
-export interface LossWeights {
-  kl: number;
-  topkBce: number;
-  loadBalance: number;
-}
+/** Another model of the same vocabulary, or the `topK` largest probabilities of one, which are fed. */
+export type Teacher = { spec: ModelSpec; weights: DecoderTensors } | { topK: number };
+
+/** Feeds of a teacher's `topK` largest probabilities: i32 and f32 [rows, topK], f32 [rows]; see TopLogits. */
+export const topLogitsFeeds = { ids: 'teacher.ids', logp: 'teacher.logp', rest: 'teacher.rest' } as const;
 
 /** Capacity feeds: a share of rows for every router, in the order of execution, and segment. */
 export function capacityFeeds(
@@ -99,93 +102,99 @@ function routerNodes(graph: Graph, trainable: Trainable): (id: string) => Router
 }
 
 /**
- * The gradient of the divergence `kl` with respect to routers whose gates are straight-through, as a loss to be
+ * The gradient of a loss of the student's output with respect to routers whose gates are straight-through, as a loss to be
  * differentiated: sum over routers and rows of logit times credit. At gate value 1 the derivative of the loss by the gate
- * says nothing about a row left out; its credit is what its output would change, and the teacher has computed that output
- * (before and after the sub-layer, in `teacher`).
+ * says nothing about a row left out; its credit is what its output would change, and the full model has computed that
+ * output (before and after the sub-layer, in `full`).
  */
 function credited(
-  kl: Node,
+  loss: Node,
   routed: readonly RoutedPlace[],
   student: readonly Node[],
-  teacher: readonly Node[],
+  full: readonly Node[],
   offsets: Node,
   weight: Node,
 ): Node {
   const after = (r: RoutedPlace) => 2 * r.layer + (r.place === 'attn' ? 1 : 2);
   const dys = gradients(
-    kl,
+    loss,
     routed.map((r) => student[after(r)]),
   );
   return routed
     .map((r, i) => {
-      const [from, to] = [teacher[after(r) - 1], teacher[after(r)]];
+      const [from, to] = [full[after(r) - 1], full[after(r)]];
       return dot(r.detached, stopGradient(topkCredit(dys[i], from, to, r.z, offsets, r.offsets, weight)));
     })
     .reduce((a, b) => add(a, b));
 }
 
 /**
- * One micro-batch of training: adds the gradients of `kl weight * KL + bce weight * mean over routers of BCE + balance
- * weight * mean over sub-layers cut into experts of their load balance` to `trainable.grads`. Feeds besides the batch: `weight` f32 [rows], `share` f32 [1] (this micro-batch's part of the
- * step's rows), capacities, and with `explore` noise. Outputs `loss`, `kl`, `agree` and, when they have a weight, `bce` and
- * `balance`.
+ * One micro-batch of training: adds the gradients of the loss to `trainable.grads`. Feeds besides the batch: lossFeeds,
+ * capacities, with `explore` noise, and topLogitsFeeds of a teacher that is known by them. Outputs: `loss` and those of
+ * `objective`.
+ *
+ * Credit needs what every sub-layer would add to the rows it leaves out, whoever the teacher is. So the full model's layers
+ * run when a token router is straight-through, or when the full model is the teacher, and its head only then.
  */
 export function trainProgram(
   model: DistillModel,
-  losses: LossWeights,
+  losses: readonly Loss[],
   { recompute = false, explore = false }: { recompute?: boolean; explore?: boolean } = {},
 ): Program {
-  const { spec, policy, trainable } = model;
+  const { spec, policy, trainable, teacher } = model;
   const graph = new Graph();
   const weights = bindWeights(graph, model.weights);
   const { rows, segments, ...inputs } = batchInputs(graph, model.batchTokens);
-  const [teacherResiduals, residuals]: [Node[], Node[]] = [[], []];
-  // The teacher comes first, so what both compute alike (the start of the model) is counted as its own.
-  const teacher = decoder(graph, spec, weights, inputs, selectEverything, {
-    tagPrefix: 'teacher/',
-    residuals: teacherResiduals,
-  });
-  const ht = graph.tag('teacher/head', () => finalNorm(spec, weights, teacher));
+  const run = (tagPrefix: string, spec: ModelSpec, weights: DecoderNodes): ModelNodes => {
+    const residuals: Node[] = [];
+    const last = decoder(graph, spec, weights, inputs, selectEverything, { tagPrefix, residuals });
+    const hidden = graph.tag('teacher/head', () => finalNorm(spec, weights, last));
+    return { hidden, head: weights.head, residuals };
+  };
+  const taught = losses.some(ofTeacher);
+  const byCredit = policy.gate === 'straight-through' && routerPlaces(policy).some(({ axis }) => !isExperts(axis));
+  // The full model comes first, so what both compute alike (the start of the model) is counted as its own.
+  const full = byCredit || (taught && !teacher) ? run('teacher/', spec, weights) : null;
+  const other = (given: Teacher): ModelNodes | TopLogits =>
+    'topK' in given
+      ? {
+          ids: graph.feed(topLogitsFeeds.ids, 'i32', [rows, given.topK]),
+          logp: graph.feed(topLogitsFeeds.logp, 'f32', [rows, given.topK]),
+          rest: graph.feed(topLogitsFeeds.rest, 'f32', [rows]),
+        }
+      : run('teacher/other/', given.spec, bindWeights(graph, given.weights));
   const selector = studentSelector(graph, model, segments, explore);
+  const residuals: Node[] = [];
   const student = decoder(graph, spec, weights, inputs, selector, { recompute, residuals });
   const { routed, routedExperts } = selector;
   const weight = graph.feed('weight', 'f32', [rows]);
-  const share = graph.feed('share', 'f32', [1]);
-  const { loss: kl, agree } = graph.tag('head', () =>
-    divergence(finalNorm(spec, weights, student), ht, weights.head, weight),
-  );
-  graph.output('kl', kl);
-  graph.output('agree', dot(agree, weight));
-  const extra: Node[] = [];
-  const auxiliary = (name: string, weight: number, terms: () => readonly Node[]): void => {
-    if (weight === 0) return;
-    graph.tag('routers', () => {
-      const each = terms();
-      if (each.length === 0) return;
-      const mean = scale(
-        each.reduce((a, b) => add(a, b)),
-        1 / each.length,
-        share,
-      );
-      graph.output(name, mean);
-      extra.push(scale(mean, weight));
-    });
-  };
-  auxiliary('bce', losses.topkBce, () => routed.map((r) => topkBce(r.detached, r.rows)));
-  auxiliary('balance', losses.loadBalance, () => routedExperts.map((r) => expertBalance(r.detached)));
-  const total = (divergence: Node): Node => extra.reduce((sum, term) => add(sum, term), scale(divergence, losses.kl));
-  const loss = total(kl);
+  graph.feed('share', 'f32', [1]);
+  const {
+    output,
+    routers,
+    scale: credit,
+  } = objective(losses, {
+    graph,
+    rows,
+    student: { hidden: graph.tag('head', () => finalNorm(spec, weights, student)), head: weights.head, residuals },
+    teacher: taught ? (teacher ? other(teacher) : full) : null,
+    routed,
+    routedExperts,
+    weight,
+  });
+  const total = (loss: Node): Node => (routers ? add(loss, routers) : loss);
+  const loss = total(output);
   graph.output('loss', loss);
-  // Gates of experts, of tokens that are not straight-through, and corrections are in the divergence itself.
-  const byCredit = policy.gate === 'straight-through' && routed.length > 0;
-  const objective = byCredit
+  // Gates of experts, of tokens that are not straight-through, and corrections are in the output itself.
+  const trained = byCredit
     ? graph.tag('routers', () => {
-        const credit = credited(kl, routed, residuals, teacherResiduals, inputs.offsets, weight);
-        return total(routedExperts.length > 0 || policy.lora ? add(credit, kl) : credit);
+        // Credit is relative to its mean magnitude; it weighs what the terms weigh together.
+        const unscaled = credited(output, routed, residuals, full!.residuals, inputs.offsets, weight);
+        const credits = scale(unscaled, 1, credit);
+        return total(routedExperts.length > 0 || policy.lora ? add(credits, output) : credits);
       })
     : loss;
-  trainable.accumulateGradients(graph, objective, (name) => graph.state(trainable.view(name)));
+  trainable.accumulateGradients(graph, trained, (name) => graph.state(trainable.view(name)));
   return Program.compile(graph, model.engine);
 }
 

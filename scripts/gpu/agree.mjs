@@ -4,7 +4,9 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { batchInputs, batchRun } from '../../dist/distill/batches.js';
-import { capacityFeeds, routerPlan, trainProgram } from '../../dist/distill/steps.js';
+import { lossFeeds, resolveLosses } from '../../dist/distill/objectives.js';
+import { trainablePlan } from '../../dist/distill/plan.js';
+import { capacityFeeds, trainProgram } from '../../dist/distill/steps.js';
 import { Trainable } from '../../dist/distill/trainable.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
 import { Graph, Program } from '../../dist/graph/index.js';
@@ -48,19 +50,17 @@ async function compute(engine, dtype) {
   const { dims, feeds } = batchRun(batch);
   const result = { logits: (await forward.run({ dims, feeds })).outputs.logits };
 
-  const trainable = new Trainable(routerPlan(policy));
+  const trainable = new Trainable(trainablePlan(policy, spec));
   trainable.params.write(Float32Array.from({ length: trainable.plan.size }, (_, i) => 0.02 * Math.sin(0.7 * i)));
-  const step = trainProgram(
-    { spec, weights, policy, trainable, engine, batchTokens: rows },
-    { kl: 1, topkBce: 0, loadBalance: 0 },
-  );
+  const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
+  const step = trainProgram({ spec, weights, policy, trainable, engine, batchTokens: rows }, losses);
+  const capacity = () => 0.5;
   const { outputs } = await step.run({
     dims,
     feeds: {
       ...feeds,
-      ...capacityFeeds(policy, dims.segments, () => 0.5),
-      weight: new Float32Array(rows).fill(1 / rows),
-      share: Float32Array.of(1),
+      ...capacityFeeds(policy, dims.segments, capacity),
+      ...lossFeeds(losses, policy, batch, { step: 0, steps: 1, total: rows, capacity }),
     },
   });
   result.loss = outputs.loss[0];

@@ -65,6 +65,9 @@ describe('bad usage: exit code 2 and one line that says what', () => {
     [['distill', '--data', data, '--out', 'x'], 'the plan to train is missing'],
     [['distill', 'plan', '--out', 'x'], 'the training data is missing: give --data'],
     [['distill', 'plan', '--data', data], 'give --out'],
+    [['distill', 'plan', '--data', data, '--loss', 'kl,mse=1'], 'KIND=WEIGHT of kl, reverse-kl'],
+    [['distill', 'plan', '--data', data, '--loss', 'kl=0'], "got 'kl=0'"],
+    [['distill', 'plan', '--data', data, '--loss', 'kl=1=2'], "got 'kl=1=2'"],
     [['pretrain', '--out', 'x'], "'model' is missing"],
   ])('%j', async (args, message) => {
     const { code, stdout, stderr } = await run(...args);
@@ -143,7 +146,8 @@ describe('from a plain model to text at a budget', () => {
   });
 
   it('elastify, distill, inspect, generate, eval', async () => {
-    const training = await run('distill', plan, ...quickTraining(work), '--steps', '3', '--out', elastic, '--json');
+    const options = ['--loss', 'kl=1,cross-entropy=0.1,topk-bce=0.1', '--steps', '3', '--out', elastic, '--json'];
+    const training = await run('distill', plan, ...quickTraining(work), ...options);
     expect(training).toMatchObject({ code: 0 });
     expect(training.stderr).toMatch(/^distill 1\/\d+ {2}/);
     expect(json(training)).toMatchObject({ dir: elastic, step: 3, stopped: 'done', last: { step: 3, of: 3 } });

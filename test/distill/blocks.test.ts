@@ -81,7 +81,7 @@ describe('a trained model', async () => {
     const evals = events.filter((e) => e.type === 'eval');
     expect(mean(evals.at(-1))).toBeLessThan(0.8 * mean(evals[0]));
     const steps = events.filter((e) => e.type === 'step');
-    expect(steps[0]).toMatchObject({ terms: { balance: expect.any(Number), bce: expect.any(Number) } });
+    expect(steps[0]).toMatchObject({ terms: { 'load-balance': expect.any(Number), 'topk-bce': expect.any(Number) } });
 
     const elastic = (await readElastic(out))!;
     expect(elastic.warnings).toEqual([]);

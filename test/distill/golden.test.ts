@@ -2,6 +2,7 @@
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { batchRun } from '../../lib/distill/batches.js';
+import { lossFeeds, resolveLosses } from '../../lib/distill/objectives.js';
 import { trainablePlan } from '../../lib/distill/plan.js';
 import {
   capacityFeeds,
@@ -30,6 +31,15 @@ const cases = ['llama', 'gpt2'].flatMap((family) =>
     (['all', 'selected'] as const).map((keys) => [family, gate, keys] as [string, GateMode, AttentionKeys]),
   ),
 );
+
+const losses = ({ spec }: DistillModel) =>
+  resolveLosses(
+    [
+      { kind: 'kl', weight: 1 },
+      { kind: 'topk-bce', weight: 0.1 },
+    ],
+    spec,
+  );
 
 /** The golden model, a batch of all its sequences, and the vectors. */
 function setUp(family: string, gate: GateMode, keys: AttentionKeys) {
@@ -66,8 +76,9 @@ function setUp(family: string, gate: GateMode, keys: AttentionKeys) {
     return { dims, feeds: { ...feeds, weight } };
   };
   const runTraining = (capacity: number) => {
-    const { dims, feeds } = runLoss(capacity);
-    return { dims, feeds: { ...feeds, share: Float32Array.of(1) } };
+    const { dims, feeds } = run(capacity);
+    const at = { step: 0, steps: 1, total: dims.rows, capacity: () => capacity };
+    return { dims, feeds: { ...feeds, ...lossFeeds(losses(model), policy, batch, at) } };
   };
   const dispose = () => {
     trainable.dispose();
@@ -83,10 +94,10 @@ describe.each(cases)('%s, %s gates, keys of %s rows', (family, gate, keys) => {
     async (recompute) => {
       using set = setUp(family, gate, keys);
       const { model, vectors, runTraining: run } = set;
-      using program = trainProgram(model, { kl: 1, topkBce: 0.1, loadBalance: 0 }, { recompute });
+      using program = trainProgram(model, losses(model), { recompute });
       const { outputs } = await program.run(run(0.5));
       expect(outputs.kl[0]).toBeCloseTo(vectors['loss.kl'][0], 5);
-      expect(outputs.bce[0]).toBeCloseTo(vectors['loss.bce'][0], 5);
+      expect(outputs['topk-bce'][0]).toBeCloseTo(vectors['loss.bce'][0], 5);
       expect(outputs.loss[0]).toBeCloseTo(vectors['loss.total'][0], 5);
       const grads = model.trainable.grads.readFloat();
       for (const { name, offset, size } of model.trainable.plan.parameters) {
@@ -109,7 +120,7 @@ describe.each(cases)('%s, %s gates, keys of %s rows', (family, gate, keys) => {
   it('adds micro-batches up to the same gradient', async () => {
     using set = setUp(family, gate, keys);
     const { model, runTraining: run } = set;
-    using program = trainProgram(model, { kl: 1, topkBce: 0.1, loadBalance: 0 });
+    using program = trainProgram(model, losses(model));
     await program.run(run(0.5));
     const once = model.trainable.grads.readFloat();
     await program.run(run(0.5));
@@ -136,7 +147,7 @@ it.each(['llama', 'gpt2'])('%s: at full capacity the student is the teacher, bit
 
 it.each(['llama', 'gpt2'])('%s: half the capacity costs half the work, forward and backward', async (family) => {
   using set = setUp(family, 'straight-through', 'selected');
-  using program = trainProgram(set.model, { kl: 1, topkBce: 0.1, loadBalance: 0 });
+  using program = trainProgram(set.model, losses(set.model));
   const tags = routerPlaces(set.model.policy).map(({ layer, place }) => `L${layer}.${place}`);
   const full = (await program.run(set.runTraining(1))).counters;
   const half = (await program.run(set.runTraining(0.5))).counters;

@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { batchRun } from '../../lib/distill/batches.js';
 import { distill } from '../../lib/distill/distill.js';
+import { lossFeeds, resolveLosses } from '../../lib/distill/objectives.js';
 import { trainablePlan } from '../../lib/distill/plan.js';
 import { capacityFeeds, trainProgram } from '../../lib/distill/steps.js';
 import { Trainable } from '../../lib/distill/trainable.js';
@@ -40,15 +41,15 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
     change(start);
     trainable.params.write(start);
     const model = { spec, weights: loaded.weights, policy, trainable, engine, batchTokens: 24 };
-    using program = trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 });
+    const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
+    using program = trainProgram(model, losses);
     const { dims, feeds } = batchRun(batch);
     const { outputs } = await program.run({
       dims,
       feeds: {
         ...feeds,
         ...capacityFeeds(policy, dims.segments, () => 0.5),
-        weight: new Float32Array(24).fill(1 / 24),
-        share: Float32Array.of(1),
+        ...lossFeeds(losses, policy, batch, { step: 0, steps: 1, total: 24, capacity: () => 0.5 }),
       },
     });
     return { kl: outputs.kl[0], gradient: trainable.grads.readFloat(), plan: trainable.plan };

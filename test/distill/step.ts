@@ -1,5 +1,6 @@
 // One step of training a golden model, for gradients and counters.
 import { batchRun } from '../../lib/distill/batches.js';
+import { lossFeeds, resolveLosses } from '../../lib/distill/objectives.js';
 import { trainablePlan } from '../../lib/distill/plan.js';
 import { capacityFeeds, trainProgram } from '../../lib/distill/steps.js';
 import { Trainable } from '../../lib/distill/trainable.js';
@@ -33,15 +34,15 @@ export async function trainStep(
   const start = values ?? Float32Array.from({ length: trainable.plan.size }, (_, i) => 0.1 * Math.sin(1.7 * i));
   trainable.params.write(start);
   const model = { spec, weights: loaded.weights, policy, trainable, engine, batchTokens: 24 };
-  using program = trainProgram(model, { kl: 1, topkBce: 0, loadBalance: 0 });
+  const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
+  using program = trainProgram(model, losses);
   const { dims, feeds } = batchRun(batch);
   const { outputs, counters } = await program.run({
     dims,
     feeds: {
       ...feeds,
       ...capacityFeeds(policy, dims.segments, () => capacity),
-      weight: new Float32Array(24).fill(1 / 24),
-      share: Float32Array.of(1),
+      ...lossFeeds(losses, policy, batch, { step: 0, steps: 1, total: 24, capacity: () => capacity }),
     },
   });
   return { kl: outputs.kl[0], gradient: trainable.grads.readFloat(), start, counters, plan: trainable.plan };
