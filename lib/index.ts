@@ -1,9 +1,11 @@
 // The public API of elastiform.
+export { type CacheTeacherOptions, cacheTeacher } from './distill/cache.js';
 export type { DataSource } from './distill/data.js';
 export { type DistillConfig, distill } from './distill/distill.js';
 export type { OptimizerConfig, TrainConfig, TrainEvent, TrainResult } from './distill/events.js';
 export type { LossTerm } from './distill/objectives.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
+export type { TeacherConfig } from './distill/teacher.js';
 export { DivergedError } from './distill/trainer.js';
 export type { Axis, Capacity, ElasticSpec } from './elastic/axes.js';
 export type { Budget, BudgetContext, OperatingPoint } from './elastic/budget.js';

@@ -1,8 +1,9 @@
 // `elastiform distill`: trains the routers of a plan by self-distillation.
 import { type DistillConfig, distill } from '../distill/distill.js';
 import { type LossTerm, lossKinds } from '../distill/objectives.js';
+import type { TeacherConfig } from '../distill/teacher.js';
 import { activationTypes } from '../native/index.js';
-import { type Command, UsageError } from './command.js';
+import { type Command, type FlagReader, UsageError } from './command.js';
 import { dataSource } from './data.js';
 import { dtypes, loadFlags } from './shared.js';
 import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';
@@ -17,6 +18,14 @@ function lossTerm(text: string): LossTerm {
   return { kind, weight: Number(weight) } as LossTerm;
 }
 
+function teacherOf(flags: FlagReader): TeacherConfig | undefined {
+  const [model, dir] = [flags.string('teacher'), flags.string('teacher-cache')];
+  if (model !== undefined && dir !== undefined)
+    throw new UsageError('[cli] give --teacher or --teacher-cache, not both');
+  if (model !== undefined) return { kind: 'model', model };
+  return dir === undefined ? undefined : { kind: 'cache', dir };
+}
+
 export const distillCommand: Command = {
   name: 'distill',
   summary: 'Train the routers of a plan so that the routed model imitates its own full self. Ctrl-C saves.',
@@ -28,6 +37,12 @@ export const distillCommand: Command = {
       value: 'TERM=W,...',
       help: 'terms and their weights, 1 if none is given: kl=1,topk-bce=0.1; see docs/distillation.md',
     },
+    teacher: {
+      type: 'string',
+      value: 'DIR',
+      help: 'another model of the same tokenizer (default: the full model itself)',
+    },
+    'teacher-cache': { type: 'string', value: 'DIR', help: 'what cache-teacher wrote for the same data' },
     dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the frozen weights while training' },
     activations: loadFlags.activations,
   },
@@ -40,6 +55,7 @@ export const distillCommand: Command = {
       data: (await dataSource(context, 'data')) ?? undefined,
       evalData: (await dataSource(context, 'eval-data')) ?? undefined,
       loss: flags.list('loss')?.map(lossTerm),
+      teacher: teacherOf(flags),
       dtype: flags.choice('dtype', dtypes),
       activations: flags.choice('activations', activationTypes),
     });

@@ -15,6 +15,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'train the routers by self-distillation',
     load: async () => (await import('./distill.js')).distillCommand,
   },
+  'cache-teacher': {
+    summary: 'write what a model says of training data',
+    load: async () => (await import('./cache-teacher.js')).cacheTeacherCommand,
+  },
   eval: { summary: 'measure quality and speed at budgets', load: async () => (await import('./eval.js')).evalCommand },
   generate: { summary: 'generate text at a budget', load: async () => (await import('./generate.js')).generateCommand },
   report: {
@@ -59,7 +63,7 @@ function overview(): string {
     '',
     'Usage: elastiform <command> [arguments] [flags]',
     '',
-    ...Object.entries(commands).map(([name, command]) => `  ${name.padEnd(10)} ${command.summary}`),
+    ...Object.entries(commands).map(([name, command]) => `  ${name.padEnd(14)} ${command.summary}`),
     '',
     'elastiform <command> --help shows its flags and an example.',
     'Exit codes: 0 ok, 1 failed, 2 bad usage, 3 constraint not met, 130 interrupted and saved.',

@@ -1,7 +1,7 @@
 // Batches in programs: the feeds and dims every training program takes, and the texts a config asks for.
 import type { Graph } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { type Batch, type DataSource, readDocuments, splitHeldOut, type TokenData } from './data.js';
+import { type Batch, type DataSource, readDocuments, type Sequences, splitHeldOut, type TokenData } from './data.js';
 
 /** Declares dims and feeds of a batch: `ids`, `positions` i32 [rows], `offsets` i32 [segments + 1]. */
 export function batchInputs(graph: Graph, batchTokens: number) {
@@ -17,7 +17,7 @@ export function batchInputs(graph: Graph, batchTokens: number) {
 }
 
 /** Values of those dims and feeds. */
-export function batchRun(batch: Batch) {
+export function batchRun(batch: Sequences) {
   const segments = batch.offsets.length - 1;
   return {
     dims: { rows: batch.ids.length, segments, ends: segments + 1 },

@@ -123,8 +123,8 @@ export function splitHeldOut(
   };
 }
 
-/** Rows packed end to end, ready to feed. */
-export interface Batch {
+/** Sequences packed end to end, ready to feed. */
+export interface Sequences {
   /** Token ids, i32 [rows]. */
   ids: Int32Array;
   /** Position in the segment, i32 [rows]. */
@@ -133,6 +133,12 @@ export interface Batch {
   targets: Int32Array;
   /** Segment starts and the end, i32 [segments + 1]. */
   offsets: Int32Array;
+}
+
+/** Sequences of a data set. */
+export interface Batch extends Sequences {
+  /** Where each segment starts among all tokens of the data, i32 [segments]. */
+  starts: Int32Array;
 }
 
 /** Where the next batch starts. */
@@ -262,6 +268,7 @@ export class TokenData {
       positions: new Int32Array(rows),
       targets: new Int32Array(rows),
       offsets: new Int32Array(segments.length + 1),
+      starts: Int32Array.from(segments, (segment) => this.segments[segment]),
     };
     let at = 0;
     segments.forEach((segment, s) => {

@@ -22,6 +22,7 @@ import { startVector, trainablePlan, trainedLora, trainedRouters } from './plan.
 import { DivergenceProbe } from './probe.js';
 import { Random } from './random.js';
 import { capacityFeeds, type DistillModel, noiseFeeds, trainProgram } from './steps.js';
+import { openTeacher, type TeacherConfig } from './teacher.js';
 import { Trainable } from './trainable.js';
 import { checkConfig, resolveConfig, type Task, train, withLock } from './trainer.js';
 
@@ -37,6 +38,8 @@ export interface DistillConfig extends TrainConfig {
   heldOut?: number;
   /** Default: kl at weight 1, topk-bce at 0.1 and, with experts, load-balance at 0.01. One must be of the output. */
   loss?: readonly LossTerm[];
+  /** Default: the plan's own full model. Allocation, evaluation and calibration compare with that one in any case. */
+  teacher?: TeacherConfig;
   /** How the backbone's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
   /** How activations are stored; default: bf16 on CUDA with bf16 weights, else f32, the only one on the CPU. */
@@ -56,6 +59,7 @@ const ownKeys = [
   'evalData',
   'heldOut',
   'loss',
+  'teacher',
   'dtype',
   'activations',
   'calibrationTokens',
@@ -118,6 +122,13 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
     using trainable = new Trainable(trainablePlan(policy, spec, loraLr / resolved.optimizer.lr));
     const start = startVector(trainable.plan, policy, spec, elastic, new Random(resolved.seed, 'lora'));
     trainable.params.write(start);
+    using teacher = await openTeacher(config.teacher, {
+      plan: config.plan,
+      spec,
+      data,
+      losses,
+      dtype: config.dtype,
+    });
     const model: DistillModel = {
       spec,
       weights: loaded.weights,
@@ -125,6 +136,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
       trainable,
       engine,
       batchTokens: resolved.batchTokens,
+      ...(teacher.teacher && { teacher: teacher.teacher }),
     };
     const probed = firstBatches(data, resolved.batchTokens, probedTokens, resolved.seed);
     using probe = new DivergenceProbe(model, probed);
@@ -144,6 +156,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         policy: policyToJson({ ...policy, calibration: null, levels: [] }),
         start: createHash('sha256').update(start).digest('hex'),
         losses,
+        teacher: teacher.identity,
         loraLr: policy.lora ? loraLr : null,
         dtype: config.dtype ?? null,
         activations: engine.activations,
@@ -164,6 +177,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
             ...feeds,
             ...capacityFeeds(policy, dims.segments, capacity),
             ...noiseFeeds(policy, dims.rows, random),
+            ...teacher.feeds(batch),
             ...lossFeeds(losses, policy, batch, { step: number, steps: resolved.steps, total, capacity }),
           },
           signal,

@@ -20,7 +20,7 @@ import {
   topLogits,
 } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import type { Batch } from './data.js';
+import type { Sequences } from './data.js';
 import { checkKeys } from './trainer.js';
 
 /** One term of the loss; docs/distillation.md has the equations. */
@@ -153,7 +153,7 @@ const tokenRouters = (policy: ElasticPolicy) =>
 export function lossFeeds(
   losses: readonly Loss[],
   policy: ElasticPolicy,
-  batch: Batch,
+  batch: Sequences,
   {
     step,
     steps,

@@ -66,6 +66,9 @@ describe('bad usage: exit code 2 and one line that says what', () => {
     [['distill', 'plan', '--out', 'x'], 'the training data is missing: give --data'],
     [['distill', 'plan', '--data', data], 'give --out'],
     [['distill', 'plan', '--data', data, '--loss', 'kl,mse=1'], 'KIND=WEIGHT of kl, reverse-kl'],
+    [['distill', 'plan', '--data', data, '--teacher', 'a', '--teacher-cache', 'b'], 'not both'],
+    [['cache-teacher', 'model', '--data', data], 'needs --out'],
+    [['cache-teacher', 'model', '--out', 'x'], 'give --data'],
     [['distill', 'plan', '--data', data, '--loss', 'kl=0'], "got 'kl=0'"],
     [['distill', 'plan', '--data', data, '--loss', 'kl=1=2'], "got 'kl=1=2'"],
     [['pretrain', '--out', 'x'], "'model' is missing"],
@@ -143,6 +146,16 @@ describe('from a plain model to text at a budget', () => {
     const outcome = await run('elastify', shipped, '--out', plan, '--json');
     expect(outcome).toMatchObject({ code: 0, stderr: '' });
     expect(json(outcome)).toMatchObject({ dir: plan, warnings: [] });
+  });
+
+  it('cache-teacher, and a distill that reads it', async () => {
+    const cache = join(work, 'teacher');
+    const sizes = ['--data', join(work, 'train.txt'), '--sequence-length', '32', '--seed', '1', '--top-k', '8'];
+    const written = await run('cache-teacher', shipped, ...sizes, '--out', cache, '--json');
+    expect(json(written)).toMatchObject({ dir: cache, shards: 1 });
+    const other = ['--teacher-cache', cache, '--loss', 'jsd', '--steps', '1', '--out', join(work, 'cached')];
+    const refused = await run('distill', plan, ...quickTraining(work), ...other);
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('the loss cannot have jsd') });
   });
 
   it('elastify, distill, inspect, generate, eval', async () => {
