@@ -128,6 +128,7 @@ describe('examples/recipes', () => {
     expect(readdirSync(examples).sort()).toEqual([
       'blocks.yaml',
       'distill.yaml',
+      'elastiformer.yaml',
       'heads.yaml',
       'lora.yaml',
       'tokens.yaml',
@@ -139,6 +140,7 @@ describe('examples/recipes', () => {
     ['heads.yaml', ['heads']],
     ['blocks.yaml', ['blocks']],
     ['lora.yaml', ['attn', 'mlp']],
+    ['elastiformer.yaml', ['attn', 'mlp', 'heads', 'blocks']],
   ])('%s is a recipe', async (name, axes) => {
     const { content } = await ConfigFile.read(join(examples, name), 'recipe');
     const policy = policyOf(content as unknown as Recipe, {
@@ -150,7 +152,7 @@ describe('examples/recipes', () => {
       kvHeads: 2,
     });
     expect(Object.keys(policy.capacity)).toEqual(axes);
-    expect(policy.lora?.rank).toBe(name === 'lora.yaml' ? 4 : undefined);
+    expect(policy.lora?.rank).toBe({ 'lora.yaml': 4, 'elastiformer.yaml': 1 }[name]);
   });
 
   it('tokens.yaml and distill.yaml train a model; flags come first', async () => {
