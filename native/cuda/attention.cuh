@@ -42,7 +42,7 @@ struct AttentionSegments {
   DEVICE int first(int s) const { return ldGlobal(offsets.i32() + s); }
   DEVICE int added(int s) const { return first(s + 1) - first(s); }
   DEVICE int keys(int s) const { return lengths ? ldGlobal(lengths + s) : added(s); }
-  DEVICE int before(int s) const { return keys(s) - added(s); }  // cached before the new ones
+  DEVICE int before(int s) const { return lengths ? ldGlobal(lengths + s) - added(s) : 0; }
   DEVICE int start(int s) const { return ldGlobal(starts + s); }
   DEVICE int queries(int s) const { return start(s + 1) - start(s); }
   // Keys that a query sees: the first so many of its segment.
