@@ -336,7 +336,8 @@ void testDeep() {
     Weight writable(N, K), packed(K, N);
     if (packed.tensor.storage->writable) packed.tensor.packAs = DType::F32;  // its values were not rounded for packing
     writable.tensor.storage->writable = true, packed.tensor.storage->writable = false;
-    auto x = random(M * K);
+    constexpr int64_t rank = 5;
+    auto x = random(M * K), u = random(M * rank), low = random(N * rank);
     for (Weight* w : {&writable, &packed}) {
       if (w == &writable && w->tensor.packAs != w->tensor.dtype) continue;  // its values were rounded for packing
       const bool transposed = w == &packed;
@@ -347,6 +348,9 @@ void testDeep() {
         for (int64_t k = 0; k < K; ++k) {
           c = chain(c, x[static_cast<size_t>(i / N * K + k)], transposed ? w->at(k, i % N) : w->at(i % N, k));
         }
+        for (int64_t k = 0; k < rank && !transposed; ++k) {
+          c = chain(c, u[static_cast<size_t>(i / N * rank + k)], low[static_cast<size_t>(i % N * rank + k)]);
+        }
       }
       for (const int threads : {1, 2, 5}) {
         setThreadCount(threads);
@@ -354,7 +358,8 @@ void testDeep() {
         Counters counters;
         Scratch scratch;
         gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
-             {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch});
+             {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch},
+             transposed ? Patch{} : Patch{u.data(), rank, {low.data(), DType::F32, rank, 1}});
         CHECK(sameBits(out, want), "deep product wrong: %lld x %lld x %lld, transposed %d", static_cast<long long>(M),
               static_cast<long long>(N), static_cast<long long>(K), transposed);
       }
@@ -400,6 +405,9 @@ void testLinear() {
     const bool patched[2] = {coin(), coin()};
     const int64_t ranks[2] = {pick(1, 20), pick(1, 70)};
     Weight patches[2] = {{N + pick(0, 9), ranks[0] + pick(0, 9)}, {N, ranks[1]}};
+    for (Weight& b : patches) {  // trained ones, both at once too
+      if (round % 2 && b.tensor.packAs == b.tensor.dtype) b.tensor.storage->writable = true;
+    }
     std::vector<float> low[2] = {random(M * ranks[0]), random(M * ranks[1])};
     const auto uView = [&](int i) { return patched[i] ? view(low[i], {M, ranks[i]}) : TensorView{}; };
     const auto bView = [&](int i) { return patched[i] ? patches[i].view() : TensorView{}; };
