@@ -123,12 +123,10 @@ export function sequenceCounters(
         const uses = experts.map(({ chosen, at }) => chosen.subarray(at[s], at[s + 1]).map((row) => row - entered[s]));
         const count = uses.reduce((sum, use) => sum + use.length, 0);
         const cost = (use: Int32Array) => headsFlops(spec, policy!, use, own, offsets[s]);
-        const alike = place === 'mlp' || part.endsWith('.lora');
-        return { rows: count, flops: alike ? count : uses.reduce((sum, use) => sum + cost(use), 0) };
+        return { rows: count, flops: place === 'mlp' ? count : uses.reduce((sum, use) => sum + cost(use), 0) };
       }
       const shares = { layer, place: place as Place, tokens: n / length, experts: 1 };
       const corrections = policy?.lora && lora && !joint.full ? loraFlops(spec, policy, shares, length) : 0;
-      if (part === '.lora' && corrections > 0) return { rows: n, flops: corrections };
       if (place === undefined || part !== '') return { rows: n, flops: n };
       const router = own ? 2 * length * spec.hidden : 0;
       if (experts.length > 0) {
@@ -138,8 +136,7 @@ export function sequenceCounters(
         return { rows: n, flops: router + choice + shared };
       }
       const dense = place === 'attn' ? attention(spec, policy, length, own, offsets[s]) : feedForwardFlops(spec, n);
-      // The first of the two products of each correction is counted here.
-      return { rows: n, flops: router + dense + corrections / 2 };
+      return { rows: n, flops: router + dense + corrections };
     });
     const all = costs.reduce((sum, { flops }) => sum + flops, 0);
     for (const [s, { rows, flops }] of costs.entries()) {

@@ -80,9 +80,9 @@ describe('bad data: exit code 1 and one line that names it', () => {
       'the data set is empty',
     ],
     [
-      'a configuration that is not JSON',
+      'a configuration that is no YAML',
       () => ['distill', plan, '-c', write('bad.json', '{'), '--out', join(work, 'no-run')],
-      'bad.json is not JSON',
+      'bad.json, line 1: Flow map must end with a }',
     ],
     [
       'an unknown key in a configuration',

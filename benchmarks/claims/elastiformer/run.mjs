@@ -11,7 +11,7 @@ import { reportOf } from './report.mjs';
 const HELP = `npm run claims:elastiformer -- [options]
 
   --models LIST   ${MODEL_NAMES.join(', ')} (default: all that are at hand)
-  --steps N       steps of 2048 tokens that every cell trains (default: 150)
+  --steps N       steps of 2048 tokens that every cell trains (default: 100)
   --quick         2 steps, few tokens: checks that everything runs; writes no results
   --fresh         measure cells again that an earlier run finished
   --help
@@ -21,7 +21,7 @@ Cells are kept in benchmarks/.cache as they finish; a run that was stopped goes 
 const { values: options } = parseArgs({
   options: {
     models: { type: 'string' },
-    steps: { type: 'string', default: '150' },
+    steps: { type: 'string', default: '100' },
     quick: { type: 'boolean', default: false },
     fresh: { type: 'boolean', default: false },
     help: { type: 'boolean', default: false },
@@ -120,7 +120,7 @@ async function train(model, recipe, texts, name) {
   return { dir: out, trainableParameters, trainableShare, seconds: (performance.now() - start) / 1000, losses };
 }
 
-const SETTINGS = { version: 1, steps, length: 256, limit: options.quick ? 512 : 12_000 };
+const SETTINGS = { version: 1, steps, length: 256, limit: options.quick ? 512 : 8_000 };
 
 /** Quality at budgets; those that the model does not reach are left out. */
 async function measure(loaded, model, budgets, baselines) {
