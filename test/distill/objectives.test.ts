@@ -260,6 +260,27 @@ describe('values', () => {
     }
   });
 
+  it('hidden states are compared behind the same layers, by default the last, and all count alike', async () => {
+    const mse = (layers?: 'all' | readonly number[]): LossTerm => ({
+      kind: 'hidden-mse',
+      weight: 1,
+      ...(layers && { layers }),
+    });
+    const all = [
+      mse(),
+      mse([1]),
+      mse([0]),
+      mse('all'),
+      { kind: 'hidden-cosine', weight: 1, layers: 'all' } as LossTerm,
+    ];
+    const same = await train(all, { recipe: { gate: 'two-sigma' }, change: (start) => void start.fill(0) });
+    for (const { name } of resolveLosses(all, spec)) expect(Math.abs(same.values[name]), name).toBeLessThan(1e-9);
+    const { values } = await train(all);
+    expect(values['hidden-mse']).toBe(values['hidden-mse-2']);
+    expect(values['hidden-mse']).not.toBeCloseTo(values['hidden-mse-3'], 6);
+    expect(values['hidden-mse-4']).toBeCloseTo((values['hidden-mse-2'] + values['hidden-mse-3']) / 2, 6);
+  });
+
   it('a term of the data alone runs no teacher', async () => {
     const { counters } = await train([{ kind: 'cross-entropy', weight: 1 }]);
     expect(Object.keys(counters).filter((tag) => tag.startsWith('teacher/'))).toEqual([]);
