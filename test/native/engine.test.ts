@@ -31,7 +31,7 @@ describe('CompiledProgram', () => {
     const x = w.feed([m, w.constant(2)]);
     const y = w.output([m, w.constant(3)]);
     w.tags = 2;
-    w.step('linear', [x, w.weight(weight), -1, -1], [y, -1], [0], 1);
+    w.step('linear', [x, w.weight(weight), -1, -1, -1, -1], [y, -1], [0], 1);
     using program = w.compile();
     const one = await engine.run(program, Int32Array.from([1, 0, 0, 0, 0]), [Float32Array.from([3, 4])]);
     expect(one.outputs).toEqual([Float32Array.from([3, 4, 7])]);
@@ -45,7 +45,7 @@ describe('CompiledProgram', () => {
   it('names the step and op that is wrong', () => {
     const w = new ProgramWriter();
     const x = w.feed([w.constant(5), w.constant(4)]);
-    w.step('linear', [x, w.weight(weight), -1, -1], [w.output([0, w.constant(3)]), -1], [0]);
+    w.step('linear', [x, w.weight(weight), -1, -1, -1, -1], [w.output([0, w.constant(3)]), -1], [0]);
     expect(() => w.compile()).toThrow(InvalidProgramError);
     expect(() => w.compile()).toThrow('[Program] step 0 (linear): w[1] must be at least K = 4, got 2');
   });
