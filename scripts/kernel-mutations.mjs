@@ -535,6 +535,7 @@ export const mutations = [
   {
     what: 'losses: the sum does not shrink when a larger logit comes',
     file: lossRows,
+    seenIn: [loss],
     search: 'sum = fmaf(sum, factor, added);',
     replace: 'sum += added;',
     ops: 'loss',
@@ -543,6 +544,7 @@ export const mutations = [
   {
     what: 'losses: of several largest logits the last',
     file: lossRows,
+    seenIn: [loss],
     search: 'other.piece < top.piece',
     replace: 'other.piece > top.piece',
     ops: 'loss',
@@ -551,6 +553,7 @@ export const mutations = [
   {
     what: 'divergence: the teacher is read where the student is',
     file: lossRows,
+    seenIn: [loss],
     search: 'teacherAt > 0 ? teacherAt : count()',
     replace: 'teacherAt > 0 ? teacherAt : 0',
     ops: 'loss',
