@@ -1,4 +1,5 @@
 // Elastic directories: a Hugging Face checkpoint plus routers, policy and a manifest of hashes, written last.
+
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync } from 'node:fs';
 import { copyFile, link, mkdir, realpath, rename, rm, stat } from 'node:fs/promises';
@@ -9,16 +10,9 @@ import { openSafetensors, type TensorData, writeSafetensors } from '../io/safete
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
 import { modelCard } from './card.js';
+import { policyFromJson, policyToJson } from './config.js';
 import { type Lora, loraModules, loraOfModules } from './lora.js';
-import {
-  type ElasticPolicy,
-  hasQuantiles,
-  type Level,
-  policyFromJson,
-  policyToJson,
-  type Router,
-  routerPlaces,
-} from './policy.js';
+import { type ElasticPolicy, hasQuantiles, type Level, type Router, routerPlaces } from './policy.js';
 
 export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';

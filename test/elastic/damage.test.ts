@@ -1,4 +1,5 @@
 // Elastic directories that were damaged, forged or interrupted: refused with a typed error that says why, or sound.
+
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -8,14 +9,9 @@ import { pathToFileURL } from 'node:url';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { pretrain } from '../../lib/distill/pretrain.js';
 import { resolveBudget } from '../../lib/elastic/budget.js';
+import { policyFromJson, policyToJson } from '../../lib/elastic/config.js';
 import { elastify } from '../../lib/elastic/elastify.js';
-import {
-  type ElasticPolicy,
-  type Level,
-  policyFromJson,
-  policyToJson,
-  routerPlaces,
-} from '../../lib/elastic/policy.js';
+import { type ElasticPolicy, type Level, routerPlaces } from '../../lib/elastic/policy.js';
 import { provenanceOf } from '../../lib/elastic/provenance.js';
 import { cardFile, manifestFile, readElastic, routerFile, writeElastic, writeLevels } from '../../lib/elastic/store.js';
 import { sha256File } from '../../lib/io/files.js';

@@ -1,13 +1,13 @@
 // Policies: recipes, the JSON format, thresholds from quantiles, and budgets from the cost model.
+
 import { describe, expect, it } from 'vitest';
 import { routerId } from '../../lib/elastic/axes.js';
 import { flopsRatio, resolveBudget, standardLevels } from '../../lib/elastic/budget.js';
+import { policyFromJson, policyToJson } from '../../lib/elastic/config.js';
 import { policyOf, type Recipe } from '../../lib/elastic/elastify.js';
 import {
   type Calibration,
   type ElasticPolicy,
-  policyFromJson,
-  policyToJson,
   routerCapacities,
   routerPlaces,
   thresholds,

@@ -1,0 +1,359 @@
+// elastic_config.json: a policy as the file has it, and back, with everything checked.
+import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
+import { type Projection, places } from '../model/select.js';
+import { InvalidDataError } from '../native/errors.js';
+import {
+  type Axis,
+  axisTraits,
+  type Capacity,
+  capacityRule,
+  type ExpertAxis,
+  expertAxes,
+  isCapacity,
+  specKeys,
+  specOfAxes,
+} from './axes.js';
+import {
+  type AttentionKeys,
+  attentionKeys,
+  cutRule,
+  type ElasticPolicy,
+  type Experts,
+  type GateMode,
+  gateModes,
+  type Level,
+  type ModelSizes,
+  ownKeysRule,
+  type QualityValue,
+  qualityMetric,
+  type Range,
+  routedLayers,
+  routerPlaces,
+  targetProblem,
+} from './policy.js';
+import { type Json, Reader } from './reader.js';
+
+/** How tokens are chosen while training and afterwards. */
+const tokenRules = { train: 'top-k', decode: 'threshold' } as const;
+
+/** The content of elastic_config.json, version 1. */
+export function policyToJson(policy: ElasticPolicy): Json {
+  const tokens: Json = {};
+  for (const place of places) {
+    const routed = policy.tokens[place];
+    if (!routed) continue;
+    tokens[place] = {
+      layers: routed.layers,
+      ...('keys' in routed ? { keys: routed.keys } : {}),
+      ...tokenRules,
+      train_capacity: policy.capacity[place],
+    };
+  }
+  const { calibration, lora } = policy;
+  return {
+    elastic_version: 1,
+    base: {
+      name_or_path: policy.base.name,
+      ...(policy.base.revision && { revision: policy.base.revision }),
+      ...(policy.base.license && { license: policy.base.license }),
+      weights_sha256: policy.base.weightsSha256,
+      tokenizer_sha256: policy.base.tokenizerSha256,
+    },
+    gate: policy.gate,
+    tokens,
+    ...Object.fromEntries(
+      expertAxes.flatMap((axis) => {
+        const experts = policy[axis];
+        if (!experts) return [];
+        return [[axis, { ...experts, train_share: policy.capacity[axis] }]];
+      }),
+    ),
+    ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
+    routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
+      id,
+      kind: axisTraits[axis].router,
+      act: axisTraits[axis].act,
+      in: policy.hidden,
+      hidden: 0,
+      out: outputs,
+      tensors: [`${id}.weight`, `${id}.bias`],
+    })),
+    calibration: calibration && {
+      path: calibration.path,
+      capacities: calibration.capacities,
+      points: calibration.points,
+      tokens: calibration.tokens,
+      sequence_length: calibration.sequenceLength,
+    },
+    levels: policy.levels.map((level) => ({
+      name: level.name,
+      spec: level.spec,
+      ...(level.flopsRatio === undefined ? {} : { flops_ratio: level.flopsRatio }),
+      ...(level.quality === undefined ? {} : { quality: level.quality }),
+    })),
+  };
+}
+
+/**
+ * Reads and checks the content of elastic_config.json. Calibration quantiles live in the routers' file, so the
+ * calibration comes back with an empty `quantiles`.
+ * `warnings` receives one line per unknown key. Errors: InvalidDataError naming the file and the key.
+ */
+export function policyFromJson(json: unknown, file: string, model: ModelSizes, warnings: string[]): ElasticPolicy {
+  const read = new Reader(file, warnings);
+  const root = read.object(json, '');
+  const version = root.elastic_version;
+  if (version !== 1) {
+    throw new InvalidDataError(
+      `[elastic] ${file}: elastic_version must be 1, got ${JSON.stringify(version)}; it was written by a newer elastiform`,
+    );
+  }
+  read.known(root, '', [
+    'elastic_version',
+    'base',
+    'gate',
+    'tokens',
+    ...expertAxes,
+    'lora',
+    'routers',
+    'calibration',
+    'levels',
+  ]);
+
+  const base = read.object(root.base, 'base');
+  read.known(base, 'base.', ['name_or_path', 'revision', 'license', 'weights_sha256', 'tokenizer_sha256']);
+
+  const gate = root.gate as GateMode;
+  if (!gateModes.includes(gate)) read.fail('gate', `one of ${gateModes.join(', ')}`, gate);
+
+  const tokens: ElasticPolicy['tokens'] = {};
+  const capacity: ElasticPolicy['capacity'] = {};
+  const layersAt = (entry: Json, key: string): number[] => {
+    const layers = read.numbers(entry.layers, `${key}.layers`);
+    layers.forEach((layer, i) => {
+      const ascending = i === 0 || layer > layers[i - 1];
+      if (!Number.isInteger(layer) || layer < 0 || layer >= model.layers || !ascending) {
+        read.fail(`${key}.layers`, `ascending layer ids below ${model.layers}`, layers);
+      }
+    });
+    if (layers.length === 0) read.fail(`${key}.layers`, 'at least one layer', layers);
+    return layers;
+  };
+  const rangeAt = (value: unknown, key: string): Range => {
+    const range = read.numbers(value, key);
+    if (range.length !== 2 || !(range[0] > 0 && range[0] <= range[1] && range[1] <= 1)) {
+      read.fail(key, 'two ascending numbers in (0, 1]', range);
+    }
+    return [range[0], range[1]];
+  };
+  const tokensJson = read.object(root.tokens, 'tokens');
+  read.known(tokensJson, 'tokens.', places);
+  for (const place of places) {
+    if (tokensJson[place] === undefined) continue;
+    const key = `tokens.${place}`;
+    const entry = read.object(tokensJson[place], key);
+    read.known(entry, `${key}.`, [
+      'layers',
+      'train',
+      'train_capacity',
+      'decode',
+      ...(place === 'attn' ? ['keys'] : []),
+    ]);
+    const layers = layersAt(entry, key);
+    const keys = entry.keys as AttentionKeys;
+    if (place === 'attn' && !attentionKeys.includes(keys)) {
+      read.fail(`${key}.keys`, `one of ${attentionKeys.join(', ')}`, keys);
+    }
+    if (place === 'attn') tokens.attn = { layers, keys };
+    else tokens.mlp = { layers };
+    capacity[place] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
+    for (const [name, rule] of Object.entries(tokenRules)) {
+      if (entry[name] !== rule) read.fail(`${key}.${name}`, JSON.stringify(rule), entry[name]);
+    }
+  }
+
+  const experts: Partial<Record<ExpertAxis, Experts>> = {};
+  for (const axis of expertAxes) {
+    if (root[axis] === undefined) continue;
+    const entry = read.object(root[axis], axis);
+    read.known(entry, `${axis}.`, [
+      'layers',
+      'count',
+      'gate',
+      'rule',
+      ...(axis === 'heads' ? ['keys'] : []),
+      'train_share',
+    ]);
+    const layers = layersAt(entry, axis);
+    const count = entry.count as number;
+    const [accepts, rule] = cutRule(axis, model);
+    if (!accepts(count)) read.fail(`${axis}.count`, rule, count);
+    const expertGate = entry.gate as ExpertGate;
+    if (!expertGates.includes(expertGate)) read.fail(`${axis}.gate`, `one of ${expertGates.join(', ')}`, expertGate);
+    const expertRule = entry.rule as ExpertRule;
+    if (!expertRules.includes(expertRule)) read.fail(`${axis}.rule`, `one of ${expertRules.join(', ')}`, expertRule);
+    experts[axis] = { layers, count, gate: expertGate, rule: expertRule };
+    if (axis === 'heads') {
+      const keys = entry.keys as AttentionKeys;
+      if (!attentionKeys.includes(keys)) read.fail('heads.keys', `one of ${attentionKeys.join(', ')}`, keys);
+      const bad = keys === 'selected' ? ownKeysRule(count, model.kvHeads) : null;
+      if (bad) read.fail('heads.keys', bad, keys);
+      experts[axis] = { ...experts[axis], keys };
+    }
+    capacity[axis] = rangeAt(entry.train_share, `${axis}.train_share`);
+  }
+
+  let lora: ElasticPolicy['lora'];
+  if (root.lora !== undefined) {
+    const entry = read.object(root.lora, 'lora');
+    read.known(entry, 'lora.', ['rank', 'targets', 'layers']);
+    const rank = entry.rank as number;
+    if (!Number.isInteger(rank) || rank < 1) read.fail('lora.rank', 'a positive integer', rank);
+    const problem = targetProblem(entry.targets, model);
+    if (problem) read.fail('lora.targets', problem, entry.targets);
+    lora = { rank, targets: entry.targets as Projection[], layers: layersAt(entry, 'lora') };
+  }
+
+  const policy: ElasticPolicy = {
+    version: 1,
+    base: {
+      name: read.string(base.name_or_path, 'base.name_or_path'),
+      ...(base.revision !== undefined && { revision: read.string(base.revision, 'base.revision') }),
+      ...(base.license !== undefined && { license: read.string(base.license, 'base.license') }),
+      weightsSha256: read.string(base.weights_sha256, 'base.weights_sha256'),
+      tokenizerSha256:
+        base.tokenizer_sha256 === null ? null : read.string(base.tokenizer_sha256, 'base.tokenizer_sha256'),
+    },
+    hidden: model.hidden,
+    layers: model.layers,
+    gate,
+    tokens,
+    ...experts,
+    ...(lora && { lora }),
+    capacity,
+    calibration: null,
+    levels: [],
+  };
+
+  const routers = routerPlaces(policy);
+  const expected = routers.map((r) => r.id);
+  if (!Array.isArray(root.routers)) read.fail('routers', 'a list', root.routers);
+  const listed = (root.routers as unknown[]).map((entry, i) => {
+    const router = read.object(entry, `routers[${i}]`);
+    read.known(router, `routers[${i}].`, ['id', 'kind', 'in', 'hidden', 'out', 'act', 'tensors']);
+    const id = read.string(router.id, `routers[${i}].id`);
+    const wanted = routers.find((r) => r.id === id);
+    if (!wanted) read.fail(`routers[${i}].id`, `one of ${expected.join(', ')}`, id);
+    const { router: kind, act } = axisTraits[wanted!.axis];
+    if (router.kind !== kind) read.fail(`routers[${i}].kind`, JSON.stringify(kind), router.kind);
+    if (router.in !== model.hidden)
+      read.fail(`routers[${i}].in`, `${model.hidden}, the model's hidden size`, router.in);
+    if (router.hidden !== 0) read.fail(`routers[${i}].hidden`, '0 (a linear router)', router.hidden);
+    if (router.out !== wanted!.outputs) read.fail(`routers[${i}].out`, `${wanted!.outputs}`, router.out);
+    if (router.act !== act) read.fail(`routers[${i}].act`, JSON.stringify(act), router.act);
+    const names = [`${id}.weight`, `${id}.bias`];
+    if (JSON.stringify(router.tensors) !== JSON.stringify(names)) {
+      read.fail(`routers[${i}].tensors`, JSON.stringify(names), router.tensors);
+    }
+    return id;
+  });
+  if (listed.join() !== expected.join()) read.fail('routers', `the routed sub-layers [${expected.join(', ')}]`, listed);
+
+  if (root.calibration !== null && root.calibration !== undefined) {
+    const entry = read.object(root.calibration, 'calibration');
+    read.known(entry, 'calibration.', ['path', 'capacities', 'points', 'tokens', 'sequence_length']);
+    const capacities = read.numbers(entry.capacities, 'calibration.capacities');
+    if (capacities.length === 0 || capacities.some((c, i) => !(c > 0 && c <= 1) || (i > 0 && c <= capacities[i - 1]))) {
+      read.fail('calibration.capacities', 'ascending numbers in (0, 1]', capacities);
+    }
+    if (!Array.isArray(entry.path) || entry.path.length === 0) read.fail('calibration.path', 'a list', entry.path);
+    let before = expected.map(() => 1);
+    const path = (entry.path as unknown[]).map((step, i) => {
+      const key = `calibration.path[${i}]`;
+      const shares = read.numbers(step, key);
+      const ok = shares.length === expected.length && shares.every((c) => c >= 0 && c <= 1);
+      if (!ok) read.fail(key, `${expected.length} capacities in [0, 1]`, step);
+      if (i === 0 && shares.some((c) => c < 1)) read.fail(key, 'all 1, where the path starts', step);
+      if (shares.some((c, r) => c > before[r])) read.fail(key, 'nowhere above the capacities before', step);
+      before = shares;
+      return shares;
+    });
+    const integer = (key: string, least: number, most: number): number => {
+      const value = entry[key];
+      if (!Number.isInteger(value) || (value as number) < least || (value as number) > most) {
+        read.fail(`calibration.${key}`, `an integer from ${least} to ${most}`, value);
+      }
+      return value as number;
+    };
+    policy.calibration = {
+      path,
+      capacities,
+      points: integer('points', 2, 65_536),
+      tokens: integer('tokens', 1, Number.MAX_SAFE_INTEGER),
+      sequenceLength: integer('sequence_length', 1, 2 ** 31),
+      quantiles: new Map(),
+    };
+  }
+  policy.levels = readLevels(read, policy, root.levels);
+  return policy;
+}
+
+function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[] {
+  if (!Array.isArray(json)) read.fail('levels', 'a list', json);
+  const names = new Set<string>();
+  return (json as unknown[]).map((entry, i) => {
+    const key = `levels[${i}]`;
+    const level = read.object(entry, key);
+    read.known(level, `${key}.`, ['name', 'spec', 'flops_ratio', 'quality']);
+    const name = read.string(level.name, `${key}.name`);
+    if (names.has(name)) read.fail(`${key}.name`, 'unique', name);
+    names.add(name);
+    if (name === '') read.fail(`${key}.name`, 'a name', name);
+    const specJson = read.object(level.spec, `${key}.spec`);
+    read.known(specJson, `${key}.spec.`, specKeys);
+    const shares: Partial<Record<Axis, Capacity>> = {};
+    const shareAt = (value: unknown, axis: Axis): void => {
+      if (value === undefined) return;
+      const layers = routedLayers(policy, axis).length;
+      if (!isCapacity(value, layers)) read.fail(`${key}.spec.${axisTraits[axis].setting}`, capacityRule(layers), value);
+      shares[axis] = value as Capacity;
+    };
+    if (specJson.tokenCapacity !== undefined) {
+      const capacity = read.object(specJson.tokenCapacity, `${key}.spec.tokenCapacity`);
+      read.known(capacity, `${key}.spec.tokenCapacity.`, places);
+      for (const place of places) shareAt(capacity[place], place);
+    }
+    for (const axis of expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
+    const spec = specOfAxes(shares);
+    if (name === 'full' && Object.keys(spec).length > 0) read.fail(`${key}.spec`, "{}: 'full' has no settings", spec);
+    const result: Level = { name, spec };
+    if (level.flops_ratio !== undefined) {
+      const ratio = level.flops_ratio;
+      if (typeof ratio !== 'number' || !(ratio > 0)) read.fail(`${key}.flops_ratio`, 'a positive number', ratio);
+      result.flopsRatio = ratio as number;
+    }
+    if (level.quality !== undefined) result.quality = readQuality(read, level.quality, `${key}.quality`);
+    return result;
+  });
+}
+
+function readQuality(read: Reader, json: unknown, key: string): Record<string, QualityValue> {
+  const metrics = Object.entries(read.object(json, key)).map(([metric, entry]) => {
+    const at = `${key}.${metric}`;
+    const quality = read.object(entry, at);
+    read.known(quality, `${at}.`, ['value', 'lo', 'hi', 'n']);
+    const [value, lo, hi] = ['value', 'lo', 'hi'].map((name) => {
+      const number = quality[name];
+      if (typeof number !== 'number') read.fail(`${at}.${name}`, 'a number', number);
+      return number as number;
+    });
+    // A percentile interval may leave the value just outside.
+    const shares = metric !== qualityMetric || [value, lo, hi].every((share) => share >= 0 && share <= 1);
+    if (!shares) read.fail(at, 'a share, in [0, 1]', entry);
+    if (lo > hi) read.fail(`${at}.lo`, 'at most hi', lo);
+    const n = quality.n;
+    if (!Number.isInteger(n) || (n as number) < 1) read.fail(`${at}.n`, 'a positive integer', n);
+    return [metric, { value, lo, hi, n: n as number }] as const;
+  });
+  return Object.fromEntries(metrics);
+}
