@@ -12,7 +12,7 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
     const data = { rows: ROWS, capacity: 0.5 };
     for (const [what, modes] of [
       ['ffn', ['dense', 'routed']],
-      ['model', ['dense', 'routed', 'routed, all keys']],
+      ['model', ['dense', 'routed', 'routed, all keys', 'heads', 'blocks']],
     ]) {
       log(`routed: ${what}`);
       const contestants = modes.map((mode) => ({
@@ -44,15 +44,18 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
       ['12 feed-forward layers', 'ffn', 'routed'],
       ['whole model, both places', 'model', 'routed'],
       ['the same, rows left out still are keys', 'model', 'routed, all keys'],
+      ['half the heads of every token', 'model', 'heads'],
+      ['half of 8 FFN blocks of every token', 'model', 'blocks'],
     ];
     const text = table(
-      [`${ROWS} rows, capacity 0.5`, 'dense ms', 'routed ms', 'speed-up', 'fewer FLOPs'],
+      [`${ROWS} rows, capacity 0.5`, 'dense ms', 'routed ms', 'speed-up', 'fewer FLOPs', 'time saved / FLOPs saved'],
       rows.map(([name, what, mode]) => [
         name,
         milliseconds(data[what].milliseconds.dense),
         milliseconds(data[what].milliseconds[mode]),
         number(data[what].speedup[mode], 2),
         number(data[what].flopsRatio[mode], 2),
+        number((1 - 1 / data[what].speedup[mode]) / (1 - 1 / data[what].flopsRatio[mode]), 2),
       ]),
     );
     const mixedText = table(

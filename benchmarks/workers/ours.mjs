@@ -78,20 +78,21 @@ async function generateStep(ids, start) {
 
 const routed = {};
 
-const policyAt = (places, keys) =>
-  policyOf(
-    { kind: 'elastiformer', tokens: Object.fromEntries(places.map((place) => [place, 0.5])), ...(keys && { keys }) },
-    network.spec,
-  );
+const policyAt = (recipe) => policyOf({ kind: 'elastiformer', ...recipe }, network.spec);
+const TOKENS = { attn: 0.5, mlp: 0.5 };
+const BLOCKS = { count: 8, share: 0.5 };
+const HEADS = { group: 'head', share: 0.5 };
 
 // Top-k selection in every layer at the given places; routers are random, so that the rows chosen are spread out.
 function routeAll(graph, segments, policy) {
   const known = new Map();
+  const outputsOf = new Map(routerPlaces(policy).map(({ id, outputs }) => [id, outputs]));
   const routers = (id) => {
     if (!known.has(id)) {
+      const outputs = outputsOf.get(id);
       known.set(id, {
-        weight: graph.weight(weight([1, network.spec.hidden], 1000 + known.size)),
-        bias: graph.weight(Tensor.fromData('f32', [1], new Float32Array(1))),
+        weight: graph.weight(weight([outputs, network.spec.hidden], 1000 + known.size)),
+        bias: graph.weight(Tensor.fromData('f32', [outputs], new Float32Array(outputs))),
       });
     }
     return known.get(id);
@@ -102,7 +103,7 @@ function routeAll(graph, segments, policy) {
 // A model with random routers at every place. Their scores over normalised rows are spread like a logistic distribution of
 // this scale, near enough for thresholds; what share they let through is counted, not assumed.
 function withRouters(scale) {
-  const policy = policyAt(['attn', 'mlp'], 'all');
+  const policy = policyAt({ tokens: TOKENS });
   const places = routerPlaces(policy);
   const routers = places.map(({ id }, i) => [
     id,
@@ -224,8 +225,8 @@ await serve({
     };
     const dims = { rows, segments: 1, offsets: 2 };
     const whole = (select) => compilePrefill(network, { rows, segments: 1 }, select);
-    const wholeRouted = (keys) => {
-      const policy = policyAt(['attn', 'mlp'], keys);
+    const wholeRouted = (recipe) => {
+      const policy = policyAt(recipe);
       return {
         program: whole((graph, _, segments) => routeAll(graph, segments, policy)),
         dims,
@@ -234,8 +235,10 @@ await serve({
     };
     routed.model = {
       dense: { program: whole(() => selectEverything), dims, feeds: model },
-      routed: wholeRouted('selected'),
-      'routed, all keys': wholeRouted('all'),
+      routed: wholeRouted({ tokens: TOKENS, keys: 'selected' }),
+      'routed, all keys': wholeRouted({ tokens: TOKENS }),
+      heads: wholeRouted({ heads: HEADS }),
+      blocks: wholeRouted({ blocks: BLOCKS }),
     };
     const layersOnly = (select) => {
       const graph = new Graph();
@@ -255,7 +258,7 @@ await serve({
       return Program.compile(graph, network.engine);
     };
     const ffn = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
-    const policy = policyAt(['mlp']);
+    const policy = policyAt({ tokens: { mlp: 0.5 } });
     routed.ffn = {
       dense: { program: layersOnly(() => selectEverything), dims: {}, feeds: ffn },
       routed: {
