@@ -304,8 +304,8 @@ export const mutations = [
   {
     what: "a weight's gradient of one output: the gate forgotten",
     file: linear,
-    search: 'dw.bound[0] == 1 && !dyRows && !gate &&',
-    replace: 'dw.bound[0] == 1 && !dyRows &&',
+    search: 'dw.bound[0] == 1 && !dyRows && !gate) {',
+    replace: 'dw.bound[0] == 1 && !dyRows) {',
     ops: 'linear',
     cases: 'of one output',
   },
