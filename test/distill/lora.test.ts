@@ -3,57 +3,25 @@ import { existsSync, readFileSync } from 'node:fs';
 import { cp, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { batchRun } from '../../lib/distill/batches.js';
 import { distill } from '../../lib/distill/distill.js';
-import { lossFeeds, resolveLosses } from '../../lib/distill/objectives.js';
-import { trainablePlan } from '../../lib/distill/plan.js';
-import { capacityFeeds, trainProgram } from '../../lib/distill/steps.js';
-import { Trainable } from '../../lib/distill/trainable.js';
 import { flopsRatio } from '../../lib/elastic/budget.js';
 import { type ElastiformerRecipe, elastify, policyOf } from '../../lib/elastic/elastify.js';
 import { type ElasticPolicy, routerPlaces } from '../../lib/elastic/policy.js';
 import { readElastic, writeElastic } from '../../lib/elastic/store.js';
 import { loadModel } from '../../lib/infer/model.js';
-import { Checkpoint } from '../../lib/io/safetensors.js';
 import { projections } from '../../lib/model/select.js';
-import { loadWeights } from '../../lib/model/weights.js';
-import { Engine } from '../../lib/native/index.js';
-import { goldenDirectory, largestDifference, positionsOf, readSpec } from '../model/golden.js';
+import { goldenDirectory, largestDifference, readSpec } from '../model/golden.js';
+import { trainStep } from './step.js';
 import { stories, temporaryDirectory, tinyModel } from './tiny.js';
 
 const root = temporaryDirectory();
-const ids = Int32Array.from({ length: 24 }, (_, i) => (i * 7 + 3) % 48);
-const offsets = Int32Array.of(0, 12, 24);
-const batch = { ids, positions: positionsOf(offsets), targets: ids, offsets };
-
 describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
   const directory = join(goldenDirectory, name);
   const spec = readSpec(directory);
   const targets = projections.filter((projection) => spec.gated || projection !== 'gate');
 
-  async function step(recipe: Partial<ElastiformerRecipe>, change: (start: Float32Array) => void = () => {}) {
-    const policy = policyOf({ kind: 'elastiformer', lora: { rank: 2, targets }, ...recipe }, spec) as ElasticPolicy;
-    using checkpoint = Checkpoint.open(directory);
-    using loaded = loadWeights(spec, checkpoint);
-    using engine = new Engine();
-    using trainable = new Trainable(trainablePlan(policy, spec));
-    const start = Float32Array.from({ length: trainable.plan.size }, (_, i) => 0.1 * Math.sin(1.7 * i));
-    change(start);
-    trainable.params.write(start);
-    const model = { spec, weights: loaded.weights, policy, trainable, engine, batchTokens: 24 };
-    const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
-    using program = trainProgram(model, losses);
-    const { dims, feeds } = batchRun(batch);
-    const { outputs } = await program.run({
-      dims,
-      feeds: {
-        ...feeds,
-        ...capacityFeeds(policy, dims.segments, () => 0.5),
-        ...lossFeeds(losses, policy, batch, { step: 0, steps: 1, total: 24, capacity: () => 0.5 }),
-      },
-    });
-    return { kl: outputs.kl[0], gradient: trainable.grads.readFloat(), plan: trainable.plan };
-  }
+  const step = (recipe: Partial<ElastiformerRecipe>, values?: Float32Array) =>
+    trainStep(directory, { lora: { rank: 2, targets }, ...recipe }, values);
 
   it.each<[string, Partial<ElastiformerRecipe>]>([
     ['routed tokens', {}],
@@ -61,7 +29,7 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
     ['blocks', { blocks: { count: 4, gate: 'softmax' } }],
     ['blocks and routed tokens', { blocks: { count: 4, gate: 'softmax' }, tokens: { attn: 0.5, mlp: 0.5 } }],
   ])('gradients of every correction are finite differences: %s', async (_, recipe) => {
-    const { gradient, plan } = await step(recipe);
+    const { gradient, plan, start } = await step(recipe);
     const matrices = plan.parameters.filter((p) => p.name.includes('.lora_'));
     const seen = new Set(matrices.map((p) => p.name.split('.')[2]));
     expect([...seen]).toEqual([...targets]);
@@ -73,12 +41,8 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
       const at = own.reduce((best, g, i) => (Math.abs(g) > Math.abs(own[best]) ? i : best), 0);
       const by = 4e-3;
       const [up, down] = [
-        await step(recipe, (start) => {
-          start[offset + at] += by;
-        }),
-        await step(recipe, (start) => {
-          start[offset + at] -= by;
-        }),
+        await step(recipe, start.with(offset + at, start[offset + at] + by)),
+        await step(recipe, start.with(offset + at, start[offset + at] - by)),
       ];
       const slope = (up.kl - down.kl) / (2 * by);
       expect(Math.abs(slope - own[at]), `${name}: ${slope} and ${own[at]}`).toBeLessThan(
