@@ -12,12 +12,14 @@ const norm = 'native/cuda/norm.cu';
 const embedding = 'native/cuda/embedding.cu';
 const rows = 'native/cuda/rows.cu';
 const route = 'native/cuda/route.cu';
+const segments = 'native/cuda/segments.cu';
 const expert = 'native/cuda/expert.cu';
 const wgmma = 'native/cuda/gemm_wgmma.cu';
 const loss = 'native/cuda/loss.cu';
 const lossRows = 'native/cuda/loss.cuh';
 const topkLoss = 'native/cuda/topk_loss.cu';
 const attention = 'native/cuda/attention_mma.cu';
+const attentionHeader = 'native/cuda/attention.cuh';
 const attentionGrad = 'native/cuda/attention_grad_mma.cu';
 const optimizer = 'native/cuda/optimizer.cu';
 const sample = 'native/cuda/sample.cu';
@@ -338,6 +340,39 @@ export const mutations = [
     cases: 'sum_rows',
   },
   {
+    what: 'segments: rows past the first ones are summed',
+    file: segments,
+    search: 'for (int r = 0; r < counted; ++r)',
+    replace: 'for (int r = 0; r <= counted; ++r)',
+    ops: 'segments',
+    cases: 'segment_sum',
+  },
+  {
+    what: 'segments: the mean is over the whole segment',
+    file: segments,
+    search: 'most > 0 ? min(length, most) : length;',
+    replace: 'length;',
+    ops: 'segments',
+    cases: 'segment_sum',
+  },
+  {
+    what: 'segments: a row is of the segment before',
+    file: 'native/cuda/segments.cuh',
+    seenIn: [segments],
+    search: 'ldGlobal(starts + middle) <= i)',
+    replace: 'ldGlobal(starts + middle) < i)',
+    ops: 'segments',
+    cases: 'segment_broadcast',
+  },
+  {
+    what: 'latch: what is computed wins over what is held',
+    file: segments,
+    search: 'return h != h ? v : h;',
+    replace: 'return v != v ? h : v;',
+    ops: 'segments',
+    cases: 'latch',
+  },
+  {
     what: 'dot: the last part runs past the end',
     file: rows,
     search: 'end = min(first + length, count);',
@@ -350,8 +385,8 @@ export const mutations = [
   {
     what: 'norm: a selected row taken for the row',
     file: norm,
-    search: 'n.x.f32() + int64_t{n.rows ? ldGlobal(n.rows.i32() + r) : r} * width;\n      float* dx',
-    replace: 'n.x.f32() + int64_t{r} * width;\n      float* dx',
+    search: 'n.x.f32() + groups.start(n.rows, r);\n      float* dx',
+    replace: 'n.x.f32() + groups.start({}, r);\n      float* dx',
     ops: 'norm',
     cases: '5 of \\[17,33\\]',
   },
@@ -465,6 +500,22 @@ export const mutations = [
     replace: 'dz.f32() + int64_t{r} * e.count();',
     ops: 'expert',
     cases: 'expert_gate softmax, top-k of 5: the addon',
+  },
+  {
+    what: 'experts: credit of the first rows, whichever entered',
+    file: expert,
+    search: 'int64_t{rows ? ldGlobal(rows.i32() + r) : r} * units',
+    replace: 'int64_t{r} * units',
+    ops: 'expert',
+    cases: 'expert_credit 8 of 33 .*: the addon',
+  },
+  {
+    what: 'experts: credit against the mean of all segments',
+    file: expert,
+    search: 'const int64_t begin = int64_t{ldGlobal(e.offsets.i32() + segment)} * e.count();',
+    replace: 'const int64_t begin = 0;',
+    ops: 'expert',
+    cases: 'expert_credit 5 of 12 .*: the addon',
   },
   {
     what: 'experts: the mean over the bound of the rows',
@@ -612,8 +663,8 @@ export const mutations = [
   {
     what: 'attention: a query sees the key behind its last',
     file: attention,
-    search: 'sumColumn(j) + e >= seen)',
-    replace: 'sumColumn(j) + e > seen)',
+    search: 'g.inSight(seen, sumColumn(j) + e)',
+    replace: 'g.inSight(seen + 1, sumColumn(j) + e)',
     ops: 'attention',
     cases: 'heads of 64 .* bf16',
   },
@@ -644,8 +695,8 @@ export const mutations = [
   {
     what: "attention's gradient: rows on the diagonal are not masked",
     file: attentionGrad,
-    search: 'g.firstToSee(segment, firstOwn + own - 1)',
-    replace: 'g.firstToSee(segment, firstOwn)',
+    search: 'maskedBelow = (g.firstToSee(segment, last) - start)',
+    replace: 'maskedBelow = (g.firstToSee(segment, firstOwn) - start)',
     ops: 'attention',
     cases: 'heads of 64 .* bf16',
   },
@@ -664,6 +715,98 @@ export const mutations = [
     replace: 'addWeightedRows<kDim>(dv, weightPairs, s.second);',
     ops: 'attention',
     cases: 'over several tiles .* heads of 256.* bf16',
+  },
+  {
+    what: 'attention: tiles before the window of some rows are not masked',
+    file: attention,
+    search: 'first + kKeys > seenByAll || first < hiddenFromSome',
+    replace: 'first + kKeys > seenByAll',
+    ops: 'window',
+    cases: 'all rows and of some.* heads of 64, window 130.* bf16',
+  },
+  {
+    what: "attention's gradient: rows whose window begins in a tile of keys are left out",
+    file: attentionGrad,
+    search: 'others = (g.firstBehind(segment, last) - start)',
+    replace: 'others = (g.firstBehind(segment, firstOwn) - start)',
+    ops: 'window',
+    cases: 'all rows and of some.* heads of 32, .* bf16',
+  },
+  {
+    what: "attention's gradient: as if scores were not capped",
+    file: attentionGrad,
+    search: 'ds[i][j][e] *= fmaf(-tanhOf, tanhOf, 1.0f);',
+    replace: '',
+    ops: 'window',
+    cases: 'all rows and of some.* heads of 40, .* bf16',
+  },
+  {
+    what: 'attention over caches: splits before the window are joined',
+    file: 'native/cuda/attention.cu',
+    search: 'begin = g.hidden(seen) / t.splitKeys;',
+    replace: 'begin = 0;',
+    ops: 'window',
+    cases: 'a query of 1 caches',
+  },
+  {
+    what: 'caches: the first page for all rows',
+    file: attentionHeader,
+    search: 'int64_t{ldGlobal(pages + page)} * pageRows',
+    replace: 'int64_t{ldGlobal(pages)} * pageRows',
+    seenIn: ['native/cuda/attention.cu'],
+    ops: 'cache',
+    cases: 'pages change no bit.*dh: 20',
+  },
+  {
+    what: 'caches: the first row of a page for all of it',
+    file: attentionHeader,
+    search: ' * pageRows + (row - page * pageRows);',
+    replace: ' * pageRows;',
+    seenIn: ['native/cuda/cache.cu'],
+    ops: 'cache',
+    cases: 'goes on with another page',
+  },
+  {
+    what: 'caches: lengths by segment instead of slot',
+    file: attentionHeader,
+    search: 'return ldGlobal(lengths.i32() + slot(s));',
+    replace: 'return ldGlobal(lengths.i32() + s);',
+    seenIn: ['native/cuda/attention.cu', 'native/cuda/cache.cu'],
+    ops: 'cache',
+    cases: 'attention_cached new 3,0,2',
+  },
+  {
+    what: 'caches: pages from the thirty-third on are not checked',
+    file: attentionHeader,
+    search: 'int64_t{page} * pageRows < end; page += 32)',
+    replace: 'int64_t{page} * pageRows < end && page < 32; page += 32)',
+    seenIn: ['native/cuda/attention.cu', 'native/cuda/cache.cu'],
+    ops: 'cache',
+    cases: 'a page of many',
+  },
+  {
+    what: 'page_copy: a page that is copied to is copied from, too',
+    file: 'native/cuda/cache.cu',
+    search: 'if (writer >= 0) t.state.report(Fault::Copy, 1, writer, 0, 0, from);',
+    replace: '',
+    ops: 'cache',
+    cases: 'copying pages',
+  },
+  {
+    what: 'loss: the gradient of capped logits as if they were not',
+    file: loss,
+    search: 'g[j] *= slopeOf(a, rows.softcap);',
+    replace: '',
+    ops: 'softcap',
+    cases: 'divergence of capped logits kl: 3 rows',
+  },
+  {
+    what: 'sparse gates: what lies below the mean counts as above the cutoff',
+    file: 'native/cuda/streams.cu',
+    search: 'return v > cutoff.value ? d : 0.f;',
+    replace: 'return v > cutoff.mean ? d : 0.f;',
+    ops: 'streams',
+    cases: 'gaussian_topk \\[3,17\\], factor 1.2',
   },
 
   // Other ops
@@ -694,10 +837,10 @@ export const mutations = [
   {
     what: 'sample: one tie too many',
     file: sample,
-    search: '(tie && rank < kept.ties)',
-    replace: '(tie && rank <= kept.ties)',
+    search: '((1u << lane) - 1)) < kept.ties)',
+    replace: '((1u << lane) - 1)) <= kept.ties)',
     ops: 'sample',
-    cases: 'lowest of equal logits',
+    cases: 'draws from (129|3000) tokens',
   },
   {
     what: 'sample: a histogram is not cleared',
@@ -708,9 +851,9 @@ export const mutations = [
     cases: 'draws from (129|3000) tokens',
   },
   {
-    what: 'sample: no barrier before the next pieces',
+    what: 'sample: no barrier before winners take the place of ties',
     file: sample,
-    search: 'syncThreads();  // the previous pieces have been read',
+    search: 'syncThreads();  // ties have been read',
     replace: '',
     ops: 'sample',
     cases: 'draws from (129|3000|5000) tokens',

@@ -1,7 +1,7 @@
 // Asks whether the tests would notice: seeds each defect of scripts/kernel-mutations.mjs into a copy of its file, compiles
 // what the defect is to be seen in, links that with the sound objects in build/mutants, and runs the test that the table
 // names. Fails when a test fails without any defect, when a mutation does not apply or compile, or when one that should
-// be caught is not. node scripts/mutate-kernels.mjs [--only pattern]
+// be caught is not. node scripts/mutate-kernels.mjs [--only pattern] [--part 1/3]
 import { spawn } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -12,7 +12,9 @@ import { mutations } from './kernel-mutations.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '..');
 const build = join(root, 'build/mutants');
-const { values } = parseArgs({ options: { only: { type: 'string', default: '' } } });
+const { values } = parseArgs({
+  options: { only: { type: 'string', default: '' }, part: { type: 'string', default: '1/1' } },
+});
 const workers = availableParallelism();
 
 /** Runs a command line; resolves to how it ended and what it printed. It may take `limit` seconds. */
@@ -75,10 +77,12 @@ function test(binary, { ops, cases, env }) {
 async function seed(mutation, folder) {
   rmSync(folder, { recursive: true, force: true });
   const mutated = join(folder, mutation.file);
-  const parts = readFileSync(join(root, mutation.file), 'utf8').split(mutation.search);
-  if (parts.length !== 2) return { failure: `DOES NOT APPLY: found ${parts.length - 1} times` };
   mkdirSync(dirname(mutated), { recursive: true });
-  writeFileSync(mutated, parts.join(mutation.replace));
+  // A function, so that no `$` of the replacement means anything.
+  writeFileSync(
+    mutated,
+    readFileSync(join(root, mutation.file), 'utf8').replace(mutation.search, () => mutation.replace),
+  );
 
   const binary = join(folder, binaryOf(mutation));
   let link = readFileSync(join(build, `CMakeFiles/${targetOf(mutation)}.dir/link.txt`), 'utf8')
@@ -104,6 +108,12 @@ async function seed(mutation, folder) {
   return linked.ok ? { binary } : { failure: `DOES NOT LINK:\n${linked.text}` };
 }
 
+// Of all of them, whatever part runs: code moves.
+for (const { what, file, search } of mutations) {
+  const found = readFileSync(join(root, file), 'utf8').split(search).length - 1;
+  if (found !== 1) stop(`${what}\n    DOES NOT APPLY: found ${found} times in ${file}`);
+}
+
 const started = performance.now();
 const configured = await run(
   `npx cmake-js configure -l error -O "${build}" -G "Unix Makefiles" --CDCMAKE_CXX_FLAGS_RELEASE=-O1 ` +
@@ -115,7 +125,11 @@ const compiled = await run(`cmake --build . --target elastiform elastiform_tests
 if (!compiled.ok) stop(compiled.text);
 const units = JSON.parse(readFileSync(join(build, 'compile_commands.json'), 'utf8'));
 
-const selected = mutations.filter((mutation) => new RegExp(values.only).test(mutation.what));
+const [part, parts] = values.part.split('/').map(Number);
+if (!(part >= 1 && part <= parts)) stop(`--part must be I/N with 1 <= I <= N, got ${values.part}`);
+const selected = mutations
+  .filter((mutation) => new RegExp(values.only).test(mutation.what))
+  .filter((_, i) => i % parts === part - 1);
 /** Tests that several mutations name, in one run. */
 const sound = new Map();
 for (const mutation of selected) {

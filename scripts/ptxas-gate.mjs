@@ -1,38 +1,20 @@
-// Compiles every CUDA source and holds what ptxas says about its kernels against native/device/ptxas.json: registers,
-// static shared memory, tensor-core instructions. Fails on spills, stack frames, serialised wgmma (C75xx), warnings, and
-// on any change of the table. node scripts/ptxas-gate.mjs [--arch 80,90a] [--update]
+// Holds what ptxas says about the kernels of the release build (scripts/prebuild) against native/device/ptxas.json:
+// registers, static shared memory, tensor-core instructions. Fails on spills, stack frames, serialised wgmma (C75xx),
+// warnings, and on any change of the table. Compiles what has changed since the last build for a release.
+// node scripts/ptxas-gate.mjs [--update]
 // With cuobjdump (on PATH or named by CUOBJDUMP) the machine code is searched for local memory and tensor instructions.
-import { execFile, spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { availableParallelism } from 'node:os';
-import { basename, dirname, join, resolve } from 'node:path';
+import { execFileSync, spawnSync } from 'node:child_process';
+import { readFileSync, writeFileSync } from 'node:fs';
+import { dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { parseArgs, promisify } from 'node:util';
+import { parseArgs } from 'node:util';
+import { findNvcc } from './prebuild/nvcc.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '..');
+const build = join(root, 'build/prebuild/build');
 const tablePath = join(root, 'native/device/ptxas.json');
-const { values } = parseArgs({
-  options: { arch: { type: 'string', default: '80,90a' }, update: { type: 'boolean', default: false } },
-});
-const architectures = values.arch.split(',');
-
-async function run(command, args) {
-  try {
-    const { stdout, stderr } = await promisify(execFile)(command, args, { cwd: root, maxBuffer: 1 << 28 });
-    return { ok: true, text: stdout + stderr };
-  } catch (error) {
-    return { ok: false, text: `${error.stdout ?? ''}${error.stderr ?? error.message}` };
-  }
-}
-
-async function nvcc() {
-  const homes = [process.env.CUDA_HOME, process.env.CUDA_PATH, '/usr/local/cuda'].filter(Boolean);
-  const candidates = [process.env.CUDACXX, 'nvcc', ...homes.map((home) => join(home, 'bin/nvcc'))].filter(Boolean);
-  for (const candidate of candidates) {
-    if ((await run(candidate, ['--version'])).ok) return candidate;
-  }
-  return null;
-}
+const architectures = ['sm_80', 'sm_90a'];
+const { values } = parseArgs({ options: { update: { type: 'boolean', default: false } } });
 
 /** The kernel's name without what differs between builds: namespaces, the hash of a source's path, parameters. */
 function readable(symbols) {
@@ -48,104 +30,54 @@ function readable(symbols) {
   );
 }
 
-/** Tensor-core instructions of every kernel in PTX. */
-function tensorInstructions(ptx) {
-  const counts = {};
-  for (const part of ptx.split(/^\.visible \.entry |^\.entry |^\t\.entry /m).slice(1)) {
-    counts[part.slice(0, part.indexOf('(')).trim()] = part.match(/\b(mma\.sync|wgmma\.mma_async)\./g)?.length ?? 0;
-  }
-  return counts;
-}
-
 const problems = [];
 
-/** Compiles one source for one architecture; returns { kernel: { registers, shared, tensor } }. */
-async function measure(compiler, source, arch) {
-  const where = `${source} for sm_${arch}`;
-  const folder = join(root, 'build/ptxas', arch);
-  mkdirSync(folder, { recursive: true });
-  const object = join(folder, `${basename(source)}.o`);
-  const keep = join(folder, basename(source));
-  rmSync(keep, { recursive: true, force: true });
-  mkdirSync(keep);
-  const compiled = await run(compiler, [
-    ...['-std=c++20', '-O3', '-fmad=false', '-Xcompiler', '-Wall,-Wextra', '-Xptxas', '-v', '-I', 'native'],
-    ...['-gencode', `arch=compute_${arch},code=sm_${arch}`, '--keep', '--keep-dir', keep],
-    ...[arch === architectures[0] ? '-c' : '-cubin', source, '-o', object], // host code is compiled once
-  ]);
-  if (!compiled.ok) {
-    problems.push(`${where} does not compile:\n${compiled.text}`);
-    return {};
+/** The kernels of one source, from the report of its compilation: { sm_80: { kernel: { registers, shared, tensor } } }. */
+function kernelsOf(source, object) {
+  const { output, tensor } = JSON.parse(readFileSync(`${object}.ptxas.json`, 'utf8'));
+  for (const line of output.split('\n')) {
+    if (/\(C75\d\d\)|\bwarning\b/i.test(line)) problems.push(`${source}: ${line.trim()}`);
   }
-  for (const line of compiled.text.split('\n')) {
-    if (/\(C75\d\d\)|\bwarning\b/i.test(line)) problems.push(`${where}: ${line.trim()}`);
-  }
-  const tensor = tensorInstructions(readFileSync(join(keep, `${basename(source, '.cu')}.ptx`), 'utf8'));
-  const kernels = {};
-  const blocks = compiled.text.split(/Compiling entry function '/).slice(1);
-  const symbols = blocks.map((block) => block.slice(0, block.indexOf("'")));
-  const names = readable(symbols);
-  blocks.forEach((block, i) => {
-    const [, stack, stores, loads] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(
-      block,
-    );
-    if (Number(stack) || Number(stores) || Number(loads)) {
-      problems.push(`${where}: ${names[i]} has a stack of ${stack} bytes and spills ${stores} + ${loads}`);
+  const kernels = Object.fromEntries(architectures.map((arch) => [arch, {}]));
+  const blocks = output
+    .split(/Compiling entry function '/)
+    .slice(1)
+    .map((text) => [text, ...text.match(/^(\w+)' for '(\w+)'/).slice(1)]);
+  const names = readable(blocks.map(([, symbol]) => symbol));
+  blocks.forEach(([text, symbol, arch], i) => {
+    const [stack, stores, loads] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/
+      .exec(text)
+      .slice(1)
+      .map(Number);
+    if (stack || stores || loads) {
+      problems.push(`${source} for ${arch}: ${names[i]} has a stack of ${stack} bytes and spills ${stores} + ${loads}`);
     }
-    kernels[names[i]] = {
-      registers: Number(/Used (\d+) registers/.exec(block)[1]),
-      shared: Number(/(\d+) bytes smem/.exec(block)?.[1] ?? 0),
-      tensor: tensor[symbols[i]] ?? 0,
+    kernels[arch][names[i]] = {
+      registers: Number(/Used (\d+) registers/.exec(text)[1]),
+      shared: Number(/(\d+) bytes smem/.exec(text)?.[1] ?? 0),
+      tensor: tensor[arch][symbol],
     };
   });
-  await inspect(
-    object,
-    where,
-    Object.values(kernels).some((kernel) => kernel.tensor > 0),
-  );
-  return Object.fromEntries(Object.entries(kernels).sort(([a], [b]) => (a < b ? -1 : 1)));
+  for (const arch of architectures) {
+    const hasTensor = Object.values(kernels[arch]).some((kernel) => kernel.tensor > 0);
+    if (hasCuobjdump) inspect(object, source, arch, hasTensor);
+  }
+  return kernels;
 }
 
 const cuobjdump = process.env.CUOBJDUMP ?? 'cuobjdump';
-const hasCuobjdump = (await run(cuobjdump, ['--version'])).ok;
+const hasCuobjdump = spawnSync(cuobjdump, ['--version']).status === 0;
 
 /** Machine code: no local memory, and tensor instructions where PTX has them. */
-async function inspect(object, where, hasTensor) {
-  if (!hasCuobjdump) return;
-  const code = (await run(cuobjdump, ['--dump-sass', object])).text;
+function inspect(object, source, arch, hasTensor) {
+  const flags = ['--dump-sass', '--gpu-architecture', arch, object];
+  const code = execFileSync(cuobjdump, flags, { encoding: 'utf8', maxBuffer: 1 << 30 });
   const count = (pattern) => code.match(pattern)?.length ?? 0;
   const local = count(/\b(LDL|STL)\b/g);
   const tensor = count(/\bH(G)?MMA\b/g);
-  if (local) problems.push(`${where}: ${local} accesses to local memory`);
-  if (hasTensor && !tensor) problems.push(`${where}: no tensor-core instruction in the machine code`);
-  console.log(`${where}: ${tensor} tensor-core instructions in machine code`);
-}
-
-const compiler = await nvcc();
-if (!compiler) {
-  console.log('ptxas gate: skipped, no nvcc');
-  process.exit(0);
-}
-const listed = await run('git', ['ls-files', '-co', '--exclude-standard', 'native/*.cu']);
-const sources = listed.text.trim().split('\n');
-const table = existsSync(tablePath) ? JSON.parse(readFileSync(tablePath, 'utf8')) : {};
-const jobs = architectures.flatMap((arch) => sources.map((source) => ({ arch, source, kernels: {} })));
-const waiting = [...jobs];
-await Promise.all(
-  Array.from({ length: availableParallelism() }, async () => {
-    for (let job = waiting.shift(); job; job = waiting.shift()) {
-      job.kernels = await measure(compiler, job.source, job.arch);
-    }
-  }),
-);
-for (const arch of architectures) {
-  const own = jobs.filter((job) => job.arch === arch && Object.keys(job.kernels).length > 0);
-  const measured = Object.fromEntries(own.map(({ source, kernels }) => [source, kernels]));
-  if (!values.update) compare(table[`sm_${arch}`] ?? {}, measured, `sm_${arch}`);
-  table[`sm_${arch}`] = measured;
-  console.log(
-    `sm_${arch}: ${Object.values(measured).reduce((n, kernels) => n + Object.keys(kernels).length, 0)} kernels`,
-  );
+  if (local) problems.push(`${source} for ${arch}: ${local} accesses to local memory`);
+  if (hasTensor && !tensor) problems.push(`${source} for ${arch}: no tensor-core instruction in the machine code`);
+  console.log(`${source} for ${arch}: ${tensor} tensor-core instructions in machine code`);
 }
 
 function compare(wanted, measured, arch) {
@@ -158,10 +90,44 @@ function compare(wanted, measured, arch) {
   }
 }
 
+if (!findNvcc()) {
+  console.log('ptxas gate: skipped, no nvcc');
+  process.exit(0);
+}
+const built = spawnSync(process.execPath, [join(root, 'scripts/prebuild/cmake-js-as-node-gyp.mjs')], {
+  stdio: 'inherit',
+});
+if (built.status !== 0) process.exit(1);
+const compiled = new Map();
+for (const { file, command } of JSON.parse(readFileSync(join(build, 'compile_commands.json'), 'utf8'))) {
+  if (file.endsWith('.cu')) compiled.set(relative(root, file), join(build, / -o (\S+)/.exec(command)[1]));
+}
+const listed = execFileSync('git', ['ls-files', '-co', '--exclude-standard', 'native/*.cu'], {
+  cwd: root,
+  encoding: 'utf8',
+});
+const measured = Object.fromEntries(architectures.map((arch) => [arch, {}]));
+for (const source of listed.trim().split('\n')) {
+  if (!compiled.has(source)) {
+    problems.push(`${source} belongs to no target of CMakeLists.txt`);
+    continue;
+  }
+  for (const [arch, kernels] of Object.entries(kernelsOf(source, compiled.get(source)))) {
+    const sorted = Object.entries(kernels).sort(([a], [b]) => (a < b ? -1 : 1));
+    if (sorted.length > 0) measured[arch][source] = Object.fromEntries(sorted);
+  }
+}
+for (const arch of architectures) {
+  const count = Object.values(measured[arch]).reduce((n, kernels) => n + Object.keys(kernels).length, 0);
+  console.log(`${arch}: ${count} kernels`);
+}
 if (!hasCuobjdump) console.log('machine code not inspected: no cuobjdump');
 if (values.update) {
   const numbers = /\{\s*("registers": \d+),\s*("shared": \d+),\s*("tensor": \d+)\s*\}/g; // a kernel to a line
-  writeFileSync(tablePath, `${JSON.stringify(table, null, 2).replaceAll(numbers, '{ $1, $2, $3 }')}\n`);
+  writeFileSync(tablePath, `${JSON.stringify(measured, null, 2).replaceAll(numbers, '{ $1, $2, $3 }')}\n`);
+} else {
+  const table = JSON.parse(readFileSync(tablePath, 'utf8'));
+  for (const arch of architectures) compare(table[arch], measured[arch], arch);
 }
 for (const problem of problems) console.error(problem);
 console.log(problems.length ? `ptxas gate: ${problems.length} problems` : 'ptxas gate: passed');

@@ -30,7 +30,8 @@ interface Pending {
  *
  * @param loss f32 [1], or any shape with a seed.
  * @param wrt f32 nodes: parameters, feeds or intermediate values.
- * @returns one node per entry of `wrt`, of the same shape; zeros where the loss does not depend on it.
+ * @returns one node per entry of `wrt`, of the same shape, or of that of the prefix which products use; zeros where the loss
+ *   does not depend on it.
  * @throws InvalidArgumentError when a gradient reaches an op that has none, or state was overwritten since it was read.
  */
 export function gradients(loss: Node, wrt: readonly Node[], options: GradientOptions = {}): Node[] {

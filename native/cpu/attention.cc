@@ -1,6 +1,5 @@
-// Attention over variable-length segments, its gradient, and attention against a growing key-value cache.
-#include <cstring>
-
+// Attention over variable-length segments, its gradient, and attention over key-value caches of pages, which grow.
+#include "cpu/cache.h"
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
@@ -73,14 +72,37 @@ Queries checkedQueries(const char* op, const TensorView& rows, const TensorView&
   return queries;
 }
 
+// What decides about scores besides queries and keys.
+struct Scoring {
+  bool causal;
+  int64_t window;  // causal: keys that a query sees at most, the last ones
+  float scale, softcap;
+};
+
+// From attribute i on: scale, window, softcap.
+Scoring checkedScoring(const KernelArgs& args, const char* op, int i, bool causal) {
+  Scoring scoring{causal, intAttribute(args, op, i + 1, "window", 0, INT32_MAX),
+                  static_cast<float>(finiteAttribute(args, op, i, "scale")),
+                  checkedSoftcap(op, "softcap", args.attr[i + 2])};
+  if (scoring.window > 0 && !causal) fail(ErrorCode::InvalidProgram, "[%s] a window needs causal attention", op);
+  if (scoring.window == 0) scoring.window = INT32_MAX;
+  return scoring;
+}
+
+// min(1, window) + ... + min(n, window)
+double windowedSum(int64_t n, int64_t window) {
+  const double inside = static_cast<double>(std::min(n, window)), outside = static_cast<double>(n) - inside;
+  return inside * (inside + 1) / 2 + outside * static_cast<double>(window);
+}
+
 // Pairs (query, key) in sight in segment s, whose new rows come after `cached` ones.
-double visiblePairs(bool causal, const Queries& queries, const int32_t* offsets, int64_t s, int64_t cached) {
-  const double count = static_cast<double>(queries.count(s));
-  if (!causal) return count * (offsets[s + 1] - offsets[s]);
-  if (!queries.rows) return count * (count + 1) / 2 + count * static_cast<double>(cached);
+double visiblePairs(const Scoring& scoring, const Queries& queries, const int32_t* offsets, int64_t s, int64_t cached) {
+  const int64_t count = queries.count(s);
+  if (!scoring.causal) return static_cast<double>(count) * (offsets[s + 1] - offsets[s]);
+  if (!queries.rows) return windowedSum(cached + count, scoring.window) - windowedSum(cached, scoring.window);
   double pairs = 0;
   for (int64_t i = queries.offsets[s]; i < queries.offsets[s + 1]; ++i) {
-    pairs += static_cast<double>(cached + queries.rows[i] - offsets[s] + 1);
+    pairs += static_cast<double>(std::min(cached + queries.rows[i] - offsets[s] + 1, scoring.window));
   }
   return pairs;
 }
@@ -88,35 +110,43 @@ double visiblePairs(bool causal, const Queries& queries, const int32_t* offsets,
 // Multiply-adds below which the calling thread does the work alone.
 constexpr double kParallelWork = 131072;
 
+// The keys of a segment: key j is row j % pageRows of page pages[j / pageRows].
 struct Keys {
-  const float *k, *v;
+  const float *k, *v;  // page 0
+  const int32_t* pages;
+  int64_t pageRows;
   int64_t cached;  // keys before the segment's first new row
 };
 
 // What attention and attention_cached have in common. offsets: of the new key rows; keysOf(s): the keys of segment s.
 template <typename KeysOf>
 void attend(const KernelArgs& args, const Heads& h, const float* q, const Queries& queries, const int32_t* offsets,
-            int64_t segments, bool causal, float scale, float* y, float* lse, const KeysOf& keysOf) {
+            int64_t segments, const Scoring& scoring, float* y, float* lse, const KeysOf& keysOf) {
   const VectorOps& vector = vectorOps();
   const int64_t queryWidth = h.heads * h.headDim;
+  double* pairsOf = args.scratch<double>(segments);
   double pairs = 0;
   for (int64_t s = 0; s < segments; ++s) {
-    pairs += visiblePairs(causal, queries, offsets, s, keysOf(s).cached);
+    pairsOf[s] = visiblePairs(scoring, queries, offsets, s, keysOf(s).cached);
+    pairs += pairsOf[s];
   }
   args.counters->flops += 4.0 * h.headDim * h.heads * pairs;
   const bool parallel = pairs * h.heads * h.headDim > kParallelWork;
   const int64_t threads = parallel ? threadCount() : 1;
   // A task is one block of a segment's query rows for one kv head. Segments of a single block (decoding) take several
-  // heads at once, to read the cache in longer runs; which heads go together changes no result.
-  const int64_t parts = std::clamp<int64_t>(parallel ? 2 * threads / std::max<int64_t>(segments, 1) : 1, 1, h.kvHeads);
-  const int64_t together = (h.kvHeads + parts - 1) / parts;
+  // heads at once, to read the cache in longer runs, as far as no task becomes too large a part of the work; which heads go
+  // together changes no result.
   int64_t* tasksBefore = args.scratch<int64_t>(segments + 1);  // of the segments before
+  int64_t* headsPerTask = args.scratch<int64_t>(segments);
   int64_t mostRows = 0;
   tasksBefore[0] = 0;
-  const auto headsPerTask = [&](int64_t rows) { return rows <= kQueryRows ? together : 1; };
   for (int64_t s = 0; s < segments; ++s) {
     const int64_t rows = queries.count(s) * h.group;
-    const int64_t heads = headsPerTask(rows), blocks = (rows + kQueryRows - 1) / kQueryRows;
+    const double wanted = parallel ? std::ceil(2 * threads * (pairsOf[s] / pairs)) : 1;
+    const int64_t parts = std::clamp(static_cast<int64_t>(wanted), int64_t{1}, h.kvHeads);
+    const int64_t heads = rows <= kQueryRows ? (h.kvHeads + parts - 1) / parts : 1;
+    const int64_t blocks = (rows + kQueryRows - 1) / kQueryRows;
+    headsPerTask[s] = heads;
     tasksBefore[s + 1] = tasksBefore[s] + blocks * ((h.kvHeads + heads - 1) / heads);
     mostRows = std::max(mostRows, std::min(rows, kQueryRows) * heads);
   }
@@ -128,7 +158,7 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const Querie
       // The last blocks first: under causal attention they see the most keys.
       const int64_t task = tasks - 1 - chunk;
       const int64_t s = std::upper_bound(tasksBefore, tasksBefore + segments + 1, task) - tasksBefore - 1;
-      const int64_t rows = queries.count(s) * h.group, heads = headsPerTask(rows);
+      const int64_t rows = queries.count(s) * h.group, heads = headsPerTask[s];
       const int64_t headGroups = (h.kvHeads + heads - 1) / heads, index = task - tasksBefore[s];
       const int64_t head = index % headGroups * heads, firstQuery = queries.offsets[s];
       const int64_t query = firstQuery * queryWidth + head * h.group * h.headDim;
@@ -137,6 +167,8 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const Querie
       block.q = q + query;
       block.k = keys.k + head * h.headDim;
       block.v = keys.v + head * h.headDim;
+      block.pages = keys.pages;
+      block.pageRows = keys.pageRows;
       block.y = y + query;
       block.lse = lse ? lse + firstQuery * h.heads + head * h.group : nullptr;
       block.qStride = queryWidth;
@@ -150,8 +182,10 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const Querie
       block.keys = keys.cached + offsets[s + 1] - offsets[s];
       block.stands = queries.rows ? queries.rows + firstQuery : nullptr;
       block.shift = keys.cached - (queries.rows ? offsets[s] : 0);
-      block.causal = causal;
-      block.scale = scale;
+      block.causal = scoring.causal;
+      block.window = scoring.window;
+      block.scale = scoring.scale;
+      block.softcap = scoring.softcap;
       block.scratch = scratch + worker * scratchSize;
       vector.attention(block);
     }
@@ -164,16 +198,16 @@ void attention(const KernelArgs& args) {
   const char* op = "attention";
   const int64_t kvWidth = args.in[1].dim(1);
   const Heads h = checkedHeads(args, op, args.in[0].dim(1), kvWidth);
-  const bool causal = intAttribute(args, op, 2, "causal", 0, 1) != 0;
-  const float scale = static_cast<float>(finiteAttribute(args, op, 3, "scale"));
+  const Scoring scoring = checkedScoring(args, op, 3, intAttribute(args, op, 2, "causal", 0, 1) != 0);
   checkStatistics(op, args.out[1], h.heads);
   const int64_t segments = checkOffsets(op, args.in[3], args.in[1].dim(0));
   const int32_t* offsets = args.in[3].i32();
   const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1].dim(0), offsets);
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
-  attend(args, h, args.in[0].f32(), queries, offsets, segments, causal, scale, args.out[0].f32(),
+  attend(args, h, args.in[0].f32(), queries, offsets, segments, scoring, args.out[0].f32(),
          args.out[1] ? args.out[1].f32() : nullptr, [&](int64_t s) {
-           return Keys{k + offsets[s] * kvWidth, v + offsets[s] * kvWidth, 0};
+           static constexpr int32_t kFirstPage = 0;
+           return Keys{k + offsets[s] * kvWidth, v + offsets[s] * kvWidth, &kFirstPage, INT64_MAX, 0};
          });
 }
 
@@ -181,8 +215,7 @@ void attentionGrad(const KernelArgs& args) {
   const char* op = "attention_grad";
   const int64_t queryWidth = args.in[1].dim(1), kvWidth = args.in[2].dim(1);
   const Heads h = checkedHeads(args, op, queryWidth, kvWidth);
-  const bool causal = intAttribute(args, op, 2, "causal", 0, 1) != 0;
-  const float scale = static_cast<float>(finiteAttribute(args, op, 3, "scale"));
+  const Scoring scoring = checkedScoring(args, op, 3, intAttribute(args, op, 2, "causal", 0, 1) != 0);
   checkStatistics(op, args.in[5], h.heads);
   const int64_t segments = checkOffsets(op, args.in[6], args.in[2].dim(0));
   const int32_t* offsets = args.in[6].i32();
@@ -191,7 +224,7 @@ void attentionGrad(const KernelArgs& args) {
   double pairs = 0;
   int64_t longest = 0;
   for (int64_t s = 0; s < segments; ++s) {
-    pairs += visiblePairs(causal, queries, offsets, s, 0);
+    pairs += visiblePairs(scoring, queries, offsets, s, 0);
     longest = std::max(longest, queries.count(s));
   }
   args.counters->flops += 10.0 * h.headDim * h.heads * pairs;
@@ -223,72 +256,33 @@ void attentionGrad(const KernelArgs& args) {
       block.keys = offsets[s + 1] - offsets[s];
       block.stands = queries.rows ? queries.rows + firstQuery : nullptr;
       block.shift = queries.rows ? -offsets[s] : 0;
-      block.causal = causal;
-      block.scale = scale;
+      block.causal = scoring.causal;
+      block.window = scoring.window;
+      block.scale = scoring.scale;
+      block.softcap = scoring.softcap;
       block.scratch = scratch + worker * scratchSize;
       vector.attentionGrad(block);
     }
   });
 }
 
-namespace {
-
-// One length per segment, in [least(s), most(s)].
-template <typename Least, typename Most>
-void checkLengths(const char* op, const TensorView& lengths, int64_t segments, const Least& least, const Most& most) {
-  if (lengths.dim(0) != segments) {
-    fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", op,
-         static_cast<long long>(segments), static_cast<long long>(lengths.dim(0)));
-  }
-  for (int64_t s = 0; s < segments; ++s) {
-    const int32_t length = lengths.i32()[s];
-    if (length >= least(s) && length <= most(s)) continue;
-    fail(ErrorCode::InvalidData, "[%s] lengths[%lld] must be in [%lld, %lld] for the new rows and the cache, got %d", op,
-         static_cast<long long>(s), static_cast<long long>(least(s)), static_cast<long long>(most(s)), length);
-  }
-}
-
-}  // namespace
-
-void cacheAppend(const KernelArgs& args) {
-  const char* op = "cache_append";
-  const int64_t rows = args.in[0].dim(0), width = args.in[0].dim(1);
-  const int64_t segments = checkOffsets(op, args.in[2], rows);
-  const int32_t* offsets = args.in[2].i32();
-  const TensorView &cacheK = args.in[4], &cacheV = args.in[5];
-  const int64_t capacity = cacheK.dim(1);
-  int32_t* lengths = args.in[3].i32();
-  checkLengths(op, args.in[3], segments, [](int64_t) { return 0; },
-               [&](int64_t s) { return capacity - (offsets[s + 1] - offsets[s]); });
-  const float *k = args.in[0].f32(), *v = args.in[1].f32();
-  forChunks(rows, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
-    int64_t s = std::upper_bound(offsets, offsets + segments + 1, begin) - offsets - 1;
-    for (int64_t row = begin; row < end; ++row) {
-      while (row >= offsets[s + 1]) ++s;
-      const int64_t to = (s * capacity + lengths[s] + row - offsets[s]) * width;
-      std::memcpy(cacheK.f32() + to, k + row * width, static_cast<size_t>(width) * sizeof(float));
-      std::memcpy(cacheV.f32() + to, v + row * width, static_cast<size_t>(width) * sizeof(float));
-    }
-  });
-  // Last, so that an aborted run leaves the cache as it was.
-  for (int64_t s = 0; s < segments; ++s) lengths[s] += offsets[s + 1] - offsets[s];
-}
-
 void attentionCached(const KernelArgs& args) {
   const char* op = "attention_cached";
-  const TensorView &q = args.in[0], &lengths = args.in[2], &cacheK = args.in[3], &cacheV = args.in[4];
-  const int64_t capacity = cacheK.dim(1), kvWidth = cacheK.dim(2);
-  const Heads h = checkedHeads(args, op, q.dim(1), kvWidth);
-  const float scale = static_cast<float>(finiteAttribute(args, op, 2, "scale"));
+  const TensorView &q = args.in[0], &poolK = args.in[5], &poolV = args.in[6];
+  const Heads h = checkedHeads(args, op, q.dim(1), poolK.dim(2));
+  const Scoring scoring = checkedScoring(args, op, 2, true);
   const int32_t* offsets = args.in[1].i32();
-  const int64_t last = args.in[1].dim(0) - 1, added = args.in[5] && last >= 0 ? offsets[last] : q.dim(0);
+  const int64_t last = args.in[1].dim(0) - 1, added = args.in[7] && last >= 0 ? offsets[last] : q.dim(0);
   const int64_t segments = checkOffsets(op, args.in[1], added);
-  const auto fresh = [&](int64_t s) { return offsets[s + 1] - offsets[s]; };
-  checkLengths(op, lengths, segments, fresh, [&](int64_t) { return capacity; });
-  const Queries queries = checkedQueries(op, args.in[5], args.in[6], q, added, offsets);
-  attend(args, h, q.f32(), queries, offsets, segments, true, scale, args.out[0].f32(), nullptr, [&](int64_t s) {
-    return Keys{cacheK.f32() + s * capacity * kvWidth, cacheV.f32() + s * capacity * kvWidth,
-                lengths.i32()[s] - fresh(s)};
+  const Slots slots(args, op, 2, poolK, segments);
+  for (int64_t s = 0; s < segments; ++s) {
+    slots.checkLength(s, offsets[s + 1] - offsets[s], 0);
+    slots.checkPages(s, 0, slots.length(s));
+  }
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], q, added, offsets);
+  attend(args, h, q.f32(), queries, offsets, segments, scoring, args.out[0].f32(), nullptr, [&](int64_t s) {
+    const int64_t cached = slots.length(s) - (offsets[s + 1] - offsets[s]);
+    return Keys{poolK.f32(), poolV.f32(), slots.pagesOf(s), slots.pageRows, cached};
   });
 }
 

@@ -15,6 +15,8 @@ int actAttribute(const KernelArgs& args, const char* op) {
   return static_cast<int>(intAttribute(args, op, 0, "act", 0, kActs - 1));
 }
 
+float capAttribute(const KernelArgs& args, const char* op) { return checkedPositive(op, "cap", args.attr[0]); }
+
 }  // namespace
 
 void zeros(const KernelArgs& args) {
@@ -61,6 +63,26 @@ void activationGrad(const KernelArgs& args) {
   const VectorOps& vector = vectorOps();
   forChunks(args.out[0].elements(), kParallelElements / 2, args, [&](int64_t begin, int64_t end, int) {
     vector.activationGrad(act, dy + begin, x + begin, dx + begin, end - begin);
+  });
+}
+
+void softcap(const KernelArgs& args) {
+  const float* x = args.in[0].f32();
+  float* y = args.out[0].f32();
+  const float cap = capAttribute(args, "softcap");
+  const VectorOps& vector = vectorOps();
+  forChunks(args.out[0].elements(), kParallelElements / 2, args, [&](int64_t begin, int64_t end, int) {
+    vector.softcap(cap, x + begin, y + begin, end - begin);
+  });
+}
+
+void softcapGrad(const KernelArgs& args) {
+  const float *dy = args.in[0].f32(), *x = args.in[1].f32();
+  float* dx = args.out[0].f32();
+  const float cap = capAttribute(args, "softcap_grad");
+  const VectorOps& vector = vectorOps();
+  forChunks(args.out[0].elements(), kParallelElements / 2, args, [&](int64_t begin, int64_t end, int) {
+    vector.softcapGrad(cap, dy + begin, x + begin, dx + begin, end - begin);
   });
 }
 

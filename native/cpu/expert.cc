@@ -3,6 +3,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
+#include "cpu/vector.h"
 
 namespace elastiform::cpu {
 
@@ -106,6 +107,48 @@ void expertGateGrad(const KernelArgs& args) {
       const auto row = e.row(rows[r], e.segmentOf(rows[r]));
       float* to = dz + int64_t{rows[r]} * e.count;
       ExpertWeights(row).gateSlopes(mode, expert, [&](int i, double slope) { to[i] = static_cast<float>(dg[r] * slope); });
+    }
+  });
+}
+
+void expertCredit(const KernelArgs& args) {
+  const char* op = "expert_credit";
+  const Experts e = checkedExperts(args, op, 2, 0);
+  const TensorView &h = args.in[0], &dh = args.in[1], &rows = args.in[6];
+  const float* weight = args.in[5].f32();
+  float* dz = args.out[0].f32();
+  const int64_t units = h.dim(1);
+  if (e.count == 0 || units % e.count != 0) {
+    fail(ErrorCode::InvalidProgram, "[%s] %lld units cannot be cut into %d experts", op, static_cast<long long>(units),
+         e.count);
+  }
+  const int64_t width = units / e.count;
+  if (rows) checkRows(op, rows.i32(), e.rows, h.dim(0));
+  const auto rowOf = [&](int64_t r) { return rows ? rows.i32()[r] : r; };
+  const VectorOps& vector = vectorOps();
+  double* credit = args.scratch<double>(std::max<int64_t>(e.rows * e.count, 1));
+  forChunks(e.rows, rowsPerChunk(2 * units), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int i = 0; i < e.count; ++i) {
+        const int64_t at = rowOf(r) * units + i * width;
+        credit[r * e.count + i] = vector.dot(h.f32() + at, dh.f32() + at, width);
+      }
+    }
+  });
+  double* magnitude = args.scratch<double>(std::max<int64_t>(e.segments, 1));
+  for (int64_t s = 0; s < e.segments; ++s) {
+    magnitude[s] = 0;
+    for (int64_t i = e.offsets[s] * e.count; i < e.offsets[s + 1] * e.count; ++i) magnitude[s] += std::fabs(credit[i]);
+    magnitude[s] /= static_cast<double>(std::max<int64_t>((e.offsets[s + 1] - e.offsets[s]) * e.count, 1));
+  }
+  forChunks(e.rows, rowsPerChunk(int64_t{e.count} * e.count), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t s = e.segmentOf(r);
+      const double scale = magnitude[s] == 0 ? 0 : weight[rowOf(r)] / magnitude[s];
+      const double* own = credit + r * e.count;
+      choiceSlopes(
+          e.row(r, s), [&](int i) { return own[i]; },
+          [&](int i, double slope) { dz[r * e.count + i] = static_cast<float>(scale * slope); });
     }
   });
 }

@@ -22,12 +22,16 @@ void add(const KernelArgs&);
 void scale(const KernelArgs&);
 void activation(const KernelArgs&);
 void activationGrad(const KernelArgs&);
+void softcap(const KernelArgs&);
+void softcapGrad(const KernelArgs&);
 void gatedActivation(const KernelArgs&);
 void gatedActivationGrad(const KernelArgs&);
 // rows.cc
 void gatherRows(const KernelArgs&);
 void gatherIds(const KernelArgs&);
 void scatterAdd(const KernelArgs&);
+void addRows(const KernelArgs&);
+void addRowsGrad(const KernelArgs&);
 void sumRows(const KernelArgs&);
 void dot(const KernelArgs&);
 // norm.cc
@@ -42,12 +46,25 @@ void linearAdd(const KernelArgs&);
 void linearDx(const KernelArgs&);
 void linearAddGrad(const KernelArgs&);
 void linearDw(const KernelArgs&);
-// rope.cc, attention.cc
+// rope.cc, attention.cc, cache.cc
 void rope(const KernelArgs&);
 void attention(const KernelArgs&);
 void attentionGrad(const KernelArgs&);
-void cacheAppend(const KernelArgs&);
 void attentionCached(const KernelArgs&);
+void cacheAppend(const KernelArgs&);
+void pageCopy(const KernelArgs&);
+// streams.cc
+void scaleColumns(const KernelArgs&);
+void addScaled(const KernelArgs&);
+void addScaledGrad(const KernelArgs&);
+void rescaleRows(const KernelArgs&);
+void rescaleRowsGrad(const KernelArgs&);
+void gaussianTopk(const KernelArgs&);
+void gaussianTopkGrad(const KernelArgs&);
+// segments.cc
+void segmentSum(const KernelArgs&);
+void segmentBroadcast(const KernelArgs&);
+void latch(const KernelArgs&);
 // route.cc
 void routeTopk(const KernelArgs&);
 void routeThreshold(const KernelArgs&);
@@ -60,6 +77,7 @@ void topkCredit(const KernelArgs&);
 void expertChoice(const KernelArgs&);
 void expertGate(const KernelArgs&);
 void expertGateGrad(const KernelArgs&);
+void expertCredit(const KernelArgs&);
 void expertBalance(const KernelArgs&);
 void expertBalanceGrad(const KernelArgs&);
 // loss.cc (on gemm/)

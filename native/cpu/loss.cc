@@ -33,6 +33,8 @@ void divergence(const KernelArgs& args) {
   const int64_t R = hs.dim(0), K = hs.dim(1), J = ht.dim(1), V = w.dim(0);
   const auto kind = intAttribute(args, "divergence", 0, "kind", 0, 2);
   const float beta = checkedShare("divergence", "beta", args.attr[1]);
+  const float softcap = checkedSoftcap("divergence", "softcap", args.attr[2]);
+  const float teacherSoftcap = checkedSoftcap("divergence", "teacher_softcap", args.attr[3]);
   if (targets) checkTargets("divergence", targets, V);
   if (ce && !targets) fail(ErrorCode::InvalidProgram, "[divergence] targets must be given where ce is wanted");
   if (!wt && J != K) fail(ErrorCode::InvalidProgram, "[divergence] ht must be as wide as hs, %lld, or have a wt, got %lld", static_cast<long long>(K), static_cast<long long>(J));
@@ -42,8 +44,10 @@ void divergence(const KernelArgs& args) {
   double* values = args.scratch<double>(R);
   float* inputs = wt ? nullptr : args.scratch<float>(2 * C * K);
   float* logits = args.scratch<float>(2 * C * V);
+  float* slopes = dh && softcap > 0 ? args.scratch<float>(threadCount() * V) : nullptr;
   LoopScratch loop(args);
   const KernelTable& table = kernels();
+  const VectorOps& vector = vectorOps();
 
   for (int64_t r0 = 0; r0 < R; r0 += C) {
     const int64_t rows = std::min(C, R - r0);
@@ -58,13 +62,16 @@ void divergence(const KernelArgs& args) {
       gemm(2 * rows, V, K, {inputs, K, 1}, forward, {}, logits, V, loop.nextPass());
     }
     parallelFor(rows,
-                [&](int64_t i, int) {
+                [&](int64_t i, int worker) {
                   const int64_t r = r0 + i;
-                  float* student = logits + i * V;
+                  float *student = logits + i * V, *slope = slopes ? slopes + worker * V : nullptr;
+                  capLogits(softcap, student, slope, V);
+                  capLogits(teacherSoftcap, logits + (rows + i) * V, nullptr, V);
                   const int32_t target = targets ? targets.i32()[r] : -1;
                   const double atTarget = target < 0 ? 0 : student[target];
                   const LossRow result = table.divergenceRow[kind](student, logits + (rows + i) * V, V, beta,
                                                                    weight.f32()[r], static_cast<bool>(dh));
+                  if (slope) vector.multiply(student, slope, student, V);
                   values[r] = result.value;
                   if (row) row.f32()[r] = static_cast<float>(result.value);
                   if (agree) agree.f32()[r] = result.best >= 0 && result.best == result.bestTeacher ? 1.0f : 0.0f;
@@ -82,6 +89,7 @@ void crossEntropy(const KernelArgs& args) {
   const TensorView &loss = args.out[0], &row = args.out[1], &dh = args.out[2], &dw = args.out[3];
   const TensorView& correct = args.out[4];
   const int64_t R = h.dim(0), K = h.dim(1), V = w.dim(0);
+  const float softcap = checkedSoftcap("cross_entropy", "softcap", args.attr[0]);
   checkTargets("cross_entropy", targets, V);
   const MatrixB forward = weightB(w), backward = weightTransposedB(w);
   const int64_t C = chunkRows(R, V, 1);
@@ -89,17 +97,22 @@ void crossEntropy(const KernelArgs& args) {
   float* logits = args.scratch<float>(C * V);
   LoopScratch loop(args);
   const KernelTable& table = kernels();
+  const VectorOps& vector = vectorOps();
   const bool gradient = dh || dw;
+  float* slopes = gradient && softcap > 0 ? args.scratch<float>(threadCount() * V) : nullptr;
   if (dw && R == 0) std::memset(dw.data, 0, static_cast<size_t>(V * K) * sizeof(float));
 
   for (int64_t r0 = 0; r0 < R; r0 += C) {
     const int64_t rows = std::min(C, R - r0);
     gemm(rows, V, K, {h.f32() + r0 * K, K, 1}, forward, {}, logits, V, loop.nextPass());
     parallelFor(rows,
-                [&](int64_t i, int) {
+                [&](int64_t i, int worker) {
                   const int64_t r = r0 + i;
                   const int32_t target = targets.i32()[r];
-                  const LossRow result = table.crossEntropyRow(logits + i * V, V, target, weight.f32()[r], gradient);
+                  float *own = logits + i * V, *slope = slopes ? slopes + worker * V : nullptr;
+                  capLogits(softcap, own, slope, V);
+                  const LossRow result = table.crossEntropyRow(own, V, target, weight.f32()[r], gradient);
+                  if (slope) vector.multiply(own, slope, own, V);
                   values[r] = result.value;
                   if (row) row.f32()[r] = static_cast<float>(result.value);
                   if (correct) correct.f32()[r] = target >= 0 && result.best == target ? 1.0f : 0.0f;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/vector.h"
 #include "ops/op.h"
 
 namespace elastiform::cpu {
@@ -50,6 +51,17 @@ class LoopScratch {
   std::vector<std::pair<void*, size_t>> blocks_;
   size_t used_ = 0;
 };
+
+// Logits become softcap tanh(logits / softcap), and slopes the derivative of that; with a softcap of 0 nothing happens.
+inline void capLogits(float softcap, float* logits, float* slopes, int64_t V) {
+  if (softcap == 0) return;
+  const VectorOps& vector = vectorOps();
+  if (slopes) {
+    std::fill(slopes, slopes + V, 1.0f);
+    vector.softcapGrad(softcap, slopes, logits, slopes, V);
+  }
+  vector.softcap(softcap, logits, logits, V);
+}
 
 // sum of weight[r] * row[r] in the order of the rows.
 inline float weightedSum(const float* weight, const double* row, int64_t R) {

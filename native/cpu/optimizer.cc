@@ -10,16 +10,29 @@ namespace elastiform::cpu {
 void accumulate(const KernelArgs& args) {
   float* state = args.in[0].f32();
   const float* x = args.in[1].f32();
-  const int64_t count = args.in[1].elements(), size = args.in[0].dim(0);
+  const TensorView& view = args.in[1];
+  const int64_t width = view.dim(view.rank - 1), rows = width == 0 ? 0 : view.elements() / width, size = args.in[0].dim(0);
   const int64_t offset = intAttribute(args, "accumulate", 0, "offset", 0, size);
-  if (count > size - offset) {
-    fail(ErrorCode::InvalidProgram, "[accumulate] %lld elements at offset %lld pass the state's end %lld",
-         static_cast<long long>(count), static_cast<long long>(offset), static_cast<long long>(size));
+  const int64_t stride = intAttribute(args, "accumulate", 1, "stride", 0, size);
+  if (rows > 0 && offset + (rows - 1) * stride + width > size) {
+    fail(ErrorCode::InvalidProgram, "[accumulate] %lld rows of %lld, %lld apart, at offset %lld pass the state's end %lld",
+         static_cast<long long>(rows), static_cast<long long>(width), static_cast<long long>(stride),
+         static_cast<long long>(offset), static_cast<long long>(size));
+  }
+  if (rows > 1 && stride < width) {
+    fail(ErrorCode::InvalidProgram, "[accumulate] rows of %lld must not overlap, got a stride of %lld",
+         static_cast<long long>(width), static_cast<long long>(stride));
   }
   state += offset;
   const VectorOps& vector = vectorOps();
-  forChunks(count, kParallelElements, args, [&](int64_t begin, int64_t end, int) {
-    vector.add(state + begin, x + begin, state + begin, end - begin);
+  if (rows <= 1 || stride == width) {
+    forChunks(rows * width, kParallelElements, args, [&](int64_t begin, int64_t end, int) {
+      vector.add(state + begin, x + begin, state + begin, end - begin);
+    });
+    return;
+  }
+  forChunks(rows, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) vector.add(state + r * stride, x + r * width, state + r * stride, width);
   });
 }
 

@@ -1,4 +1,4 @@
-// Moving and summing rows: gathers, scatters, gated sums, dot product.
+// Moving and summing rows: gathers, scatters, gated additions and sums, dot product.
 #include <cstring>
 
 #include "cpu/checks.h"
@@ -44,6 +44,42 @@ void scatterAdd(const KernelArgs& args) {
     for (int64_t r = begin; r < end; ++r) {
       float* to = y + rows[r] * width;
       vector.add(to, x + r * width, to, width);
+    }
+  });
+}
+
+void addRows(const KernelArgs& args) {
+  const TensorView &residual = args.in[0], &x = args.in[1], &gate = args.in[3];
+  const int32_t* rows = args.in[2] ? args.in[2].i32() : nullptr;
+  const int64_t count = x.dim(0), total = args.out[0].dim(0), width = args.out[0].dim(1);
+  float* y = args.out[0].f32();
+  if (rows) checkRows("add_rows", rows, count, total);
+  const VectorOps& vector = vectorOps();
+  if (y != residual.f32()) {
+    forChunks(total, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
+      std::memcpy(y + begin * width, residual.f32() + begin * width, (end - begin) * width * sizeof(float));
+    });
+  }
+  forChunks(count, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      vector.addScaled(y + (rows ? rows[r] : r) * width, x.f32() + r * width, gate ? gate.f32()[r] : 1.0f, width);
+    }
+  });
+  args.counters->rows += static_cast<double>(count);
+}
+
+void addRowsGrad(const KernelArgs& args) {
+  const TensorView &dy = args.in[0], &x = args.in[1], &gate = args.in[3], &dgate = args.out[1];
+  const int32_t* rows = args.in[2] ? args.in[2].i32() : nullptr;
+  const int64_t count = args.out[0].dim(0), width = args.out[0].dim(1);
+  if (rows) checkRows("add_rows_grad", rows, count, dy.dim(0));
+  if (dgate && !x) fail(ErrorCode::InvalidProgram, "[add_rows_grad] x must be given where dgate is wanted");
+  const VectorOps& vector = vectorOps();
+  forChunks(count, rowsPerChunk(width), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* from = dy.f32() + (rows ? rows[r] : r) * width;
+      vector.scale(from, gate ? gate.f32()[r] : 1.0f, args.out[0].f32() + r * width, width);
+      if (dgate) dgate.f32()[r] = static_cast<float>(vector.dot(from, x.f32() + r * width, width));
     }
   });
 }

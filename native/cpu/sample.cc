@@ -1,7 +1,10 @@
 // Choosing the next token of every segment from its logits.
+#include <bit>
+
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
+#include "ops/sample.h"
 
 namespace elastiform::cpu {
 
@@ -20,7 +23,8 @@ bool before(const Candidate& a, const Candidate& b) {
 struct SampleParams {
   float temperature;
   int64_t topK;
-  double topP, u;
+  double topP;
+  float u;
 };
 
 SampleParams checkedParams(const float* params, int64_t segment, int64_t vocabulary) {
@@ -92,24 +96,17 @@ void sample(const KernelArgs& args) {
       while (row[id] != largest) ++id;
     } else {
       const float factor = std::min(1.0f / p.temperature, 3e38f);
-      double mass = vector.expSum(row, largest, factor, weights, vocabulary);
+      vector.expSum(row, largest, factor, weights, vocabulary);
       Candidate last{-1, 0};  // everything comes before it
       if (p.topK < vocabulary || p.topP < 1) {
         for (int64_t i = 0; i < vocabulary; ++i) candidates[i] = {weights[i], static_cast<int32_t>(i)};
         last = lastKept(candidates, vocabulary, p.topK, p.topP);
-        mass = 0;
-        for (int64_t i = 0; i < vocabulary; ++i) {
-          if (!before(last, {weights[i], static_cast<int32_t>(i)})) mass += weights[i];
-        }
       }
-      // Inverse of the cumulative distribution, in index order; rounding at its end falls on the last token of weight.
-      double cumulative = 0;
-      for (int64_t i = 0; i < vocabulary; ++i) {
-        if (weights[i] <= 0 || before(last, {weights[i], static_cast<int32_t>(i)})) continue;
-        id = i;
-        cumulative += weights[i];
-        if (cumulative > p.u * mass) break;
+      Race race(std::bit_cast<uint32_t>(p.u));
+      for (int32_t i = 0; i < vocabulary; ++i) {
+        if (!before(last, {weights[i], i})) race.enter(weights[i], i);
       }
+      id = race.winner;
     }
     ids[s] = static_cast<int32_t>(id);
     const double sum = vector.expSum(row, largest, 1.0f, nullptr, vocabulary);

@@ -90,6 +90,7 @@ void topLogits(const KernelArgs& args) {
   const TensorView &h = args.in[0], &w = args.in[1];
   const TensorView &ids = args.out[0], &logp = args.out[1], &rest = args.out[2];
   const int64_t R = h.dim(0), K = h.dim(1), V = w.dim(0), T = ids.dim(1);
+  const float softcap = checkedSoftcap("top_logits", "softcap", args.attr[0]);
   checkWidth("top_logits", T, V);
   const MatrixB forward = weightB(w);
   const int64_t C = chunkRows(R, V, 1);
@@ -104,6 +105,7 @@ void topLogits(const KernelArgs& args) {
                 [&](int64_t i, int) {
                   const int64_t r = r0 + i;
                   int32_t* own = ids.i32() + r * T;
+                  capLogits(softcap, logits + i * V, nullptr, V);
                   chooseIds(logits + i * V, V, T, kept + i * T, own);
                   const Parted parted = part(logits + i * V, V, own, T, chosen + i * T);
                   for (int64_t k = 0; k < T; ++k) {
@@ -121,6 +123,7 @@ void topkDivergence(const KernelArgs& args) {
   const TensorView &weight = args.in[5], &loss = args.out[0], &row = args.out[1], &dh = args.out[2];
   const int64_t R = hs.dim(0), K = hs.dim(1), V = w.dim(0), T = ids.dim(1);
   const bool reverse = intAttribute(args, "topk_divergence", 0, "kind", 0, 1) == 1;
+  const float softcap = checkedSoftcap("topk_divergence", "softcap", args.attr[1]);
   checkWidth("topk_divergence", T, V);
   for (int64_t i = 0; i < R * T; ++i) {
     const int32_t id = ids.i32()[i], low = i % T == 0 ? 0 : ids.i32()[i - 1] + 1;
@@ -134,9 +137,11 @@ void topkDivergence(const KernelArgs& args) {
   double* values = args.scratch<double>(R);
   float* logits = args.scratch<float>(C * V);
   float* allChosen = args.scratch<float>(C * T);
+  float* slopes = dh && softcap > 0 ? args.scratch<float>(threadCount() * V) : nullptr;
   LoopScratch loop(args);
   const VectorOps& vector = vectorOps();
-  const auto lossOfRow = [&](int64_t r, float* student, float* chosen) {
+  const auto lossOfRow = [&](int64_t r, float* student, float* chosen, float* slope) {
+    capLogits(softcap, student, slope, V);
     const int32_t* own = ids.i32() + r * T;
     const float* given = logp.f32() + r * T;
     const Parted parted = part(student, V, own, T, chosen);
@@ -160,11 +165,16 @@ void topkDivergence(const KernelArgs& args) {
       const double g = reverse ? std::exp(q) * (q - p - value) : std::exp(q) * mass - std::exp(p);
       student[own[k]] = static_cast<float>(wanted * g);
     }
+    if (slope) vector.multiply(student, slope, student, V);
   };
   for (int64_t r0 = 0; r0 < R; r0 += C) {
     const int64_t rows = std::min(C, R - r0);
     gemm(rows, V, K, {hs.f32() + r0 * K, K, 1}, forward, {}, logits, V, loop.nextPass());
-    parallelFor(rows, [&](int64_t i, int) { lossOfRow(r0 + i, logits + i * V, allChosen + i * T); }, args.abort);
+    parallelFor(rows,
+                [&](int64_t i, int worker) {
+                  lossOfRow(r0 + i, logits + i * V, allChosen + i * T, slopes ? slopes + worker * V : nullptr);
+                },
+                args.abort);
     if (dh) gemm(rows, K, V, {logits, V, 1}, backward, {}, dh.f32() + r0 * K, K, loop.nextPass());
   }
   loss.f32()[0] = weightedSum(weight.f32(), values, R);

@@ -20,8 +20,10 @@ struct AdamStep {
 // head r % group of the kv head's group.
 struct AttentionBlock {
   const float* q;  // position 0 of the segment, first head of the first group; rows of qStride
-  const float* k;  // key 0, the first kv head; rows of kvStride
+  const float* k;  // row 0 of page 0, the first kv head; rows of kvStride
   const float* v;
+  const int32_t* pages;  // key j is row j % pageRows of page pages[j / pageRows]
+  int64_t pageRows;
   float* y;    // as q
   float* lse;  // [positions, lseStride], first head of the first group; or null
   int64_t qStride, kvStride, lseStride;
@@ -31,7 +33,8 @@ struct AttentionBlock {
   const int32_t* stands;   // causal: position p sees keys [0, shift + stands[p]], ascending; null: [0, shift + p]
   int64_t shift;
   bool causal;
-  float scale;
+  int64_t window;          // causal: of these keys, only so many, the last ones
+  float scale, softcap;    // softcap c > 0: scores s become c tanh(s / c)
   float* scratch;  // attentionScratch(headDim, rows * kvHeads) floats
 };
 
@@ -44,16 +47,21 @@ struct AttentionGradBlock {
   const int32_t* stands;  // as in AttentionBlock
   int64_t shift;
   bool causal;
-  float scale;
+  int64_t window;
+  float scale, softcap;
   float* scratch;  // attentionGradScratch(headDim, positions * group) floats
 };
 
 struct VectorOps {
   void (*add)(const float* a, const float* b, float* y, int64_t n);
+  void (*multiply)(const float* a, const float* b, float* y, int64_t n);
   void (*scale)(const float* x, float factor, float* y, int64_t n);
   void (*addScaled)(float* y, const float* x, float factor, int64_t n);  // y += factor x, fused
   void (*activation)(int act, const float* x, float* y, int64_t n);
   void (*activationGrad)(int act, const float* dy, const float* x, float* dx, int64_t n);
+  // c tanh(x / c), and dy (1 - tanh^2(x / c)).
+  void (*softcap)(float c, const float* x, float* y, int64_t n);
+  void (*softcapGrad)(float c, const float* dy, const float* x, float* dx, int64_t n);
   void (*gatedActivation)(int act, const float* g, const float* u, float* y, int64_t n);
   void (*gatedActivationGrad)(int act, const float* dy, const float* g, const float* u, float* dg, float* du,
                               int64_t n);

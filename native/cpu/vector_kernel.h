@@ -24,6 +24,10 @@ static void addVectors(const float* a, const float* b, float* y, int64_t n) {
   map(n, y, [](Vec p, Vec q) { return p + q; }, a, b);
 }
 
+static void multiplyVectors(const float* a, const float* b, float* y, int64_t n) {
+  map(n, y, [](Vec p, Vec q) { return p * q; }, a, b);
+}
+
 static void scaleVector(const float* x, float factor, float* y, int64_t n) {
   map(n, y, [=](Vec v) { return v * splat(factor); }, x);
 }
@@ -39,6 +43,19 @@ static void activationVector(int act, const float* x, float* y, int64_t n) {
 static void activationGradVector(int act, const float* dy, const float* x, float* dx, int64_t n) {
   withAct(static_cast<Act>(act),
           [&]<Act kind>() { map(n, dx, [](Vec d, Vec v) { return d * activateGrad<kind>(v); }, dy, x); });
+}
+
+static void softcapVector(float c, const float* x, float* y, int64_t n) {
+  map(n, y, [=](Vec v) { return splat(c) * tanh(v * splat(1.0f / c)); }, x);
+}
+
+static void softcapGradVector(float c, const float* dy, const float* x, float* dx, int64_t n) {
+  map(n, dx,
+      [=](Vec d, Vec v) {
+        const Vec t = tanh(v * splat(1.0f / c));
+        return d * (splat(1.0f) - t * t);
+      },
+      dy, x);
 }
 
 static void gatedActivationVector(int act, const float* g, const float* u, float* y, int64_t n) {
@@ -348,26 +365,28 @@ ELASTIFORM_INLINE void transpose(Vec* v) {
 
 constexpr int64_t roundUp(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// out[d, j] = x[j, d] for d < width, j < count <= kKeyTile; rows of kKeyTile, zero to the next whole vector. On the way
-// asks for the same elements of the arrays `soon` (null: none), which are needed a tile later.
-static void packTransposed(const float* x, int64_t stride, int64_t count, int64_t width, float* out,
-                           const float* soonK = nullptr, const float* soonV = nullptr) {
+// out[d, j] = x[rowAt(j) + d] for d < width, j < count <= kKeyTile; rows of kKeyTile, zero to the next whole vector. On the
+// way asks for the same elements of the rows at `soonAt` of two arrays (null: none), which are needed a tile later.
+template <typename RowAt>
+static void packTransposed(const float* x, const RowAt& rowAt, int64_t count, int64_t width, float* out,
+                           const float* soonK = nullptr, const float* soonV = nullptr,
+                           const int64_t* soonAt = nullptr) {
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t d = 0; d < width; d += kLanes) {
-      if (soonK && d % 16 == 0) {
+      if (soonAt && d % 16 == 0) {
         for (int64_t i = 0; i < kLanes; ++i) {
-          __builtin_prefetch(soonK + (j + i) * stride + d, 0, 2);
-          __builtin_prefetch(soonV + (j + i) * stride + d, 0, 2);
+          __builtin_prefetch(soonK + soonAt[j + i] + d, 0, 2);
+          __builtin_prefetch(soonV + soonAt[j + i] + d, 0, 2);
         }
       }
       const int64_t columns = width - d < kLanes ? width - d : kLanes;
       Vec block[kLanes];
       if (columns == kLanes && j + kLanes <= count) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(x + (j + i) * stride + d);
+        for (int i = 0; i < kLanes; ++i) block[i] = load(x + rowAt(j + i) + d);
       } else {
         for (int i = 0; i < kLanes; ++i) {
-          block[i] = j + i < count ? loadPartial(x + (j + i) * stride + d, columns) : Vec{};
+          block[i] = j + i < count ? loadPartial(x + rowAt(j + i) + d, columns) : Vec{};
         }
       }
       transpose<kLanes / 2>(block);
@@ -396,7 +415,14 @@ ELASTIFORM_INLINE int64_t lastKey(const Block& t, int64_t p) {
   return t.shift + (t.stands ? t.stands[p] : p);
 }
 
-// The first of `positions` query positions that sees the key; `positions` or more when none does.
+// The first key that query position p sees.
+template <typename Block>
+ELASTIFORM_INLINE int64_t firstKey(const Block& t, int64_t p) {
+  const int64_t key = t.causal ? lastKey(t, p) + 1 - t.window : 0;
+  return key > 0 ? key : 0;
+}
+
+// The first of `positions` query positions whose last key is the key or a later one; `positions` or more when none is.
 template <typename Block>
 static int64_t firstPosition(const Block& t, int64_t key, int64_t positions) {
   if (!t.causal) return 0;
@@ -413,6 +439,20 @@ static int64_t firstPosition(const Block& t, int64_t key, int64_t positions) {
   return low;
 }
 
+// The first of `positions` query positions that sees only keys behind the key; at most `positions`.
+template <typename Block>
+static int64_t endPosition(const Block& t, int64_t key, int64_t positions) {
+  if (!t.causal) return positions;
+  const int64_t end = firstPosition(t, key + t.window, positions);
+  return end < positions ? end : positions;
+}
+
+// Scores after soft-capping: the cap times the tanh that the caller needs for the derivative.
+ELASTIFORM_INLINE Vec capped(Vec score, float cap, Vec* tanhOf) {
+  *tanhOf = tanh(score * splat(1.0f / cap));
+  return *tanhOf * splat(cap);
+}
+
 // ---- attention: forward
 //
 // Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". A row's result is
@@ -425,70 +465,116 @@ static int64_t attentionScratchSize(int64_t headDim, int64_t rows) {
          roundUp(kQueryRows);
 }
 
-// The tile of keys [first, first + count) for one kv head. q and y: [rows, padded], y unnormalised; largest and
-// total: the running maximum of a row's scores and the sum of their exponentials around it.
-static void attentionTile(const AttentionBlock& t, const float* keys, const float* values, int64_t first, int64_t count,
-                          const float* q, float* y, float* largest, float* total, float* work, bool fetchAhead) {
+// The keys [first, first + count) of a segment, and in which pages they lie.
+struct TileOfKeys {
+  int64_t first = 0, count = 0;
+  int64_t at[kKeyTile];   // where the row of a key begins, in elements from page 0 on
+  int64_t end[kKeyTile];  // the first key of the tile that is in a later page
+
+  void locate(const AttentionBlock& t, int64_t firstKey, int64_t keys) {
+    first = firstKey;
+    count = keys;
+    int64_t page = first / t.pageRows, row = first % t.pageRows;
+    for (int64_t j = 0; j < count; ++page, row = 0) {
+      const int64_t start = (t.pages[page] * t.pageRows + row) * t.kvStride;
+      const int64_t inPage = t.pageRows - row, stop = inPage < count - j ? j + inPage : count;
+      for (int64_t i = j; i < stop; ++i) {
+        at[i] = start + (i - j) * t.kvStride;
+        end[i] = stop;
+      }
+      j = stop;
+    }
+  }
+};
+
+// A tile of keys for one kv head, whose part of rows starts at `column`. q and y: [rows, padded], y unnormalised; largest
+// and total: the running maximum of a row's scores and the sum of their exponentials around it. soon: the tile whose rows
+// are asked for on the way, or null.
+static void attentionTile(const AttentionBlock& t, const TileOfKeys& keys, int64_t column, const float* q, float* y,
+                          float* largest, float* total, float* work, const TileOfKeys* soon) {
+  const int64_t first = keys.first, count = keys.count;
   const int64_t width = t.headDim, padded = roundUp(width), vecs = padded / kLanes;
   float* scores = work;                        // [kQueryRows, kKeyTile]
   float* kt = scores + kQueryRows * kKeyTile;  // [width, kKeyTile]
   float* packedV = kt + padded * kKeyTile;     // [kKeyTile, padded]
   float* factors = packedV + padded * kKeyTile;  // [rows, to whole vectors]
-  packTransposed(keys, t.kvStride, count, width, kt, fetchAhead ? keys + kKeyTile * t.kvStride : nullptr,
-                 fetchAhead ? values + kKeyTile * t.kvStride : nullptr);
+  packTransposed(t.k + column, [&](int64_t j) { return keys.at[j]; }, count, width, kt, t.k + column, t.v + column,
+                 soon ? soon->at : nullptr);
   // Values are read once by every register tile of rows: copying them pays from the second tile on.
   const bool packV = t.rows > kTileRows || width != padded;
   if (packV) {
-    for (int64_t j = 0; j < count; ++j) packRow(values + j * t.kvStride, width, 1.0f, packedV + j * padded);
+    for (int64_t j = 0; j < count; ++j) packRow(t.v + column + keys.at[j], width, 1.0f, packedV + j * padded);
   }
-  const float* v = packV ? packedV : values;
-  const int64_t vStride = packV ? padded : t.kvStride;
   const auto visible = [&](int64_t r) {  // keys of this tile that row r sees; more than count means all
     return (t.causal ? lastKey(t, (t.firstRow + r) / t.group) + 1 : t.keys) - first;
   };
+  // Rows before `start` or from `stop` on see none of the tile.
   const int64_t positions = (t.firstRow + t.rows - 1) / t.group + 1;
-  int64_t start = firstPosition(t, first, positions) * t.group - t.firstRow;  // rows before it see none of the tile
+  int64_t start = firstPosition(t, first, positions) * t.group - t.firstRow;
+  int64_t stop = endPosition(t, first + count - 1, positions) * t.group - t.firstRow;
   if (start < 0) start = 0;
+  if (stop > t.rows) stop = t.rows;
   const auto seenBy = [&](int64_t r) { return visible(r) < count ? visible(r) : count; };
-  const auto tileAt = [&](int64_t r) { return t.rows - r < kTileRows ? t.rows - r : kTileRows; };
-  for (int64_t r = start; r < t.rows; r += kTileRows) {
-    const int64_t rows = tileAt(r), seenVecs = (seenBy(r + rows - 1) + kLanes - 1) / kLanes;
-    multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, scores + r * kKeyTile, kKeyTile, false);
+  const auto hiddenFrom = [&](int64_t r) {  // keys of this tile before the first that row r sees
+    const int64_t hidden = firstKey(t, (t.firstRow + r) / t.group) - first;
+    return hidden > 0 ? hidden : 0;
+  };
+  const auto wholeVecs = [](int64_t n) { return n / kLanes * kLanes; };
+  const auto tileAt = [&](int64_t r) { return stop - r < kTileRows ? stop - r : kTileRows; };
+  for (int64_t r = start; r < stop; r += kTileRows) {
+    const int64_t rows = tileAt(r), low = wholeVecs(hiddenFrom(r));
+    const int64_t seenVecs = (seenBy(r + rows - 1) - low + kLanes - 1) / kLanes;
+    multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt + low, kKeyTile, scores + r * kKeyTile + low,
+             kKeyTile, false);
   }
   // Row by row over whole tiles: the rows' chains of dependent steps overlap.
-  for (int64_t r = start; r < t.rows; ++r) {
+  for (int64_t r = start; r < stop; ++r) {
     float* row = scores + r * kKeyTile;
-    const int64_t own = seenBy(r), vectors = (own + kLanes - 1) / kLanes;
-    for (int64_t j = own; j < vectors * kLanes; ++j) row[j] = -INFINITY;
+    const int64_t own = seenBy(r), end = (own + kLanes - 1) / kLanes * kLanes, hidden = hiddenFrom(r);
+    const int64_t low = wholeVecs(hidden);
+    Vec ignored;
+    if (t.softcap > 0) {
+      for (int64_t j = low; j < end; j += kLanes) store(row + j, capped(load(row + j), t.softcap, &ignored));
+    }
+    for (int64_t j = own; j < end; ++j) row[j] = -INFINITY;
+    for (int64_t j = low; j < hidden; ++j) row[j] = -INFINITY;
     Vec best = splat(largest[r]);
-    for (int64_t j = 0; j < vectors; ++j) best = max(best, load(row + j * kLanes));
+    for (int64_t j = low; j < end; j += kLanes) best = max(best, load(row + j));
     const float now = maxOfLanes(best)[0];
     factors[r] = largest[r] - now;  // of the old sums: e^(old maximum - new maximum)
     largest[r] = now;
   }
-  for (int64_t r = start / kLanes * kLanes; r < t.rows; r += kLanes) store(factors + r, exp(load(factors + r)));
-  for (int64_t r = start; r < t.rows; ++r) {
+  for (int64_t r = start / kLanes * kLanes; r < stop; r += kLanes) store(factors + r, exp(load(factors + r)));
+  for (int64_t r = start; r < stop; ++r) {
     float* row = scores + r * kKeyTile;
-    const int64_t own = seenBy(r), last = seenBy(r - (r - start) % kTileRows + tileAt(r - (r - start) % kTileRows) - 1);
+    const int64_t firstOfTile = r - (r - start) % kTileRows;
+    const int64_t own = seenBy(r), last = seenBy(firstOfTile + tileAt(firstOfTile) - 1);
     const Vec shift = splat(largest[r]);
     Vec sums{};
-    int64_t j = 0;
+    // The register tile's first row sees earlier keys, its last row later ones.
+    int64_t j = wholeVecs(hiddenFrom(firstOfTile));
+    for (; j < wholeVecs(hiddenFrom(r)); j += kLanes) store(row + j, Vec{});
     for (; j < own; j += kLanes) {
       const Vec p = exp(load(row + j) - shift);
       store(row + j, p);
       sums += p;
     }
-    for (; j < last; j += kLanes) store(row + j, Vec{});  // the register tile's last row sees more
+    for (; j < last; j += kLanes) store(row + j, Vec{});
     total[r] = total[r] * factors[r] + sumOfLanes(sums)[0];
     if (factors[r] != 1.0f) {
       float* to = y + r * padded;
       for (int64_t d = 0; d < padded; d += kLanes) store(to + d, load(to + d) * splat(factors[r]));
     }
   }
-  for (int64_t r = start; r < t.rows; r += kTileRows) {
-    const int64_t rows = tileAt(r);
-    multiply(rows, vecs, seenBy(r + rows - 1), scores + r * kKeyTile, kKeyTile, 1, v, vStride, y + r * padded, padded,
-             true);
+  for (int64_t r = start; r < stop; r += kTileRows) {
+    const int64_t rows = tileAt(r), last = seenBy(r + rows - 1);
+    // Page by page: the chains of sums go on where they were.
+    for (int64_t j = wholeVecs(hiddenFrom(r)), next; j < last; j = next) {
+      next = !packV && keys.end[j] < last ? keys.end[j] : last;
+      multiply(rows, vecs, next - j, scores + r * kKeyTile + j, kKeyTile, 1,
+               packV ? packedV + j * padded : t.v + column + keys.at[j], packV ? padded : t.kvStride, y + r * padded,
+               padded, true);
+    }
   }
 }
 
@@ -514,14 +600,22 @@ static void attentionBlock(const AttentionBlock& t) {
   }
   const int64_t end = t.causal ? lastKey(t, (t.firstRow + t.rows - 1) / t.group) + 1 : t.keys;
   // Keys outside, heads inside: a long cache is read from end to end.
-  for (int64_t first = 0; first < end; first += kKeyTile) {
-    const int64_t count = end - first < kKeyTile ? end - first : kKeyTile;
+  TileOfKeys tiles[2];
+  const auto locate = [&](TileOfKeys& tile, int64_t first) {
+    tile.locate(t, first, end - first < kKeyTile ? end - first : kKeyTile);
+  };
+  int64_t first = firstKey(t, t.firstRow / t.group) / kKeyTile * kKeyTile;
+  if (first < end) locate(tiles[0], first);
+  for (int64_t i = 0; first < end; ++i, first += kKeyTile) {
+    const TileOfKeys& keys = tiles[i % 2];
+    TileOfKeys& next = tiles[(i + 1) % 2];
+    if (first + kKeyTile < end) locate(next, first + kKeyTile);
     // Decoding: memory is the limit.
     const bool fetchAhead = t.rows <= kTileRows && first + 2 * kKeyTile <= end;
     for (int64_t head = 0; head < t.kvHeads; ++head) {
-      const int64_t at = head * t.rows, key = first * t.kvStride + head * width;
-      attentionTile(t, t.k + key, t.v + key, first, count, q + at * padded, y + at * padded, largest + at, total + at,
-                    work, fetchAhead);
+      const int64_t at = head * t.rows;
+      attentionTile(t, keys, head * width, q + at * padded, y + at * padded, largest + at, total + at, work,
+                    fetchAhead ? &next : nullptr);
     }
   }
   for (int64_t head = 0; head < t.kvHeads; ++head) {
@@ -566,13 +660,15 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
   }
   for (int64_t first = 0; first < t.keys; first += kKeyTile) {
     const int64_t count = t.keys - first < kKeyTile ? t.keys - first : kKeyTile;
-    packTransposed(t.k + first * t.kvStride, t.kvStride, count, width, kt);
-    packTransposed(t.v + first * t.kvStride, t.kvStride, count, width, vt);
+    const auto rowAt = [&](int64_t j) { return (first + j) * t.kvStride; };
+    packTransposed(t.k, rowAt, count, width, kt);
+    packTransposed(t.v, rowAt, count, width, vt);
     for (int64_t j = 0; j < count; ++j) packRow(t.k + (first + j) * t.kvStride, width, 1.0f, k + j * padded);
     memset(dk, 0, count * padded * sizeof(float));
     memset(dv, 0, count * padded * sizeof(float));
-    for (int64_t r0 = firstPosition(t, first, t.positions) * t.group; r0 < total; r0 += kQueryRows) {
-      const int64_t blockRows = total - r0 < kQueryRows ? total - r0 : kQueryRows;
+    const int64_t stop = endPosition(t, first + count - 1, t.positions) * t.group;  // rows from it on see none
+    for (int64_t r0 = firstPosition(t, first, t.positions) * t.group; r0 < stop; r0 += kQueryRows) {
+      const int64_t blockRows = stop - r0 < kQueryRows ? stop - r0 : kQueryRows;
       for (int64_t r = 0; r < blockRows; ++r) {
         packRow(t.q + queryAt(r0 + r), width, t.scale, q + r * padded);
         packRow(t.dy + queryAt(r0 + r), width, 1.0f, dy + r * padded);
@@ -581,34 +677,48 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
         const int64_t rows = blockRows - r < kTileRows ? blockRows - r : kTileRows;
         int64_t seen = t.causal ? lastKey(t, (r0 + r + rows - 1) / t.group) + 1 - first : count;
         if (seen > count) seen = count;
-        const int64_t seenVecs = (seen + kLanes - 1) / kLanes;
-        multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt, kKeyTile, probs + r * kKeyTile, kKeyTile, false);
-        multiply(rows, seenVecs, width, dy + r * padded, padded, 1, vt, kKeyTile, ds + r * kKeyTile, kKeyTile, false);
+        const auto hiddenFrom = [&](int64_t row) {  // keys of this tile before the first that the row sees
+          const int64_t hidden = firstKey(t, row / t.group) - first;
+          return hidden > 0 ? hidden : 0;
+        };
+        const int64_t low = hiddenFrom(r0 + r) / kLanes * kLanes, at = r * kKeyTile + low;
+        const int64_t seenVecs = (seen - low + kLanes - 1) / kLanes;
+        multiply(rows, seenVecs, width, q + r * padded, padded, 1, kt + low, kKeyTile, probs + at, kKeyTile, false);
+        multiply(rows, seenVecs, width, dy + r * padded, padded, 1, vt + low, kKeyTile, ds + at, kKeyTile, false);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t row = r0 + r + i, position = row / t.group;
           float *p = probs + (r + i) * kKeyTile, *s = ds + (r + i) * kKeyTile;
           const Vec lse = splat(t.lse[position * t.lseStride + row % t.group]), d = splat(delta[row]);
-          for (int64_t j = 0; j < seenVecs; ++j) {
-            const Vec weight = exp(load(p + j * kLanes) - lse);
-            store(p + j * kLanes, weight);
-            store(s + j * kLanes, weight * (load(s + j * kLanes) - d));
+          for (int64_t j = low; j < low + seenVecs * kLanes; j += kLanes) {
+            Vec score = load(p + j), slope = splat(1.0f);
+            if (t.softcap > 0) {
+              Vec tanhOf;
+              score = capped(score, t.softcap, &tanhOf);
+              slope = slope - tanhOf * tanhOf;
+            }
+            const Vec weight = exp(score - lse);
+            store(p + j, weight);
+            store(s + j, weight * (load(s + j) - d) * slope);
           }
           int64_t own = t.causal ? lastKey(t, position) + 1 - first : count;
           if (own > count) own = count;
           for (int64_t j = own; j < count; ++j) p[j] = s[j] = 0.0f;
+          for (int64_t j = 0; j < hiddenFrom(row); ++j) p[j] = s[j] = 0.0f;
         }
-        multiply(rows, vecs, seen, ds + r * kKeyTile, kKeyTile, 1, k, padded, dq + r * padded, padded, false);
+        multiply(rows, vecs, seen - low, ds + at, kKeyTile, 1, k + low * padded, padded, dq + r * padded, padded, false);
         for (int64_t i = 0; i < rows; ++i) addScaled(t.dq + queryAt(r0 + r + i), dq + (r + i) * padded, t.scale, width);
       }
       for (int64_t j = 0; j < count; j += kTileRows) {
         const int64_t keys = count - j < kTileRows ? count - j : kTileRows;
-        // Rows before it see none of these keys.
+        // Rows before `start` or from `end` on see none of these keys.
         int64_t start = firstPosition(t, first + j, t.positions) * t.group - r0;
+        int64_t end = endPosition(t, first + j + keys - 1, t.positions) * t.group - r0;
         if (start < 0) start = 0;
-        if (start >= blockRows) break;
-        multiply(keys, vecs, blockRows - start, probs + start * kKeyTile + j, 1, kKeyTile, dy + start * padded, padded,
+        if (end > blockRows) end = blockRows;
+        if (start >= end) continue;
+        multiply(keys, vecs, end - start, probs + start * kKeyTile + j, 1, kKeyTile, dy + start * padded, padded,
                  dv + j * padded, padded, true);
-        multiply(keys, vecs, blockRows - start, ds + start * kKeyTile + j, 1, kKeyTile, q + start * padded, padded,
+        multiply(keys, vecs, end - start, ds + start * kKeyTile + j, 1, kKeyTile, q + start * padded, padded,
                  dk + j * padded, padded, true);
       }
     }
@@ -622,10 +732,13 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
 extern const VectorOps ops;
 const VectorOps ops = {
     addVectors,
+    multiplyVectors,
     scaleVector,
     addScaled,
     activationVector,
     activationGradVector,
+    softcapVector,
+    softcapGradVector,
     gatedActivationVector,
     gatedActivationGradVector,
     dotVectors,

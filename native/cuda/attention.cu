@@ -1,5 +1,5 @@
-// Attention over variable-length segments, its gradient, and attention against a growing key-value cache, on CUDA cores
-// in f32; and the plans of the kernels for bf16 activations (attention_mma.cu, attention_grad_mma.cu).
+// Attention over variable-length segments, its gradient, and attention over key-value caches of pages, on CUDA cores in
+// f32; and the plans of the kernels for bf16 activations (attention_mma.cu, attention_grad_mma.cu).
 //
 // Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". What a query gets
 // is a function of the query and of the keys it sees, to the bit: tiles of keys start at fixed keys of a segment, and
@@ -54,6 +54,12 @@ DEVICE int scanTiles(PlanShared& s, int count, int32_t* before, const TilesOf& t
   return static_cast<int>(sum);
 }
 
+// min(1, window) + ... + min(n, window)
+DEVICE double windowedSum(double n, double window) {
+  const double inside = n < window ? n : window;
+  return inside * (inside + 1) / 2 + (n - inside) * window;
+}
+
 DEVICE int tilesOf(int64_t count, int perTile) { return static_cast<int>((count + perTile - 1) / perTile); }
 
 // One block.
@@ -68,24 +74,22 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
     const int keyEnd = segments > 0 ? g.first(segments) : 0, queryEnd = segments > 0 ? g.start(segments) : 0;
     if (t.k && keyEnd != t.k.size(0)) state.report(Fault::OffsetEnd, t.offsetsInput, segments, 0, t.k.size(0), keyEnd);
     if (queryEnd != queries) state.report(Fault::OffsetEnd, t.startsInput, segments, 0, queries, queryEnd);
-    if (t.lengths && t.lengths.size(0) != segments) {
-      state.report(Fault::Segments, t.lengthsInput, 0, 0, segments, t.lengths.size(0));
-    }
   }
   syncThreads();
   if (state.faulted()) return;
-  if (t.lengths) {
-    const int capacity = t.cache.size(1);
+  if (g.cache) {
+    const int capacity = g.cache.capacity();
     for (int i = tid; i < segments; i += kPlanThreads) {
       // Without k nothing else says how far the offsets may go.
       const int64_t first = i > 0 ? g.first(i) : 0, added = g.first(i + 1) - first;
       if (g.first(i) != first) state.report(Fault::Offset, t.offsetsInput, i, 0, 0, g.first(i));
       if (added < 0 || added > capacity) {
         state.report(Fault::Offset, t.offsetsInput, i + 1, first, first + capacity, g.first(i + 1));
-      } else if (g.keys(i) < added || g.keys(i) > capacity) {
-        state.report(Fault::Length, t.lengthsInput, i, added, capacity, g.keys(i));
       }
     }
+    syncThreads();
+    if (state.faulted()) return;
+    g.cache.check<kPlanThreads>(segments, true, [&](int s) { return g.added(s); });
   }
   if (g.rows) {
     for (int i = tid; i < queries; i += kPlanThreads) {
@@ -117,11 +121,12 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
 
   double pairs = 0;
   if (g.causal && g.rows) {
-    for (int i = tid; i < queries; i += kPlanThreads) pairs += g.seen(segmentOf(g.starts, segments, i), i);
+    for (int i = tid; i < queries; i += kPlanThreads) pairs += min(g.seen(segmentOf(g.starts, segments, i), i), g.window);
   } else {
     for (int i = tid; i < segments; i += kPlanThreads) {
       const double count = g.queries(i);
-      pairs += g.causal ? count * (count + 1) / 2 + count * g.before(i) : count * g.added(i);
+      const double before = g.before(i);
+      pairs += g.causal ? windowedSum(before + count, g.window) - windowedSum(before, g.window) : count * g.added(i);
     }
   }
   pairs = blockTotal(pairs, s.sums);
@@ -154,7 +159,6 @@ DEVICE Joint join(float& top, float& total, float otherTop, float otherTotal) {
 DEVICE float normalised(float sum, float inverse) { return fmaf(sum, inverse, 0.0f); }
 
 struct Attend : Attention<float> {
-  Operand cache;     // where k and v are caches
   int splitKeys;     // results over the keys of every split are joined in order
   float* partSums;   // [R, heads, splits, headDim]
   float2* parts;     // [R, heads, splits]: largest score and sum of weights
@@ -172,7 +176,7 @@ struct AttendTile {
   static constexpr int kKeyWarps = kFew ? 4 : 1, kColumnWarps = kFew ? (kDim < 128 ? kDim / 32 : 4) : 1;
   static constexpr int kScoreRows = kRows * kKeyWarps / 16, kScoreKeys = kKeys / (8 * kKeyWarps);
   static constexpr int kOutRows = kRows * kColumnWarps / 16, kQuads = kDim / (32 * kColumnWarps);
-  static constexpr int kBlocks = kDim > 128 ? 2 : kFew && kDim > 32 ? 4 : kDim <= 64 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kBlocks = kFew && kDim > 32 && kDim <= 128 ? 4 : kDim == 32 ? 3 : 2;  // of a multiprocessor, without spills
 };
 
 constexpr int kSplitKeys = 128;    // of attention_cached; whole tiles of keys
@@ -206,13 +210,17 @@ DEVICE void attendTile(const Attend& t, AttendShared<Tile>& s, int splits, int64
     return int64_t{queryOf(row)} * t.h.heads + kvHead * t.h.group + (firstRow + row) % t.h.group;
   };
   const int seenByLast = g.seen(segment, queryOf(rows - 1));  // no row sees more
-  const int begin = split * t.splitKeys, end = splits > 1 ? min(seenByLast, begin + t.splitKeys) : seenByLast;
+  const int hidden = g.hidden(g.seen(segment, queryOf(0)));     // from all rows
+  const int firstOfSplit = split * t.splitKeys, begin = max(firstOfSplit, hidden / Tile::kKeys * Tile::kKeys);
+  const int end = splits > 1 ? min(seenByLast, firstOfSplit + t.splitKeys) : seenByLast;
   if (begin >= end) return;
 
-  const int64_t firstKey = g.lengths ? int64_t{segment} * t.cache.size(1) : g.first(segment);
   const auto load = [&](auto stride, float* to, const float* from, int first) {
+    // Looked up for every tile: there are no registers to keep it in.
+    const int32_t* pages = g.cache ? g.cache.pagesOf(g.cache.slot(segment)) : nullptr;
     loadTiles<Tile::kKeys, Tile::kDim, stride.value>({{to, from}}, end - first, headDim, t.vectors, [&](int key) {
-      return ((firstKey + first + key) * t.h.kvHeads + kvHead) * headDim;
+      const int64_t row = pages ? g.cache.poolRow(pages, first + key) : int64_t{g.first(segment)} + first + key;
+      return (row * t.h.kvHeads + kvHead) * headDim;
     });
     cpAsyncCommit();
   };
@@ -249,7 +257,9 @@ DEVICE void attendTile(const Attend& t, AttendShared<Tile>& s, int splits, int64
       best[i] = -INFINITY;
       UNROLL
       for (int j = 0; j < Tile::kScoreKeys; ++j) {
-        score[i][j] = first + scoreKey + 8 * j < seen[i] ? score[i][j] * t.scale : -INFINITY;
+        score[i][j] *= t.scale;
+        if (t.softcap > 0.0f) score[i][j] = t.softcap * tanhf(score[i][j] / t.softcap);
+        if (!g.inSight(seen[i], first + scoreKey + 8 * j)) score[i][j] = -INFINITY;
         best[i] = fmaxf(best[i], score[i][j]);
       }
       UNROLL
@@ -305,7 +315,7 @@ DEVICE void attendTile(const Attend& t, AttendShared<Tile>& s, int splits, int64
         }
         continue;
       }
-      if (first < t.splitKeys) {
+      if (first / t.splitKeys == begin / t.splitKeys) {
         joinedTop[i] = s.top[row];
         joinedTotal[i] = total[i];
       } else {
@@ -360,9 +370,10 @@ __global__ void __launch_bounds__(kCopyThreads, 2) joinSplitsKernel(Attend t) {
        i += int64_t{gridDim.x} * kCopyThreads) {
     const int64_t at = i / headDim;
     const int query = static_cast<int>(at / t.h.heads), segment = segmentOf(g.starts, segments, query);
-    const int count = (g.seen(segment, query) + t.splitKeys - 1) / t.splitKeys;
+    const int seen = g.seen(segment, query), begin = g.hidden(seen) / t.splitKeys;
+    const int count = (seen + t.splitKeys - 1) / t.splitKeys;
     float top = -INFINITY, total = 0.0f, sum = 0.0f;
-    for (int first = 0; first < count; first += kAhead) {
+    for (int first = begin; first < count; first += kAhead) {
       float2 part[kAhead];
       float partSum[kAhead];
       UNROLL
@@ -374,7 +385,7 @@ __global__ void __launch_bounds__(kCopyThreads, 2) joinSplitsKernel(Attend t) {
       UNROLL
       for (int j = 0; j < kAhead; ++j) {
         if (first + j >= count) continue;
-        if (first + j == 0) {
+        if (first + j == begin) {
           top = part[0].x;
           total = part[0].y;
           sum = partSum[0];
@@ -388,58 +399,12 @@ __global__ void __launch_bounds__(kCopyThreads, 2) joinSplitsKernel(Attend t) {
   }
 }
 
-// ---- The cache: f32 whatever the activations are
+// Pools of keys and values are f32 whatever the activations are.
 
 __global__ void __launch_bounds__(kCopyThreads, 2) convertKernel(Operand from, Operand to, StepState state) {
   if (state.faulted()) return;
   forElements(from.elements(), startsAligned(from, to),
               [&]<typename V>(int64_t i) { store(to, i, load<V>(from, i)); });
-}
-
-struct Append {
-  Operand k, v, offsets, lengths, cacheK, cacheV;
-  StepState state;
-
-  DEVICE int count() const { return max(offsets.size(0) - 1, 0); }
-  DEVICE int first(int s) const { return ldGlobal(offsets.i32() + s); }
-  DEVICE int added(int s) const { return first(s + 1) - first(s); }
-};
-
-// Checks that the new rows fit, and counts them as cached. One block.
-__global__ void __launch_bounds__(kCopyThreads, 1) reserveKernel(Append t) {
-  if (t.state.faulted()) return;
-  const int segments = t.count(), tid = threadIdx.x;
-  if (tid == 0) {
-    const int end = segments > 0 ? t.first(segments) : 0;
-    if (end != t.k.size(0)) t.state.report(Fault::OffsetEnd, 2, segments, 0, t.k.size(0), end);
-    if (t.lengths.size(0) != segments) t.state.report(Fault::Segments, 3, 0, 0, segments, t.lengths.size(0));
-  }
-  syncThreads();
-  if (t.state.faulted()) return;
-  for (int i = tid; i < segments; i += kCopyThreads) {
-    const int length = ldGlobal(t.lengths.i32() + i), room = t.cacheK.size(1) - t.added(i);
-    if (length < 0 || length > room) t.state.report(Fault::Length, 3, i, 0, room, length);
-  }
-  syncThreads();
-  if (t.state.faulted()) return;
-  for (int i = tid; i < segments; i += kCopyThreads) {
-    stGlobal(t.lengths.i32() + i, ldGlobal(t.lengths.i32() + i) + t.added(i));
-  }
-}
-
-__global__ void __launch_bounds__(kCopyThreads, 2) appendKernel(Append t) {
-  if (t.state.faulted()) return;
-  const int width = t.k.size(1), segments = t.count();
-  const bool vectors = width % 4 == 0 && startsAligned(t.k, t.v, t.cacheK, t.cacheV);
-  for (int row = blockIdx.x; row < t.k.size(0); row += gridDim.x) {
-    const int segment = segmentOf(t.offsets.i32(), segments, row);
-    const int position = ldGlobal(t.lengths.i32() + segment) + row - t.first(segment + 1);
-    const int64_t from = int64_t{row} * width, to = (int64_t{segment} * t.cacheK.size(1) + position) * width;
-    forColumns(width, vectors, threadIdx.x, kCopyThreads, [&]<typename V>(int i) {
-      store(t.cacheK, to + i, load<V>(t.k, from + i));
-      store(t.cacheV, to + i, load<V>(t.v, from + i));
-    });
-  }
 }
 
 // ---- Gradient
@@ -465,15 +430,21 @@ struct QueryShared {
 
 // P and dS of a thread's rows and keys, from S unscaled and dy V^T.
 template <int kRows, int kKeys, typename Visible>
-DEVICE void weightsAndGradients(float (&s)[kRows][kKeys], float (&dp)[kRows][kKeys], float scale, const float* lse,
-                                const float* deltas, const Visible& visible) {
+DEVICE void weightsAndGradients(float (&s)[kRows][kKeys], float (&dp)[kRows][kKeys], float scale, float softcap,
+                                const float* lse, const float* deltas, const Visible& visible) {
   UNROLL
   for (int i = 0; i < kRows; ++i) {
     UNROLL
     for (int j = 0; j < kKeys; ++j) {
-      const float weight = visible(i, j) ? expf(s[i][j] * scale - lse[4 * i]) : 0.0f;
+      float score = s[i][j] * scale, slope = 1.0f;
+      if (softcap > 0.0f) {
+        const float tanhOf = tanhf(score / softcap);
+        score = softcap * tanhOf;
+        slope = fmaf(-tanhOf, tanhOf, 1.0f);
+      }
+      const float weight = visible(i, j) ? expf(score - lse[4 * i]) : 0.0f;
       s[i][j] = weight;
-      dp[i][j] = weight * (dp[i][j] - deltas[4 * i]);
+      dp[i][j] = weight * (dp[i][j] - deltas[4 * i]) * slope;
     }
   }
 }
@@ -491,7 +462,8 @@ DEVICE void queryGradientTile(const AttendGrad& t, QueryShared<Tile>& s, int64_t
   const auto headRow = [&](int row) {
     return int64_t{queryOf(row)} * t.h.heads + kvHead * t.h.group + (firstRow + row) % t.h.group;
   };
-  const int end = g.seen(segment, queryOf(rows - 1));  // no row sees more
+  const int begin = g.hidden(g.seen(segment, queryOf(0))) / Tile::kKeys * Tile::kKeys;  // no row sees keys before
+  const int end = g.seen(segment, queryOf(rows - 1));                                   // or from there on
   const auto loadKeys = [&](float* to, const float* from, int first) {
     loadTiles<Tile::kKeys, Tile::kDim, kStride>({{to, from}}, end - first, headDim, t.vectors, [&](int key) {
       return (int64_t{g.first(segment) + first + key} * t.h.kvHeads + kvHead) * headDim;
@@ -500,8 +472,8 @@ DEVICE void queryGradientTile(const AttendGrad& t, QueryShared<Tile>& s, int64_t
   };
   loadTiles<Tile::kRows, Tile::kDim, kStride>({{s.q, t.q}, {s.dy, t.dy}}, rows, headDim, t.vectors,
                                               [&](int row) { return headRow(row) * headDim; });
-  loadKeys(s.v, t.v, 0);
-  loadKeys(s.k, t.k, 0);
+  loadKeys(s.v, t.v, begin);
+  loadKeys(s.k, t.k, begin);
   for (int row = warp; row < Tile::kRows; row += 4) {
     const int64_t at = row < rows ? headRow(row) : 0;
     float delta = 0.0f;
@@ -523,15 +495,15 @@ DEVICE void queryGradientTile(const AttendGrad& t, QueryShared<Tile>& s, int64_t
   }
   float4 dq[Tile::kThreadRows][Tile::kQuads] = {};
   float total[Tile::kThreadRows] = {};
-  for (int first = 0; first < end; first += Tile::kKeys) {
+  for (int first = begin; first < end; first += Tile::kKeys) {
     const int next = first + Tile::kKeys;
     cpAsyncWait<0>();
     syncThreads();  // all tiles, lse and deltas are complete
     float score[Tile::kThreadRows][Tile::kThreadKeys], dp[Tile::kThreadRows][Tile::kThreadKeys];
     rowProducts<Tile::kDim>(score, s.q + firstOfWarp * kStride, s.k + laneColumn() * kStride);
     rowProducts<Tile::kDim>(dp, s.dy + firstOfWarp * kStride, s.v + laneColumn() * kStride);
-    weightsAndGradients(score, dp, t.scale, s.lse + firstOfWarp, s.deltas + firstOfWarp,
-                        [&](int i, int j) { return first + laneColumn() + 8 * j < seen[i]; });
+    weightsAndGradients(score, dp, t.scale, t.softcap, s.lse + firstOfWarp, s.deltas + firstOfWarp,
+                        [&](int i, int j) { return g.inSight(seen[i], first + laneColumn() + 8 * j); });
     UNROLL
     for (int i = 0; i < Tile::kThreadRows; ++i) {
       UNROLL
@@ -596,7 +568,8 @@ DEVICE void keyGradientTile(const AttendGrad& t, KeyShared<Tile>& s, int64_t ite
   // Row of k, v, dk and dv as [N * kvHeads, headDim].
   const auto keyRow = [&](int key) { return int64_t{g.first(segment) + firstKey + key} * t.h.kvHeads + kvHead; };
   const int firstQuery = g.firstToSee(segment, firstKey);
-  const int allRows = (g.start(segment + 1) - firstQuery) * t.h.group;  // row r: query firstQuery + r / group
+  const int behind = g.firstBehind(segment, firstKey + keys - 1);
+  const int allRows = (behind - firstQuery) * t.h.group;  // row r: query firstQuery + r / group
   const auto queryOf = [&](int row) { return firstQuery + row / t.h.group; };
   const auto headRow = [&](int row) {
     return int64_t{queryOf(row)} * t.h.heads + kvHead * t.h.group + row % t.h.group;
@@ -629,8 +602,8 @@ DEVICE void keyGradientTile(const AttendGrad& t, KeyShared<Tile>& s, int64_t ite
     float score[Tile::kThreadRows][Tile::kThreadKeys], dp[Tile::kThreadRows][Tile::kThreadKeys];
     rowProducts<Tile::kDim>(score, s.q + scoreRow * kStride, s.k + laneColumn() * kStride);
     rowProducts<Tile::kDim>(dp, s.dy + scoreRow * kStride, s.v + laneColumn() * kStride);
-    weightsAndGradients(score, dp, t.scale, s.lse + scoreRow, s.deltas + scoreRow,
-                        [&](int i, int j) { return laneColumn() + 8 * j < seen[i]; });
+    weightsAndGradients(score, dp, t.scale, t.softcap, s.lse + scoreRow, s.deltas + scoreRow,
+                        [&](int i, int j) { return g.inSight(seen[i], laneColumn() + 8 * j); });
     UNROLL
     for (int i = 0; i < Tile::kThreadRows; ++i) {
       UNROLL
@@ -717,10 +690,25 @@ void checkStatistics(const Launch& launch, const Operand& lse, const AttentionHe
   }
 }
 
+// What decides about scores besides queries and keys.
+struct Scoring {
+  bool causal;
+  int window;
+  float scale, softcap;
+};
+
+// From attribute i on: scale, window, softcap.
+Scoring checkedScoring(const Launch& launch, int i, bool causal) {
+  const float scale = static_cast<float>(launch.finiteAttribute(i, "scale"));
+  const int window = static_cast<int>(launch.intAttribute(i + 1, "window", 0, INT32_MAX));
+  if (window > 0 && !causal) fail(ErrorCode::InvalidProgram, "[%s] a window needs causal attention", launch.op);
+  return {causal, window > 0 ? window : INT32_MAX, scale, checkedSoftcap(launch.op, "softcap", launch.attr[i + 2])};
+}
+
 // The segments of an op and its plan, of which the caller sets what concerns its kernels. k: absent where keys are in a
 // cache. Inputs: where q, offsets, and rows are, which row_offsets follows.
 Planning plan(const Launch& launch, const AttentionHeads& h, const Operand& k, int qInput, int offsetsInput,
-              int rowsInput, bool causal) {
+              int rowsInput, const Scoring& scoring) {
   const Operand &q = launch.in[qInput], &offsets = launch.in[offsetsInput];
   const Operand &rows = launch.in[rowsInput], &rowOffsets = launch.in[rowsInput + 1];
   if (!rows != !rowOffsets) {
@@ -738,7 +726,8 @@ Planning plan(const Launch& launch, const AttentionHeads& h, const Operand& k, i
   p.segments.offsets = offsets;
   p.segments.starts = rows ? ints(rowOffsets) : ints(offsets);
   p.segments.rows = ints(rows);
-  p.segments.causal = causal;
+  p.segments.causal = scoring.causal;
+  p.segments.window = scoring.window;
   p.q = q;
   p.k = k;
   p.offsetsInput = offsetsInput;
@@ -770,7 +759,8 @@ T* elements(const Operand& operand) {
 }
 
 template <typename T>
-Attention<T> attentionOf(const Launch& launch, const AttentionHeads& h, const Planning& planning, float scale) {
+Attention<T> attentionOf(const Launch& launch, const AttentionHeads& h, const Planning& planning,
+                         const Scoring& scoring) {
   const Operand &q = launch.in[0], &k = launch.in[1], &v = launch.in[2], &y = launch.out[0];
   Attention<T> a{};
   a.segments = planning.segments;
@@ -780,7 +770,8 @@ Attention<T> attentionOf(const Launch& launch, const AttentionHeads& h, const Pl
   a.v = elements<T>(v);
   a.y = elements<T>(y);
   a.lse = floats(launch.out[1]);
-  a.scale = scale;
+  a.scale = scoring.scale;
+  a.softcap = scoring.softcap;
   a.vectors = h.headDim * sizeof(T) % 16 == 0 && aligned({q.data, k.data, v.data, y.data});
   a.plan = planning.plan;
   a.tilesBefore = planning.tilesBefore;
@@ -789,7 +780,8 @@ Attention<T> attentionOf(const Launch& launch, const AttentionHeads& h, const Pl
 }
 
 template <typename T>
-AttentionGradient<T> gradientOf(const Launch& launch, const AttentionHeads& h, const Planning& planning, float scale) {
+AttentionGradient<T> gradientOf(const Launch& launch, const AttentionHeads& h, const Planning& planning,
+                                const Scoring& scoring) {
   const Operand &dy = launch.in[0], &q = launch.in[1], &k = launch.in[2], &v = launch.in[3], &y = launch.in[4];
   const Operand &dq = launch.out[0], &dk = launch.out[1], &dv = launch.out[2];
   AttentionGradient<T> grad{};
@@ -805,7 +797,8 @@ AttentionGradient<T> gradientOf(const Launch& launch, const AttentionHeads& h, c
   grad.dk = elements<T>(dk);
   grad.dv = elements<T>(dv);
   grad.deltas = launch.scratch<float>(q.bound[0] * h.heads);
-  grad.scale = scale;
+  grad.scale = scoring.scale;
+  grad.softcap = scoring.softcap;
   grad.vectors = h.headDim * sizeof(T) % 16 == 0 &&
                  aligned({dy.data, q.data, k.data, v.data, y.data, dq.data, dk.data, dv.data});
   grad.plan = planning.plan;
@@ -824,16 +817,15 @@ void launchPlan(const Launch& launch, const Planning& planning) {
 void attention(const Launch& launch) {
   const Operand &q = launch.in[0], &k = launch.in[1], &lse = launch.out[1];
   const AttentionHeads h = checkedHeads(launch, q, k.bound[1]);
-  const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
-  const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
+  const Scoring scoring = checkedScoring(launch, 3, launch.intAttribute(2, "causal", 0, 1) != 0);
   checkStatistics(launch, lse, h);
-  Planning planning = plan(launch, h, k, 0, 3, 4, causal);
+  Planning planning = plan(launch, h, k, 0, 3, 4, scoring);
   planning.flopsPerPair = 4.0 * h.headDim * h.heads;
   if (q.dtype == DType::BF16) {
-    attendMma(launch, planning, attentionOf<bf16>(launch, h, planning, scale));
+    attendMma(launch, planning, attentionOf<bf16>(launch, h, planning, scoring));
     return;
   }
-  Attend attend{attentionOf<float>(launch, h, planning, scale), {}, kNoSplit, nullptr, nullptr};
+  Attend attend{attentionOf<float>(launch, h, planning, scoring), kNoSplit, nullptr, nullptr};
   forHeadDim(h.headDim, [&](auto dim) {
     using Tile = AttendTile<dim.value, false>;
     planning.rows = Tile::kRows;
@@ -845,17 +837,16 @@ void attention(const Launch& launch) {
 void attentionGrad(const Launch& launch) {
   const Operand &q = launch.in[1], &k = launch.in[2], &lse = launch.in[5], &offsets = launch.in[6];
   const AttentionHeads h = checkedHeads(launch, q, k.bound[1]);
-  const bool causal = launch.intAttribute(2, "causal", 0, 1) != 0;
-  const float scale = static_cast<float>(launch.finiteAttribute(3, "scale"));
+  const Scoring scoring = checkedScoring(launch, 3, launch.intAttribute(2, "causal", 0, 1) != 0);
   checkStatistics(launch, lse, h);
-  Planning planning = plan(launch, h, k, 1, 6, 7, causal);
+  Planning planning = plan(launch, h, k, 1, 6, 7, scoring);
   planning.flopsPerPair = 10.0 * h.headDim * h.heads;
   planning.keyTilesBefore = launch.scratch<int32_t>(offsets.bound[0]);
   if (q.dtype == DType::BF16) {
-    attendGradMma(launch, planning, gradientOf<bf16>(launch, h, planning, scale));
+    attendGradMma(launch, planning, gradientOf<bf16>(launch, h, planning, scoring));
     return;
   }
-  const AttendGrad grad = gradientOf<float>(launch, h, planning, scale);
+  const AttendGrad grad = gradientOf<float>(launch, h, planning, scoring);
   forHeadDim(h.headDim, [&](auto dim) {
     using Rows = QueryTile<dim.value>;
     using Keys = KeyTile<dim.value>;
@@ -871,20 +862,8 @@ void attentionGrad(const Launch& launch) {
   });
 }
 
-void cacheAppend(const Launch& launch) {
-  const Operand &k = launch.in[0], &v = launch.in[1], &offsets = launch.in[2], &lengths = launch.in[3];
-  checkOffsets(launch, 2, k, 0);
-  if (lengths.bound[0] >= std::max<int64_t>(offsets.bound[0], 1)) {
-    fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", launch.op,
-         static_cast<long long>(offsets.bound[0] - 1), static_cast<long long>(lengths.bound[0]));
-  }
-  const Append append{k, v, offsets, lengths, launch.in[4], launch.in[5], launch.state};
-  LAUNCH(reserveKernel, 1, kCopyThreads, 0, launch.stream, append);
-  LAUNCH(appendKernel, launch.blocks(k.bound[0], 1), kCopyThreads, 0, launch.stream, append);
-}
-
 void attentionCached(const Launch& launch) {
-  const Operand &offsets = launch.in[1], &lengths = launch.in[2], &cacheK = launch.in[3], &cacheV = launch.in[4];
+  const Operand &poolK = launch.in[5], &poolV = launch.in[6];
   Operand q = launch.in[0], y = launch.out[0];
   const bool narrow = q.dtype == DType::BF16;
   if (narrow) {
@@ -893,19 +872,13 @@ void attentionCached(const Launch& launch) {
       x->dtype = DType::F32;
     }
   }
-  const AttentionHeads h = checkedHeads(launch, q, cacheK.bound[2]);
-  const float scale = static_cast<float>(launch.finiteAttribute(2, "scale"));
-  Planning planning = plan(launch, h, {}, 0, 1, 5, true);
-  if (lengths.bound[0] >= std::max<int64_t>(offsets.bound[0], 1)) {
-    fail(ErrorCode::InvalidProgram, "[%s] one length per segment wanted: %lld segments, got %lld lengths", launch.op,
-         static_cast<long long>(offsets.bound[0] - 1), static_cast<long long>(lengths.bound[0]));
-  }
-  const int64_t mostSplits = std::max<int64_t>((cacheK.bound[1] + kSplitKeys - 1) / kSplitKeys, 1);
+  const AttentionHeads h = checkedHeads(launch, q, poolK.bound[2]);
+  const Scoring scoring = checkedScoring(launch, 2, true);
+  Planning planning = plan(launch, h, {}, 0, 1, 7, scoring);
+  planning.segments.cache = cacheSlots(launch, 2, 5);
+  const int64_t capacity = launch.in[4].bound[1] * poolK.bound[1];
+  const int64_t mostSplits = std::clamp<int64_t>((capacity + kSplitKeys - 1) / kSplitKeys, 1, INT_MAX / kSplitKeys);
   const int64_t rows = q.bound[0] * h.group, headRows = q.bound[0] * h.heads;
-  planning.segments.lengths = ints(lengths);
-  planning.lengths = lengths;
-  planning.cache = cacheK;
-  planning.lengthsInput = 2;
   planning.flopsPerPair = 4.0 * h.headDim * h.heads;
   planning.most = kFewRows;
   planning.splitKeys = kSplitKeys;
@@ -915,12 +888,12 @@ void attentionCached(const Launch& launch) {
   attend.segments = planning.segments;
   attend.h = h;
   attend.q = floats(q);
-  attend.k = floats(cacheK);
-  attend.v = floats(cacheV);
-  attend.cache = cacheK;
+  attend.k = floats(poolK);
+  attend.v = floats(poolV);
   attend.y = floats(y);
-  attend.scale = scale;
-  attend.vectors = h.headDim % 4 == 0 && aligned({q.data, cacheK.data, cacheV.data, y.data});
+  attend.scale = scoring.scale;
+  attend.softcap = scoring.softcap;
+  attend.vectors = h.headDim % 4 == 0 && aligned({q.data, poolK.data, poolV.data, y.data});
   attend.splitKeys = kSplitKeys;
   attend.partSums = launch.scratch<float>(planning.parts * h.headDim);
   attend.parts = launch.scratch<float2>(planning.parts);

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
+#include "cuda/segments.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -28,28 +29,62 @@ struct AttentionHeads {
   Divisor byGroup;
 };
 
-// Segment s has new key rows [offsets[s], offsets[s + 1]), the last of the `lengths[s]` in its cache, and queries
+// Caches of sequences in slots: row t of slot z is row t % pageRows of page pages[z, t / pageRows] of the pools.
+struct CacheSlots {
+  Operand slots, lengths, pages, pool;  // pool: of keys or values; slots[s]: of segment s
+  int input, poolInput;                 // where slots and pool are; lengths and pages come after slots
+  int pageRows;
+  Divisor byPageRows;
+  int32_t* owners;                      // [slots]
+  StepState state;
+
+  __host__ __device__ explicit operator bool() const { return bool{slots}; }
+  DEVICE int slot(int s) const { return ldGlobal(slots.i32() + s); }
+  DEVICE int length(int s) const { return ldGlobal(lengths.i32() + slot(s)); }
+  DEVICE int capacity() const {
+    const int64_t rows = int64_t{pages.size(1)} * pageRows;
+    return rows < INT32_MAX ? static_cast<int>(rows) : INT32_MAX;
+  }
+  DEVICE const int32_t* pagesOf(int slot) const { return pages.i32() + int64_t{slot} * pages.size(1); }
+  // The row of the pools that is row `row` of the slot whose pages are given.
+  DEVICE int64_t poolRow(const int32_t* pages, int row) const {
+    const int page = byPageRows.quotient(row);
+    return int64_t{ldGlobal(pages + page)} * pageRows + (row - page * pageRows);
+  }
+  // To be called by all threads of one block, whose faults others must wait for: every segment has a slot of its own, which
+  // holds what it must and has pages for it: added(s) rows that come, or (`held`) that are there already with all others.
+  template <int kThreads, typename Added>
+  DEVICE void check(int segments, bool held, const Added& added) const;
+};
+
+// Segment s has new key rows [offsets[s], offsets[s + 1]), the last of those in its cache, and queries
 // [starts[s], starts[s + 1]); query i stands at new key row rows[i]. The queries of one kv head are looked at as `rows` of a
 // segment: row r is query r / group with head r % group of the group.
 struct AttentionSegments {
   Operand offsets;
   const int32_t* starts = nullptr;   // offsets where all rows are queries
   const int32_t* rows = nullptr;     // null: query i stands at row i
-  const int32_t* lengths = nullptr;  // null: no cache
+  CacheSlots cache;                  // or none
   bool causal = true;
+  int window = INT32_MAX;            // causal: keys that a query sees at most, the last ones
 
   DEVICE int count() const { return max(offsets.size(0) - 1, 0); }
   DEVICE int first(int s) const { return ldGlobal(offsets.i32() + s); }
   DEVICE int added(int s) const { return first(s + 1) - first(s); }
-  DEVICE int keys(int s) const { return lengths ? ldGlobal(lengths + s) : added(s); }
-  DEVICE int before(int s) const { return lengths ? ldGlobal(lengths + s) - added(s) : 0; }
+  DEVICE int keys(int s) const { return cache ? cache.length(s) : added(s); }
+  DEVICE int before(int s) const { return cache ? cache.length(s) - added(s) : 0; }
   DEVICE int start(int s) const { return ldGlobal(starts + s); }
   DEVICE int queries(int s) const { return start(s + 1) - start(s); }
-  // Keys that a query sees: the first so many of its segment.
+  // Keys that a query sees, but for those before its window: the first so many of its segment.
   DEVICE int seen(int s, int query) const {
     return causal ? before(s) + (rows ? ldGlobal(rows + query) : query) - first(s) + 1 : keys(s);
   }
-  // The first query of a segment that sees a key; the end of the segment's queries when none does.
+  // Of these, those before its window; and whether a key is in sight.
+  DEVICE int hidden(int seen) const { return max(seen - window, 0); }
+  DEVICE bool inSight(int seen, int key) const {
+    return static_cast<uint32_t>(seen - 1 - key) < static_cast<uint32_t>(window);
+  }
+  // The first query of a segment that stands at a key or behind it; the end of the segment's queries when none does.
   DEVICE int firstToSee(int s, int key) const {
     int low = start(s), high = start(s + 1);
     while (low < high) {
@@ -62,21 +97,44 @@ struct AttentionSegments {
     }
     return low;
   }
+  // The first query of a segment whose window is behind a key; the end of the segment's queries when none's is.
+  DEVICE int firstBehind(int s, int key) const {
+    return window > INT32_MAX - key ? start(s + 1) : firstToSee(s, key + window);
+  }
 };
 
-// The last s of `count` with starts[s] <= i, which is not empty when i is below starts[count].
-DEVICE int segmentOf(const int32_t* starts, int count, int i) {
-  int low = 0, high = count - 1;
-  while (low < high) {
-    const int middle = low + (high - low + 1) / 2;
-    if (ldGlobal(starts + middle) <= i) {
-      low = middle;
+template <int kThreads, typename Added>
+DEVICE void CacheSlots::check(int segments, bool held, const Added& added) const {
+  const int tid = threadIdx.x, count = lengths.size(0);
+  if (tid == 0 && slots.size(0) != segments) state.report(Fault::Segments, input, 0, 0, segments, slots.size(0));
+  if (tid == 0 && pool.size(1) != pageRows) state.report(Fault::Rows, poolInput, 0, 0, pageRows, pool.size(1));
+  syncThreads();  // nobody leaves: all meet at the barriers
+  for (int s = tid; s < segments && !state.faulted(); s += kThreads) {
+    if (slot(s) < 0 || slot(s) >= count) {
+      state.report(Fault::Id, input, s, 0, count, slot(s));
     } else {
-      high = middle - 1;
+      stGlobal(owners + slot(s), s);
     }
   }
-  return low;
+  syncThreads();
+  for (int s = tid; s < segments && !state.faulted(); s += kThreads) {
+    const int least = held ? added(s) : 0, most = held ? capacity() : capacity() - added(s);
+    if (ldGlobal(owners + slot(s)) != s) state.report(Fault::Slot, input, s, 0, 0, slot(s));
+    if (length(s) < least || length(s) > most) state.report(Fault::Length, input + 1, slot(s), least, most, length(s));
+  }
+  syncThreads();
+  for (int s = warpId(); s < segments && !state.faulted(); s += kThreads / 32) {
+    const int first = held ? 0 : length(s), end = length(s) + (held ? 0 : added(s));
+    for (int page = byPageRows.quotient(first) + laneId(); int64_t{page} * pageRows < end; page += 32) {
+      const int got = ldGlobal(pagesOf(slot(s)) + page);
+      if (got >= 0 && got < pool.size(0)) continue;
+      state.report(Fault::Page, input + 2, slot(s), max(first, page * pageRows), pool.size(0), got);
+    }
+  }
 }
+
+// The slots of an op that has slots, lengths and pages as inputs from number `input` on, and a pool (cache.cu).
+CacheSlots cacheSlots(const Launch& launch, int input, int poolInput);
 
 // Blocks take tiles of rows, and in the gradient of keys, from a table that a kernel makes (attention.cu).
 struct AttentionPlan {
@@ -89,8 +147,7 @@ struct AttentionPlan {
 struct Planning {
   AttentionSegments segments;
   Operand q, k;                                       // k absent: keys are in the cache
-  Operand lengths, cache;                             // absent: no cache
-  int offsetsInput, rowsInput, startsInput, lengthsInput;
+  int offsetsInput, rowsInput, startsInput;
   int group, kvHeads;
   int rows, fewRows, keys;                            // of a tile; 0: no such kernels
   int most;                                           // rows of a segment up to which they are few
@@ -133,14 +190,15 @@ struct Attention {
   const T *q, *k, *v;
   T* y;
   float* lse;    // may be null
-  float scale;
+  float scale, softcap;  // softcap c > 0: scores s become c tanh(s / c)
   bool vectors;  // heads are a multiple of 16 bytes and start at one
   const AttentionPlan* plan;
   const int32_t* tilesBefore;
   StepState state;
 };
 
-// With P = exp(S - lse) and D = rowsum(dy . y): dV = P^T dy, dS = P (dy V^T - D), dQ = scale dS K, dK = scale dS^T Q.
+// With P = exp(S - lse) and D = rowsum(dy . y): dV = P^T dy, dS = P (dy V^T - D), dQ = scale dS K, dK = scale dS^T Q; where
+// scores are capped dS gets the derivative of that, 1 - (S / softcap)^2.
 template <typename T>
 struct AttentionGradient {
   AttentionSegments segments;
@@ -149,7 +207,7 @@ struct AttentionGradient {
   const float* lse;
   T *dq, *dk, *dv;
   float* deltas;  // [R, heads]: D
-  float scale;
+  float scale, softcap;
   bool vectors;
   const AttentionPlan* plan;
   const int32_t *tilesBefore, *keyTilesBefore;

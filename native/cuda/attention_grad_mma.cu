@@ -45,22 +45,25 @@ DEVICE void gradientTile(const AttentionGradient<bf16>& t, GradShared<Tile>& s, 
   const int32_t* before = kOwnsKeys ? t.keyTilesBefore : t.tilesBefore;
   const int segment = segmentOf(before, g.count(), tile);
   const int firstOwn = (tile - ldGlobal(before + segment)) * kOwn;
-  // Keys are gone through from the first one on, query rows from the first that sees a key of the block. Tiles are masked
-  // that begin below the rows that see all of the block's keys, or end above the keys that all of the block's rows see.
+  // Keys are gone through from the first that a row of the block sees on, query rows from the first that sees a key of the
+  // block. Tiles are masked that begin below, or end above, the rows that see all of the block's keys or the keys that all
+  // of the block's rows see.
   const int start = kOwnsKeys ? g.firstToSee(segment, firstOwn) : g.start(segment);
   const QueryRows q{t.h, kvHead, start, kOwnsKeys ? 0 : firstOwn};
-  int own, others, maskedBelow, maskedAbove;
+  int own, begin = 0, others, maskedBelow, maskedAbove;
   if constexpr (kOwnsKeys) {
     own = min(kOwn, g.added(segment) - firstOwn);
-    others = (g.start(segment + 1) - start) * t.h.group;
-    maskedBelow = (g.firstToSee(segment, firstOwn + own - 1) - start) * t.h.group;
-    maskedAbove = INT32_MAX;
+    const int last = firstOwn + own - 1;
+    others = (g.firstBehind(segment, last) - start) * t.h.group;
+    maskedBelow = (g.firstToSee(segment, last) - start) * t.h.group;
+    maskedAbove = (g.firstBehind(segment, firstOwn) - start) * t.h.group;
   } else {
     own = min(kOwn, g.queries(segment) * t.h.group - firstOwn);
     s.rows.set(g, segment, q, own);
     others = s.rows.seen[kOwn - 1];  // no row sees more
-    maskedBelow = 0;
+    maskedBelow = g.hidden(others);
     maskedAbove = s.rows.seen[0];
+    begin = g.hidden(maskedAbove) / kOther * kOther;
   }
   const int stride = t.h.kvHeads * headDim;
   const int firstKey = g.first(segment) + (kOwnsKeys ? firstOwn : 0), piece = TileLoad<kDim>::piece() * 8;
@@ -95,7 +98,7 @@ DEVICE void gradientTile(const AttentionGradient<bf16>& t, GradShared<Tile>& s, 
     if constexpr (kOwnsKeys) {
       loadQueries(otherCount, s.second, t.dy, first, others - first);
       loadStatistics(first, others - first);
-      if (first < maskedBelow && tid < kOther) {
+      if ((first < maskedBelow || first + kOther > maskedAbove) && tid < kOther) {
         s.rows.seen[tid] = first + tid < others ? g.seen(segment, q.query(first + tid)) - firstOwn : 0;
       }
     } else {
@@ -112,9 +115,9 @@ DEVICE void gradientTile(const AttentionGradient<bf16>& t, GradShared<Tile>& s, 
     loadStatistics(0, own);
   }
   cpAsyncCommit();
-  if (others > 0) {
-    loadFirst(0);
-    loadSecond(0);
+  if (begin < others) {
+    loadFirst(begin);
+    loadSecond(begin);
   }
   // Calls body(i, j, e, value of the query) for the lane's elements [i][j][e] of a product of own and other rows.
   const auto forScores = [&](const float* ofQueries, const auto& body) {
@@ -129,10 +132,10 @@ DEVICE void gradientTile(const AttentionGradient<bf16>& t, GradShared<Tile>& s, 
       }
     }
   };
-  const float factor = t.scale * kLog2E;
+  const float factor = t.softcap > 0.0f ? kLog2E : t.scale * kLog2E;
   float sum[kBlocks][kColumns][4] = {};                           // dq or dk
   float dv[kOwnsKeys ? kBlocks : 1][kOwnsKeys ? kColumns : 1][4] = {};
-  for (int first = 0; first < others; first += kOther) {
+  for (int first = begin; first < others; first += kOther) {
     const int next = first + kOther;
     const bf16* firstTile = s.first[first / kOther % 2];
     cpAsyncWait<0>();
@@ -145,6 +148,11 @@ DEVICE void gradientTile(const AttentionGradient<bf16>& t, GradShared<Tile>& s, 
       };
     };
     multiplyRows<kDim>(weight, ownRows(0), firstTile);
+    if (t.softcap > 0.0f) {  // products become scores
+      forScores(s.lse, [&](int i, int j, int e, float) {
+        weight[i][j][e] = t.softcap * tanhOf(weight[i][j][e] * (t.scale / t.softcap));
+      });
+    }
     forScores(s.lse, [&](int i, int j, int e, float lse) {
       weight[i][j][e] = fastExp2(fmaf(weight[i][j][e], factor, -lse * kLog2E));
     });
@@ -156,13 +164,20 @@ DEVICE void gradientTile(const AttentionGradient<bf16>& t, GradShared<Tile>& s, 
           UNROLL
           for (int e = 0; e < 4; ++e) {
             const int row = warpRow + sumRow(i, e / 2), column = sumColumn(j) + e % 2;
-            if (kOwnsKeys ? row >= s.rows.seen[column] : first + column >= s.rows.seen[row]) weight[i][j][e] = 0.0f;
+            const int seen = s.rows.seen[kOwnsKeys ? column : row], key = kOwnsKeys ? row : first + column;
+            if (!g.inSight(seen, key)) weight[i][j][e] = 0.0f;
           }
         }
       }
     }
     multiplyRows<kDim>(ds, ownRows(1), s.second);
     forScores(s.deltas, [&](int i, int j, int e, float delta) { ds[i][j][e] = weight[i][j][e] * (ds[i][j][e] - delta); });
+    if (t.softcap > 0.0f) {
+      forScores(s.lse, [&](int i, int j, int e, float lse) {  // the capped score is the logarithm of weight e^lse
+        const float score = fmaf(fmaxf(fastLog2(weight[i][j][e]), -1000.0f), kLn2, lse), tanhOf = score / t.softcap;
+        ds[i][j][e] *= fmaf(-tanhOf, tanhOf, 1.0f);
+      });
+    }
     uint32_t weightPairs[kBlocks][kOther / 8][2], dsPairs[kBlocks][kOther / 8][2];
     UNROLL
     for (int i = 0; i < kBlocks; ++i) {

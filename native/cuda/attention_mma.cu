@@ -50,7 +50,9 @@ DEVICE void weigh(uint32_t (&weights)[kBlocks][kKeyBlocks][2], const float (&sco
       for (int j = 1; j < kKeyBlocks; ++j) best = fmaxf(best, fmaxf(score[i][j][2 * h], score[i][j][2 * h + 1]));
       best = fmaxf(best, shflXor(best, 1));
       best = fmaxf(top, fmaxf(best, shflXor(best, 2)));
-      const float keep = fastExp2((top - best) * factor), shift = -best * factor;
+      // With no key in sight yet all weights are 2^-inf.
+      const float reference = best == -INFINITY ? 0.0f : best;
+      const float keep = fastExp2((top - reference) * factor), shift = -reference * factor;
       top = best;
       float total = run.total[i][h] * keep;
       UNROLL
@@ -81,6 +83,7 @@ DEVICE void attendTile(const Attention<bf16>& t, AttendShared<Tile>& s, int64_t 
   const int rows = min(Tile::kRows, g.queries(segment) * t.h.group - q.first);
   s.rows.set(g, segment, q, rows);
   const int seenByAll = s.rows.seen[0], end = s.rows.seen[Tile::kRows - 1];  // no row sees more
+  const int hiddenFromSome = g.hidden(end), begin = g.hidden(seenByAll) / kKeys * kKeys;  // nor keys before `begin`
   const int stride = t.h.kvHeads * headDim;
   const int64_t origin = EvenRows<kDim>::firstOf(int64_t{g.first(segment)} * stride + kvHead * headDim, stride);
 
@@ -92,13 +95,14 @@ DEVICE void attendTile(const Attention<bf16>& t, AttendShared<Tile>& s, int64_t 
   loadTile<Tile::kRows, kDim>(s.q, t.q, rows, headDim, t.vectors,
                               [&](int row) { return t.q + s.rows.index[row] * headDim + TileLoad<kDim>::piece() * 8; });
   cpAsyncCommit();
-  load(s.k, t.k, 0);
+  load(s.k, t.k, begin);
   cpAsyncWait<1>();
   syncThreads();  // q is complete
   // The largest score is that of the largest product: the sign of the scale goes into the queries, and a scale of 0 is
-  // made so small that all weights are 1.
-  const float factor = fmaxf(fabsf(t.scale) * kLog2E, FLT_MIN);
-  if (t.scale < 0.0f) {
+  // made so small that all weights are 1. Where scores are capped products become scores first.
+  const bool capped = t.softcap > 0.0f;
+  const float factor = capped ? kLog2E : fmaxf(fabsf(t.scale) * kLog2E, FLT_MIN);
+  if (t.scale < 0.0f && !capped) {
     for (int i = laneId(); i < kBlocks * 16 * kPitch<kDim> / 2; i += 32) {
       uint32_t* pair = reinterpret_cast<uint32_t*>(s.q + warpRow * kPitch<kDim>) + i;
       stShared(pair, ldShared<uint32_t>(pair) ^ 0x80008000);
@@ -126,13 +130,24 @@ DEVICE void attendTile(const Attention<bf16>& t, AttendShared<Tile>& s, int64_t 
   UNROLL
   for (int i = 0; i < kBlocks; ++i) run.top[i][0] = run.top[i][1] = -INFINITY;
 
-  for (int first = 0; first < end; first += kKeys) {
+  for (int first = begin; first < end; first += kKeys) {
     cpAsyncWait<0>();
     syncThreads();  // k is complete, v has been read
     load(s.v, t.v, first);
     float score[kBlocks][kKeys / 8][4];
     multiplyRows<kDim>(score, queries, s.k);
-    if (first + kKeys > seenByAll) {
+    if (capped) {
+      const float perCap = t.scale / t.softcap;
+      UNROLL
+      for (int i = 0; i < kBlocks; ++i) {
+        UNROLL
+        for (int j = 0; j < kKeys / 8; ++j) {
+          UNROLL
+          for (int e = 0; e < 4; ++e) score[i][j][e] = t.softcap * tanhOf(score[i][j][e] * perCap);
+        }
+      }
+    }
+    if (first + kKeys > seenByAll || first < hiddenFromSome) {
       UNROLL
       for (int i = 0; i < kBlocks; ++i) {
         UNROLL
@@ -142,7 +157,7 @@ DEVICE void attendTile(const Attention<bf16>& t, AttendShared<Tile>& s, int64_t 
           for (int j = 0; j < kKeys / 8; ++j) {
             UNROLL
             for (int e = 0; e < 2; ++e) {
-              if (sumColumn(j) + e >= seen) score[i][j][2 * h + e] = -INFINITY;
+              if (!g.inSight(seen, sumColumn(j) + e)) score[i][j][2 * h + e] = -INFINITY;
             }
           }
         }

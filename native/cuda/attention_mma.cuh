@@ -11,6 +11,9 @@ namespace elastiform::ELASTIFORM_DEVICE {
 constexpr int kAttentionWarps = kAttentionThreads / 32;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
+// With an absolute error of about 2^-23.
+DEVICE float tanhOf(float x) { return fmaf(-2.0f, fastReciprocal(1.0f + fastExp2(2.0f * kLog2E * x)), 1.0f); }
+
 // Query rows from `first` on, of a segment whose row 0 is head 0 of the kv head's group in query `start`.
 struct QueryRows {
   const AttentionHeads& h;

@@ -58,6 +58,18 @@ struct GatedActivation {
   DEVICE float operator()(float g, float u) const { return activate<act>(g) * u; }
 };
 
+struct Softcap {
+  float cap;
+  DEVICE float operator()(float x) const { return cap * tanhf(x / cap); }
+};
+struct SoftcapGrad {
+  float cap;
+  DEVICE float operator()(float dy, float x) const {
+    const float t = tanhf(x / cap);
+    return dy * fmaf(-t, t, 1.f);
+  }
+};
+
 unsigned blocksFor(const Launch& launch) { return launch.blocks(launch.out[0].boundElements(), 4 * kThreads); }
 
 // Output 0 = f(x...).
@@ -92,6 +104,14 @@ void activation(const Launch& launch) {
 
 void activationGrad(const Launch& launch) {
   withAct(actAttribute(launch), [&]<Act act>() { map(launch, ActivationGrad<act>{}, launch.in[0], launch.in[1]); });
+}
+
+void softcap(const Launch& launch) {
+  map(launch, Softcap{checkedPositive("softcap", "cap", launch.attr[0])}, launch.in[0]);
+}
+
+void softcapGrad(const Launch& launch) {
+  map(launch, SoftcapGrad{checkedPositive("softcap_grad", "cap", launch.attr[0])}, launch.in[0], launch.in[1]);
 }
 
 void gatedActivation(const Launch& launch) {

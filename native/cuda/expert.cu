@@ -1,9 +1,11 @@
-// Experts: which rows choose one, its gates, and the loss that balances the load of all. A thread has a row.
+// Experts: which rows choose one, its gates, what trains the choice, and the loss that balances the load of all. A thread
+// has a row.
 #include "ops/expert.h"
 
 #include "cuda/attention.cuh"
 #include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
+#include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -35,6 +37,11 @@ struct Experts {
     }
   }
 };
+
+DEVICE double productOf(float a, float b) { return static_cast<double>(a) * b; }
+DEVICE double productOf(const float4& a, const float4& b) {
+  return (productOf(a.x, b.x) + productOf(a.y, b.y)) + (productOf(a.z, b.z) + productOf(a.w, b.w));
+}
 
 // Before kernels that believe the data.
 __global__ void __launch_bounds__(kThreads, 4) checkKernel(Experts e, StepState state) {
@@ -79,9 +86,57 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// credit[r, i]: h . dh over the units of expert i, a warp each.
+__global__ void __launch_bounds__(kThreads, 4)
+    creditKernel(Experts e, Operand h, Operand dh, Operand rows, double* credit, StepState state) {
+  if (state.faulted()) return;
+  const int lane = laneId(), count = e.count(), units = h.size(1), width = units / count;
+  const bool vectors = width % 4 == 0 && startsAligned(h, dh);
+  const int64_t all = int64_t{e.rows()} * count;
+  for (int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32; at < all; at += gridDim.x * (kThreads / 32)) {
+    const int r = static_cast<int>(at / count), i = static_cast<int>(at % count);
+    const int64_t first = int64_t{rows ? ldGlobal(rows.i32() + r) : r} * units + int64_t{i} * width;
+    double sum = 0;
+    forColumns(width, vectors, lane, 32, [&]<typename V>(int c) {
+      sum += productOf(ldGlobal<V>(h.f32() + first + c), ldGlobal<V>(dh.f32() + first + c));
+    });
+    sum = warpTotal(sum);
+    if (lane == 0) stGlobal(credit + at, sum);
+  }
+}
+
 struct MeasureShared {
   double partial[kThreads / 32];
 };
+
+// magnitude[s]: the mean of |credit| in a segment. A block has a segment.
+__global__ void __launch_bounds__(kThreads, 2)
+    magnitudeKernel(Experts e, const double* credit, double* magnitude, StepState state) {
+  SHARED_MEMORY(MeasureShared, s);
+  if (state.faulted()) return;
+  for (int segment = blockIdx.x; segment < e.offsets.size(0) - 1; segment += gridDim.x) {
+    const int64_t begin = int64_t{ldGlobal(e.offsets.i32() + segment)} * e.count();
+    const int64_t end = int64_t{ldGlobal(e.offsets.i32() + segment + 1)} * e.count();
+    double sum = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += fabs(ldGlobal(credit + i));
+    sum = blockTotal(sum, s.partial);
+    if (threadIdx.x == 0) stGlobal(magnitude + segment, sum / static_cast<double>(max(end - begin, int64_t{1})));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    choiceSlopesKernel(Experts e, const double* credit, const double* magnitude, Operand weight, Operand rows, Operand dz,
+                       StepState state) {
+  if (state.faulted()) return;
+  for (int r = blockIdx.x * kThreads + threadIdx.x; r < e.rows(); r += gridDim.x * kThreads) {
+    const double size = ldGlobal(magnitude + segmentOf(e.offsets.i32(), e.offsets.size(0) - 1, r));
+    const double scale = size == 0 ? 0 : ldGlobal(weight.f32() + (rows ? ldGlobal(rows.i32() + r) : r)) / size;
+    const int64_t first = int64_t{r} * e.count();
+    choiceSlopes(
+        e.row(r), [&](int i) { return ldGlobal(credit + first + i); },
+        [&](int i, double slope) { stGlobal(dz.f32() + first + i, static_cast<float>(scale * slope)); });
+  }
+}
 
 // load[i] and weight[i]: the share of rows that choose expert i, and the mean of its softmax. A block has an expert.
 __global__ void __launch_bounds__(kThreads, 2)
@@ -181,6 +236,25 @@ void expertGateGrad(const Launch& launch) {
   clear(launch, dz);
   LAUNCH(gateGradKernel, launch.blocks(rows.bound[0], kThreads), kThreads, 0, launch.stream, e,
          expertAttribute(launch, e), modeAttribute(launch), dg, rows, dz, launch.state);
+}
+
+void expertCredit(const Launch& launch) {
+  const Operand &h = launch.in[0], &dh = launch.in[1], &weight = launch.in[5], &rows = launch.in[6];
+  const int64_t units = h.bound[1], count = launch.in[2].bound[1];
+  if (count == 0 || units % count != 0) {
+    fail(ErrorCode::InvalidProgram, "[%s] %lld units cannot be cut into %lld experts", launch.op,
+         static_cast<long long>(units), static_cast<long long>(count));
+  }
+  const Experts e = checkedExperts(launch, 2, 0);
+  if (rows) checkRows(launch, 6, h, 0);
+  const int64_t bound = e.z.bound[0];
+  double *credit = launch.scratch<double>(bound * count), *magnitude = launch.scratch<double>(e.offsets.bound[0]);
+  LAUNCH(creditKernel, launch.blocks(bound * count, kThreads / 32), kThreads, 0, launch.stream, e, h, dh, rows, credit,
+         launch.state);
+  LAUNCH(magnitudeKernel, launch.blocks(e.offsets.bound[0] - 1, 1), kThreads, sizeof(MeasureShared), launch.stream, e,
+         credit, magnitude, launch.state);
+  LAUNCH(choiceSlopesKernel, launch.blocks(bound, kThreads), kThreads, 0, launch.stream, e, credit, magnitude, weight,
+         rows, launch.out[0], launch.state);
 }
 
 void expertBalance(const Launch& launch) {

@@ -15,13 +15,20 @@ Emitter findEmitter(const std::string& op) {
       {"scale", scale},
       {"activation", activation},
       {"activation_grad", activationGrad},
+      {"softcap", softcap},
+      {"softcap_grad", softcapGrad},
       {"gated_activation", gatedActivation},
       {"gated_activation_grad", gatedActivationGrad},
       {"gather_rows", gatherRows},
       {"gather_ids", gatherIds},
       {"scatter_add", scatterAdd},
+      {"add_rows", addRows},
+      {"add_rows_grad", addRowsGrad},
       {"sum_rows", sumRows},
       {"dot", dot},
+      {"segment_sum", segmentSum},
+      {"segment_broadcast", segmentBroadcast},
+      {"latch", latch},
       {"rms_norm", rmsNorm},
       {"rms_norm_grad", rmsNormGrad},
       {"layer_norm", layerNorm},
@@ -37,6 +44,14 @@ Emitter findEmitter(const std::string& op) {
       {"attention_grad", attentionGrad},
       {"cache_append", cacheAppend},
       {"attention_cached", attentionCached},
+      {"page_copy", pageCopy},
+      {"scale_columns", scaleColumns},
+      {"add_scaled", addScaled},
+      {"add_scaled_grad", addScaledGrad},
+      {"rescale_rows", rescaleRows},
+      {"rescale_rows_grad", rescaleRowsGrad},
+      {"gaussian_topk", gaussianTopk},
+      {"gaussian_topk_grad", gaussianTopkGrad},
       {"route_topk", routeTopk},
       {"route_threshold", routeThreshold},
       {"gate", gate},
@@ -47,6 +62,7 @@ Emitter findEmitter(const std::string& op) {
       {"expert_choice", expertChoice},
       {"expert_gate", expertGate},
       {"expert_gate_grad", expertGateGrad},
+      {"expert_credit", expertCredit},
       {"expert_balance", expertBalance},
       {"expert_balance_grad", expertBalanceGrad},
       {"divergence", divergence},
@@ -93,6 +109,10 @@ std::string faultMessage(const char* op, const std::string& operand, const Fault
       return text("[%s] %s: one value per segment wanted: %.0f segments, got %.0f values", r.high, r.got);
     case Fault::Room: return text("[%s] %s selects more rows than the bound %.0f of their dim", r.high);
     case Fault::Rows: return text("[%s] %s must have %.0f rows, got %.0f", r.high, r.got);
+    case Fault::Slot: return text("[%s] %s[%.0f] must be no other segment's, got %.0f", r.index, r.got);
+    case Fault::Copy: return text("[%s] %s[%.0f] must be copied to once, and not from, got %.0f", r.index, r.got);
+    case Fault::Page:
+      return text("[%s] %s: that of row %.0f of slot %.0f must be in [0, %.0f), got %.0f", r.low, r.index, r.high, r.got);
     case Fault::None: break;
   }
   return text("[%s] %s: no fault");

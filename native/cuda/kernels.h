@@ -22,12 +22,16 @@ void add(const Launch&);
 void scale(const Launch&);
 void activation(const Launch&);
 void activationGrad(const Launch&);
+void softcap(const Launch&);
+void softcapGrad(const Launch&);
 void gatedActivation(const Launch&);
 void gatedActivationGrad(const Launch&);
 // rows.cu
 void gatherRows(const Launch&);
 void gatherIds(const Launch&);
 void scatterAdd(const Launch&);
+void addRows(const Launch&);
+void addRowsGrad(const Launch&);
 void sumRows(const Launch&);
 void dot(const Launch&);
 // norm.cu
@@ -47,8 +51,22 @@ void rope(const Launch&);
 // attention.cu
 void attention(const Launch&);
 void attentionGrad(const Launch&);
-void cacheAppend(const Launch&);
 void attentionCached(const Launch&);
+// cache.cu
+void cacheAppend(const Launch&);
+void pageCopy(const Launch&);
+// streams.cu
+void scaleColumns(const Launch&);
+void addScaled(const Launch&);
+void addScaledGrad(const Launch&);
+void rescaleRows(const Launch&);
+void rescaleRowsGrad(const Launch&);
+void gaussianTopk(const Launch&);
+void gaussianTopkGrad(const Launch&);
+// segments.cu
+void segmentSum(const Launch&);
+void segmentBroadcast(const Launch&);
+void latch(const Launch&);
 // route.cu
 void routeTopk(const Launch&);
 void routeThreshold(const Launch&);
@@ -61,6 +79,7 @@ void topkCredit(const Launch&);
 void expertChoice(const Launch&);
 void expertGate(const Launch&);
 void expertGateGrad(const Launch&);
+void expertCredit(const Launch&);
 void expertBalance(const Launch&);
 void expertBalanceGrad(const Launch&);
 // loss.cu

@@ -64,6 +64,9 @@ enum class Fault : int32_t {
   Segments,    // not one value for each of `high` segments
   Room,        // more rows than their dim's bound `high` are selected
   Rows,        // not `high` rows
+  Slot,        // another segment's, too
+  Copy,        // a page that is copied to twice, or from, too
+  Page,        // of row `low` of slot `index`: not in [0, high)
 };
 
 // The first fault of a run; the data type of all values is double, which holds every index exactly.

@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) divergenceKernel(Rows rows, Op
             const float relative = Mixed((b - a) - shift, beta).q - relativeTo;
             g[j] = ofQ == 0.f ? 0.f : weight * (beta - 1.f) * (ofQ * relative);
           }
+          g[j] *= slopeOf(a, rows.softcap);
         }
         rows.gradient.store(r, c + k * kStride, V, gathered(g));
       }
@@ -194,12 +195,26 @@ __global__ void __launch_bounds__(kRowThreads, 2) crossEntropyKernel(Rows rows, 
         UNROLL
         for (int j = 0; j < 4; ++j) {
           const float e = fastExp(x[k][j] - q.top.value) * scale;
-          g[j] = target < 0 ? 0.f : weight * (at + j == target ? e - 1.f : e);
+          g[j] = target < 0 ? 0.f : weight * (at + j == target ? e - 1.f : e) * slopeOf(x[k][j], rows.softcap);
         }
         rows.gradient.store(r, at, V, gathered(g));
       }
     }
   }
+}
+
+// Caps the logits of a chunk, of the student and of the teacher where there is one, by whichever softcap is not 0.
+__global__ void __launch_bounds__(kRowThreads, 2) capKernel(Rows rows, Operand w, bool teacher, StepState state) {
+  if (state.faulted()) return;
+  const int V = w.size(0), count = rows.count();
+  const auto cap = [&](float* logits, float softcap) {
+    if (softcap == 0.f) return;
+    forElements(int64_t{count} * V, false, [&]<typename T>(int64_t i) {
+      stGlobal(logits + i, softcap * tanhf(ldGlobal(logits + i) / softcap));
+    });
+  };
+  cap(rows.logits, rows.softcap);
+  if (teacher) cap(const_cast<float*>(rows.teacher(0, V)), rows.teacherSoftcap);
 }
 
 // The student's rows of a chunk and then the teacher's, for one product, and how many these are.
@@ -296,6 +311,10 @@ void vocabularyLoss(const Launch& launch, const std::function<void(const Rows&)>
         own.countsFlops = false;
         multiplyWeight(launch, own);
       }
+      if (rows.softcap > 0 || rows.teacherSoftcap > 0) {
+        LAUNCH(capKernel, launch.blocks(rows.most * V, 4 * kRowThreads), kRowThreads, 0, launch.stream, rows, w,
+               static_cast<bool>(teacher), launch.state);
+      }
       launchRows(rows);
     }
     const Extent inChunk = Extent(h, 0).part(first, chunk.gradients);
@@ -334,6 +353,8 @@ void divergence(const Launch& launch) {
   }
   const Operand* out = launch.out;
   Rows rows;
+  rows.softcap = checkedSoftcap("divergence", "softcap", launch.attr[2]);
+  rows.teacherSoftcap = checkedSoftcap("divergence", "teacher_softcap", launch.attr[3]);
   rows.weight = launch.in[3];
   rows.targets = targets;
   rows.row = out[1];
@@ -357,6 +378,7 @@ void crossEntropy(const Launch& launch) {
   const Operand &h = launch.in[0], &w = launch.in[1];
   const Operand* out = launch.out;
   Rows rows;
+  rows.softcap = checkedSoftcap("cross_entropy", "softcap", launch.attr[0]);
   rows.weight = launch.in[3];
   rows.targets = launch.in[2];
   rows.row = out[1];

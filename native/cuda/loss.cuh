@@ -125,11 +125,18 @@ struct Gradient {
   }
 };
 
+// Logits z that are softcap tanh(x / softcap) have this derivative by x; a softcap of 0: they are x.
+DEVICE float slopeOf(float z, float softcap) {
+  const float t = z / softcap;
+  return softcap > 0.f ? fmaf(-t, t, 1.f) : 1.f;
+}
+
 // A chunk of rows, and what losses share; absent operands are null.
 struct Rows {
   Operand weight, targets;
   float* logits = nullptr;  // of the student's rows of the chunk, then of the teacher's
   int teacherAt = 0;        // row of the logits where the teacher's begin; 0: right behind the student's
+  float softcap = 0, teacherSoftcap = 0;
   double* value = nullptr;  // of every row
   Operand row, ce, agree;
   int first = 0, most = 0;  // of the chunk

@@ -9,10 +9,28 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads, 8) accumulateKernel(Operand sum, Operand x, StepState state) {
+DEVICE int lastSize(const Operand& x) {
+  int size = 1;
+  UNROLL  // constant indices: the operand stays in the kernel's parameters
+  for (int i = 0; i < kMaxRank; ++i) size = i < x.rank ? x.size(i) : size;
+  return size;
+}
+
+__global__ void __launch_bounds__(kThreads, 8)
+    accumulateKernel(Operand sum, Operand x, int64_t stride, StepState state) {
   if (state.faulted()) return;  // states keep what they hold when a step before has failed
-  forElements(x.elements(), startsAligned(sum, x), [&]<typename V>(int64_t i) {
-    stGlobal(sum.f32() + i, each(Sum{}, ldGlobal<V>(sum.f32() + i), ldGlobal<V>(x.f32() + i)));
+  const auto add = [&]<typename V>(int64_t to, int64_t from) {
+    stGlobal(sum.f32() + to, each(Sum{}, ldGlobal<V>(sum.f32() + to), ldGlobal<V>(x.f32() + from)));
+  };
+  const int64_t count = x.elements();
+  const int width = lastSize(x);
+  if (stride == width || count == width) {
+    forElements(count, startsAligned(sum, x), [&]<typename V>(int64_t i) { add.template operator()<V>(i, i); });
+    return;
+  }
+  const bool vectors = width % 4 == 0 && stride % 4 == 0 && startsAligned(sum, x);
+  forCells(static_cast<int>(count / width), width, vectors, [&]<typename V>(int r, int c) {
+    add.template operator()<V>(r * stride + c, int64_t{r} * width + c);
   });
 }
 
@@ -127,15 +145,21 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 void accumulate(const Launch& launch) {
   const Operand &state = launch.in[0], &x = launch.in[1];
-  const int64_t count = x.boundElements(), size = state.bound[0];
+  const int64_t count = x.boundElements(), width = x.bound[x.rank - 1], rows = count / width, size = state.bound[0];
   const int64_t offset = launch.intAttribute(0, "offset", 0, size);
-  if (count > size - offset) {
-    fail(ErrorCode::InvalidProgram, "[accumulate] %lld elements at offset %lld pass the state's end %lld",
-         static_cast<long long>(count), static_cast<long long>(offset), static_cast<long long>(size));
+  const int64_t stride = launch.intAttribute(1, "stride", 0, size);
+  if (offset + (rows - 1) * stride + width > size) {
+    fail(ErrorCode::InvalidProgram, "[accumulate] %lld rows of %lld, %lld apart, at offset %lld pass the state's end %lld",
+         static_cast<long long>(rows), static_cast<long long>(width), static_cast<long long>(stride),
+         static_cast<long long>(offset), static_cast<long long>(size));
+  }
+  if (rows > 1 && stride < width) {
+    fail(ErrorCode::InvalidProgram, "[accumulate] rows of %lld must not overlap, got a stride of %lld",
+         static_cast<long long>(width), static_cast<long long>(stride));
   }
   Operand sum = state;
   sum.data = static_cast<float*>(state.data) + offset;
-  LAUNCH(accumulateKernel, launch.blocks(count, 4 * kThreads), kThreads, 0, launch.stream, sum, x,
+  LAUNCH(accumulateKernel, launch.blocks(count, 4 * kThreads), kThreads, 0, launch.stream, sum, x, stride,
          launch.state);
 }
 

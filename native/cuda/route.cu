@@ -1,6 +1,7 @@
 // Routing: selection of rows, gates, and what routers learn from.
 #include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
+#include "cuda/segments.cuh"
 #include "cuda/vector.cuh"
 
 namespace elastiform::ELASTIFORM_DEVICE {
@@ -142,14 +143,6 @@ DEVICE int rowsWanted(float capacity, int length) {
   return wanted > 0 ? static_cast<int>(min(wanted, static_cast<double>(length))) : 0;
 }
 
-// Whether there is one value for each segment; a fault if not.
-DEVICE bool onePerSegment(const Operand& offsets, const Operand& values, const StepState& state) {
-  const int segments = offsets.size(0) - 1;
-  if (segments == values.size(0)) return true;
-  if (blockIdx.x == 0 && threadIdx.x == 0) state.report(Fault::Segments, 2, 0, 0, segments, values.size(0));
-  return false;
-}
-
 // A block takes every gridDim.x-th segment, and knows where its rows go: how many are chosen of a segment is a matter
 // of its length and capacity alone.
 __global__ void __launch_bounds__(kSelectThreads, 1)
@@ -159,7 +152,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   // One answer for the block: another one may report while this begins.
   if (threadIdx.x == 0) s.faulted = state.faulted();
   syncThreads();
-  if (s.faulted || !onePerSegment(offsets, capacities, state)) return;
+  if (s.faulted || !onePerSegment(offsets, capacities, 2, state)) return;
   const int segments = capacities.size(0);
   const int32_t* starts = offsets.i32();
   const float* capacity = capacities.f32();
@@ -216,20 +209,6 @@ constexpr int kTileRows = 32 * kTileWords;
 constexpr int kTileWarps = kThreads / 32;
 static_assert(kTileWords == 2 * 32);  // two a lane are scanned
 
-// The last of `segments` > 0 segments that begins at `row` or before.
-DEVICE int segmentOf(const int32_t* offsets, int segments, int row) {
-  int low = 0, high = segments - 1;
-  while (low < high) {
-    const int middle = low + (high - low + 1) / 2;
-    if (ldGlobal(offsets + middle) <= row) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 // There is always a tile: row_offsets are written with those of the rows before.
 DEVICE int tilesOf(int rows) { return max(1, static_cast<int>((int64_t{rows} + kTileRows - 1) / kTileRows)); }
 
@@ -241,7 +220,7 @@ struct AboveShared {
 __global__ void __launch_bounds__(kThreads, 4)
     aboveKernel(Operand scores, Operand offsets, Operand thresholds, uint32_t* passing, int* counts, StepState state) {
   SHARED_MEMORY(AboveShared, s);
-  if (!onePerSegment(offsets, thresholds, state)) return;
+  if (!onePerSegment(offsets, thresholds, 2, state)) return;
   const int rows = scores.size(0), segments = thresholds.size(0), tiles = tilesOf(rows);
   const int lane = laneId(), warp = warpId();
   const float* threshold = thresholds.f32();
@@ -549,20 +528,12 @@ unsigned selectBlocks(const Launch& launch, int64_t segments) {
   return static_cast<unsigned>(std::clamp<int64_t>(segments, 1, launch.multiprocessors));
 }
 
-void checkPerSegment(const Launch& launch) {
-  const int64_t segments = launch.in[1].bound[0] - 1, values = launch.in[2].bound[0];
-  if (values != segments) {
-    fail(ErrorCode::InvalidProgram, "[%s] one value per segment wanted: %lld segments, got %lld values", launch.op,
-         static_cast<long long>(segments), static_cast<long long>(values));
-  }
-}
-
 }  // namespace
 
 void routeTopk(const Launch& launch) {
   const Operand &z = launch.in[0], &offsets = launch.in[1], &capacity = launch.in[2];
   checkOffsets(launch, 1, z, 0);
-  checkPerSegment(launch);
+  checkPerSegment(launch, offsets, capacity);
   LAUNCH(topkKernel, selectBlocks(launch, capacity.bound[0]), kSelectThreads, sizeof(SelectShared), launch.stream, z,
          offsets, capacity, launch.out[0], launch.out[1], launch.produced[0], launch.state);
 }
@@ -570,7 +541,7 @@ void routeTopk(const Launch& launch) {
 void routeThreshold(const Launch& launch) {
   const Operand &z = launch.in[0], &offsets = launch.in[1], &threshold = launch.in[2];
   checkOffsets(launch, 1, z, 0);
-  checkPerSegment(launch);
+  checkPerSegment(launch, offsets, threshold);
   const int64_t tiles = z.bound[0] / kTileRows + 1;
   uint32_t* passing = launch.scratch<uint32_t>(tiles * kTileWords);
   int* counts = launch.scratch<int>(tiles);

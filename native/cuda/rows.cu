@@ -1,4 +1,4 @@
-// Moving and summing rows: gathers, scatters, gated sums, dot product.
+// Moving and summing rows: gathers, scatters, gated additions and sums, dot product.
 #include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
 #include "cuda/sums.cuh"
@@ -37,6 +37,42 @@ __global__ void __launch_bounds__(kThreads, 8) scatterAddKernel(Operand x, Opera
     float* to = y.f32() + int64_t{ldGlobal(rows.i32() + r)} * width + c;
     stGlobal(to, each(Sum{}, ldGlobal<V>(to), load<V>(x, int64_t{r} * width + c)));
   });
+}
+
+// Counts the rows of x.
+__global__ void __launch_bounds__(kThreads, 8)
+    addRowsKernel(Operand x, Operand rows, Operand gate, Operand y, StepState state) {
+  if (state.faulted()) return;
+  const int count = x.size(0), width = x.size(1);
+  if (blockIdx.x == 0 && threadIdx.x == 0) state.count(0, count);
+  forCells(count, width, width % 4 == 0 && startsAligned(x, y), [&]<typename V>(int r, int c) {
+    float* to = y.f32() + int64_t{rows ? ldGlobal(rows.i32() + r) : r} * width + c;
+    const float factor = gate ? ldGlobal(gate.f32() + r) : 1.f;
+    stGlobal(to, each([&](float sum, float v) { return fmaf(v, factor, sum); }, ldGlobal<V>(to),
+                      load<V>(x, int64_t{r} * width + c)));
+  });
+}
+
+// A warp has a row.
+__global__ void __launch_bounds__(kThreads, 4)
+    addRowsGradKernel(Operand dy, Operand x, Operand rows, Operand gate, Operand dx, Operand dgate, StepState state) {
+  if (state.faulted()) return;
+  const int count = dx.size(0), width = dx.size(1);
+  const bool vectors = width % 4 == 0 && startsAligned(dy, x, dx);
+  constexpr int kWarps = kThreads / 32;
+  for (int r = blockIdx.x * kWarps + warpId(); r < count; r += gridDim.x * kWarps) {
+    const int64_t from = int64_t{rows ? ldGlobal(rows.i32() + r) : r} * width, to = int64_t{r} * width;
+    const float factor = gate ? ldGlobal(gate.f32() + r) : 1.f;
+    float sum = 0;
+    forColumns(width, vectors, laneId(), 32, [&]<typename V>(int c) {
+      const V d = load<V>(dy, from + c);
+      if (dgate) sum += sumOf(each(Times{}, d, load<V>(x, to + c)));
+      store(dx, to + c, each([&](float v) { return v * factor; }, d));
+    });
+    if (!dgate) continue;
+    sum = warpTotal(sum);
+    if (laneId() == 0) stGlobal(dgate.f32() + r, sum);
+  }
 }
 
 // A dot product is the sum of at most so many parts, one block each.
@@ -86,6 +122,21 @@ void scatterAdd(const Launch& launch) {
   checkRows(launch, 2, y, 0);
   copy(launch, acc, y);
   LAUNCH(scatterAddKernel, cellBlocks(launch, x), kThreads, 0, launch.stream, x, rows, y, launch.state);
+}
+
+void addRows(const Launch& launch) {
+  const Operand &residual = launch.in[0], &x = launch.in[1], &rows = launch.in[2], &y = launch.out[0];
+  if (rows) checkRows(launch, 2, y, 0);
+  copy(launch, residual, y);
+  LAUNCH(addRowsKernel, cellBlocks(launch, x), kThreads, 0, launch.stream, x, rows, launch.in[3], y, launch.state);
+}
+
+void addRowsGrad(const Launch& launch) {
+  const Operand &dy = launch.in[0], &x = launch.in[1], &rows = launch.in[2], &dx = launch.out[0], &dgate = launch.out[1];
+  if (dgate && !x) fail(ErrorCode::InvalidProgram, "[add_rows_grad] x must be given where dgate is wanted");
+  if (rows) checkRows(launch, 2, dy, 0);
+  LAUNCH(addRowsGradKernel, launch.blocks(dx.bound[0], kThreads / 32), kThreads, 0, launch.stream, dy, x, rows,
+         launch.in[3], dx, dgate, launch.state);
 }
 
 void sumOfRows(const Launch& launch, const Operand& x, const Operand& rows, const Operand& gate, const Operand& y,

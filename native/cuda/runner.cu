@@ -284,7 +284,8 @@ class Runner : public Device {
     if (!record.claimed) return;
     step_ = record.step;
     const int op = program.steps[record.step].op;
-    fail(record.fault == Fault::Rows ? ErrorCode::InvalidProgram : ErrorCode::InvalidData, "%s",
+    const bool sizes = record.fault == Fault::Rows || record.fault == Fault::Segments;  // which are the program's
+    fail(sizes ? ErrorCode::InvalidProgram : ErrorCode::InvalidData, "%s",
          faultMessage(opDefs()[op].name, signatureOf(op).inputs[record.operand].name, record).c_str());
   }
 

@@ -1,9 +1,10 @@
 // Sampling of the next token: one block a row of logits.
 //
-// Weights are bit for bit those of the CPU's kernel, so that both order tokens alike. Masses of sets of tokens are sums
-// of integers, exact in any order: what is chosen depends on the logits alone.
+// Weights are bit for bit those of the CPU's kernel, so that both order tokens alike. The mass that top-p keeps is a sum of
+// integers, exact in any order: what is chosen depends on the logits alone.
 #include "cuda/collectives.cuh"
 #include "cuda/kernels.h"
+#include "ops/sample.h"
 
 namespace elastiform::ELASTIFORM_DEVICE {
 
@@ -33,7 +34,7 @@ struct SampleShared {
   uint32_t low[256][kCopies], high[256][kCopies];
   double mass[256];
   Found found;
-  uint64_t tops[kWarpsMax], pieces[kWarpsMax];
+  uint64_t tops[kWarpsMax];
   int ties[kWarpsMax];
   double partial[kWarpsMax];
 };
@@ -59,14 +60,6 @@ DEVICE float exponential(float x) {
 // A weight is mantissaOf times 2^exponentOf.
 DEVICE uint32_t mantissaOf(uint32_t bits) { return bits < 0x800000 ? bits : (bits & 0x7fffff) | 0x800000; }
 DEVICE int exponentOf(uint32_t bits) { return max(static_cast<int>(bits >> 23), 1) - 150; }
-
-// In units of 2^-scale, at least one unless the weight is 0.
-DEVICE uint64_t unitsOf(uint32_t bits, int scale) {
-  if (bits == 0) return 0;
-  const int shift = exponentOf(bits) + scale;
-  const uint64_t mantissa = mantissaOf(bits);
-  return shift >= 0 ? mantissa << shift : max(shift > -32 ? mantissa >> -shift : 0, uint64_t{1});
-}
 
 // f(logit, index) for the row's logits, in no order.
 template <typename F>
@@ -207,69 +200,53 @@ DEVICE Kept keep(const float* weights, int padded, const Kept& within, double am
   return {prefix, static_cast<int>(ties)};
 }
 
-// The first token of the kept set, in order of index, up to which more than u of its mass lies.
-DEVICE int draw(const float* weights, int padded, const Kept& kept, int scale, float u, SampleShared& s) {
+// The winner of the race among the weights kept.
+DEVICE int winnerOf(const float* weights, int padded, const Kept& kept, float u, SampleShared& s) {
   const int lane = laneId(), warp = warpId(), warps = blockDim.x / 32;
-  int begin = 0, end = padded, ties = 0;  // ties: before `begin`
-  uint64_t before = 0, goal = 0;
-  for (;;) {
-    // Each warp adds up a piece; the one where the goal is passed is divided again.
-    const int piece = ((end - begin + warps - 1) / warps + kGroup - 1) / kGroup * kGroup;
-    const int from = begin + warp * piece, to = min(from + piece, end);
-    uint64_t mass = 0;
-    int equal = 0;
-    for (int i = from + 4 * lane; i < to; i += kGroup) {
-      const uint4 four = ldGlobal<uint4>(weights + i);
-      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
-      UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (bits[j] > kept.floor) mass += unitsOf(bits[j], scale);
-        equal += bits[j] == kept.floor;
+  // Each warp takes a piece. First how many weights equal to the floor come before it.
+  const int piece = ((padded + warps - 1) / warps + kGroup - 1) / kGroup * kGroup;
+  const int from = min(warp * piece, padded), to = min(from + piece, padded);
+  int equal = 0;
+  for (int i = from + lane; i < to; i += 32) equal += asUint(ldGlobal(weights + i)) == kept.floor;
+  equal = warpTotal(equal);
+  if (lane == 0) s.ties[warp] = equal;
+  syncThreads();  // those of all warps are there
+  const int own = lane < warps ? s.ties[lane] : 0;
+  int rank = fromLane(warpScan(own) - own, warp);
+  Race race(asUint(u));
+  for (int i = from + lane; i < to; i += 32) {
+    const float weight = ldGlobal(weights + i);
+    const bool tie = asUint(weight) == kept.floor;
+    const uint32_t ties = ballot(tie);
+    const bool among = asUint(weight) > kept.floor || (tie && rank + popCount(ties & ((1u << lane) - 1)) < kept.ties);
+    rank += popCount(ties);
+    if (among) race.enter(weight, i);
+  }
+  const auto better = [](double score, int token, double than, int other) {
+    return score > than || (score == than && token < other);
+  };
+  const auto warpWinner = [&] {
+    UNROLL
+    for (int lanes = 16; lanes > 0; lanes >>= 1) {
+      const double score = fromLane(race.score, lane ^ lanes);
+      const int token = fromLane(race.winner, lane ^ lanes);
+      if (better(score, token, race.score, race.winner)) {
+        race.score = score;
+        race.winner = token;
       }
     }
-    mass = warpTotal(mass);
-    equal = warpTotal(equal);
-    syncThreads();  // the previous pieces have been read
-    if (lane == 0) {
-      s.pieces[warp] = mass;
-      s.ties[warp] = equal;
-    }
-    syncThreads();  // those of all warps are there
-    const int own = lane < warps ? s.ties[lane] : 0, tiesBefore = ties + warpScan(own) - own;
-    const uint64_t keptTies = min(max(kept.ties - tiesBefore, 0), own);
-    const uint64_t sum = (lane < warps ? s.pieces[lane] : 0) + keptTies * unitsOf(kept.floor, scale);
-    const uint64_t scan = before + warpScan(sum);
-    if (end - begin == padded) goal = static_cast<uint64_t>(u * static_cast<double>(fromLane(scan, 31)));
-    const int chosen = lowestBit(ballot(scan > goal));
-    begin += chosen * piece;
-    end = min(begin + piece, end);
-    before = fromLane(scan - sum, chosen);
-    ties = fromLane(tiesBefore, chosen);
-    if (piece == kGroup) break;
+  };
+  warpWinner();
+  syncThreads();  // ties have been read
+  if (lane == 0) {
+    s.partial[warp] = race.score;
+    s.ties[warp] = race.winner;
   }
-  const uint4 four = ldGlobal<uint4>(weights + begin + 4 * lane);
-  const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
-  int equal = 0;
-  UNROLL
-  for (int j = 0; j < 4; ++j) equal += bits[j] == kept.floor;
-  int rank = ties + warpScan(equal) - equal;
-  uint64_t units[4], sum = 0;
-  UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const bool tie = bits[j] == kept.floor;
-    units[j] = bits[j] > kept.floor || (tie && rank < kept.ties) ? unitsOf(bits[j], scale) : 0;
-    rank += tie;
-    sum += units[j];
-  }
-  uint64_t reached = before + warpScan(sum) - sum;
-  int passed = 0;  // of the lane's four, before the goal is passed
-  UNROLL
-  for (int j = 0; j < 4; ++j) {
-    reached += units[j];
-    passed += reached <= goal;
-  }
-  const int last = lowestBit(ballot(passed < 4));
-  return begin + 4 * last + fromLane(passed, last);
+  syncThreads();  // those of all warps are there
+  race.score = lane < warps ? s.partial[lane] : 0;
+  race.winner = lane < warps ? s.ties[lane] : -1;
+  warpWinner();
+  return race.winner;
 }
 
 __global__ void __launch_bounds__(32 * kWarpsMax, 1)
@@ -297,26 +274,22 @@ __global__ void __launch_bounds__(32 * kWarpsMax, 1)
     }
     const bool greedy = p.temperature == 0;
     const float factor = fminf(1.f / p.temperature, 3e38f);
-    double plain = 0, mass = 0;
+    double plain = 0;
     forLogits(row, vocabulary, [&](float x, int i) {
       plain += exponential(x - largest);
       if (greedy) return;
-      const float weight = exponential((x - largest) * factor);
-      mass += weight;
-      stGlobal(weights + i, weight);
+      stGlobal(weights + i, exponential((x - largest) * factor));
     });
     plain = blockTotal(plain, s.partial);
     int id = static_cast<int>(at);
     if (!greedy) {
       for (int i = vocabulary + tid; i < padded; i += threads) stGlobal(weights + i, 0.f);
-      mass = blockTotal(mass, s.partial);  // and the weights are there
+      syncThreads();  // the weights are there
       Kept kept{0, padded};
       const bool some = p.topK > 0 && p.topK < static_cast<float>(vocabulary);
       if (some) kept = keep<false>(weights, padded, kept, p.topK, s);
       if (p.topP < 1) kept = keep<true>(weights, padded, kept, p.topP, s);
-      // The mass is below 2^(exponent + 1): its units fit into 61 bits, with room for those that are rounded up.
-      const int exponent = static_cast<int>(asUint(static_cast<float>(mass)) >> 23) - 127;
-      id = draw(weights, padded, kept, 60 - exponent, p.u, s);
+      id = winnerOf(weights, padded, kept, p.u, s);
     }
     if (tid == 0) {
       const double logit = ldGlobal(row + id);

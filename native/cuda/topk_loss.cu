@@ -191,9 +191,10 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     if (!rows.gradient) continue;
     const float weight = ldGlobal(rows.weight.f32() + r);
     for (int k = tid; k < T; k += kRowThreads) {
-      const double p = clamped(ldGlobal(logp + k)), q = clamped(ldGlobal(chosen + k) - parted.lse);
+      const float logit = ldGlobal(chosen + k);
+      const double p = clamped(ldGlobal(logp + k)), q = clamped(logit - parted.lse);
       const double g = reverse ? exp(q) * (q - p - value) : exp(q) * mass - exp(p);
-      stGlobal(chosen + k, static_cast<float>(weight * g));
+      stGlobal(chosen + k, static_cast<float>(weight * g) * slopeOf(logit, rows.softcap));
     }
     const double ofRest = reverse ? exp(restQ) * (restQ - restP - value) : exp(restQ) * mass - exp(restP);
     const float factor = parted.rest.sum == 0 ? 0.f : static_cast<float>(weight * ofRest / parted.rest.sum);
@@ -206,7 +207,11 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       for (int k = 0; k < kPieces; ++k) {
         float g[4];
         UNROLL
-        for (int j = 0; j < 4; ++j) g[j] = factor * fastExp(x[k][j] - reference);
+        for (int j = 0; j < 4; ++j) {
+          // What was set aside is -inf here, and has no slope.
+          const float slope = x[k][j] == -INFINITY ? 0.f : slopeOf(x[k][j], rows.softcap);
+          g[j] = factor * fastExp(x[k][j] - reference) * slope;
+        }
         rows.gradient.store(r, c + k * kStride, V, gathered(g));
       }
     }
@@ -242,6 +247,7 @@ void topLogits(const Launch& launch) {
            logp, rest, chosen, launch.state);
   };
   Rows rows;
+  rows.softcap = checkedSoftcap("top_logits", "softcap", launch.attr[0]);
   rows.weight = rest;  // of as many rows
   vocabularyLoss(launch, launchRows, h, {}, w, {}, rows, {}, {}, {});
 }
@@ -255,6 +261,7 @@ void topkDivergence(const Launch& launch) {
          given.ids, w, launch.state);
   float* chosen = launch.scratch<float>(launch.blocks(hs.bound[0], 1) * given.ids.bound[1]);
   Rows rows;
+  rows.softcap = checkedSoftcap("topk_divergence", "softcap", launch.attr[1]);
   rows.weight = launch.in[5];
   rows.row = launch.out[1];
   const auto launchRows = [&](const Rows& chunk) {

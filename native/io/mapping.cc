@@ -44,7 +44,11 @@ void* map(const std::string& path, size_t& bytes) {
   MultiByteToWideChar(CP_UTF8, 0, path.c_str(), -1, wide.data(), length);
   Handle file{CreateFileW(wide.c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr, OPEN_EXISTING,
                           FILE_ATTRIBUTE_NORMAL, nullptr)};
-  if (file.value == INVALID_HANDLE_VALUE) reject(path, lastError());
+  if (file.value == INVALID_HANDLE_VALUE) {
+    const DWORD attributes = GetFileAttributesW(wide.c_str());
+    const bool folder = attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY);
+    reject(path, folder ? "not a regular file" : lastError());
+  }
   LARGE_INTEGER size;
   if (GetFileType(file.value) != FILE_TYPE_DISK || !GetFileSizeEx(file.value, &size)) reject(path, "not a regular file");
   if (size.QuadPart == 0) reject(path, "the file is empty");

@@ -61,6 +61,36 @@ struct ExpertRow {
   }
 };
 
+// The gradient of `sum credit(i) sigmoid(scores(i) - tau)` by the scores, with tau halfway between the lowest score of a row
+// that is chosen and the highest that is not, while tau keeps `sum sigmoid(scores(i) - tau)`. Calls store(i, gradient) for
+// every i; zeros where none or all are chosen, where tau is infinite, and where every slope underflows.
+template <typename Scores, typename Credit, typename Store>
+ELASTIFORM_EXPERT void choiceSlopes(const ExpertRow<Scores>& row, const Credit& credit, const Store& store) {
+  double lowest = INFINITY, highest = -INFINITY;
+  int chosen = 0;
+  for (int i = 0; i < row.count; ++i) {
+    const double score = row.scores(i);
+    if (row.chosen(i)) {
+      ++chosen;
+      lowest = score < lowest ? score : lowest;
+    } else {
+      highest = score > highest ? score : highest;
+    }
+  }
+  const double tau = (lowest + highest) / 2;
+  const bool learns = chosen > 0 && chosen < row.count && fabs(tau) < INFINITY;
+  const auto slope = [&](int i) {
+    const double e = exp(-fabs(row.scores(i) - tau));
+    return learns ? e / ((1 + e) * (1 + e)) : 0;
+  };
+  double slopes = 0, sum = 0;
+  for (int i = 0; i < row.count; ++i) {
+    slopes += slope(i);
+    sum += credit(i) * slope(i);
+  }
+  for (int i = 0; i < row.count; ++i) store(i, slopes == 0 ? 0.0 : (credit(i) - sum / slopes) * slope(i));
+}
+
 // The softmax of a row, and what gates make of it.
 template <typename Scores>
 struct ExpertWeights {

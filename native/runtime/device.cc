@@ -18,7 +18,7 @@ std::vector<DeviceInfo> deviceInfos() {
 #if defined(ELASTIFORM_WITH_SIMT)
   infos.push_back(simt::describe());
 #else
-  infos.push_back({DeviceKind::Simt, false, "this build does not emulate CUDA (x86-64 Linux only)"});
+  infos.push_back({DeviceKind::Simt, false, "this build does not emulate CUDA (one made in a clone on x86-64 Linux does)"});
 #endif
   return infos;
 }

@@ -38,13 +38,13 @@ std::vector<Encoded> corpus() {
     const int x = w.feed({n, d}), z = w.feed({n, one}), capacity = w.feed({segments}), offsets = w.feedIds({o});
     const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
     const int rowOffsets = w.tensor(TensorKind::Temp, DType::I32, {o});
-    const int norm = w.bound(DType::F32, {4}), up = w.bound(DType::BF16, {8, 4}), gate = w.bound(DType::F16, {8, 4});
+    const int norm = w.bound(DType::F32, {2}), up = w.bound(DType::BF16, {8, 4}), gate = w.bound(DType::F16, {8, 4});
     const int down = w.bound(DType::F32, {4, 8});
-    const int gates = w.temp({r}), normed = w.temp({r, d}), rstd = w.temp({r}), hidden = w.temp({r, f});
+    const int gates = w.temp({r}), normed = w.temp({r, d}), rstd = w.temp({r, w.constant(2)}), hidden = w.temp({r, f});
     const int y = w.output({n, d}), dx = w.temp({r, f}), dgate = w.output({r}), dz = w.output({n, one});
     w.step("route_topk", {z, offsets, capacity}, {rows, rowOffsets});
     w.step("gate", {z, rows}, {gates}, {2});
-    w.step("rms_norm", {x, norm, rows}, {normed, rstd}, {1e-5});
+    w.step("rms_norm", {x, norm, rows}, {normed, rstd}, {1e-5, 1});
     const int rank = w.constant(2), wide = w.constant(3), low = w.temp({r, rank}), lower = w.temp({r, wide});
     const int small = w.bound(DType::F32, {2, 4}), smaller = w.bound(DType::BF16, {3, 4});
     const int gateB = w.bound(DType::F32, {8, 2}, true), upB = w.bound(DType::BF16, {8, 4});
@@ -56,9 +56,11 @@ std::vector<Encoded> corpus() {
     w.step("linear_add_grad", {x, hidden, down, -1, rows, gates}, {dx, dgate});
     w.step("gate_grad", {dgate, z, rows}, {dz}, {2});
     w.step("topk_bce", {z, rows}, {w.output({one})});
-    w.step("rms_norm_grad", {normed, x, norm, rstd, rows}, {w.output({r, d}), w.output({d})});
+    w.step("rms_norm_grad", {normed, x, norm, rstd, rows}, {w.output({r, d}), w.output({w.constant(2)})}, {1});
     w.step("linear_dw", {x, hidden, rows, -1, gates}, {w.output({d, f})});
     w.step("sum_rows", {x, rows, gates}, {w.output({d})});
+    w.step("add_rows", {x, normed, rows, gates}, {w.output({n, d})});
+    w.step("add_rows_grad", {x, normed, rows, gates}, {w.output({r, d}), w.output({r})});
     programs.push_back(encode(w));
   }
   {  // attention with a cache, embedding, rotation, sampling
@@ -68,18 +70,19 @@ std::vector<Encoded> corpus() {
     const int ids = w.feedIds({r}), positions = w.feedIds({r}), offsets = w.feedIds({o}), params = w.feed({s, four});
     const int table = w.bound(DType::BF16, {7, 4}), wk = w.bound(DType::F32, {2, 4}), head = w.bound(DType::F32, {7, 4});
     const int frequencies = w.bound(DType::F32, {1});
-    const int lengths = w.bound(DType::I32, {2}, true), k = w.bound(DType::F32, {2, 5, 2}, true);
-    const int values = w.bound(DType::F32, {2, 5, 2}, true);
+    const int lengths = w.bound(DType::I32, {4}, true), pages = w.bound(DType::I32, {4, 1}, true);
+    const int slots = w.bound(DType::I32, {2}, true), k = w.bound(DType::F32, {4, 5, 2}, true);
+    const int values = w.bound(DType::F32, {4, 5, 2}, true);
     const int x = w.temp({r, q}), rotated = w.temp({r, q}), key = w.temp({r, c}), y = w.temp({r, q});
     const int full = w.temp({r, q}), lse = w.temp({r, h});
     w.step("embedding", {table, ids}, {x});
     w.step("rope", {x, positions, frequencies}, {rotated}, {2, 1, 1});
     w.step("linear", {x, wk, -1, -1, -1, -1}, {key, -1}, {0});
-    w.step("attention", {rotated, key, key, offsets, -1, -1}, {full, lse}, {2, 1, 1, 0.7});
+    w.step("attention", {rotated, key, key, offsets, -1, -1}, {full, lse}, {2, 1, 1, 0.7, 2, 5});
     w.step("attention_grad", {x, rotated, key, key, full, lse, offsets, -1, -1},
-           {w.output({r, q}), w.output({r, c}), w.output({r, c})}, {2, 1, 1, 0.7});
-    w.step("cache_append", {key, key, offsets, lengths, k, values}, {});
-    w.step("attention_cached", {rotated, offsets, lengths, k, values, -1, -1}, {y}, {2, 1, 0.7});
+           {w.output({r, q}), w.output({r, c}), w.output({r, c})}, {2, 1, 1, 0.7, 2, 5});
+    w.step("cache_append", {key, key, offsets, slots, lengths, pages, k, values}, {});
+    w.step("attention_cached", {rotated, offsets, slots, lengths, pages, k, values, -1, -1}, {y}, {2, 1, 0.7, 2, 5});
     const int logits = w.temp({s, v}), rows = w.feedIds({s}), picked = w.temp({s, q});
     w.step("gather_rows", {y, rows}, {picked});
     w.step("linear", {picked, head, -1, -1, -1, -1}, {logits, -1}, {0});
@@ -93,32 +96,42 @@ std::vector<Encoded> corpus() {
     const int q = w.constant(4), c = w.constant(2), h = w.constant(2), one = w.constant(1);
     const int x = w.feed({n, q}), key = w.feed({n, c}), z = w.feed({n, one}), threshold = w.feed({s});
     const int offsets = w.feedIds({o}), after = w.feed({n, q}), weight = w.feed({n});
-    const int lengths = w.bound(DType::I32, {2}, true), k = w.bound(DType::F32, {2, 7, 2}, true);
-    const int values = w.bound(DType::F32, {2, 7, 2}, true);
+    const int lengths = w.bound(DType::I32, {4}, true), pages = w.bound(DType::I32, {4, 2}, true);
+    const int slots = w.feedIds({s}), k = w.bound(DType::F32, {4, 4, 2}, true);
+    const int values = w.bound(DType::F32, {4, 4, 2}, true);
     const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
     const int rowOffsets = w.tensor(TensorKind::Temp, DType::I32, {o});
     const int queries = w.temp({r, q}), y = w.temp({r, q}), lse = w.temp({r, h});
     w.step("route_threshold", {z, offsets, threshold}, {rows, rowOffsets});
     w.step("gather_rows", {x, rows}, {queries});
-    w.step("attention", {queries, key, key, offsets, rows, rowOffsets}, {y, lse}, {2, 1, 1, 0.7});
+    w.step("attention", {queries, key, key, offsets, rows, rowOffsets}, {y, lse}, {2, 1, 1, 0.7, 2, 5});
     w.step("attention_grad", {queries, queries, key, key, y, lse, offsets, rows, rowOffsets},
-           {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7});
-    w.step("cache_append", {key, key, offsets, lengths, k, values}, {});
-    w.step("attention_cached", {queries, offsets, lengths, k, values, rows, rowOffsets}, {w.output({r, q})}, {2, 1, 0.7});
+           {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7, 2, 5});
+    w.step("cache_append", {key, key, offsets, slots, lengths, pages, k, values}, {});
+    w.step("attention_cached", {queries, offsets, slots, lengths, pages, k, values, rows, rowOffsets}, {w.output({r, q})}, {2, 1, 0.7, 2, 5});
+    w.step("page_copy", {w.bound(DType::I32, {2}, true), w.bound(DType::I32, {2}, true), k, values}, {});
     w.step("topk_credit", {x, x, after, z, offsets, rowOffsets, weight}, {w.output({n, one})});
+    const int pooled = w.temp({s, q}), held = w.feed({s, q}), kept = w.temp({s, q});
+    w.step("segment_sum", {x, offsets}, {pooled}, {2, 1});
+    w.step("latch", {pooled, held}, {kept});
+    w.step("segment_broadcast", {kept, offsets}, {w.output({n, q})}, {0, 0});
     programs.push_back(encode(w));
   }
-  {  // rows that choose experts, their gates and the balance of loads
+  {  // rows that choose experts, their gates, what trains the choice and the balance of loads
     ProgramWriter w;
     const int n = w.dim(DimKind::Set, 6), e = w.constant(3), o = w.constant(3), s = w.constant(2), one = w.constant(1);
     const int r = w.dim(DimKind::Produced, 6);
     const int z = w.feed({n, e}), offsets = w.feedIds({o}), share = w.feed({s}), threshold = w.feed({s});
     const int choice = w.temp({n, one}), rows = w.tensor(TensorKind::Temp, DType::I32, {r});
-    const int gates = w.temp({r}), loss = w.temp({one});
+    const int gates = w.temp({r}), loss = w.temp({one}), entered = w.temp({r, e});
+    const int h = w.feed({n, w.constant(6)}), weight = w.feed({n}), starts = w.tensor(TensorKind::Temp, DType::I32, {o});
     w.step("expert_choice", {z, offsets, share}, {choice}, {1, 0});
-    w.step("route_threshold", {choice, offsets, threshold}, {rows, w.tensor(TensorKind::Temp, DType::I32, {o})});
+    w.step("route_threshold", {choice, offsets, threshold}, {rows, starts});
     w.step("expert_gate", {z, offsets, share, rows}, {gates}, {1, 0, 2});
     w.step("expert_gate_grad", {gates, z, offsets, share, rows}, {w.output({n, e})}, {1, 0, 1});
+    w.step("gather_rows", {z, rows}, {entered});
+    w.step("expert_credit", {h, h, z, offsets, share, weight, -1}, {w.output({n, e})}, {0});
+    w.step("expert_credit", {h, h, entered, starts, share, weight, rows}, {w.output({r, e})}, {0});
     w.step("expert_balance", {z, offsets, share}, {loss}, {1});
     w.step("expert_balance_grad", {loss, z, offsets, share}, {w.output({n, e})}, {1});
     programs.push_back(encode(w));
@@ -134,17 +147,26 @@ std::vector<Encoded> corpus() {
     const int dh = w.temp({r, k}), dw = w.temp({v, k}), norm = w.temp({r, k}), mean = w.temp({r}), rstd = w.temp({r});
     const int scaled = w.temp({r, k}), loss = w.temp({one}), sum = w.temp({r, k});
     w.step("divergence", {student, teacher, head, weight, targets, head},
-           {w.output({one}), w.output({r}), dh, w.output({r}), w.output({r})}, {2, 0.3});
-    w.step("cross_entropy", {student, trained, targets, weight}, {loss, -1, scaled, dw, w.output({r})});
+           {w.output({one}), w.output({r}), dh, w.output({r}), w.output({r})}, {2, 0.3, 4, 5});
+    w.step("cross_entropy", {student, trained, targets, weight}, {loss, -1, scaled, dw, w.output({r})}, {3});
     w.step("layer_norm", {student, w.bound(DType::F32, {3}), w.bound(DType::F32, {3}), -1}, {norm, mean, rstd}, {1e-5});
     w.step("layer_norm_grad", {dh, student, w.bound(DType::F32, {3}), mean, rstd, -1},
            {w.output({r, k}), w.output({k}), w.output({k})});
     w.step("add", {dh, scaled}, {sum});
     w.step("scale", {sum, loss}, {w.output({r, k})}, {0.5});
     w.step("activation", {norm}, {w.output({r, k})}, {1});
+    w.step("scale_columns", {norm, w.bound(DType::BF16, {3})}, {w.output({r, k})});
+    w.step("add_scaled", {norm, student, teacher}, {w.output({r, k})}, {2, 1});
+    w.step("add_scaled_grad", {norm, student, teacher}, {w.output({r, k}), w.output({r, k})}, {1, 0});
+    w.step("rescale_rows", {norm, student}, {w.output({r, k})}, {1e-5});
+    w.step("rescale_rows_grad", {norm, student, teacher}, {w.output({r, k}), w.output({r, k})}, {1e-5});
+    w.step("gaussian_topk", {norm}, {w.output({r, k})}, {0.5});
+    w.step("gaussian_topk_grad", {norm, student}, {w.output({r, k})}, {0.5});
+    w.step("softcap", {norm}, {w.output({r, k})}, {3});
+    w.step("softcap_grad", {norm, student}, {w.output({r, k})}, {3});
     w.step("gated_activation_grad", {norm, student, teacher}, {w.output({r, k}), w.output({r, k})}, {3});
     w.step("linear_dx", {w.feed({r, v}), head, norm}, {w.output({r, k})});
-    w.step("accumulate", {states[1], dw}, {}, {2});
+    w.step("accumulate", {states[1], dw}, {}, {2, 3});
     w.step("adamw", {states[0], states[1], states[2], states[3], hyper}, {w.output({one})}, {12});
     w.step("zeros", {}, {w.output({p})});
     w.step("dot", {weight, mean}, {w.output({one})});
@@ -156,9 +178,9 @@ std::vector<Encoded> corpus() {
     const int student = w.feed({r, k}), teacher = w.feed({r, k}), weight = w.feed({r});
     const int head = w.bound(DType::BF16, {6, 4});
     const int ids = w.tensor(TensorKind::Temp, DType::I32, {r, t}), logp = w.temp({r, t}), rest = w.temp({r});
-    w.step("top_logits", {teacher, head}, {ids, logp, rest});
+    w.step("top_logits", {teacher, head}, {ids, logp, rest}, {2});
     w.step("topk_divergence", {student, head, ids, logp, rest, weight},
-           {w.output({one}), w.output({r}), w.output({r, k})}, {1});
+           {w.output({one}), w.output({r}), w.output({r, k})}, {1, 2});
     w.step("hidden_distance", {student, teacher, weight}, {w.output({one}), w.output({r}), w.output({r, k})}, {1});
     programs.push_back(encode(w));
   }
@@ -299,7 +321,7 @@ class Fuzzer {
     }
     Job job(program, dims.data(), dims.size());
     for (size_t slot = 0; slot < program->feeds.size(); ++slot) feed(job, slot);
-    for (const auto& tensor : program->bound) {  // cache lengths, which runs would only ever raise
+    for (const auto& tensor : program->bound) {  // slots, pages, and cache lengths, which runs would only ever raise
       if (tensor->dtype != DType::I32 || !tensor->storage->writable) continue;
       for (size_t i = 0; i < tensor->storage->bytes; i += 4) tensor->storage->data[i] = static_cast<uint8_t>(below(4));
     }

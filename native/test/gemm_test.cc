@@ -12,6 +12,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <numeric>
 #include <random>
 #include <string>
@@ -154,7 +155,7 @@ bool sameBits(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 double activation(int act, double x) {
-  const double c = std::sqrt(2 / M_PI);
+  const double c = std::sqrt(2 / std::numbers::pi);
   switch (act) {
     case 1: return 0.5 * x * (1 + std::tanh(c * (x + 0.044715 * x * x * x)));
     case 2: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
@@ -573,7 +574,7 @@ void testLosses() {
                               {view(hs, {R, K}), view(ht, {R, K}), w.view(), view(weight, {R}), view(targets, {R}), {}},
                               {view(loss, {1}), view(row, {R}), gradient ? view(dh, {R, K}) : TensorView{},
                                view(agree, {R}), view(ce, {R})},
-                              {0, 0.5});
+                              {0, 0.5, 0, 0});
     CHECK(counters.flops == 2.0 * static_cast<double>(R * V * K) * (gradient ? 3 : 2), "divergence counts its work wrong");
     double total = 0;
     for (int64_t r = 0; r < R; ++r) {
@@ -601,8 +602,7 @@ void testLosses() {
     const bool wantsDw = coin();
     counters = runOp("cross_entropy", {view(hs, {R, K}), w.view(), view(targets, {R}), view(weight, {R})},
                      {view(loss, {1}), view(row, {R}), gradient ? view(dh, {R, K}) : TensorView{},
-                      wantsDw ? view(dw, {V, K}) : TensorView{}, view(correct, {R})},
-                     {});
+                      wantsDw ? view(dw, {V, K}) : TensorView{}, view(correct, {R})}, {0});
     CHECK(counters.flops == 2.0 * static_cast<double>(R * V * K) * (1 + gradient + wantsDw), "cross_entropy counts its work wrong");
     total = 0;
     std::vector<double> wantDw(static_cast<size_t>(V * K));
@@ -633,23 +633,23 @@ void testLosses() {
   std::vector<int32_t> targets(R, 5);
   auto values = random(V * K);
   runOp("divergence", {view(hs, {R, K}), view(ht, {R, K}), view(values, {V, K}), view(weight, {R}), {}, {}},
-        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {0, 0.5});
+        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {0, 0.5, 0, 0});
   double total = 0;
   for (const float x : row) total += x;
   CHECK(std::abs(loss[0] - total) <= 1e-5 && loss[0] > 0, "chunked divergence");
   runOp("cross_entropy", {view(hs, {R, K}), view(values, {V, K}), view(targets, {R}), view(weight, {R})},
-        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), view(dw, {V, K}), {}}, {});
+        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), view(dw, {V, K}), {}}, {0});
   double columns[2] = {0, 0}, size = 0;
   for (size_t i = 0; i < dw.size(); ++i) columns[i % 2] += dw[i], size += std::abs(dw[i]);
   CHECK(std::abs(columns[0]) + std::abs(columns[1]) < 1e-4 && size > 1, "gradients of logits must sum to 0");
   hs[0] = std::numeric_limits<float>::quiet_NaN();
   runOp("divergence", {view(hs, {R, K}), view(ht, {R, K}), view(values, {V, K}), view(weight, {R}), {}, {}},
-        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {0, 0.5});
+        {view(loss, {1}), view(row, {R}), view(dh, {R, K}), {}, {}}, {0, 0.5, 0, 0});
   CHECK(std::isnan(row[0]) && std::isnan(loss[0]) && !std::isnan(row[1]) && std::isnan(dh[0]), "NaN in one row");
   targets[3] = static_cast<int32_t>(V);
   throws("targets", ErrorCode::InvalidData, [&] {
     runOp("cross_entropy", {view(ht, {R, K}), view(values, {V, K}), view(targets, {R}), view(weight, {R})},
-          {view(loss, {1}), {}, {}, {}, {}}, {});
+          {view(loss, {1}), {}, {}, {}, {}}, {0});
   });
 }
 

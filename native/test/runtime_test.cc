@@ -255,7 +255,7 @@ int testBadPrograms() {
     Sample s;
     const int size = s.writer.constant(16);
     const int state = readOnly ? s.writer.bound(ProgramWriter::makeTensor(DType::F32, {16}), {size}) : s.writer.feed({size});
-    s.writer.step("accumulate", {state, s.x}, {}, {0});
+    s.writer.step("accumulate", {state, s.x}, {}, {0, 1});
     CHECK_ERROR(InvalidProgram, readOnly ? "state is written to and must be writable" : "state must be a state tensor, got a feed",
                 build(s.writer));
   }
@@ -417,7 +417,7 @@ int testRuns() {
     ProgramWriter w;
     const int n = w.dim(DimKind::Set, 8);
     const int state = w.bound(DType::F32, {4}, true), x = w.feed({n});
-    w.step("accumulate", {state, x}, {}, {1});
+    w.step("accumulate", {state, x}, {}, {1, 1});
     const auto program = build(w);
     Storage& storage = *program->bound[0]->storage;
     Workspace workspace;

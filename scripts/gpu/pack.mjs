@@ -158,7 +158,7 @@ async function compile() {
 
 /** Packages that the compiled files import, and what those need. */
 function packModules() {
-  const wanted = new Set(['node-gyp-build', '@vitest/expect', 'chai']);
+  const wanted = new Set(['@vitest/expect', 'chai']);
   for (const folder of ['dist', 'test']) {
     for (const file of walk(path.join(files, folder))) {
       if (!file.endsWith('.js')) continue;

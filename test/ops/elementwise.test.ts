@@ -5,6 +5,7 @@ import {
   activation,
   activations,
   add,
+  addRows,
   dot,
   gatedActivation,
   gatherIds,
@@ -109,6 +110,33 @@ cases(
       wrt: ['x'],
     };
   }),
+);
+
+cases(
+  'add_rows',
+  (
+    [
+      [1, 1, null],
+      [17, 3, 5],
+      [33, 17, 33],
+      [9, 64, null],
+    ] as const
+  ).flatMap(([n, d, r]) =>
+    [false, true].map((gated): Case => {
+      const make = inputs(n);
+      return {
+        name: `${r ?? 'all'} of ${n} rows of ${d}${gated ? ', gated' : ''}`,
+        inputs: {
+          residual: make.f32(['N', n], d),
+          x: make.f32(r === null ? ['N', n] : ['R', r], d),
+          ...(r === null ? {} : { rows: make.rows('R', r, n) }),
+          ...(gated ? { gate: make.f32(r === null ? ['N', n] : ['R', r]) } : {}),
+        },
+        build: ({ residual, x, rows, gate }) => ({ y: addRows(residual, x, { rows, gate }) }),
+        wrt: gated ? ['residual', 'x', 'gate'] : ['residual', 'x'],
+      };
+    }),
+  ),
 );
 
 cases('gather_ids', [

@@ -4,6 +4,7 @@ import {
   type ExpertScores,
   expertBalance,
   expertChoice,
+  expertCredit,
   expertGate,
   expertGates,
   expertRules,
@@ -84,6 +85,143 @@ cases('expert_gate', [
     }),
   ),
 ]);
+
+/** `rows`: which of some more rows entered the sub-layer. */
+function credit(
+  lengths: readonly number[],
+  count: number,
+  width: number,
+  { spread = 1, rows = false, ties = false } = {},
+): Case {
+  const make = inputs(count + width);
+  const { z, ...data } = scoresOf(lengths, count, 3, ties);
+  const entered = lengths.reduce((a, b) => a + b, 0);
+  const n = rows ? 2 * entered + 1 : entered;
+  const names = { h: make.f32(['N', n], count * width), dh: make.f32(['N', n], count * width) };
+  const at = Array.from({ length: entered }, (_, r) => 2 * r + 1);
+  return {
+    name: `${count} of ${width} in segments ${lengths}, scores to ${spread}${rows ? ', some rows' : ''}${ties ? ', ties' : ''}`,
+    inputs: {
+      ...names,
+      z: make.values(
+        z.data.map((v) => v * spread),
+        rows ? ['R', entered] : ['N', n],
+        count,
+      ),
+      ...data,
+      weight: make.f32(['N', n]),
+      ...(rows && { rows: make.i32(at, ['R', entered]) }),
+    },
+    build: (v) => ({ dz: expertCredit(v.h, v.dh, scored(v, 'top-k'), v.weight, v.rows ?? null) }),
+  };
+}
+
+cases('expert_credit', [
+  credit([7, 1, 40, 9, 3], 2, 1),
+  credit([7, 0, 40, 9, 3], 5, 12, { spread: 3 }),
+  credit([7, 1, 40], 33, 3, { spread: 30, rows: true }),
+  credit([40, 9], 8, 33, { ties: true, rows: true }),
+  // Enough for several threads.
+  credit([600, 70], 4, 150),
+]);
+
+interface CreditData {
+  z: readonly number[];
+  /** What every expert of a row changes in the loss: dh is 1. */
+  change: readonly number[];
+  share: number;
+}
+
+/** Of rows of as many experts as there are scores. */
+async function runCredit({ z, change, share }: CreditData): Promise<number[]> {
+  const graph = new Graph();
+  const rows = (name: string) => graph.feed(name, 'f32', [1, z.length]);
+  const scores: ExpertScores = {
+    z: rows('z'),
+    offsets: graph.feed('offsets', 'i32', [2]),
+    share: graph.constant([share], [1]),
+    rule: 'top-k',
+  };
+  graph.output('dz', expertCredit(rows('h'), rows('dh'), scores, graph.constant([1], [1])));
+  using program = Program.compile(graph, testEngine());
+  const { outputs } = await program.run({
+    feeds: {
+      h: Float32Array.from(change),
+      dh: new Float32Array(z.length).fill(1),
+      z: Float32Array.from(z),
+      offsets: Int32Array.of(0, 1),
+    },
+  });
+  return [...outputs.dz];
+}
+
+test('expert_credit is the gradient of a soft top-k that keeps its number of experts', async () => {
+  const [count, k] = [9, 4];
+  const next = random(5);
+  const z = Array.from({ length: count }, () => Math.fround(6 * next() - 3));
+  const change = Array.from({ length: count }, () => Math.fround(2 * next() - 1));
+  const size = change.reduce((sum, value) => sum + Math.abs(value), 0) / count;
+  const sigmoid = (x: number) => 1 / (1 + Math.exp(-x));
+  const kept = (scores: readonly number[], tau: number) => scores.reduce((sum, v) => sum + sigmoid(v - tau), 0);
+  const order = [...z].sort((a, b) => b - a);
+  const wanted = kept(z, (order[k - 1] + order[k]) / 2);
+  const value = (scores: readonly number[]) => {
+    let [low, high] = [-20, 20];
+    for (let i = 0; i < 100; ++i) {
+      const middle = (low + high) / 2;
+      if (kept(scores, middle) > wanted) low = middle;
+      else high = middle;
+    }
+    return scores.reduce((sum, v, i) => sum + (change[i] / size) * sigmoid(v - low), 0);
+  };
+  const dz = await runCredit({ z, change, share: k / count });
+  const h = 1e-4;
+  const slopes = z.map((v, i) => (value(z.with(i, v + h)) - value(z.with(i, v - h))) / (2 * h));
+  for (const [i, slope] of slopes.entries()) expect(dz[i], `dz[${i}]`).toBeCloseTo(slope, 6);
+});
+
+test('expert_credit is zero where there is nothing to learn', async () => {
+  const none = [0, 0, 0, 0];
+  const [z, change] = [
+    [1, 2, 3, 4],
+    [1, -1, 2, 3],
+  ];
+  const zeros = async (data: Partial<CreditData>) => {
+    const dz = await runCredit({ z, change, share: 0.5, ...data });
+    expect(dz.map(Math.abs), JSON.stringify(data)).toEqual(none);
+  };
+  await zeros({ change: none });
+  await zeros({ share: 0 });
+  await zeros({ share: 1 });
+  await zeros({ z: [2000, -2000, 2000, -2000] });
+  await zeros({ z: [Number.POSITIVE_INFINITY, 0, 1, 2], share: 0.25 });
+  const dz = await runCredit({ z: [Number.POSITIVE_INFINITY, 0, 1, 2], change, share: 0.5 });
+  expect(Math.abs(dz[0])).toBe(0);
+  expect(dz.slice(1).every((v) => Number.isFinite(v) && v !== 0)).toBe(true);
+});
+
+test('expert_credit: units that experts do not divide, rows that are not there', async () => {
+  const run = (units: number, row: number) =>
+    failure(
+      (graph) => {
+        const h = graph.feed('h', 'f32', [3, units]);
+        const scores: ExpertScores = {
+          z: graph.constant([1, 2], [1, 2]),
+          offsets: graph.feed('offsets', 'i32', [2]),
+          share: graph.constant([0.5], [1]),
+          rule: 'top-k',
+        };
+        const rows = graph.feed('rows', 'i32', [1]);
+        graph.output('dz', expertCredit(h, h, scores, graph.constant([1, 1, 1], [3]), rows));
+      },
+      { feeds: { h: new Float32Array(3 * units), offsets: Int32Array.of(0, 1), rows: Int32Array.of(row) } },
+    );
+  expect(await run(5, 0)).toMatchObject({
+    code: 'InvalidProgram',
+    message: expect.stringMatching(/5 units cannot be cut into 2 experts/),
+  });
+  for (const row of [-1, 3]) expect(await run(4, row)).toMatchObject({ code: 'InvalidData' });
+});
 
 cases('expert_balance', [
   ...rulesAndCounts.map(

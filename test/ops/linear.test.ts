@@ -5,6 +5,7 @@ import { Graph } from '../../lib/graph/graph.js';
 import {
   type Act,
   activations,
+  add,
   gradients,
   linear,
   linearAdd,
@@ -415,12 +416,45 @@ test('shapes that do not fit are named', async () => {
     code: 'InvalidArgument',
     message: '[linear] N is 9 in the options, more than w:f32[4,3] has',
   });
-  const gradient = await failure((g) => {
-    const state = g.state(Tensor.alloc('f32', [4, 3]));
-    const y = linear(g.feed('x', 'f32', [5, 3]), state, { width: 2 });
-    gradients(y, [state], { seed: g.feed('dy', 'f32', [5, 2]) });
-  });
-  expect(gradient.message).toBe('[linear] the gradient of a weight needs all of it, used [2,3] of [4,3]');
+});
+
+test('the gradient of a weight of which a prefix is used is that of the prefix', async () => {
+  const make = inputs(7);
+  const [N, K, R] = [5, 6, 4];
+  const values = (...shape: number[]) => Float32Array.from(make.f32(...shape).data);
+  const feeds = { x: values(R, K), dy: values(R, K) };
+  const whole = { up: values(N, K), gate: values(N, K), bias: values(N), down: values(K, N) };
+  const cut = (data: Float32Array, columns: number, rows: number, used: number) =>
+    Float32Array.from({ length: rows * used }, (_, i) => data[Math.floor(i / used) * columns + (i % used)]);
+  const n = 3;
+  const extracted = {
+    up: whole.up.slice(0, n * K),
+    gate: whole.gate.slice(0, n * K),
+    bias: whole.bias.slice(0, n),
+    down: cut(whole.down, N, K, n),
+  };
+  const run = async (weights: typeof whole, units: number, width?: number) => {
+    const g = new Graph();
+    const state = (data: Float32Array, ...shape: number[]) => {
+      const tensor = Tensor.alloc('f32', shape);
+      tensor.write(data);
+      return g.state(tensor);
+    };
+    const up = state(weights.up, units, K);
+    const gate = state(weights.gate, units, K);
+    const bias = state(weights.bias, units);
+    const down = state(weights.down, K, units);
+    const size = width === undefined ? undefined : g.dim('width', units);
+    const x = g.feed('x', 'f32', [R, K]);
+    const h = linearGated(x, gate, up, { act: 'silu', bu: bias, width: size });
+    const y = linearAdd(x, add(h, linear(x, up, { bias, act: 'gelu', width: size })), down);
+    gradients(y, [up, gate, bias, down], { seed: g.feed('dy', 'f32', [R, K]) }).forEach((gradient, i) => {
+      g.output(`d${i}`, gradient);
+    });
+    using program = Program.compile(g, testEngine());
+    return (await program.run({ feeds, dims: width === undefined ? {} : { width } })).outputs;
+  };
+  expect(await run(whole, N, n)).toEqual(await run(extracted, n));
 });
 
 test('a weight is packed once and survives changes of the thread count', async () => {

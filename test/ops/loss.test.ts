@@ -136,7 +136,6 @@ test.each([
   });
   const all: Case[] = [
     ofTeacher('kl', k),
-    ofTeacher('reverse-kl', k),
     ofTeacher('jsd', k + 3),
     {
       name: 'cross_entropy',

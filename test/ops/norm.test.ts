@@ -1,6 +1,7 @@
 // rms_norm and layer_norm, over all rows and over selected rows.
+import { expect, test } from 'vitest';
 import { layerNorm, rmsNorm } from '../../lib/graph/index.js';
-import { type Case, cases, inputs } from './harness.js';
+import { type Case, cases, failure, inputs } from './harness.js';
 
 const shapes = [
   [1, 1, null],
@@ -39,6 +40,30 @@ cases('rms_norm', [
     build: ({ x, weight }) => ({ y: rmsNorm(x, weight, { eps: 1e-6 }) }),
     wrt: ['x'],
   },
+  // Parts of rows normalised by themselves, as heads are, with and without an offset of the weights.
+  ...(
+    [
+      [5, 2, 3, null],
+      [7, 4, 8, 4],
+      [3, 6, 17, 2],
+      [40, 3, 64, null],
+      [2, 2, 1100, null],
+    ] as const
+  ).flatMap(([n, heads, dh, r]) =>
+    [0, 1].map((offset): Case => {
+      const make = inputs(n);
+      return {
+        name: `${r === null ? '' : `${r} of `}[${n}, ${heads} x ${dh}], offset ${offset}`,
+        inputs: {
+          x: make.f32(['N', n], heads * dh),
+          weight: make.param(dh),
+          ...(r === null ? {} : { rows: make.rows('R', r, n) }),
+        },
+        build: ({ x, weight, rows }) => ({ y: rmsNorm(x, weight, { eps: 1e-5, rows, offset }) }),
+        wrt: ['x', 'weight'],
+      };
+    }),
+  ),
   {
     name: 'a row of zeros',
     inputs: { x: inputs(1).values(Array(8).fill(0), ['N', 1], 8), weight: inputs(2).weight('f16', 8) },
@@ -89,3 +114,11 @@ cases('layer_norm', [
     wrt: ['x'],
   },
 ]);
+
+test('a weight that is no part of the rows is named', async () => {
+  const error = await failure((g) => {
+    rmsNorm(g.feed('x', 'f32', [3, 8]), g.feed('w', 'f32', [3]), { eps: 1e-5 });
+  });
+  expect(error).toMatchObject({ code: 'InvalidArgument' });
+  expect(error.message).toBe('[rms_norm] weight must be as wide as x or a part of it, got x:[3,8] weight:[3]');
+});

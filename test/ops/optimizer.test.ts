@@ -1,6 +1,6 @@
 // accumulate and adamw.
 import { expect, test } from 'vitest';
-import { accumulate, adamw, gatherRows, scale } from '../../lib/graph/index.js';
+import { accumulate, adamw, gatherRows, type Node, scale } from '../../lib/graph/index.js';
 import { Tensor } from '../../lib/native/index.js';
 import { type Case, cases, checkNative, failure, inputs } from './harness.js';
 
@@ -24,6 +24,23 @@ cases('accumulate', [
       return { z: scale(x, 2) };
     },
   },
+  ...[
+    [7, 3, 10],
+    [64, 8, 20],
+    [40, 40, 40],
+  ].map(([rows, width, stride]) => ({
+    name: `${rows} rows of ${width}, fewer of one less, ${stride} apart`,
+    inputs: {
+      state: inputs(1).param(rows * stride + 4),
+      x: inputs(2).f32(rows, width),
+      y: inputs(3).f32(['N', rows - 3], width - 1),
+    },
+    build: ({ state, x, y }: Record<string, Node>) => {
+      accumulate(state, x, 4, stride);
+      accumulate(state, y, 0, stride);
+      return { z: scale(x, 2) };
+    },
+  })),
 ]);
 
 const hyper = (clip: number, step: number) => [0.01, 0.9, 0.95, 1e-8, 0.1, clip, 1 - 0.9 ** step, 1 - 0.95 ** step];
@@ -85,6 +102,10 @@ test('a step that fails leaves states to the steps before it', async () => {
 test('what does not fit the state is refused', async () => {
   const error = await failure((g) => accumulate(g.state(Tensor.alloc('f32', [10])), g.feed('x', 'f32', [4]), 7));
   expect(error.message).toBe('[accumulate] 4 elements at offset 7 do not fit a state of 10');
+  const rows = (stride: number) =>
+    failure((g) => accumulate(g.state(Tensor.alloc('f32', [10])), g.feed('x', 'f32', [3, 2]), 0, stride));
+  expect((await rows(5)).message).toMatch('6 elements at offset 0 do not fit a state of 10');
+  expect((await rows(1)).message).toMatch('the stride of rows of 2 must be at least that, got 1');
 });
 
 test('a read-only tensor is no state', async () => {

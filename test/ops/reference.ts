@@ -46,6 +46,20 @@ const act: readonly Fn[] = [
   (x) => Math.max(x, 0),
 ];
 
+/** Calls with every row n of a segment s that counts, and what it weighs. */
+function eachSegmentRow(
+  offsets: Value,
+  most: number,
+  mean: number,
+  of: (s: number, n: number, weight: number) => void,
+): void {
+  for (let s = 0; s + 1 < offsets.data.length; ++s) {
+    const length = offsets.data[s + 1] - offsets.data[s];
+    const counted = most > 0 ? Math.min(length, most) : length;
+    for (let r = 0; r < counted; ++r) of(s, offsets.data[s] + r, mean === 1 ? 1 / counted : 1);
+  }
+}
+
 const actGrad: readonly Fn[] = [
   () => 1,
   (x) => {
@@ -59,6 +73,10 @@ const actGrad: readonly Fn[] = [
 ];
 
 const map = (x: Value, fn: (value: number, i: number) => number): Value => ({ shape: x.shape, data: x.data.map(fn) });
+/** `cap tanh(x / cap)`; x when cap is 0. */
+const capped = (x: Value, cap: number): Value => (cap === 0 ? x : map(x, (v) => cap * Math.tanh(v / cap)));
+/** The derivative of that by x, of the value z. */
+const slopeOf = (z: number, cap: number): number => (cap === 0 ? 1 : 1 - (z / cap) ** 2);
 const rowOf = (rows: Value | null, r: number): number => (rows ? rows.data[r] : r);
 const count = (rows: Value | null, x: Value): number => (rows ? rows.data.length : x.shape[0]);
 
@@ -94,6 +112,13 @@ function transposed(dy: Value, w: Value, rows: Value | null, width: number): Val
     }
   }
   return dx;
+}
+
+/** Rows of x cut into `groups` parts, as rows of their own; rows of these that `rows` are. */
+function grouped(x: Value, rows: Value | null, groups: number): [Value, Value | null] {
+  const cut = { shape: [x.shape[0] * groups, x.shape[1] / groups], data: x.data };
+  const parts = rows && Array.from(rows.data).flatMap((r) => Array.from({ length: groups }, (_, g) => r * groups + g));
+  return [cut, parts && f64([parts.length], parts)];
 }
 
 function norm(x: Value, rows: Value | null, eps: number, centre: boolean) {
@@ -138,7 +163,10 @@ interface Heads {
 
 const headsOf = (q: Value, heads: number, kvHeads: number): Heads => ({ heads, kvHeads, dh: q.shape[1] / heads });
 
-/** Probabilities of query row `i` of head `h` over key rows `from..to` and their log-sum-exp. */
+/**
+ * Probabilities of query row `i` of head `h` over key rows `from..to`, those before its window 0, their log-sum-exp, and the
+ * derivatives of the capped scores.
+ */
 function scores(
   q: Value,
   k: Value,
@@ -147,18 +175,20 @@ function scores(
   i: number,
   from: number,
   to: number,
-  scale: number,
+  { scale, window, softcap }: { scale: number; window: number; softcap: number },
 ) {
   const kv = Math.floor(h / (heads / kvHeads));
   const s: number[] = [];
   for (let j = from; j < to; ++j) {
     let sum = 0;
     for (let d = 0; d < dh; ++d) sum += q.data[(i * heads + h) * dh + d] * k.data[(j * kvHeads + kv) * dh + d];
-    s.push(sum * scale);
+    const score = softcap > 0 ? softcap * Math.tanh((sum * scale) / softcap) : sum * scale;
+    s.push(window > 0 && j < to - window ? Number.NEGATIVE_INFINITY : score);
   }
   const top = Math.max(...s);
   const lse = top + Math.log(s.reduce((sum, v) => sum + Math.exp(v - top), 0));
-  return { kv, p: s.map((v) => Math.exp(v - lse)), lse };
+  const slope = s.map((v) => (softcap > 0 && Number.isFinite(v) ? 1 - (v / softcap) ** 2 : 1));
+  return { kv, p: s.map((v) => Math.exp(v - lse)), lse, slope };
 }
 
 function segments(offsets: Value): [number, number][] {
@@ -174,6 +204,10 @@ function queries(offsets: Value, rows: Value | null, rowOffsets: Value | null) {
     return { from, to, standing };
   });
 }
+
+/** The row of the pools that is row `row` of a slot, pages having t rows. */
+const poolRow = (pages: Value, t: number, slot: number, row: number): number =>
+  pages.data[slot * pages.shape[1] + Math.floor(row / t)] * t + (row % t);
 
 function logSoftmax(logits: ArrayLike<number>): number[] {
   const values = Array.from(logits);
@@ -197,6 +231,27 @@ function selected(offsets: Value, choose: (rows: number[], segment: number) => n
     rowOffsets.push(rows.length);
   });
   return [f64([rows.length], rows), f64(offsets.shape, rowOffsets)];
+}
+
+/** Means over the features of the products of rows. */
+function meanProducts(a: Value, b: Value): number[] {
+  const [n, d] = a.shape;
+  const means = new Array<number>(n).fill(0);
+  a.data.forEach((v, i) => {
+    means[Math.floor(i / d)] += (v * b.data[i]) / d;
+  });
+  return means;
+}
+
+/** Of every row the mean, the standard deviation, and what lies above the mean by `factor` of these. */
+function cutoffs(x: Value, factor: number) {
+  const mean = meanProducts(
+    x,
+    map(x, () => 1),
+  );
+  const centred = map(x, (v, i) => v - mean[Math.floor(i / x.shape[1])]);
+  const deviation = meanProducts(centred, centred).map(Math.sqrt);
+  return { mean, deviation, cut: mean.map((m, r) => m + factor * deviation[r]) };
 }
 
 /** The references by op name. Operands that an op writes to are changed in place. */
@@ -267,6 +322,8 @@ export const references: Readonly<Record<string, Reference>> = {
   scale: ([x, s], [factor]) => [map(x!, (v) => v * factor * (s ? s.data[0] : 1))],
   activation: ([x], [kind]) => [map(x!, (v) => act[kind](v))],
   activation_grad: ([dy, x], [kind]) => [map(x!, (v, i) => dy!.data[i] * actGrad[kind](v))],
+  softcap: ([x], [cap]) => [capped(x!, cap)],
+  softcap_grad: ([dy, x], [cap]) => [map(x!, (v, i) => dy!.data[i] * (1 - Math.tanh(v / cap) ** 2))],
   gated_activation: ([g, u], [kind]) => [map(g!, (v, i) => act[kind](v) * u!.data[i])],
   gated_activation_grad: ([dy, g, u], [kind]) => [
     map(g!, (v, i) => dy!.data[i] * u!.data[i] * actGrad[kind](v)),
@@ -295,6 +352,27 @@ export const references: Readonly<Record<string, Reference>> = {
     });
     return [y];
   },
+  add_rows([residual, x, rows, gate]) {
+    const d = x!.shape[1];
+    const y = f64(residual!.shape, residual!.data);
+    for (let r = 0; r < x!.shape[0]; ++r) {
+      for (let i = 0; i < d; ++i) y.data[rowOf(rows, r) * d + i] += (gate ? gate.data[r] : 1) * x!.data[r * d + i];
+    }
+    return [y];
+  },
+  add_rows_grad([dy, x, rows, gate], _, [size, gateSize]) {
+    const d = size![1];
+    const dx = f64(size!);
+    const dgate = gateSize && f64(gateSize);
+    for (let r = 0; r < size![0]; ++r) {
+      for (let i = 0; i < d; ++i) {
+        const value = dy!.data[rowOf(rows, r) * d + i];
+        dx.data[r * d + i] = (gate ? gate.data[r] : 1) * value;
+        if (dgate) dgate.data[r] += value * x!.data[r * d + i];
+      }
+    }
+    return [dx, dgate];
+  },
   sum_rows([x, rows, gate]) {
     const d = x!.shape[1];
     const y = f64([d]);
@@ -303,19 +381,41 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [y];
   },
+  segment_sum([x, offsets], [most, mean], [size]) {
+    const y = f64(size!);
+    eachSegmentRow(offsets!, most, mean, (s, n, weight) => {
+      for (let i = 0; i < size![1]; ++i) y.data[s * size![1] + i] += weight * x!.data[n * size![1] + i];
+    });
+    return [y];
+  },
+  segment_broadcast([x, offsets], [most, mean], [size]) {
+    const y = f64(size!);
+    eachSegmentRow(offsets!, most, mean, (s, n, weight) => {
+      for (let i = 0; i < size![1]; ++i) y.data[n * size![1] + i] = weight * x!.data[s * size![1] + i];
+    });
+    return [y];
+  },
+  latch: ([x, held]) => [map(x!, (v, i) => (Number.isNaN(held!.data[i]) ? v : held!.data[i]))],
   dot: ([a, b]) => [f64([1], [a!.data.reduce((sum, v, i) => sum + v * b!.data[i], 0)])],
 
-  rms_norm([x, weight, rows], [eps]) {
-    const { m, d, rstd } = norm(x!, rows, eps, false);
-    const y = f64([m, d]);
+  rms_norm([x, weight, rows], [eps, offset]) {
+    const groups = x!.shape[1] / weight!.shape[0];
+    const [parts, partRows] = grouped(x!, rows, groups);
+    const { m, d, rstd } = norm(parts, partRows, eps, false);
+    const y = f64([m / groups, d * groups]);
     for (let r = 0; r < m; ++r) {
-      for (let i = 0; i < d; ++i) y.data[r * d + i] = x!.data[rowOf(rows, r) * d + i] * rstd.data[r] * weight!.data[i];
+      for (let i = 0; i < d; ++i) {
+        y.data[r * d + i] = x!.data[rowOf(partRows, r) * d + i] * rstd.data[r] * (offset + weight!.data[i]);
+      }
     }
-    return [y, rstd];
+    return [y, f64([m / groups, groups], rstd.data)];
   },
-  rms_norm_grad([dy, x, weight, rstd, rows]) {
-    const { dx, dweight } = normGrad(dy!, x!, weight!, null, rstd!, rows);
-    return [dx, dweight];
+  rms_norm_grad([dy, x, weight, rstd, rows], [offset]) {
+    const groups = x!.shape[1] / weight!.shape[0];
+    const [parts, partRows] = grouped(x!, rows, groups);
+    const factors = map(weight!, (w) => offset + w);
+    const { dx, dweight } = normGrad(grouped(dy!, null, groups)[0], parts, factors, null, rstd!, partRows);
+    return [f64(dy!.shape, dx.data), dweight];
   },
   layer_norm([x, weight, bias, rows], [eps]) {
     const { m, d, mean, rstd } = norm(x!, rows, eps, true);
@@ -395,7 +495,7 @@ export const references: Readonly<Record<string, Reference>> = {
     return [y];
   },
 
-  attention([q, k, v, offsets, rows, rowOffsets], [heads, kvHeads, causal, scale]) {
+  attention([q, k, v, offsets, rows, rowOffsets], [heads, kvHeads, causal, scale, window, softcap]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const y = f64(q!.shape);
@@ -403,7 +503,7 @@ export const references: Readonly<Record<string, Reference>> = {
     for (const { from, to, standing } of queries(offsets!, rows, rowOffsets)) {
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const s = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, scale);
+          const s = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, { scale, window, softcap });
           lse.data[i * heads + h] = s.lse;
           s.p.forEach((p, j) => {
             for (let d = 0; d < dh; ++d) {
@@ -415,14 +515,15 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [y, lse];
   },
-  attention_grad([dy, q, k, v, , , offsets, rows, rowOffsets], [heads, kvHeads, causal, scale]) {
+  attention_grad([dy, q, k, v, , , offsets, rows, rowOffsets], [heads, kvHeads, causal, scale, window, softcap]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const [dq, dk, dv] = [f64(q!.shape), f64(k!.shape), f64(v!.shape)];
     for (const { from, to, standing } of queries(offsets!, rows, rowOffsets)) {
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const { p, kv } = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, scale);
+          const options = { scale, window, softcap };
+          const { p, kv, slope } = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, options);
           const at = (i * heads + h) * dh;
           const dp = p.map((_, j) => {
             let sum = 0;
@@ -431,7 +532,7 @@ export const references: Readonly<Record<string, Reference>> = {
           });
           const mean = p.reduce((sum, value, j) => sum + value * dp[j], 0);
           p.forEach((value, j) => {
-            const ds = value * (dp[j] - mean) * scale;
+            const ds = value * (dp[j] - mean) * slope[j] * scale;
             const other = ((from + j) * kvHeads + kv) * dh;
             for (let d = 0; d < dh; ++d) {
               dq.data[at + d] += ds * k!.data[other + d];
@@ -444,37 +545,109 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [dq, dk, dv];
   },
-  cache_append([k, v, offsets, lengths, cacheK, cacheV]) {
-    const [, capacity, c] = cacheK!.shape;
-    for (let s = 0; s + 1 < offsets!.data.length; ++s) {
-      const [from, to] = [offsets!.data[s], offsets!.data[s + 1]];
-      const at = (s * capacity + lengths!.data[s]) * c;
-      cacheK!.data.set(k!.data.subarray(from * c, to * c), at);
-      cacheV!.data.set(v!.data.subarray(from * c, to * c), at);
-      lengths!.data[s] += to - from;
-    }
+  cache_append([k, v, offsets, slots, lengths, pages, poolK, poolV]) {
+    const [, t, c] = poolK!.shape;
+    slots!.data.forEach((slot, s) => {
+      for (let row = offsets!.data[s]; row < offsets!.data[s + 1]; ++row) {
+        const at = poolRow(pages!, t, slot, lengths!.data[slot]++) * c;
+        poolK!.data.set(k!.data.subarray(row * c, (row + 1) * c), at);
+        poolV!.data.set(v!.data.subarray(row * c, (row + 1) * c), at);
+      }
+    });
     return [];
   },
-  attention_cached([q, offsets, lengths, cacheK, cacheV, rows, rowOffsets], [heads, kvHeads, scale]) {
+  attention_cached(
+    [q, offsets, slots, lengths, pages, poolK, poolV, rows, rowOffsets],
+    [heads, kvHeads, scale, window, softcap],
+  ) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
-    const capacity = cacheK!.shape[1];
+    const [, t, c] = poolK!.shape;
     const y = f64(q!.shape);
-    queries(offsets!, rows, rowOffsets).forEach(({ from, to, standing }, s) => {
-      const past = lengths!.data[s] - (to - from);
+    queries(offsets!, rows, rowOffsets).forEach(({ to, standing }, s) => {
+      const slot = slots!.data[s];
+      const held = lengths!.data[slot];
+      const [keys, values] = [poolK!, poolV!].map((pool) => {
+        const rowsHeld = Array.from({ length: held }, (_, row) => {
+          const at = poolRow(pages!, t, slot, row) * c;
+          return [...pool.data.subarray(at, at + c)];
+        });
+        return f64([held, c], rowsHeld.flat());
+      });
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const start = s * capacity;
-          const { p, kv } = scores(q!, cacheK!, layout, h, i, start, start + past + row - from + 1, scale);
+          const { p, kv } = scores(q!, keys, layout, h, i, 0, held - (to - row) + 1, { scale, window, softcap });
           p.forEach((value, j) => {
             for (let d = 0; d < dh; ++d) {
-              y.data[(i * heads + h) * dh + d] += value * cacheV!.data[((start + j) * kvHeads + kv) * dh + d];
+              y.data[(i * heads + h) * dh + d] += value * values.data[(j * kvHeads + kv) * dh + d];
             }
           });
         }
       }
     });
     return [y];
+  },
+
+  page_copy([from, to, ...pools]) {
+    from!.data.forEach((page, i) => {
+      for (const pool of pools) {
+        const size = pool!.shape[1] * pool!.shape[2];
+        pool!.data.copyWithin(to!.data[i] * size, page * size, (page + 1) * size);
+      }
+    });
+    return [];
+  },
+
+  scale_columns: ([x, w]) => [map(x!, (v, i) => v * w!.data[i % x!.shape[1]])],
+  add_scaled([acc, x, c], [column, offset]) {
+    const [d, columns] = [x!.shape[1], c!.shape[1]];
+    return [map(acc!, (v, i) => v + (offset + c!.data[Math.floor(i / d) * columns + column]) * x!.data[i])];
+  },
+  add_scaled_grad([dy, x, c], [column, offset]) {
+    const [d, columns] = [x!.shape[1], c!.shape[1]];
+    const dc = f64(c!.shape);
+    const dx = map(dy!, (v, i) => {
+      const at = Math.floor(i / d) * columns + column;
+      dc.data[at] += v * x!.data[i];
+      return (offset + c!.data[at]) * v;
+    });
+    return [dx, dc];
+  },
+  rescale_rows([x, like], [floor]) {
+    const d = x!.shape[1];
+    const [own, wanted] = [meanProducts(x!, x!), meanProducts(like!, like!)];
+    return [map(x!, (v, i) => v * Math.sqrt(wanted[Math.floor(i / d)] / Math.max(own[Math.floor(i / d)], floor)))];
+  },
+  rescale_rows_grad([dy, x, like], [floor]) {
+    const d = x!.shape[1];
+    const [own, wanted, inner] = [meanProducts(x!, x!), meanProducts(like!, like!), meanProducts(dy!, x!)];
+    const square = own.map((v) => Math.max(v, floor));
+    const dx = map(dy!, (v, i) => {
+      const r = Math.floor(i / d);
+      const pull = own[r] > floor ? inner[r] / square[r] : 0;
+      return Math.sqrt(wanted[r] / square[r]) * (v - pull * x!.data[i]);
+    });
+    const dlike = map(like!, (v, i) => {
+      const r = Math.floor(i / d);
+      return wanted[r] > 0 ? (inner[r] * v) / Math.sqrt(square[r] * wanted[r]) : 0;
+    });
+    return [dx, dlike];
+  },
+  gaussian_topk([x], [factor]) {
+    const { cut } = cutoffs(x!, factor);
+    return [map(x!, (v, i) => Math.max(v - cut[Math.floor(i / x!.shape[1])], 0))];
+  },
+  gaussian_topk_grad([dy, x], [factor]) {
+    const d = x!.shape[1];
+    const { mean, deviation, cut } = cutoffs(x!, factor);
+    const own = map(dy!, (v, i) => (x!.data[i] > cut[Math.floor(i / d)] ? v : 0));
+    const above = mean.map((_, r) => own.data.subarray(r * d, (r + 1) * d).reduce((a, b) => a + b, 0) / d);
+    const dx = map(own, (v, i) => {
+      const r = Math.floor(i / d);
+      const slope = deviation[r] > 0 ? (factor * (x!.data[i] - mean[r])) / deviation[r] : 0;
+      return v - above[r] * (1 + slope);
+    });
+    return [dx];
   },
 
   route_topk([z, offsets, capacity]) {
@@ -516,6 +689,43 @@ export const references: Readonly<Record<string, Reference>> = {
         dz.data[n * count + e] = dg!.data[r] * expertGateValue(all[n], expert, mode) * (Number(e === expert) - other);
       }
     });
+    return [dz];
+  },
+  expert_credit([h, dh, z, offsets, share, weight, rows], [rule]) {
+    const [units, count] = [h!.shape[1], z!.shape[1]];
+    const all = expertRows(z!, offsets!, share!, rule);
+    const rowOf = (r: number) => (rows ? rows.data[r] : r);
+    const credits = all.map((_, r) => {
+      const sums = Array<number>(count).fill(0);
+      for (let u = 0; u < units; ++u) {
+        const i = rowOf(r) * units + u;
+        sums[Math.floor(u / (units / count))] += h!.data[i] * dh!.data[i];
+      }
+      return sums;
+    });
+    const dz = f64(z!.shape);
+    for (const [from, to] of segments(offsets!)) {
+      const size =
+        credits
+          .slice(from, to)
+          .flat()
+          .reduce((sum, a) => sum + Math.abs(a), 0) /
+        ((to - from) * count);
+      for (let r = from; r < to; ++r) {
+        const scores = z!.data.subarray(r * count, (r + 1) * count);
+        const chosen = (e: number) => all[r].chosen.has(e);
+        const lowest = Math.min(...Array.from(scores).filter((_, e) => chosen(e)));
+        const highest = Math.max(...Array.from(scores).filter((_, e) => !chosen(e)));
+        const tau = (lowest + highest) / 2;
+        const g = Array.from(scores, (s) => sigmoid(s - tau) * sigmoid(tau - s));
+        const total = g.reduce((sum, value) => sum + value, 0);
+        if (!Number.isFinite(tau) || !(size > 0) || !(total > 0)) continue;
+        const mean = credits[r].reduce((sum, a, e) => sum + (a / size) * g[e], 0) / total;
+        credits[r].forEach((a, e) => {
+          dz.data[r * count + e] = weight!.data[rowOf(r)] * (a / size - mean) * g[e];
+        });
+      }
+    }
     return [dz];
   },
   expert_balance: ([z, offsets, share], [rule]) => [
@@ -584,12 +794,12 @@ export const references: Readonly<Record<string, Reference>> = {
     return [dz];
   },
 
-  divergence([hs, ht, w, weight, targets, wt], [kind, beta]) {
+  divergence([hs, ht, w, weight, targets, wt], [kind, beta, softcap, teacherSoftcap]) {
     const [r, k] = hs!.shape;
     const v = w!.shape[0];
     const [row, dh, agree, ce] = [f64([r]), f64(hs!.shape), f64([r]), f64([r])];
-    const student = product(hs!, w!, null, null, v);
-    const teacher = product(ht!, wt ?? w!, null, null, v);
+    const student = capped(product(hs!, w!, null, null, v), softcap);
+    const teacher = capped(product(ht!, wt ?? w!, null, null, v), teacherSoftcap);
     for (let i = 0; i < r; ++i) {
       const ls = logSoftmax(student.data.subarray(i * v, (i + 1) * v));
       const lt = logSoftmax(teacher.data.subarray(i * v, (i + 1) * v));
@@ -610,17 +820,18 @@ export const references: Readonly<Record<string, Reference>> = {
         const d = [q[j] - p[j], q[j] * (ls[j] - lt[j] - reverse), (1 - beta) * q[j] * (ls[j] - lm[j] - fromMixture)][
           kind
         ];
-        for (let c = 0; c < k; ++c) dh.data[i * k + c] += weight!.data[i] * d * w!.data[j * w!.shape[1] + c];
+        const factor = weight!.data[i] * d * slopeOf(student.data[i * v + j], softcap);
+        for (let c = 0; c < k; ++c) dh.data[i * k + c] += factor * w!.data[j * w!.shape[1] + c];
       }
     }
     const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
     return [f64([1], [loss]), row, dh, agree, targets && ce];
   },
-  top_logits([h, w], _, [size]) {
+  top_logits([h, w], [softcap], [size]) {
     const [r, t] = size!;
     const v = w!.shape[0];
     const [ids, logp, rest] = [f64([r, t]), f64([r, t]), f64([r])];
-    const logits = product(h!, w!, null, null, v);
+    const logits = capped(product(h!, w!, null, null, v), softcap);
     for (let i = 0; i < r; ++i) {
       const l = logSoftmax(logits.data.subarray(i * v, (i + 1) * v));
       const order = Array.from(l, (_, j) => j).sort((a, b) => l[b] - l[a] || a - b);
@@ -639,11 +850,11 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [ids, logp, rest];
   },
-  topk_divergence([hs, w, ids, logp, rest, weight], [kind]) {
+  topk_divergence([hs, w, ids, logp, rest, weight], [kind, softcap]) {
     const [r, k] = hs!.shape;
     const [v, t] = [w!.shape[0], ids!.shape[1]];
     const [row, dh] = [f64([r]), f64(hs!.shape)];
-    const logits = product(hs!, w!, null, null, v);
+    const logits = capped(product(hs!, w!, null, null, v), softcap);
     for (let i = 0; i < r; ++i) {
       const l = logSoftmax(logits.data.subarray(i * v, (i + 1) * v));
       const own = Array.from(ids!.data.subarray(i * t, (i + 1) * t));
@@ -660,7 +871,8 @@ export const references: Readonly<Record<string, Reference>> = {
         // d = probability of j times (mass - p / q of its bucket), or times (log q - log p - value).
         const d =
           Math.exp(l[j]) * (kind === 0 ? mass - Math.exp(p[b] - q[b]) : q[b] - p[b] - row.data[i]) * weight!.data[i];
-        for (let c = 0; c < k; ++c) dh.data[i * k + c] += d * w!.data[j * w!.shape[1] + c];
+        const slope = slopeOf(logits.data[i * v + j], softcap);
+        for (let c = 0; c < k; ++c) dh.data[i * k + c] += d * slope * w!.data[j * w!.shape[1] + c];
       }
     }
     const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
@@ -683,11 +895,11 @@ export const references: Readonly<Record<string, Reference>> = {
     const loss = row.data.reduce((sum, value, i) => sum + value * weight!.data[i], 0);
     return [f64([1], [loss]), row, dx];
   },
-  cross_entropy([h, w, targets, weight]) {
+  cross_entropy([h, w, targets, weight], [softcap]) {
     const [r, k] = h!.shape;
     const v = w!.shape[0];
     const [row, dh, dw, correct] = [f64([r]), f64(h!.shape), f64([v, k]), f64([r])];
-    const logits = product(h!, w!, null, null, v);
+    const logits = capped(product(h!, w!, null, null, v), softcap);
     for (let i = 0; i < r; ++i) {
       const target = targets!.data[i];
       if (target < 0) continue;
@@ -695,7 +907,8 @@ export const references: Readonly<Record<string, Reference>> = {
       row.data[i] = -l[target];
       correct.data[i] = argmax(l) === target ? 1 : 0;
       for (let j = 0; j < v; ++j) {
-        const d = weight!.data[i] * (Math.exp(l[j]) - (j === target ? 1 : 0));
+        const slope = slopeOf(logits.data[i * v + j], softcap);
+        const d = weight!.data[i] * slope * (Math.exp(l[j]) - (j === target ? 1 : 0));
         for (let c = 0; c < k; ++c) {
           dh.data[i * k + c] += d * w!.data[j * w!.shape[1] + c];
           dw.data[j * k + c] += d * h!.data[i * k + c];
@@ -706,9 +919,10 @@ export const references: Readonly<Record<string, Reference>> = {
     return [f64([1], [loss]), row, dh, dw, correct];
   },
 
-  accumulate([state, x], [offset]) {
+  accumulate([state, x], [offset, stride]) {
+    const width = x!.shape.at(-1)!;
     x!.data.forEach((value, i) => {
-      state!.data[offset + i] += value;
+      state!.data[offset + Math.floor(i / width) * stride + (i % width)] += value;
     });
     return [];
   },

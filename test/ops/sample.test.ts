@@ -71,23 +71,43 @@ test.each([
   compare(here.logprob, there.logprob, 1e-6, 'logprob');
 });
 
-/** Ids and log-probabilities of `draws` evenly spread random numbers. */
-async function draw(logits: readonly number[], draws: number, temperature: number, topK: number, topP: number) {
+/** Ids and log-probabilities of `draws` evenly spread random numbers, for each of some logits; devices draw as the CPU. */
+async function draw(rows: readonly (readonly number[])[], draws: number, ...params: [number, number, number]) {
   const g = new Graph();
-  const { ids, logprob } = sample(g.feed('logits', 'f32', [draws, logits.length]), g.feed('params', 'f32', [draws, 4]));
+  const count = rows.length * draws;
+  const { ids, logprob } = sample(
+    g.feed('logits', 'f32', [count, rows[0].length]),
+    g.feed('params', 'f32', [count, 4]),
+  );
   g.output('ids', ids);
   g.output('logprob', logprob);
-  using program = Program.compile(g, testEngine());
+  using engine = new Engine('cpu');
+  using program = Program.compile(g, engine);
   const each = Array.from({ length: draws }, (_, i) => i);
   const { outputs } = await program.run({
     feeds: {
-      logits: Float32Array.from(each.flatMap(() => logits)),
-      params: Float32Array.from(each.flatMap((i) => [temperature, topK, topP, (i + 0.5) / draws])),
+      logits: Float32Array.from(rows.flatMap((logits) => each.flatMap(() => logits))),
+      params: Float32Array.from(rows.flatMap(() => each.flatMap((i) => [...params, (i + 0.5) / draws]))),
     },
   });
-  const counts = logits.map(() => 0);
-  for (const id of outputs.ids) counts[id]++;
-  return { ids: outputs.ids, logprob: outputs.logprob, frequencies: counts.map((count) => count / draws) };
+  return rows.map((logits, r) => {
+    const drawn = outputs.ids.subarray(r * draws, (r + 1) * draws);
+    const counts = logits.map(() => 0);
+    for (const id of drawn) counts[id]++;
+    return { ids: drawn, logprob: outputs.logprob.subarray(r * draws, (r + 1) * draws), counts };
+  });
+}
+
+/** Pearson's statistic of counts, whose mean is one less than the ids that can be and whose deviation is sqrt(2) of that. */
+function requireFrequencies(counts: readonly number[], probabilities: readonly number[]): void {
+  const draws = counts.reduce((a, b) => a + b, 0);
+  let statistic = 0;
+  for (const [id, p] of probabilities.entries()) {
+    if (p === 0) expect(counts[id], `id ${id} is left out`).toBe(0);
+    else statistic += (counts[id] - draws * p) ** 2 / (draws * p);
+  }
+  const freedom = probabilities.filter((p) => p > 0).length - 1;
+  expect(statistic).toBeLessThanOrEqual(freedom + 4 * Math.sqrt(2 * freedom));
 }
 
 const softmax = (logits: readonly number[]): number[] => {
@@ -112,27 +132,44 @@ test.each([
   ['top-k 1', 1, 1, 1, (id: number) => id === 1],
   ['top-k past the vocabulary', 1, 100, 1, () => true],
 ] as const)('%s', async (_, temperature, topK, topP, keep) => {
-  const { frequencies, ids, logprob } = await draw(logits, draws, temperature, topK, topP);
-  expected(logits, temperature, keep).forEach((p, id) => {
-    expect(Math.abs(frequencies[id] - p), `id ${id}: ${frequencies[id]}, ${p}`).toBeLessThan(2 / draws + 1e-5);
-  });
+  const [{ counts, ids, logprob }] = await draw([logits], draws, temperature, topK, topP);
+  requireFrequencies(counts, expected(logits, temperature, keep));
   const p = softmax(logits);
   for (let i = 0; i < draws; i += 97) expect(logprob[i]).toBeCloseTo(Math.log(p[ids[i]]), 5);
 });
 
+test('as many tokens as a vocabulary has come as often as they should', async () => {
+  const next = random(3);
+  const many = Array.from({ length: 100 }, () => 2 * next());
+  const [{ counts }] = await draw([many], 8000, 1, 0, 1);
+  requireFrequencies(counts, softmax(many));
+});
+
 test('top-k keeps the lowest of equal logits', async () => {
   const equal = [0, 0, 1, 0, 2];
-  const { frequencies } = await draw(equal, draws, 1, 3, 1);
-  compare(
-    frequencies,
+  const [{ counts }] = await draw([equal], draws, 1, 3, 1);
+  requireFrequencies(
+    counts,
     expected(equal, 1, (id) => [0, 2, 4].includes(id)),
-    2 / draws,
-    'frequencies',
   );
 });
 
+test('two distributions give the same token for a random number about as often as any two could', async () => {
+  const next = random(5);
+  const some = Array.from({ length: 200 }, () => 6 * next());
+  const other = some.map((x) => x + 1.5 * (next() - 0.5));
+  const [p, q] = [softmax(some), softmax(other)];
+  const distance = p.reduce((sum, x, i) => sum + Math.abs(x - q[i]), 0) / 2;
+  const [a, b] = await draw([some, other], draws, 1, 0, 1);
+  const same = [...a.ids].filter((id, i) => id === b.ids[i]).length / draws;
+  const noise = 4 * Math.sqrt(0.25 / draws);
+  expect(distance).toBeGreaterThan(0.1);
+  expect(same).toBeGreaterThan((1 - distance) / (1 + distance) - noise);
+  expect(same).toBeLessThan(1 - distance + noise);
+});
+
 test('greedy takes the lowest of equal logits', async () => {
-  const { ids } = await draw([1, 3, 3, 2], 3, 0, 0, 1);
+  const [{ ids }] = await draw([[1, 3, 3, 2]], 3, 0, 0, 1);
   expect([...ids]).toEqual([1, 1, 1]);
 });
 

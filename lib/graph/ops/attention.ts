@@ -8,7 +8,7 @@ import type { Routed } from './routing.js';
 const attentionOp = defineOp(
   'attention',
   'q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q] lse?:f32[R,H]',
-  ['heads', 'kv_heads', 'causal', 'scale'],
+  ['heads', 'kv_heads', 'causal', 'scale', 'window', 'softcap'],
   {
     gradient({ inputs: [q, k, v, offsets, rows, rowOffsets], outputs: [y, lse], attrs, dy, add }) {
       const [dq, dk, dv] = attentionGradOp.apply([dy, q, k, v, y, lse, offsets, rows, rowOffsets], attrs);
@@ -23,7 +23,7 @@ const attentionGradOp = defineOp(
   'attention_grad',
   'dy:f32[R,Q] q:f32[R,Q] k:f32[N,C] v:f32[N,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] rows?:i32[R] ' +
     'row_offsets?:i32[O] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]',
-  ['heads', 'kv_heads', 'causal', 'scale'],
+  ['heads', 'kv_heads', 'causal', 'scale', 'window', 'softcap'],
 );
 
 export interface HeadOptions {
@@ -31,6 +31,10 @@ export interface HeadOptions {
   kvHeads: number;
   /** Factor of the scores before the softmax. */
   scale: number;
+  /** Keys that a query sees at most, the last ones up to the row it stands at; 0, the default: all of them. Causal. */
+  window?: number;
+  /** c > 0: scores s become c tanh(s / c). Default 0: they do not. */
+  softcap?: number;
   /** The rows of k and v that are queries; row i of q stands at `selected.rows[i]`. Default: all of them. */
   selected?: Routed;
 }
@@ -48,55 +52,80 @@ export interface AttentionOptions extends HeadOptions {
  * its segment.
  */
 export function attention(q: Node, k: Node, v: Node, offsets: Node, options: AttentionOptions): Node {
-  const { heads, kvHeads, causal, scale } = options;
+  const { heads, kvHeads, causal, scale, window = 0, softcap = 0 } = options;
   const [rows, rowOffsets] = checkOptions('attention', q, k.shape[1], options, k);
   const inputs = [q, k, v, offsets, rows, rowOffsets];
-  return attentionOp.apply(inputs, [heads, kvHeads, causal ? 1 : 0, scale], { bind: { H: heads } })[0]!;
+  const attributes = [heads, kvHeads, causal ? 1 : 0, scale, window, softcap];
+  return attentionOp.apply(inputs, attributes, { bind: { H: heads } })[0]!;
 }
 
 const cacheAppendOp = defineOp(
   'cache_append',
-  'k:f32[N,C] v:f32[N,C] offsets:i32[O] lengths!:i32[S] cache_k!:f32[S,T,C] cache_v!:f32[S,T,C] ->',
+  'k:f32[N,C] v:f32[N,C] offsets:i32[O] slots:i32[S] lengths!:i32[Z] pages:i32[Z,B] pool_k!:f32[P,T,C] ' +
+    'pool_v!:f32[P,T,C] ->',
 );
 
-/** Keys and values of S segments; all are state. */
+/**
+ * Keys and values of sequences in Z slots, in pages of T rows: row t of slot z is row t % T of page `pages[z, t / T]` of the
+ * pools. All but `slots` are state. Any number of caches may share pools; no two slots append to one page.
+ */
 export interface Cache {
-  /** f32 [S, T, C] */
+  /** The pool of keys, f32 [P, T, C]. */
   readonly k: Node;
+  /** That of values, likewise. */
   readonly v: Node;
-  /** Rows cached of every segment, i32 [S]. */
+  /** Rows held in every slot, i32 [Z]. */
   readonly lengths: Node;
+  /** Pages of every slot in the order of rows, i32 [Z, B]. What lies behind the rows held may be anything, -1 say. */
+  readonly pages: Node;
+  /** The slot of every segment of a run, i32 [S], each another. */
+  readonly slots: Node;
 }
 
 /**
- * Appends k and v, f32 [N, C], to the cache of every segment and counts them in its lengths: offsets i32 [S + 1] of the N
+ * Appends k and v, f32 [N, C], to the slot of every segment and counts them in its lengths: offsets i32 [S + 1] of the N
  * rows.
  *
- * @throws InvalidData at run when a cache would overflow, before anything is written.
+ * @throws InvalidData at run, before anything is written, when slots are not as they must be, a slot would hold more than
+ * B T rows, or a new row has no page of the pools.
  */
 export function cacheAppend(k: Node, v: Node, offsets: Node, cache: Cache): void {
-  cacheAppendOp.apply([k, v, offsets, cache.lengths, cache.k, cache.v]);
+  cacheAppendOp.apply([k, v, offsets, cache.slots, cache.lengths, cache.pages, cache.k, cache.v]);
 }
 
 const attentionCachedOp = defineOp(
   'attention_cached',
-  'q:f32[R,Q] offsets:i32[O] lengths:i32[S] cache_k:f32[S,T,C] cache_v:f32[S,T,C] rows?:i32[R] row_offsets?:i32[O] ' +
-    '-> y:f32[R,Q]',
-  ['heads', 'kv_heads', 'scale'],
+  'q:f32[R,Q] offsets:i32[O] slots:i32[S] lengths:i32[Z] pages:i32[Z,B] pool_k:f32[P,T,C] pool_v:f32[P,T,C] ' +
+    'rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q]',
+  ['heads', 'kv_heads', 'scale', 'window', 'softcap'],
 );
 
 /**
- * Causal attention over caches: q f32 [R, heads * dh], caches of C = kvHeads * dh, whose last rows are the N new ones,
- * offsets i32 [S + 1] of those. R is N unless `selected` says which new rows are queries. Returns f32 of q's shape.
+ * Causal attention over caches: q f32 [R, heads * dh], pools of C = kvHeads * dh; the last rows of the segments' slots are the
+ * N new ones, offsets i32 [S + 1] of those. R is N unless `selected` says which new rows are queries. What a query gets
+ * does not depend on the others nor on pages and their size, to the bit. Returns f32 of q's shape.
  *
- * @throws InvalidArgumentError when shapes and heads do not fit; InvalidData at run when a cache holds fewer rows than
- * are new or a selected row lies outside its segment.
+ * @throws InvalidArgumentError when shapes and heads do not fit; InvalidData at run when slots are not as they must be, one
+ * holds fewer rows than are new, a row that it holds has no page of the pools, or a selected row lies outside its segment.
  */
 export function attentionCached(q: Node, offsets: Node, cache: Cache, options: HeadOptions): Node {
-  const { heads, kvHeads, scale } = options;
+  const { heads, kvHeads, scale, window = 0, softcap = 0 } = options;
   const [rows, rowOffsets] = checkOptions('attention_cached', q, cache.k.shape[2], options);
-  const inputs = [q, offsets, cache.lengths, cache.k, cache.v, rows, rowOffsets];
-  return attentionCachedOp.apply(inputs, [heads, kvHeads, scale])[0]!;
+  const inputs = [q, offsets, cache.slots, cache.lengths, cache.pages, cache.k, cache.v, rows, rowOffsets];
+  return attentionCachedOp.apply(inputs, [heads, kvHeads, scale, window, softcap])[0]!;
+}
+
+const pageCopyOp = defineOp('page_copy', 'from:i32[M] to:i32[M] pool_k!:f32[P,T,C] pool_v!:f32[P,T,C] ->');
+
+/**
+ * Copies pages `from`, i32 [M], of the pools to pages `to`, i32 [M]: a sequence that shares a page that is not full needs one
+ * of its own to append to.
+ *
+ * @throws InvalidData at run, before anything is written, when a page is not of the pools, or one is copied to that is
+ * copied to once more or from.
+ */
+export function pageCopy(from: Node, to: Node, { k, v }: Pick<Cache, 'k' | 'v'>): void {
+  pageCopyOp.apply([from, to, k, v]);
 }
 
 /** Returns the operands rows and row_offsets. `k`: keys that must be as many as queries unless some are selected. */

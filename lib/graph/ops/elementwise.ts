@@ -1,13 +1,10 @@
-// Elementwise ops: zeros, add, scale, activation and gated activation.
+// Elementwise ops: zeros, add, scale, soft cap, activation and gated activation.
 import { InvalidArgumentError } from '../../native/errors.js';
 import type { Shape } from '../dims.js';
 import type { Graph, Node } from '../graph.js';
 import { defineOp } from '../op.js';
+import { type Act, activations } from './names.js';
 import { dot } from './rows.js';
-
-/** Activation functions by their number in the native code: gelu_tanh is the tanh form, gelu the exact one. */
-export const activations = ['none', 'gelu_tanh', 'gelu', 'silu', 'relu'] as const;
-export type Act = (typeof activations)[number];
 
 /** The number of an activation function. */
 export function actCode(op: string, act: Act): number {
@@ -79,6 +76,19 @@ export function activation(x: Node, act: Act): Node {
 /** `dy * act'(x)`. */
 export function activationGrad(dy: Node, x: Node, act: Act): Node {
   return activationGradOp.apply([dy, x], [actCode('activation_grad', act)])[0]!;
+}
+
+const softcapOp = defineOp('softcap', 'x:f32[*X] -> y:f32[*X]', ['cap'], {
+  gradient({ inputs: [x], attrs, dy, add }) {
+    add(0, softcapGradOp.apply([dy, x], attrs)[0]!);
+  },
+});
+
+const softcapGradOp = defineOp('softcap_grad', 'dy:f32[*X] x:f32[*X] -> dx:f32[*X]', ['cap']);
+
+/** `cap tanh(x / cap)`, x itself when cap is 0. */
+export function softcap(x: Node, cap: number): Node {
+  return cap === 0 ? x : softcapOp.apply([x], [cap])[0]!;
 }
 
 const gatedActivationOp = defineOp('gated_activation', 'g:f32[*X] u:f32[*X] -> y:f32[*X]', ['act'], {

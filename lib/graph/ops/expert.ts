@@ -78,6 +78,36 @@ export function expertGate(scores: ExpertScores, expert: number, rows: Node, mod
   return expertGateOp.apply([...operands(scores), rows], attrs)[0]!;
 }
 
+const expertCreditOp = defineOp(
+  'expert_credit',
+  'h:f32[N,U] dh:f32[N,U] z:f32[R|N,E] offsets:i32[O] share:f32[S] weight:f32[N] rows?:i32[R] -> dz:f32[R|N,E]',
+  ['rule'],
+);
+
+/**
+ * Straight-through estimate of the gradient of scores through the choice of experts itself. The sum of `h dh` over an
+ * expert's units is the first-order change of the loss when a row uses it; scaled to a mean magnitude of 1 per segment, it
+ * is the slope with which a soft top-k, a sigmoid around the threshold between the experts a row uses and the others, moves
+ * the row's scores: what one expert gains the others lose. Rows that use none or all of their experts get zeros.
+ *
+ * @param h f32 [N, U], what the sub-layer's last product reads; its experts are equal parts of the U units.
+ * @param dh f32 [N, U], gradient of the loss with respect to it.
+ * @param scores of the rows that entered the sub-layer, z f32 [R, E]; of all N without `rows`.
+ * @param weight f32 [N], factor of every row's gradient.
+ * @param rows which rows entered, i32 [R].
+ * @returns f32 [R, E]; no gradient flows through it.
+ */
+export function expertCredit(
+  h: Node,
+  dh: Node,
+  { z, offsets, share, rule }: ExpertScores,
+  weight: Node,
+  rows: Node | null = null,
+): Node {
+  const inputs = [h, dh, z, offsets, share, weight, rows];
+  return expertCreditOp.apply(inputs, [ruleCode('expert_credit', rule)])[0]!;
+}
+
 const expertBalanceOp = defineOp('expert_balance', 'z:f32[N,E] offsets:i32[O] share:f32[S] -> loss:f32[1]', ['rule'], {
   constant: ['share'],
   gradient({ inputs: [z, offsets, share], attrs, dy, add }) {

@@ -8,16 +8,16 @@ export {
   type Cache,
   cacheAppend,
   type HeadOptions,
+  pageCopy,
 } from './attention.js';
 export {
-  type Act,
   activation,
   activationGrad,
-  activations,
   add,
   gatedActivation,
   gatedActivationGrad,
   scale,
+  softcap,
   zeros,
 } from './elementwise.js';
 export { embedding } from './embedding.js';
@@ -27,6 +27,7 @@ export {
   type ExpertScores,
   expertBalance,
   expertChoice,
+  expertCredit,
   expertGate,
   expertGates,
   expertRules,
@@ -46,7 +47,6 @@ export {
   type CrossEntropy,
   crossEntropy,
   type Divergence,
-  type DivergenceKind,
   type DivergenceOptions,
   divergence,
   hiddenDistance,
@@ -54,12 +54,15 @@ export {
   topkDivergence,
   topLogits,
 } from './loss.js';
+export { type Act, activations, type DivergenceKind, divergenceKinds } from './names.js';
 export { layerNorm, type NormOptions, rmsNorm } from './norm.js';
 export { accumulate, adamw } from './optimizer.js';
 export { type RopeOptions, rope } from './rope.js';
 export { type GateModeCode, gate, type Routed, routeThreshold, routeTopk, topkBce, topkCredit } from './routing.js';
-export { dot, gatherIds, gatherRows, scatterAdd, sumRows } from './rows.js';
+export { addRows, dot, gatherIds, gatherRows, scatterAdd, sumRows } from './rows.js';
 export { sample } from './sample.js';
+export { latch, segmentBroadcast, segmentMean } from './segments.js';
+export { addScaled, gaussianTopk, rescaleRows, scaleColumns } from './streams.js';
 
 /** The same value, through which no gradient flows. Costs nothing. */
 export const stopGradient = (x: Node): Node => x.graph.alias(x);

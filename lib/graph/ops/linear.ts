@@ -1,10 +1,10 @@
 // Linear layers: plain, gated, and added to the residual stream at selected rows, each with low-rank patches; with their
-// gradients.
-import { InvalidArgumentError } from '../../native/errors.js';
-import { formatShape, type Size } from '../dims.js';
+// gradients. Of a weight of which a prefix is used, the gradient is that of the prefix.
+import type { Size } from '../dims.js';
 import type { Node } from '../graph.js';
 import { defineOp, type GradientContext } from '../op.js';
-import { type Act, actCode, activationGrad, activations, gatedActivationGrad } from './elementwise.js';
+import { actCode, activationGrad, gatedActivationGrad } from './elementwise.js';
+import { type Act, activations } from './names.js';
 import { sumRows } from './rows.js';
 
 const linearDxOp = defineOp('linear_dx', 'dy:f32[R,N] w:w[N<,K<] acc?:f32[R,K] -> dx:f32[R,K]');
@@ -33,14 +33,6 @@ export function linearDw(
   return linearDwOp.apply([dy, x, dyrows, xrows, gate])[0]!;
 }
 
-/** A gradient of a weight of which only a prefix was used would have another shape than the weight. */
-function requireFull(op: string, w: Node, shape: readonly Size[]): void {
-  if (w.shape.some((size, i) => size !== shape[i])) {
-    const [used, whole] = [formatShape(shape), formatShape(w.shape)];
-    throw new InvalidArgumentError(`[${op}] the gradient of a weight needs all of it, used ${used} of ${whole}`);
-  }
-}
-
 /**
  * A low-rank addition to a product (LoRA, arXiv 2106.09685): `u b^T` is part of the sum that `x w^T` is, before bias and
  * activation. With zeros in `b` the result has the bits of the product without.
@@ -55,14 +47,11 @@ export interface Patch {
 type Gradients = Pick<GradientContext, 'needs' | 'add' | 'take'>;
 
 /** Adds to the gradients of a patch, operands `at` and `at + 1`, for dy of x w^T + u b^T: f32 [R, N]. */
-function patchGradient(op: string, at: number, u: Node | null, b: Node | null, dy: Node, to: Gradients): void {
+function patchGradient(at: number, u: Node | null, b: Node | null, dy: Node, to: Gradients): void {
   if (!u || !b) return;
   const rank = u.shape[1];
   if (to.needs(at)) to.add(at, linearDx(dy, b, to.take(at), rank));
-  if (to.needs(at + 1)) {
-    requireFull(op, b, [dy.shape[1], rank]);
-    to.add(at + 1, linearDw(dy, u));
-  }
+  if (to.needs(at + 1)) to.add(at + 1, linearDw(dy, u));
 }
 
 const linearOp = defineOp(
@@ -70,19 +59,12 @@ const linearOp = defineOp(
   'x:f32[M,K] w:w[N<,K<] bias?:w[N<] rows?:i32[R] u?:f32[R|M,P] b?:w[N<,P<] -> y:f32[R|M,N] pre?:f32[R|M,N]',
   ['act'],
   {
-    gradient({ inputs: [x, w, bias, rows, u, b], outputs: [, pre], attrs: [act], dy, needs, add, take }) {
+    gradient({ inputs: [x, w, , rows, u, b], outputs: [, pre], attrs: [act], dy, needs, add, take }) {
       const dpre = act === 0 ? dy : activationGrad(dy, pre!, activations[act]);
-      const [n, k] = [dy.shape[1], x!.shape[1]];
-      if (needs(1)) {
-        requireFull('linear', w!, [n, k]);
-        add(1, linearDw(dpre, x!, { xrows: rows }));
-      }
-      if (needs(2)) {
-        requireFull('linear', bias!, [n]);
-        add(2, sumRows(dpre));
-      }
-      patchGradient('linear', 4, u, b, dpre, { needs, add, take });
-      if (needs(0)) add(0, linearDx(dpre, w!, take(0, rows), k), rows);
+      if (needs(1)) add(1, linearDw(dpre, x!, { xrows: rows }));
+      if (needs(2)) add(2, sumRows(dpre));
+      patchGradient(4, u, b, dpre, { needs, add, take });
+      if (needs(0)) add(0, linearDx(dpre, w!, take(0, rows), x!.shape[1]), rows);
     },
   },
 );
@@ -118,21 +100,15 @@ const linearGatedOp = defineOp(
   ['act'],
   {
     gradient({ inputs, outputs: [, g, u], attrs: [act], dy, needs, add, take }) {
-      const [x, wg, wu, bg, bu, rows, gateU, gateB, upU, upB] = inputs;
+      const [x, wg, wu, , , rows, gateU, gateB, upU, upB] = inputs;
       const { dg, du } = gatedActivationGrad(dy, g!, u!, activations[act]);
-      const [n, k] = [dy.shape[1], x!.shape[1]];
-      for (const [i, w, d] of [[1, wg, dg] as const, [2, wu, du] as const]) {
-        if (!needs(i)) continue;
-        requireFull('linear_gated', w!, [n, k]);
-        add(i, linearDw(d, x!, { xrows: rows }));
+      const k = x!.shape[1];
+      for (const [weight, bias, d] of [[1, 3, dg] as const, [2, 4, du] as const]) {
+        if (needs(weight)) add(weight, linearDw(d, x!, { xrows: rows }));
+        if (needs(bias)) add(bias, sumRows(d));
       }
-      for (const [i, b, d] of [[3, bg, dg] as const, [4, bu, du] as const]) {
-        if (!needs(i)) continue;
-        requireFull('linear_gated', b!, [n]);
-        add(i, sumRows(d));
-      }
-      patchGradient('linear_gated', 6, gateU, gateB, dg, { needs, add, take });
-      patchGradient('linear_gated', 8, upU, upB, du, { needs, add, take });
+      patchGradient(6, gateU, gateB, dg, { needs, add, take });
+      patchGradient(8, upU, upB, du, { needs, add, take });
       if (needs(0)) add(0, linearDx(du, wu!, linearDx(dg, wg!, take(0, rows), k), k), rows);
     },
   },
@@ -174,7 +150,6 @@ const linearAddOp = defineOp(
   [],
   {
     gradient({ inputs: [, x, w, bias, rows, gate, u, b], dy, needs, add }) {
-      const [d, k] = [dy.shape[1], x!.shape[1]];
       // Adds to the gradients of operand `at`, a factor of a product with `weight`, and of the gate.
       const addProduct = (at: number, factor: Node, weight: Node, bias: Node | null) => {
         if (!needs(at) && !needs(5)) return;
@@ -185,18 +160,9 @@ const linearAddOp = defineOp(
         add(at, dx!);
         if (dgate) add(5, dgate);
       };
-      if (needs(2)) {
-        requireFull('linear_add', w!, [d, k]);
-        add(2, linearDw(dy, x!, { dyrows: rows, gate }));
-      }
-      if (needs(3)) {
-        requireFull('linear_add', bias!, [d]);
-        add(3, sumRows(dy, rows, gate));
-      }
-      if (needs(7)) {
-        requireFull('linear_add', b!, [d, u!.shape[1]]);
-        add(7, linearDw(dy, u!, { dyrows: rows, gate }));
-      }
+      if (needs(2)) add(2, linearDw(dy, x!, { dyrows: rows, gate }));
+      if (needs(3)) add(3, sumRows(dy, rows, gate));
+      if (needs(7)) add(7, linearDw(dy, u!, { dyrows: rows, gate }));
       addProduct(1, x!, w!, bias);
       if (u && b) addProduct(6, u, b, null);
       add(0, dy);

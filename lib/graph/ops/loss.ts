@@ -4,6 +4,7 @@ import { sameShape } from '../dims.js';
 import type { Node } from '../graph.js';
 import { defineOp, type GradientRule } from '../op.js';
 import { scale } from './elementwise.js';
+import { type DivergenceKind, divergenceKinds } from './names.js';
 
 /** Hands the gradient that a loss has computed, and its rows, to hidden states and row weights; heads are frozen. */
 const lossGradient =
@@ -18,15 +19,11 @@ const lossGradient =
     if (needs(weight)) add(weight, scale(row!, 1, dy));
   };
 
-/** How far a student's distribution is from a teacher's, in the order of the native code. */
-export const divergenceKinds = ['kl', 'reverse-kl', 'jsd'] as const;
-export type DivergenceKind = (typeof divergenceKinds)[number];
-
 const divergenceOp = defineOp(
   'divergence',
   'hs:f32[R,K] ht:f32[R,J] w:w[V,K<] weight:f32[R] targets?:i32[R] wt?:w[V,J<] -> loss:f32[1] row?:f32[R] ' +
     'dh?:f32[R,K] agree?:f32[R] ce?:f32[R]',
-  ['kind', 'beta'],
+  ['kind', 'beta', 'softcap', 'teacher_softcap'],
   // The teacher is given: its hidden states get no gradient.
   { constant: ['ht'], gradient: lossGradient('divergence', [2, 5], 3) },
 );
@@ -40,6 +37,9 @@ export interface DivergenceOptions {
   targets?: Node | null;
   /** The teacher's head [V, J]; default: the student's. */
   wt?: Node | null;
+  /** c > 0: logits x of the student, or of the teacher, become c tanh(x / c). Default 0: they do not. */
+  softcap?: number;
+  teacherSoftcap?: number;
 }
 
 export interface Divergence {
@@ -62,15 +62,17 @@ export function divergence(
   ht: Node,
   w: Node,
   weight: Node,
-  { kind = 'kl', beta = 0.5, targets = null, wt = null }: DivergenceOptions = {},
+  { kind = 'kl', beta = 0.5, targets = null, wt = null, softcap = 0, teacherSoftcap = 0 }: DivergenceOptions = {},
 ): Divergence {
   const without = targets ? [] : ['ce'];
-  const attributes = [divergenceKinds.indexOf(kind), beta];
+  const attributes = [divergenceKinds.indexOf(kind), beta, softcap, teacherSoftcap];
   const [loss, row, , agree, ce] = divergenceOp.apply([hs, ht, w, weight, targets, wt], attributes, { without });
   return { loss: loss!, row: row!, agree: agree!, ce };
 }
 
-const topLogitsOp = defineOp('top_logits', 'h:f32[R,K] w:w[V,K<] -> ids:i32[R,T] logp:f32[R,T] rest:f32[R]');
+const topLogitsOp = defineOp('top_logits', 'h:f32[R,K] w:w[V,K<] -> ids:i32[R,T] logp:f32[R,T] rest:f32[R]', [
+  'softcap',
+]);
 
 /** The largest logits of every row, and what is left. */
 export interface TopLogits {
@@ -82,9 +84,12 @@ export interface TopLogits {
   rest: Node;
 }
 
-/** The `count` largest of `h w^T`, a few rows at a time: h f32 [R, K], w [V, K]. No gradient flows through it. */
-export function topLogits(h: Node, w: Node, count: number): TopLogits {
-  const [ids, logp, rest] = topLogitsOp.apply([h, w], [], { bind: { T: count } });
+/**
+ * The `count` largest of `h w^T`, a few rows at a time: h f32 [R, K], w [V, K], softcap as in `divergence`. No gradient
+ * flows through it.
+ */
+export function topLogits(h: Node, w: Node, count: number, softcap = 0): TopLogits {
+  const [ids, logp, rest] = topLogitsOp.apply([h, w], [softcap], { bind: { T: count } });
   return { ids: ids!, logp: logp!, rest: rest! };
 }
 
@@ -92,13 +97,14 @@ const topkDivergenceOp = defineOp(
   'topk_divergence',
   'hs:f32[R,K] w:w[V,K<] ids:i32[R,T] logp:f32[R,T] rest:f32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] ' +
     'dh?:f32[R,K]',
-  ['kind'],
+  ['kind', 'softcap'],
   { constant: ['logp', 'rest'], gradient: lossGradient('topk_divergence', [1], 5) },
 );
 
 /**
  * Divergence of a student, hs f32 [R, K] with head w [V, K], from a teacher of which the largest probabilities are
  * known, on those ids and one bucket for all others; weight f32 [R]. `loss` f32 [1] carries a gradient, `row` is f32 [R].
+ * softcap as in `divergence`, of the student.
  */
 export function topkDivergence(
   hs: Node,
@@ -106,8 +112,10 @@ export function topkDivergence(
   { ids, logp, rest }: TopLogits,
   weight: Node,
   kind: 'kl' | 'reverse-kl' = 'kl',
+  softcap = 0,
 ): { loss: Node; row: Node } {
-  const [loss, row] = topkDivergenceOp.apply([hs, w, ids, logp, rest, weight], [divergenceKinds.indexOf(kind)]);
+  const attributes = [divergenceKinds.indexOf(kind), softcap];
+  const [loss, row] = topkDivergenceOp.apply([hs, w, ids, logp, rest, weight], attributes);
   return { loss: loss!, row: row! };
 }
 
@@ -139,7 +147,7 @@ const crossEntropyOp = defineOp(
   'cross_entropy',
   'h:f32[R,K] w:w[V,K<] targets:i32[R] weight:f32[R] -> loss:f32[1] row?:f32[R] dh?:f32[R,K] ' +
     'dw?:f32[V,K] correct?:f32[R]',
-  [],
+  ['softcap'],
   {
     gradient({ inputs: [, w], outputs: [, row, dh, dw], dy, needs, add }) {
       if (needs(0)) add(0, scale(dh!, 1, dy));
@@ -163,8 +171,11 @@ export interface CrossEntropy {
   correct: Node;
 }
 
-/** Cross-entropy of `softmax(h w^T)`: h f32 [R, K], w [V, K], targets i32 [R] (-1: none), weight f32 [R]. */
-export function crossEntropy(h: Node, w: Node, targets: Node, weight: Node): CrossEntropy {
-  const [loss, row, , , correct] = crossEntropyOp.apply([h, w, targets, weight]);
+/**
+ * Cross-entropy of `softmax(h w^T)`: h f32 [R, K], w [V, K], targets i32 [R] (-1: none), weight f32 [R], softcap as in
+ * `divergence`.
+ */
+export function crossEntropy(h: Node, w: Node, targets: Node, weight: Node, softcap = 0): CrossEntropy {
+  const [loss, row, , , correct] = crossEntropyOp.apply([h, w, targets, weight], [softcap]);
   return { loss: loss!, row: row!, correct: correct! };
 }

@@ -4,16 +4,25 @@ import { boundOf } from '../dims.js';
 import type { Node } from '../graph.js';
 import { defineOp } from '../op.js';
 
-const accumulateOp = defineOp('accumulate', 'state!:f32[P] x:f32[*X] ->', ['offset']);
+const accumulateOp = defineOp('accumulate', 'state!:f32[P] x:f32[*X] ->', ['offset', 'stride']);
 
-/** `state[offset...] += x`: state f32 [P], x f32 of any shape that fits. */
-export function accumulate(state: Node, x: Node, offset: number): void {
+/**
+ * `state[offset + r stride...] += x[r]` for every row r of x, along its last axis: state f32 [P], x f32 of any shape that fits.
+ * By default rows lie end to end, when they have as many elements as they can have.
+ */
+export function accumulate(state: Node, x: Node, offset: number, stride = boundOf(x.shape.at(-1)!)): void {
   const size = x.shape.reduce<number>((product, s) => product * boundOf(s), 1);
+  const width = boundOf(x.shape.at(-1)!);
+  const rows = size / width;
   const room = boundOf(state.shape[0]);
-  if (!Number.isInteger(offset) || offset < 0 || offset + size > room) {
+  const end = offset + (rows - 1) * stride + width;
+  if (!Number.isInteger(offset) || offset < 0 || end > room) {
     throw new InvalidArgumentError(`[accumulate] ${size} elements at offset ${offset} do not fit a state of ${room}`);
   }
-  accumulateOp.apply([state, x], [offset]);
+  if (!Number.isInteger(stride) || (rows > 1 && stride < width)) {
+    throw new InvalidArgumentError(`[accumulate] the stride of rows of ${width} must be at least that, got ${stride}`);
+  }
+  accumulateOp.apply([state, x], [offset, stride]);
 }
 
 const adamwOp = defineOp('adamw', 'p!:f32[P] g!:f32[P] m!:f32[P] v!:f32[P] hyper:f32[8] -> grad_norm:f32[1]', [

@@ -33,6 +33,35 @@ export function scatterAdd(acc: Node, x: Node, rows: Node): Node {
   return scatterAddOp.apply([acc, x, rows])[0]!;
 }
 
+const addRowsOp = defineOp('add_rows', 'residual:f32[N,D] x:f32[R|N,D] rows?:i32[R] gate?:f32[R|N] -> y:f32[N,D]', [], {
+  gradient({ inputs: [, x, rows, gate], dy, needs, add }) {
+    add(0, dy);
+    if (!needs(1) && !needs(3)) return;
+    const [dx, dgate] = addRowsGradOp.apply([dy, needs(3) ? x : null, rows, gate], [], {
+      without: needs(3) ? [] : ['dgate'],
+    });
+    add(1, dx!);
+    if (needs(3)) add(3, dgate!);
+  },
+});
+
+const addRowsGradOp = defineOp(
+  'add_rows_grad',
+  'dy:f32[N,D] x?:f32[R|N,D] rows?:i32[R] gate?:f32[R|N] -> dx:f32[R|N,D] dgate?:f32[R|N]',
+);
+
+/**
+ * `residual` with `gate[r] x[r]` added to row `rows[r]`: residual f32 [N, D], x f32 [R, D] (or [N, D]), rows i32 [R], gate
+ * f32 [R] (or [N]; absent: 1). Returns f32 [N, D]. Counts the rows of x as rows that went through a sub-layer.
+ */
+export function addRows(
+  residual: Node,
+  x: Node,
+  { rows = null, gate = null }: { rows?: Node | null; gate?: Node | null } = {},
+): Node {
+  return addRowsOp.apply([residual, x, rows, gate])[0]!;
+}
+
 const sumRowsOp = defineOp('sum_rows', 'x:f32[N,D] rows?:i32[R] gate?:f32[R|N] -> y:f32[D]');
 
 /** `sum over r of gate[r] * x[rows[r]]`: x f32 [N, D], rows i32 [R], gate f32 [R] (or [N]). Returns f32 [D]. */

@@ -6,7 +6,7 @@ const sampleOp = defineOp('sample', 'logits:f32[S,V] params:f32[S,4] -> ids:i32[
 
 /**
  * One token per row: logits f32 [S, V], params f32 [S, 4] = temperature (0: greedy), top-k (0: off), top-p (1: off),
- * a uniform number in [0, 1). Returns ids i32 [S] and their log-probability under the untempered softmax, f32 [S].
+ * a uniform number u in [0, 1). Rows that are alike mostly give the same id for the same u (docs/ops.md). Returns ids i32 [S] and their log-probability under the untempered softmax, f32 [S].
  */
 export function sample(logits: Node, params: Node): { ids: Node; logprob: Node } {
   const [ids, logprob] = sampleOp.apply([logits, params]);
