@@ -1,10 +1,10 @@
 // Files and directories: whole-file reads with typed errors, writes that appear complete or not at all, hashes, locks.
 import { createHash, randomBytes } from 'node:crypto';
-import { createReadStream } from 'node:fs';
-import { type FileHandle, open, readFile, rename, rm } from 'node:fs/promises';
+import { createReadStream, existsSync } from 'node:fs';
+import { type FileHandle, mkdir, open, readdir, readFile, rename, rm, rmdir } from 'node:fs/promises';
 import { hostname } from 'node:os';
-import { dirname, join } from 'node:path';
-import { ElastiformError, InvalidFileError } from '../native/errors.js';
+import { dirname, join, resolve } from 'node:path';
+import { ElastiformError, InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 
 /** The file system refused: disk full, no permission, a directory in use by another process. `cause` has the reason. */
 export class FileSystemError extends ElastiformError {
@@ -100,11 +100,72 @@ export function writeFileAtomic(path: string, data: string | Uint8Array): Promis
 }
 
 /**
+ * Makes a directory as a whole: `fill` fills another one beside it, which then takes the place of `out` and of all that `out`
+ * holds. When anything fails `out` is as it was and nothing else is left.
+ *
+ * @param api - names the call in errors
+ * @throws FileSystemError when the disk is full or the file system refuses, and what `fill` throws.
+ */
+export function replaceDirectory<T>(api: string, out: string, fill: (dir: string) => Promise<T>): Promise<T> {
+  return wholeDirectory(api, out, fill, true);
+}
+
+/**
+ * The same for a directory that must be new or empty.
+ *
+ * @throws InvalidArgumentError when it is neither; otherwise as replaceDirectory.
+ */
+export async function newDirectory<T>(api: string, out: string, fill: (dir: string) => Promise<T>): Promise<T> {
+  if (existsSync(out) && (await inFileSystem('read', out, () => readdir(out))).length > 0) {
+    throw new InvalidArgumentError(`[${api}] out must be a new or empty directory, got ${out}`);
+  }
+  return await wholeDirectory(api, out, fill, false);
+}
+
+async function wholeDirectory<T>(
+  api: string,
+  out: string,
+  fill: (dir: string) => Promise<T>,
+  replaces: boolean,
+): Promise<T> {
+  const path = resolve(out);
+  await inFileSystem('create', dirname(path), () => mkdir(dirname(path), { recursive: true }));
+  const work = `${path}.partial-${randomBytes(4).toString('hex')}`;
+  const aside = `${work}.old`;
+  try {
+    await inFileSystem('create', work, () => mkdir(work));
+    const result = await fill(work);
+    try {
+      if (existsSync(path)) {
+        // An empty directory needs no detour.
+        await rmdir(path).catch((cause) => (replaces ? rename(path, aside) : Promise.reject(cause)));
+      }
+      await rename(work, path);
+    } catch (cause) {
+      if (existsSync(aside) && !existsSync(path)) await rename(aside, path);
+      throw new FileSystemError(
+        `[${api}] cannot write ${out}: ${(cause as Error).message}; another process may be writing it`,
+        cause,
+      );
+    }
+    return result;
+  } finally {
+    await rm(work, { recursive: true, force: true });
+    await rm(aside, { recursive: true, force: true });
+  }
+}
+
+/**
  * Parses a JSON file.
  *
  * @throws InvalidFileError naming the file when it is missing or is not JSON.
  */
 export async function readJson(path: string): Promise<unknown> {
+  return (await readJsonText(path)).json;
+}
+
+/** The same with the text of the file. */
+export async function readJsonText(path: string): Promise<{ text: string; json: unknown }> {
   let text: string;
   try {
     text = await readFile(path, 'utf8');
@@ -113,10 +174,40 @@ export async function readJson(path: string): Promise<unknown> {
     throw new InvalidFileError(`[files] cannot read ${path}: ${EXPLANATIONS[code ?? ''] ?? error}`, { cause: error });
   }
   try {
-    return JSON.parse(text);
+    return { text, json: JSON.parse(text) };
   } catch (error) {
     throw new InvalidFileError(`[files] ${path} is not JSON: ${(error as Error).message}`, { cause: error });
   }
+}
+
+/**
+ * A JSON text of an object that readers with types take: numbers of the fields named, and in their lists, have a point, 50.0 for
+ * 50, which JavaScript does not tell apart.
+ */
+export function jsonWithFloats(object: object, fields: readonly string[]): string {
+  const marked = (value: unknown): unknown => {
+    if (Array.isArray(value)) return value.map(marked);
+    // Large ones are written with an exponent, as floats.
+    return typeof value === 'number' && /^-?\d+$/.test(String(value)) ? `\0${value}.0` : value;
+  };
+  const text = JSON.stringify(object, (key, value) => (fields.includes(key) ? marked(value) : value), 2);
+  return unmarked(text);
+}
+
+/** Texts that begin with NUL as numbers. */
+const unmarked = (json: string): string => json.replaceAll(/"\\u0000([^"]*)"/g, '$1');
+
+/**
+ * A JSON text of an object with the object changed by `edit`. Numbers that stay are written as they were: readers with types
+ * tell 50.0 from 50, which JavaScript does not.
+ */
+export function editJson(text: string, edit: (json: Record<string, unknown>) => Record<string, unknown>): string {
+  // While it is an object, a number is a text that begins with NUL.
+  const marked = text.replaceAll(
+    /("(?:[^"\\]|\\.)*")|(-?\d[\d.eE+-]*)/g,
+    (_, string, number) => string ?? `"\\u0000${number}"`,
+  );
+  return unmarked(JSON.stringify(edit(JSON.parse(marked)), null, 2));
 }
 
 /** SHA-256 of a file's bytes in hexadecimal, read in pieces. */

@@ -1,5 +1,11 @@
 // The nearest values of narrower floating types, as bits; ties go to even.
 
+/** The values as they are stored in a type. */
+export function rounded(values: Float32Array, dtype: 'f32' | 'bf16' | 'f16'): Float32Array | Uint16Array {
+  if (dtype === 'f32') return values;
+  return dtype === 'bf16' ? toBf16(values) : toF16(values);
+}
+
 /** bfloat16 of each value. */
 export function toBf16(values: Float32Array): Uint16Array {
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);

@@ -28,6 +28,21 @@ const ELEMENT_BYTES: Readonly<Record<string, number>> = {
   C64: 8,
 };
 
+/** Size in bytes of an element type, as files spell it. */
+export const elementBytes = (dtype: string): number => ELEMENT_BYTES[dtype];
+
+/** An element type that floats are stored in, by the name it has in files. */
+export function floatDtype(dtype: string): 'f32' | 'bf16' | 'f16' {
+  const found = DTYPES[dtype];
+  if (found === undefined || found === 'i32') {
+    throw new InvalidFileError(`[safetensors] the element type must be F32, BF16 or F16, got ${dtype}`);
+  }
+  return found;
+}
+
+/** Lists the shards of a checkpoint of several files. */
+export const checkpointIndex = 'model.safetensors.index.json';
+
 /** Element types that can be computed with. Others are listed, and refused when asked for. */
 const DTYPES: Readonly<Record<string, DType>> = { F32: 'f32', BF16: 'bf16', F16: 'f16', I32: 'i32' };
 const FILE_DTYPES: Readonly<Record<DType, string>> = { f32: 'F32', bf16: 'BF16', f16: 'F16', i32: 'I32' };
@@ -42,6 +57,9 @@ export interface TensorInfo {
   readonly shape: readonly number[];
   /** The file the tensor lies in. */
   readonly file: string;
+  /** Bytes from the start of the file. */
+  readonly begin: number;
+  readonly end: number;
 }
 
 /** What a file of tensors, or a directory of such files, offers. Read-only tensors keep their mapping alive. */
@@ -59,15 +77,9 @@ export interface TensorSource extends Disposable {
   dispose(): void;
 }
 
-interface Entry extends TensorInfo {
-  /** Bytes from the start of the file. */
-  readonly begin: number;
-  readonly end: number;
-}
-
 /** One mapped `.safetensors` file. */
 export class SafetensorsFile implements TensorSource {
-  readonly #entries: ReadonlyMap<string, Entry>;
+  readonly #entries: ReadonlyMap<string, TensorInfo>;
   readonly #tensors = new Map<string, Tensor>();
   readonly #mapping: Mapping;
 
@@ -77,7 +89,7 @@ export class SafetensorsFile implements TensorSource {
   private constructor(
     readonly path: string,
     readonly metadata: Readonly<Record<string, string>>,
-    entries: ReadonlyMap<string, Entry>,
+    entries: ReadonlyMap<string, TensorInfo>,
     mapping: Mapping,
   ) {
     this.#entries = entries;
@@ -127,13 +139,13 @@ export class SafetensorsFile implements TensorSource {
     this.dispose();
   }
 
-  #entry(name: string): Entry {
+  #entry(name: string): TensorInfo {
     const entry = this.#entries.get(name);
     if (!entry) throw new InvalidFileError(`[safetensors] ${this.path} has no tensor ${name}`);
     return entry;
   }
 
-  #view(name: string, { dtype: fileDtype, shape, begin, end }: Entry): Tensor {
+  #view(name: string, { dtype: fileDtype, shape, begin, end }: TensorInfo): Tensor {
     const dtype = DTYPES[fileDtype];
     if (dtype === undefined) {
       const supported = Object.keys(DTYPES).join(', ');
@@ -177,15 +189,13 @@ export class Checkpoint implements TensorSource {
    */
   static open(directory: string): Checkpoint {
     const single = join(directory, 'model.safetensors');
-    const index = join(directory, 'model.safetensors.index.json');
+    const index = join(directory, checkpointIndex);
     if (existsSync(single)) {
       const file = openSafetensors(single);
       return new Checkpoint(directory, [file], new Map(file.names().map((name) => [name, file])));
     }
     if (!existsSync(index)) {
-      throw new InvalidFileError(
-        `[safetensors] ${directory} has neither model.safetensors nor model.safetensors.index.json`,
-      );
+      throw new InvalidFileError(`[safetensors] ${directory} has neither model.safetensors nor ${checkpointIndex}`);
     }
     const weightMap = readIndex(index);
     const files = new Map<string, SafetensorsFile>();
@@ -224,6 +234,11 @@ export class Checkpoint implements TensorSource {
 
   tensor(name: string): Tensor {
     return this.#file(name).tensor(name);
+  }
+
+  /** The header's `__metadata__` of one of the files. */
+  metadataOf(path: string): Readonly<Record<string, string>> {
+    return this.files.find((file) => file.path === path)!.metadata;
   }
 
   /**
@@ -273,7 +288,7 @@ function isSize(value: unknown): value is number {
 function readHeader(
   path: string,
   mapping: Mapping,
-): { metadata: Readonly<Record<string, string>>; entries: Map<string, Entry> } {
+): { metadata: Readonly<Record<string, string>>; entries: Map<string, TensorInfo> } {
   const fail = (message: string) => new InvalidFileError(`[safetensors] ${path}: ${message}`);
   const size = mapping.byteLength;
   if (size < 8) throw fail(`truncated: ${size} bytes, the header's length alone takes 8`);
@@ -301,7 +316,7 @@ function readHeader(
   if (!isObject(metadata) || !Object.values(metadata).every((value) => typeof value === 'string')) {
     throw fail('__metadata__ does not map names to strings');
   }
-  const entries = new Map<string, Entry>();
+  const entries = new Map<string, TensorInfo>();
   for (const [name, value] of Object.entries(tensors)) entries.set(name, readEntry(path, name, value, start, size));
 
   // JSON.parse keeps the last of equal keys; the text has one colon for each key written.
@@ -318,7 +333,7 @@ function readHeader(
   return { metadata: metadata as Record<string, string>, entries };
 }
 
-function readEntry(path: string, name: string, value: unknown, start: number, size: number): Entry {
+function readEntry(path: string, name: string, value: unknown, start: number, size: number): TensorInfo {
   const fail = (message: string) => tensorError(path, name, message);
   if (!isObject(value) || Object.keys(value).sort().join() !== 'data_offsets,dtype,shape') {
     throw fail('is not described by dtype, shape and data_offsets');
@@ -414,17 +429,8 @@ export async function writeSafetensors(
   const sorted = Object.entries(tensors).sort(
     ([a, x], [b, y]) => y.data.BYTES_PER_ELEMENT - x.data.BYTES_PER_ELEMENT || (a < b ? -1 : 1),
   );
-  let end = 0;
-  const header: [string, unknown][] = Object.keys(metadata).length > 0 ? [['__metadata__', metadata]] : [];
-  for (const [name, { dtype, shape, data }] of sorted) {
-    header.push([name, { dtype: FILE_DTYPES[dtype], shape, data_offsets: [end, end + data.byteLength] }]);
-    end += data.byteLength;
-  }
-  // fromEntries makes even __proto__ a property like any other.
-  const json = Buffer.from(JSON.stringify(Object.fromEntries(header)));
-  const head = Buffer.alloc(8 + Math.ceil(json.length / 8) * 8, ' ');
-  head.writeBigUInt64LE(BigInt(head.length - 8));
-  json.copy(head, 8);
+  const described = sorted.map(([name, { dtype, shape }]) => ({ name, dtype: FILE_DTYPES[dtype], shape }));
+  const { head } = safetensorsHeader(described, metadata);
   await replaceFile(path, async (handle) => {
     await writeAll(handle, head);
     for (const [, { data }] of sorted) {
@@ -433,8 +439,28 @@ export async function writeSafetensors(
   });
 }
 
-// One write call takes at most 2 GiB and may write less than it was given.
-async function writeAll(handle: { write: FileWrite }, bytes: Uint8Array): Promise<void> {
+/** The bytes of a file before its tensors, which follow in this order, and how many bytes those take. */
+export function safetensorsHeader(
+  tensors: readonly (Pick<TensorInfo, 'dtype' | 'shape'> & { name: string })[],
+  metadata: Readonly<Record<string, string>>,
+): { head: Buffer; size: number } {
+  let size = 0;
+  const header: [string, unknown][] = Object.keys(metadata).length > 0 ? [['__metadata__', metadata]] : [];
+  for (const { name, dtype, shape } of tensors) {
+    const end = size + shape.reduce((product, n) => product * n, ELEMENT_BYTES[dtype]);
+    header.push([name, { dtype, shape, data_offsets: [size, end] }]);
+    size = end;
+  }
+  // fromEntries makes even __proto__ a property like any other.
+  const json = Buffer.from(JSON.stringify(Object.fromEntries(header)));
+  const head = Buffer.alloc(8 + Math.ceil(json.length / 8) * 8, ' ');
+  head.writeBigUInt64LE(BigInt(head.length - 8));
+  json.copy(head, 8);
+  return { head, size };
+}
+
+/** Writes all bytes: one write call takes at most 2 GiB and may write less than it was given. */
+export async function writeAll(handle: { write: FileWrite }, bytes: Uint8Array): Promise<void> {
   const piece = 1 << 30;
   for (let at = 0; at < bytes.length; ) {
     at += (await handle.write(bytes, at, Math.min(piece, bytes.length - at))).bytesWritten;

@@ -13,6 +13,15 @@ export interface TokenStream {
   end(): string;
 }
 
+/** A text, or a pair of texts, as an encoder reads it. */
+export interface EncodedInput {
+  readonly ids: readonly number[];
+  /** Kind of every token: 0 of the first text, 1 of the second; what special tokens are is the tokenizer's to say. */
+  readonly types: readonly number[];
+  /** Tokens that were left out. */
+  readonly truncated: number;
+}
+
 export interface Tokenizer {
   /** Largest id + 1. */
   readonly vocabSize: number;
@@ -22,6 +31,14 @@ export interface Tokenizer {
   readonly sha256: string;
   /** @param options.addSpecialTokens what the tokenizer puts around a text (such as BOS); default true */
   encode(text: string, options?: { addSpecialTokens?: boolean }): number[];
+  /**
+   * A text, or a pair of texts, with the special tokens that are put around it. What does not fit is left out at the end of the
+   * longer text, of both alike when they are as long.
+   *
+   * @param options.maxTokens special tokens included
+   * @throws InvalidArgumentError when no text fits beside the special tokens.
+   */
+  encodeInput(text: string, options: { pair?: string; maxTokens: number }): EncodedInput;
   /**
    * Ids without a token decode to nothing. Spaces are never cleaned up: the text is what was encoded.
    *
@@ -39,9 +56,14 @@ export interface Tokenizer {
 // What is used of the library. Its own declarations import files without extensions and so resolve to any.
 interface Backend {
   encode(text: string, options: { add_special_tokens: boolean }): { ids: (number | undefined)[]; tokens: string[] };
+  tokenize(text: string, options: { add_special_tokens: boolean }): string[];
+  post_processor:
+    | ((a: string[], b: string[] | null, special: boolean) => { tokens: string[]; token_type_ids?: number[] })
+    | null;
   decode(ids: number[], options: { skip_special_tokens: boolean; clean_up_tokenization_spaces: boolean }): string;
   token_to_id(token: string): number | undefined;
   id_to_token(id: number): string | undefined;
+  model: { unk_token_id?: number };
   get_vocab(withAddedTokens: boolean): Map<string, number>;
   get_added_tokens_decoder(): Map<number, { special: boolean }>;
 }
@@ -69,6 +91,7 @@ export async function loadTokenizer(directory: string): Promise<Tokenizer> {
 
 class DirectoryTokenizer implements Tokenizer {
   readonly vocabSize: number;
+  readonly #ids: ReadonlyMap<string, number>;
   readonly #special: ReadonlySet<number>;
 
   constructor(
@@ -78,8 +101,9 @@ class DirectoryTokenizer implements Tokenizer {
     readonly eosId: number | null,
     readonly sha256: string,
   ) {
+    this.#ids = tokenizer.get_vocab(true);
     let largest = -1;
-    for (const id of tokenizer.get_vocab(true).values()) largest = Math.max(largest, id);
+    for (const id of this.#ids.values()) largest = Math.max(largest, id);
     this.vocabSize = largest + 1;
     this.#special = new Set([...tokenizer.get_added_tokens_decoder()].filter(([, t]) => t.special).map(([id]) => id));
   }
@@ -88,12 +112,31 @@ class DirectoryTokenizer implements Tokenizer {
     const { ids, tokens } = this.#attempt('encode', () =>
       this.tokenizer.encode(text, { add_special_tokens: addSpecialTokens }),
     );
-    const unknown = ids.indexOf(undefined);
-    if (unknown >= 0) {
-      const token = JSON.stringify(tokens[unknown]);
-      throw new InvalidArgumentError(`[tokenizer] ${token} is not in the vocabulary, which has no unknown token`);
-    }
-    return ids as number[];
+    return known(ids, tokens);
+  }
+
+  encodeInput(text: string, { pair, maxTokens }: { pair?: string; maxTokens: number }): EncodedInput {
+    const { tokenizer } = this;
+    return this.#attempt('encode', () => {
+      const around = (a: string[], b: string[] | null) =>
+        tokenizer.post_processor?.(a, b, true) ?? { tokens: [...a, ...(b ?? [])] };
+      const plain = (part: string) => tokenizer.tokenize(part, { add_special_tokens: false });
+      const [a, b] = [plain(text), pair === undefined ? null : plain(pair)];
+      const room = maxTokens - around([], b && []).tokens.length;
+      if (room < 1) {
+        throw new InvalidArgumentError(`[tokenizer] no text fits ${maxTokens} tokens beside the special tokens`);
+      }
+      const [keptA, keptB] = longestFirst(a.length, b?.length ?? 0, room);
+      const { tokens, token_type_ids: types } = around(a.slice(0, keptA), b?.slice(0, keptB) ?? null);
+      return {
+        ids: known(
+          tokens.map((token) => this.#ids.get(token) ?? tokenizer.model.unk_token_id),
+          tokens,
+        ),
+        types: types ?? tokens.map(() => 0),
+        truncated: a.length + (b?.length ?? 0) - keptA - keptB,
+      };
+    });
   }
 
   decode(ids: readonly number[], { skipSpecialTokens = true }: { skipSpecialTokens?: boolean } = {}): string {
@@ -116,6 +159,7 @@ class DirectoryTokenizer implements Tokenizer {
     try {
       return call();
     } catch (error) {
+      if (error instanceof InvalidArgumentError) throw error;
       throw new InvalidFileError(`[tokenizer] ${this.path}: cannot ${action}: ${(error as Error).message}`, {
         cause: error,
       });
@@ -146,6 +190,22 @@ class DirectoryTokenizer implements Tokenizer {
       },
     };
   }
+}
+
+function known(ids: (number | undefined)[], tokens: string[]): number[] {
+  const unknown = ids.indexOf(undefined);
+  if (unknown < 0) return ids as number[];
+  const token = JSON.stringify(tokens[unknown]);
+  throw new InvalidArgumentError(`[tokenizer] ${token} is not in the vocabulary, which has no unknown token`);
+}
+
+/** How much of two texts of a and b tokens fits `room`: the longer one gives way, both when that is not enough. */
+function longestFirst(a: number, b: number, room: number): [number, number] {
+  if (a + b <= room) return [a, b];
+  const half = Math.floor(room / 2);
+  if (Math.min(a, b) <= half) return a <= b ? [a, room - a] : [room - b, b];
+  // The odd token goes to the longer one.
+  return a > b ? [room - half, half] : [half, room - half];
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {

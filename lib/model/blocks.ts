@@ -1,7 +1,8 @@
-// The parts of a decoder block: attention and feed-forward, over all rows or over those that a selector lets in.
+// The parts of a block: attention and feed-forward, over all rows or over those that a selector lets in.
 import type { Graph, Node } from '../graph/graph.js';
 import {
   add,
+  addRows,
   attention,
   attentionCached,
   boundOf,
@@ -10,21 +11,23 @@ import {
   embedding,
   gatedActivation,
   gatherIds,
+  gaussianTopk,
   type HeadOptions,
   layerNorm,
   linearAdd,
   type Routed,
   rmsNorm,
   rope,
+  scale,
   zeros,
 } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type Matrix, matrix, type ProductRows, product, productAdd, productGated, weightPart } from './products.js';
 import type { EnteredRows, ExpertSelection, Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
-import type { ModelSpec } from './spec.js';
+import { layerOf, type ModelSpec } from './spec.js';
 import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
 
-/** What every block of one decoder shares. */
+/** What every block of one model shares. */
 export interface BlockContext {
   readonly graph: Graph;
   readonly spec: ModelSpec;
@@ -33,22 +36,41 @@ export interface BlockContext {
   /** Segments, i32 [S + 1]. */
   readonly offsets: Node;
   readonly selector: Selector;
+  /** Filled with what the last product of every sub-layer that is not cut reads. */
+  readonly units?: Node[];
+  /** Keys and values that layers have computed, for those that use them too; by layer. */
+  readonly keys: Map<number, LayerKeys>;
 }
 
-/** The norm of a spec over all rows of x [N, D], or over `rows` written compact. */
+/** Keys and values of a layer, f32 [N or R, kvHeads * headDim], the segments of their rows, and where they are appended. */
+interface LayerKeys {
+  readonly k: Node;
+  readonly v: Node;
+  readonly offsets: Node;
+  readonly cache: Cache | undefined;
+}
+
+/** The norm of a spec over all rows of x [N, D], or over `rows` written compact; of RMS, over as many features as weights. */
 export function norm(spec: ModelSpec, x: Node, { weight, bias }: Affine<Node>, rows: Node | null = null): Node {
   const options = { eps: spec.eps, rows };
-  return spec.norm === 'rms' ? rmsNorm(x, weight, options) : layerNorm(x, weight, bias ?? null, options);
+  return spec.norm === 'rms'
+    ? rmsNorm(x, weight, { ...options, offset: spec.normOffset })
+    : layerNorm(x, weight, bias ?? null, options);
 }
 
 /** Token (and learned position) embeddings: f32 [N, D]. */
-export function embed(spec: ModelSpec, weights: DecoderNodes, ids: Node, positions: Node): Node {
-  const tokens = embedding(weights.embed, ids);
-  return spec.rope ? tokens : add(tokens, embedding(weights.positions!, positions));
+export function embed(
+  spec: ModelSpec,
+  weights: Pick<DecoderNodes, 'embed' | 'positions'>,
+  ids: Node,
+  positions: Node,
+): Node {
+  const tokens = scale(embedding(weights.embed, ids), spec.embedScale);
+  return weights.positions ? add(tokens, embedding(weights.positions, positions)) : tokens;
 }
 
 interface Entry {
-  /** The normalised rows to read: all of them, or only those selected. */
+  /** The rows to read, normalised if norms come before sub-layers: all of them, or only those selected. */
   readonly x: Node;
   /** Rows of `x` to gather while multiplying. */
   readonly gather: Node | null;
@@ -61,18 +83,27 @@ function enter(context: BlockContext, layer: number, place: Place, residual: Nod
   const { spec, selector, offsets } = context;
   let all: Node | null = null;
   const normed = () => {
-    all ??= norm(spec, residual, weights);
+    all ??= spec.normPlace === 'pre' ? norm(spec, residual, weights) : residual;
     return all;
   };
   const selection = selector.rows({ layer, place, residual, normed, offsets });
   if (!selection) return { x: normed(), gather: null, selection };
-  if (all || selection.allKeys) return { x: normed(), gather: selection.rows, selection };
+  if (all || selection.allKeys || spec.normPlace === 'post') return { x: normed(), gather: selection.rows, selection };
   return { x: norm(spec, residual, weights, selection.rows), gather: null, selection };
 }
 
-// Adds the sub-layer's output to the rows that entered.
-function leave(residual: Node, y: Node, out: Matrix, selection: RowSelection | null): Node {
-  return productAdd(residual, y, out, { rows: selection?.rows, gate: selection?.gate?.(selection.rows) });
+// Adds the sub-layer's output, normalised where there is a norm for that, to the rows that entered.
+function leave(
+  { spec, units }: BlockContext,
+  residual: Node,
+  y: Node,
+  out: Matrix,
+  post: Affine<Node> | undefined,
+  selection: RowSelection | null,
+): Node {
+  units?.push(y);
+  const to = { rows: selection?.rows, gate: selection?.gate?.(selection.rows) };
+  return post ? addRows(residual, norm(spec, product(y, out), post), to) : productAdd(residual, y, out, to);
 }
 
 /**
@@ -89,11 +120,12 @@ export function attentionBlock(
   weights: LayerWeights<Node>,
   caches?: (parts: number) => readonly Cache[],
 ): Node {
-  const { graph, spec, selector } = context;
+  const { graph, selector } = context;
+  const spec = layerOf(context.spec, layer);
   const { heads, kvHeads, headDim } = spec;
   const { x, gather, selection } = enter(context, layer, 'attn', residual, weights.norm1);
   const of = (projection: 'q' | 'k' | 'v' | 'o', part?: UnitPart) =>
-    matrix(context, layer, weights[projection], projection, part);
+    matrix(context, layer, weights[projection]!, projection, part);
   const entered = entering(context, layer, 'attn', residual, { x, gather, selection });
   const experts = selector.experts?.(entered);
 
@@ -104,24 +136,30 @@ export function attentionBlock(
     const positions = at ? gatherIds(context.positions, at) : context.positions;
     return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
   };
-  const queries = (from: ProductRows, at: Node | null, part?: UnitPart) => turn(product(x, of('q', part), from), at);
-  const keys = (from: ProductRows, at: Node | null, offsets: Node, part?: UnitPart) => {
-    const k = turn(product(x, of('k', part), from), at);
-    const v = product(x, of('v', part), from);
+  const headNorm = (y: Node, weights?: Affine<Node>) => (weights ? norm(spec, y, weights) : y);
+  const queries = (from: ProductRows, at: Node | null, part?: UnitPart) =>
+    turn(headNorm(product(x, of('q', part), from), weights.qNorm), at);
+  const keys = (from: ProductRows, at: Node | null, offsets: Node, part?: UnitPart): LayerKeys => {
+    const k = turn(headNorm(product(x, of('k', part), from), weights.kNorm), at);
+    const plain = product(x, of('v', part), from);
+    const v = spec.vNorm
+      ? rmsNorm(plain, graph.constant(new Array<number>(headDim).fill(1), [headDim]), { eps: spec.eps })
+      : plain;
     const cache = caches?.(part?.count ?? 1)[part?.index ?? 0];
     if (cache) cacheAppend(k, v, offsets, cache);
     return { k, v, offsets, cache };
   };
   const attend = (
     q: Node,
-    { k, v, offsets, cache }: ReturnType<typeof keys>,
+    { k, v, offsets, cache }: LayerKeys,
     shape: Pick<HeadOptions, 'heads' | 'kvHeads'>,
     selected?: Routed,
   ) => {
-    const options = { ...shape, scale: 1 / Math.sqrt(headDim), ...(selected && { selected }) };
+    const { window, scoreScale, scoreSoftcap: softcap } = spec;
+    const options = { ...shape, scale: scoreScale, window, softcap, ...(selected && { selected }) };
     return cache
       ? attentionCached(q, offsets, cache, options)
-      : attention(q, k, v, offsets, { ...options, causal: true });
+      : attention(q, k, v, offsets, { ...options, causal: spec.encoder === null });
   };
   const keep = selection?.allKeys ?? false;
   const keysOfLayer = (part?: UnitPart) =>
@@ -129,8 +167,11 @@ export function attentionBlock(
 
   if (!experts) {
     const q = queries({ rows: gather }, entered.rows);
-    const y = attend(q, keysOfLayer(), { heads, kvHeads }, keep && selection ? selection : undefined);
-    return leave(residual, y, of('o'), selection);
+    const own = spec.keysOf === null ? keysOfLayer() : sharedKeys(context, layer, spec.keysOf);
+    context.keys.set(layer, own);
+    const ofAllRows = own.offsets === context.offsets;
+    const y = attend(q, own, { heads, kvHeads }, ofAllRows && selection ? selection : undefined);
+    return leave(context, residual, y, of('o'), weights.postNorm1, selection);
   }
   const count = experts.length;
   if (heads % count !== 0 || count % kvHeads !== 0) {
@@ -141,7 +182,7 @@ export function attentionBlock(
   const shared = experts.every(({ ownKeys }) => ownKeys)
     ? []
     : Array.from({ length: kvHeads }, (_, index) => keysOfLayer(kvHeads > 1 ? { index, count: kvHeads } : undefined));
-  return addExperts(context, residual, experts, selection, weights.o, {
+  return addExperts(context, residual, experts, selection, weights.o, weights.postNorm1, {
     out: (part) => of('o', part),
     units(part, { rows, offsets, ownKeys }, at) {
       const from = { rows: gather ? at : rows, among: { gather, rows } };
@@ -153,25 +194,44 @@ export function attentionBlock(
   });
 }
 
+function sharedKeys({ keys }: BlockContext, layer: number, owner: number): LayerKeys {
+  const found = keys.get(owner);
+  if (found) return found;
+  throw new InvalidArgumentError(
+    `[model] layer ${layer} uses the keys and values of layer ${owner}, whose attention cannot be left out or cut into experts`,
+  );
+}
+
 /** `residual + down(act(gate(x)) * up(x))` of the normalised rows, or `residual + down(act(up(x)))`. */
 export function feedForwardBlock(
   context: BlockContext,
   layer: number,
   residual: Node,
-  { norm2, gate, up, down }: LayerWeights<Node>,
+  { norm2, gate, up, down, postNorm2 }: LayerWeights<Node>,
 ): Node {
-  const { act } = context.spec;
+  const { act, gateCutoff } = layerOf(context.spec, layer);
   const entry = enter(context, layer, 'mlp', residual, norm2);
   const { x, gather, selection } = entry;
   const of = (weights: Affine<Node>, projection: Projection, part?: UnitPart) =>
     matrix(context, layer, weights, projection, part);
-  const hidden = (rows: ProductRows, part?: UnitPart) =>
-    gate
-      ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act })
-      : product(x, of(up, 'up', part), { ...rows, act });
+  const width = context.selector.width?.(layer) ?? undefined;
+  const hidden = (rows: ProductRows, part?: UnitPart) => {
+    if (gate && gateCutoff !== null) {
+      const open = gaussianTopk(product(x, of(gate, 'gate', part), { ...rows, width }), gateCutoff);
+      return gatedActivation(open, product(x, of(up, 'up', part), { ...rows, width }), act);
+    }
+    return gate
+      ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act, width })
+      : product(x, of(up, 'up', part), { ...rows, act, width });
+  };
   const experts = context.selector.experts?.(entering(context, layer, 'mlp', residual, entry));
-  if (!experts) return leave(residual, hidden({ rows: gather }), of(down, 'down'), selection);
-  return addExperts(context, residual, experts, selection, down, {
+  if (experts && gateCutoff !== null) {
+    throw new InvalidArgumentError(
+      `[model] the feed-forward of layer ${layer} cannot be cut: which of its units act depends on all of them`,
+    );
+  }
+  if (!experts) return leave(context, residual, hidden({ rows: gather }), of(down, 'down'), postNorm2, selection);
+  return addExperts(context, residual, experts, selection, down, postNorm2, {
     out: (part) => of(down, 'down', part),
     units: (part, { rows }, at) => hidden({ rows: gather ? at : rows, among: { gather, rows } }, part),
   });
@@ -189,29 +249,35 @@ const entering = (
   offsets: selection?.offsets ?? offsets,
 });
 
-// A sum over experts: each adds to the rows that chose it, which are `at` in the residual stream, one after the other.
+// A sum over experts: each adds to the rows that chose it, which are `at` in the residual stream, one after the other. A norm
+// of what they add needs the sum by itself first, of the rows that entered.
 function addExperts(
-  { graph }: BlockContext,
+  { graph, spec }: BlockContext,
   residual: Node,
   experts: readonly ExpertSelection[],
   selection: RowSelection | null,
   output: Affine<Node>,
+  post: Affine<Node> | undefined,
   {
     out,
     units,
   }: { out: (part: UnitPart) => Matrix; units: (part: UnitPart, expert: ExpertSelection, at: Node) => Node },
 ): Node {
-  let y = residual;
+  const entered = selection?.rows ?? null;
+  let y = post ? zeros(graph, [(entered ?? residual).shape[0], residual.shape[1]]) : residual;
   graph.tag(`${graph.currentTag}/${experts.length}`, () => {
     for (const [index, expert] of experts.entries()) {
       const part = { index, count: experts.length };
-      const at = selection ? gatherIds(selection.rows, expert.rows) : expert.rows;
-      const token = selection?.gate?.(at);
-      const both = token && expert.gate ? gatedActivation(token, expert.gate, 'none') : (token ?? expert.gate);
-      y = productAdd(y, units(part, expert, at), out(part), { rows: at, gate: both });
+      const at = entered ? gatherIds(entered, expert.rows) : expert.rows;
+      const token = post ? undefined : selection?.gate?.(at);
+      const gate = token && expert.gate ? gatedActivation(token, expert.gate, 'none') : (token ?? expert.gate);
+      y = productAdd(y, units(part, expert, at), out(part), { rows: post ? expert.rows : at, gate });
     }
   });
-  return output.bias ? graph.tag(`${graph.currentTag}.bias`, () => addBias(y, output, selection)) : y;
+  if (output.bias) y = graph.tag(`${graph.currentTag}.bias`, () => addBias(y, output, post ? null : selection));
+  return post
+    ? addRows(residual, norm(spec, y, post), { rows: entered, gate: entered && selection!.gate?.(entered) })
+    : y;
 }
 
 // Once for every row that entered, whatever it chose: a product with zeros that has the bias.

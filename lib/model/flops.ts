@@ -1,33 +1,68 @@
 // The compute of the full model by formula, counted as the kernels count it: a multiply and an add are two.
 import type { Place } from './select.js';
-import type { ModelSpec } from './spec.js';
+import { type EncoderSpec, type LayerSpec, layerOf, type ModelSpec } from './spec.js';
+
+/** Keys that a query with `keys` up to its own sees through a window; 0: all. */
+export const inWindow = (keys: number, window: number): number => (window > 0 ? Math.min(keys, window) : keys);
 
 /**
- * (query, key) pairs that causal attention sees: a segment of T new rows after c cached ones has `c T + T (T + 1) / 2`.
+ * (query, key) pairs that causal attention sees: without a window a segment of T new rows after c cached ones has
+ * `c T + T (T + 1) / 2`.
  *
  * @param lengths new rows of every segment
  * @param cached rows that came before in every segment; default none
+ * @param window keys that a query sees at most; default 0, all
  */
-export function causalPairs(lengths: readonly number[], cached: readonly number[] = []): number {
-  return lengths.reduce((sum, t, i) => sum + (cached[i] ?? 0) * t + (t * (t + 1)) / 2, 0);
+export function causalPairs(lengths: readonly number[], cached: readonly number[] = [], window = 0): number {
+  // Of the first n rows of a sequence.
+  const first = (n: number): number => {
+    const inside = inWindow(n, window);
+    return (inside * (inside + 1)) / 2 + (n - inside) * window;
+  };
+  return lengths.reduce((sum, t, i) => sum + first((cached[i] ?? 0) + t) - first(cached[i] ?? 0), 0);
 }
 
-/** FLOPs of one attention sub-layer: four products of all rows, and scores and sums over the pairs seen. */
-export function attentionFlops(spec: ModelSpec, lengths: readonly number[], cached: readonly number[] = []): number {
-  const { hidden, heads, kvHeads, headDim } = spec;
+/** The sizes of one attention sub-layer. */
+type AttentionSizes = Pick<
+  ModelSpec & LayerSpec,
+  'hidden' | 'heads' | 'kvHeads' | 'headDim' | 'window' | 'keysOf' | 'encoder'
+>;
+
+/** FLOPs of one attention sub-layer: its products of all rows, and scores and sums over the pairs seen. */
+export function attentionFlops(
+  sizes: AttentionSizes,
+  lengths: readonly number[],
+  cached: readonly number[] = [],
+): number {
+  const { hidden, heads, headDim, window, keysOf, encoder } = sizes;
   const rows = lengths.reduce((sum, t) => sum + t, 0);
-  const products = 2 * rows * hidden * headDim * (2 * heads + 2 * kvHeads);
-  return products + 4 * headDim * heads * causalPairs(lengths, cached);
+  const pairs = encoder ? lengths.reduce((sum, t) => sum + t * t, 0) : causalPairs(lengths, cached, window);
+  const products = 2 * rows * hidden * headDim * 2 * heads;
+  return products + (keysOf === null ? keyValueFlops(sizes, rows) : 0) + 4 * headDim * heads * pairs;
 }
 
-/** FLOPs of the keys and values of `rows` rows, a part of attentionFlops. */
-export function keyValueFlops({ hidden, kvHeads, headDim }: ModelSpec, rows: number): number {
+/** FLOPs of the keys and values of `rows` rows, a part of attentionFlops where the layer has its own. */
+export function keyValueFlops(sizes: Pick<ModelSpec, 'hidden' | 'kvHeads' | 'headDim'>, rows: number): number {
+  const { hidden, kvHeads, headDim } = sizes;
   return 2 * rows * hidden * headDim * 2 * kvHeads;
 }
 
 /** FLOPs of one feed-forward sub-layer over `rows` rows. */
-export function feedForwardFlops({ hidden, ffn, gated }: ModelSpec, rows: number): number {
+export function feedForwardFlops(
+  { hidden, ffn, gated }: Pick<ModelSpec, 'hidden' | 'ffn' | 'gated'>,
+  rows: number,
+): number {
   return 2 * rows * hidden * ffn * (gated ? 3 : 2);
+}
+
+/** FLOPs of several residual streams, and of what comes with them, over `rows` rows. */
+export function streamFlops({ hidden, layers, streams }: ModelSpec, rows: number): number {
+  if (!streams) return 0;
+  const { count, laurelRank, perLayerWidth } = streams;
+  // Twice a router and its coefficients, LAuReL's product, and three products with a layer's own embedding.
+  const mixing = 2 * hidden * count + count * count * (count + 1);
+  const perLayer = mixing + 2 * hidden * laurelRank + 3 * hidden * perLayerWidth;
+  return 2 * rows * (layers * perLayer + 2 * (count - 1) * hidden * hidden);
 }
 
 /** FLOPs of the logits of `rows` rows. */
@@ -36,10 +71,11 @@ export function headFlops({ hidden, vocab }: ModelSpec, rows: number): number {
 }
 
 export interface ForwardFlops {
-  /** Of one layer; all layers are alike. */
-  readonly perLayer: Readonly<Record<Place, number>>;
+  readonly perLayer: readonly Readonly<Record<Place, number>>[];
+  /** What is not in sub-layers: several residual streams. */
+  readonly streams: number;
   readonly head: number;
-  /** All layers and the head. */
+  /** All of this. */
   readonly total: number;
 }
 
@@ -57,7 +93,27 @@ export function forwardFlops(
   { cached = [], headRows }: { cached?: readonly number[]; headRows?: number } = {},
 ): ForwardFlops {
   const rows = lengths.reduce((sum, t) => sum + t, 0);
-  const perLayer = { attn: attentionFlops(spec, lengths, cached), mlp: feedForwardFlops(spec, rows) };
+  const perLayer = spec.perLayer.map((_, i) => {
+    const layer = layerOf(spec, i);
+    return { attn: attentionFlops(layer, lengths, cached), mlp: feedForwardFlops(layer, rows) };
+  });
   const head = headFlops(spec, headRows ?? rows);
-  return { perLayer, head, total: spec.layers * (perLayer.attn + perLayer.mlp) + head };
+  const streams = streamFlops(spec, rows);
+  return { perLayer, streams, head, total: perLayer.reduce((sum, { attn, mlp }) => sum + attn + mlp, streams + head) };
+}
+
+/**
+ * FLOPs of an encoder over sequences of so many rows.
+ *
+ * @param end what comes after the layers: the head (of all rows for tokens, of one for classes), or nothing that counts
+ */
+export function encoderFlops(spec: EncoderSpec, lengths: readonly number[], end: 'head' | 'none'): number {
+  const { hidden, encoder, vocab } = spec;
+  const rows = lengths.reduce((sum, t) => sum + t, 0);
+  const layers = spec.perLayer.map((_, i) => layerOf(spec, i));
+  const dense = layers.reduce((sum, layer) => sum + attentionFlops(layer, lengths) + feedForwardFlops(layer, rows), 0);
+  if (end === 'none') return dense;
+  const classifies = encoder.task === 'sequence-classification';
+  const [scored, scores] = classifies ? [lengths.length, encoder.labels.length] : [rows, vocab];
+  return dense + 2 * scored * hidden * (hidden + scores);
 }

@@ -1,6 +1,6 @@
 // Products with the matrices of a layer, whole or in parts of their units, each with its low-rank correction if it has one.
 import type { Graph, Node } from '../graph/graph.js';
-import { type Act, gatherRows, linear, linearAdd, linearGated, type Patch } from '../graph/index.js';
+import { type Act, gatherRows, linear, linearAdd, linearGated, type Patch, type Size } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type LowRank, type Projection, type Selector, type UnitPart, unitAxis } from './select.js';
 import type { Affine } from './weights.js';
@@ -53,19 +53,24 @@ function patchOf(x: Node, patch: LowRank | null, { rows, among }: ProductRows): 
   return { u: among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows }), b };
 }
 
-/** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]. */
+/** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]; `width`: only so many outputs, a prefix. */
 export function product(
   x: Node,
   { weight, bias, patch }: Matrix,
-  { act = 'none', ...of }: ProductRows & { act?: Act } = {},
+  { act = 'none', width, ...of }: ProductRows & { act?: Act; width?: Size } = {},
 ): Node {
-  return linear(x, weight, { bias, rows: of.rows, act, patch: patchOf(x, patch, of) });
+  return linear(x, weight, { bias, rows: of.rows, act, width, patch: patchOf(x, patch, of) });
 }
 
-/** `act(x[rows] gate^T) * (x[rows] up^T)`, with their biases: f32 [R or N, outputs]. */
-export function productGated(x: Node, gate: Matrix, up: Matrix, { act, ...of }: ProductRows & { act: Act }): Node {
+/** `act(x[rows] gate^T) * (x[rows] up^T)`, with their biases: f32 [R or N, outputs], or a prefix of `width` outputs. */
+export function productGated(
+  x: Node,
+  gate: Matrix,
+  up: Matrix,
+  { act, width, ...of }: ProductRows & { act: Act; width?: Size },
+): Node {
   return linearGated(x, gate.weight, up.weight, {
-    ...{ bg: gate.bias, bu: up.bias, act, rows: of.rows },
+    ...{ bg: gate.bias, bu: up.bias, act, width, rows: of.rows },
     ...{ gatePatch: patchOf(x, gate.patch, of), upPatch: patchOf(x, up.patch, of) },
   });
 }

@@ -1,5 +1,5 @@
 // The seam between a decoder and what is selected in it: which sub-layers run, which rows enter them, what corrects them.
-import type { Node } from '../graph/graph.js';
+import type { Node, Size } from '../graph/index.js';
 
 export const places = ['attn', 'mlp'] as const;
 /** A sub-layer of a block. */
@@ -94,6 +94,8 @@ export interface Selector {
    * are its heads, or groups of them that share a head of keys and values.
    */
   experts?(entered: EnteredRows): readonly ExpertSelection[] | null;
+  /** Units of a feed-forward that act: a prefix of them, at most all. Null or absent: all. Not of one cut into experts. */
+  width?(layer: number): Size | null;
   /** The correction of a projection, or of one part of its units; null or absent: none. */
   patch?(layer: number, projection: Projection, part?: UnitPart): LowRank | null;
 }

@@ -1,9 +1,9 @@
-// The weights of a decoder: where they lie in a checkpoint, as mapped views or as one flat vector that is trained.
+// The weights of a model: where they lie in a checkpoint, as mapped views or as one flat vector that is trained.
 import type { Graph, Node } from '../graph/graph.js';
 import type { Checkpoint, TensorData } from '../io/safetensors.js';
 import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 import type { DType, Tensor } from '../native/index.js';
-import type { ModelSpec } from './spec.js';
+import type { ModelSpec, StreamSpec } from './spec.js';
 
 /** A matrix `[out, in]` or a norm's scale `[features]`, and its bias. */
 export interface Affine<T> {
@@ -14,14 +14,56 @@ export interface Affine<T> {
 export interface LayerWeights<T> {
   readonly norm1: Affine<T>;
   readonly q: Affine<T>;
-  readonly k: Affine<T>;
-  readonly v: Affine<T>;
+  /** Absent where the layer uses keys and values of another. */
+  readonly k?: Affine<T>;
+  readonly v?: Affine<T>;
   readonly o: Affine<T>;
+  /** Of every head of queries and keys. */
+  readonly qNorm?: Affine<T>;
+  readonly kNorm?: Affine<T>;
+  /** Of what attention adds to the residual stream. */
+  readonly postNorm1?: Affine<T>;
   readonly norm2: Affine<T>;
   /** Present when the spec is gated. */
   readonly gate?: Affine<T>;
   readonly up: Affine<T>;
   readonly down: Affine<T>;
+  /** Of what the feed-forward adds to the residual stream. */
+  readonly postNorm2?: Affine<T>;
+  /** Of a model with several residual streams (AltUp). */
+  readonly streams?: LayerStreamWeights<T>;
+}
+
+/** What a layer of a model with S residual streams has more. */
+export interface LayerStreamWeights<T> {
+  readonly routerNorm: Affine<T>;
+  /** `[S, hidden]` */
+  readonly router: Affine<T>;
+  /** `[S S, S]` and `[S, S]`: what streams add to each other before a layer, and take of its output. */
+  readonly prediction: Affine<T>;
+  readonly correction: Affine<T>;
+  /** `[hidden]`; stored even where the spec's streams are not `scaled`. */
+  readonly scale: Affine<T>;
+  /** `[rank, hidden]`, `[hidden, rank]`: LAuReL's product. */
+  readonly laurelA: Affine<T>;
+  readonly laurelB: Affine<T>;
+  readonly laurelNorm: Affine<T>;
+  /** `[perLayerVocab, P]`: embeddings for this layer, and `[P, hidden]`: what the token's own embedding adds to them. */
+  readonly embed: Affine<T>;
+  readonly projection: Affine<T>;
+  /** `[P, hidden]`, `[hidden, P]`: where they meet the first stream, and how they get into the others. */
+  readonly inputGate: Affine<T>;
+  readonly inputUp: Affine<T>;
+  readonly inputNorm: Affine<T>;
+}
+
+/** What a model with S residual streams has more. */
+export interface StreamWeights<T> {
+  /** `[hidden, hidden]`, one for each stream but the first: from the embedding, and to the output. */
+  readonly expand: readonly Affine<T>[];
+  readonly join: readonly Affine<T>[];
+  /** Of what embeddings add to those of a layer. */
+  readonly projectionNorm: Affine<T>;
 }
 
 /** Everything a decoder computes with, as tensors or as nodes of a graph. */
@@ -31,6 +73,7 @@ export interface DecoderWeights<T> {
   /** Learned positions `[maxPositions, hidden]`. */
   readonly positions?: T;
   readonly layers: readonly LayerWeights<T>[];
+  readonly streams?: StreamWeights<T>;
   readonly finalNorm: Affine<T>;
   /** `[vocab, hidden]`; the same object as `embed` when tied. */
   readonly head: T;
@@ -40,34 +83,53 @@ export type DecoderTensors = DecoderWeights<Tensor>;
 export type DecoderNodes = DecoderWeights<Node>;
 
 /** One weight by its logical shape, and the part of a tensor of a Hugging Face checkpoint that holds it. */
-interface Slot {
+export interface Slot {
   /** `layers.0.q.weight` */
   readonly name: string;
   /** `[out, in]` or `[features]` */
   readonly shape: readonly number[];
   readonly init: 'normal' | 'residual' | 'one' | 'zero';
   readonly file: {
+    /** Without the prefix of a model with a head. */
     readonly name: string;
+    /** Other names that checkpoints have for it. */
+    readonly aliases?: readonly string[];
+    /** It is the head's, which has no prefix. */
+    readonly head?: boolean;
     readonly shape: readonly number[];
     /** Stored `[in, out]` (GPT-2's Conv1D). */
     readonly transposed: boolean;
     /** First of the tensor's outputs that belongs to this weight. */
     readonly start: number;
+    /** The same of its inputs. */
+    readonly column: number;
   };
 }
 
 type Init = Slot['init'];
-type Get<T> = (slot: Slot) => T;
+export type Get<T> = (slot: Slot) => T;
 type Storage = Partial<Slot['file']>;
 
 // Prefix that the names of a model with a head have, and those of the model alone lack.
-const PREFIX = { llama: 'model.', gpt2: 'transformer.' } as const;
+const PREFIX = {
+  llama: 'model.',
+  gpt2: 'transformer.',
+  bert: 'bert.',
+  roberta: 'roberta.',
+  distilbert: 'distilbert.',
+} as const;
+
+/** A tensor's name in the checkpoint of a model with a head. */
+const storedName = (
+  { family }: Pick<ModelSpec, 'family'>,
+  { name, head }: Pick<Slot['file'], 'name' | 'head'>,
+): string => (head ? name : PREFIX[family] + name);
 
 // Buffers that old checkpoints store and that hold no weights.
-const BUFFERS = /(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$/;
+const BUFFERS = /(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|embeddings\.position_ids)$/;
 
 /** Whether a tensor of a checkpoint holds no weights. */
-export const isBuffer = (name: string): boolean => BUFFERS.test(name);
+const isBuffer = (name: string): boolean => BUFFERS.test(name);
 
 /** The module that a tensor of a checkpoint belongs to; names without the prefix of a model with a head get it. */
 export function moduleOf({ family }: Pick<ModelSpec, 'family'>, name: string): string {
@@ -77,14 +139,14 @@ export function moduleOf({ family }: Pick<ModelSpec, 'family'>, name: string): s
 
 /** Builds the structure of a decoder's weights from its slots. */
 function assemble<T>(spec: ModelSpec, get: Get<T>): DecoderWeights<T> {
-  const { hidden, ffn, vocab } = spec;
+  const { hidden, vocab } = spec;
   const [q, kv] = [spec.heads * spec.headDim, spec.kvHeads * spec.headDim];
   const gpt2 = spec.family === 'gpt2';
 
   const slot = (name: string, shape: number[], init: Init, file: string, storage: Storage = {}) =>
-    get({ name, shape, init, file: { name: file, shape, transposed: false, start: 0, ...storage } });
-  const norm = (name: string, file: string): Affine<T> => ({
-    weight: slot(`${name}.weight`, [hidden], 'one', `${file}.weight`),
+    get({ name, shape, init, file: { name: file, shape, transposed: false, start: 0, column: 0, ...storage } });
+  const norm = (name: string, file: string, features = hidden): Affine<T> => ({
+    weight: slot(`${name}.weight`, [features], spec.normOffset === 0 ? 'one' : 'zero', `${file}.weight`),
     ...(spec.norm === 'layer' && { bias: slot(`${name}.bias`, [hidden], 'zero', `${file}.bias`) }),
   });
   // `of`: outputs of the stored tensor, of which this weight has `out` from `start` on.
@@ -98,7 +160,7 @@ function assemble<T>(spec: ModelSpec, get: Get<T>): DecoderWeights<T> {
     part = [0, out],
   ) => {
     const [start, of] = part;
-    const weight: Storage = gpt2 ? { shape: [input, of], transposed: true, start } : {};
+    const weight: Storage = gpt2 ? { shape: [input, of], transposed: true, start } : { shape: [of, input], start };
     return {
       weight: slot(`${name}.weight`, [out, input], init, `${file}.weight`, weight),
       ...(bias && { bias: slot(`${name}.bias`, [out], 'zero', `${file}.bias`, { shape: [of], start }) }),
@@ -107,43 +169,100 @@ function assemble<T>(spec: ModelSpec, get: Get<T>): DecoderWeights<T> {
 
   const layer = (i: number): LayerWeights<T> => {
     const to = `layers.${i}`;
-    const { attnBias, mlpBias } = spec;
+    const { qkvBias, outBias, mlpBias } = spec;
+    const { ffn } = spec.perLayer[i];
     if (gpt2) {
       const from = `h.${i}`;
       const fused = (name: string, part: number) =>
-        matrix(`${to}.${name}`, `${from}.attn.c_attn`, q, hidden, attnBias, 'normal', [part * q, 3 * q]);
+        matrix(`${to}.${name}`, `${from}.attn.c_attn`, q, hidden, qkvBias, 'normal', [part * q, 3 * q]);
       return {
         norm1: norm(`${to}.norm1`, `${from}.ln_1`),
         q: fused('q', 0),
         k: fused('k', 1),
         v: fused('v', 2),
-        o: matrix(`${to}.o`, `${from}.attn.c_proj`, hidden, q, attnBias, 'residual'),
+        o: matrix(`${to}.o`, `${from}.attn.c_proj`, hidden, q, outBias, 'residual'),
         norm2: norm(`${to}.norm2`, `${from}.ln_2`),
         up: matrix(`${to}.up`, `${from}.mlp.c_fc`, ffn, hidden, mlpBias, 'normal'),
         down: matrix(`${to}.down`, `${from}.mlp.c_proj`, hidden, ffn, mlpBias, 'residual'),
       };
     }
     const from = `layers.${i}`;
+    const ownKeys = spec.perLayer[i].keysOf === null;
     return {
       norm1: norm(`${to}.norm1`, `${from}.input_layernorm`),
-      q: matrix(`${to}.q`, `${from}.self_attn.q_proj`, q, hidden, attnBias, 'normal'),
-      k: matrix(`${to}.k`, `${from}.self_attn.k_proj`, kv, hidden, attnBias, 'normal'),
-      v: matrix(`${to}.v`, `${from}.self_attn.v_proj`, kv, hidden, attnBias, 'normal'),
-      o: matrix(`${to}.o`, `${from}.self_attn.o_proj`, hidden, q, attnBias, 'residual'),
-      norm2: norm(`${to}.norm2`, `${from}.post_attention_layernorm`),
+      q: matrix(`${to}.q`, `${from}.self_attn.q_proj`, q, hidden, qkvBias, 'normal'),
+      ...(ownKeys && {
+        k: matrix(`${to}.k`, `${from}.self_attn.k_proj`, kv, hidden, qkvBias, 'normal'),
+        v: matrix(`${to}.v`, `${from}.self_attn.v_proj`, kv, hidden, qkvBias, 'normal'),
+      }),
+      o: matrix(`${to}.o`, `${from}.self_attn.o_proj`, hidden, q, outBias, 'residual'),
+      ...(spec.qkNorm && { qNorm: norm(`${to}.qNorm`, `${from}.self_attn.q_norm`, spec.headDim) }),
+      ...(spec.qkNorm && ownKeys && { kNorm: norm(`${to}.kNorm`, `${from}.self_attn.k_norm`, spec.headDim) }),
+      ...(spec.postNorms && {
+        postNorm1: norm(`${to}.postNorm1`, `${from}.post_attention_layernorm`),
+        postNorm2: norm(`${to}.postNorm2`, `${from}.post_feedforward_layernorm`),
+      }),
+      norm2: norm(`${to}.norm2`, `${from}.${spec.postNorms ? 'pre_feedforward' : 'post_attention'}_layernorm`),
       ...(spec.gated && { gate: matrix(`${to}.gate`, `${from}.mlp.gate_proj`, ffn, hidden, mlpBias, 'normal') }),
       up: matrix(`${to}.up`, `${from}.mlp.up_proj`, ffn, hidden, mlpBias, 'normal'),
       down: matrix(`${to}.down`, `${from}.mlp.down_proj`, hidden, ffn, mlpBias, 'residual'),
+      ...(spec.streams && { streams: streamsOf(spec.streams, i) }),
     };
   };
+
+  // Tables and projections of all layers' own embeddings lie side by side.
+  const streamsOf = (
+    { count, laurelRank, perLayerWidth: width, perLayerVocab }: StreamSpec,
+    i: number,
+  ): LayerStreamWeights<T> => {
+    const plain = (name: string, file: string, out: number, input: number, init: Init = 'normal') =>
+      matrix(`layers.${i}.streams.${name}`, `layers.${i}.${file}`, out, input, false, init);
+    const scale = (name: string, file: string) => norm(`layers.${i}.streams.${name}`, `layers.${i}.${file}`);
+    const all = spec.layers * width;
+    const table = { shape: [perLayerVocab, all], column: i * width };
+    const to = `layers.${i}.streams`;
+    return {
+      routerNorm: scale('routerNorm', 'altup.router_norm'),
+      router: plain('router', 'altup.modality_router', count, hidden),
+      prediction: plain('prediction', 'altup.prediction_coefs', count * count, count),
+      correction: plain('correction', 'altup.correction_coefs', count, count),
+      scale: { weight: slot(`${to}.scale.weight`, [hidden], 'one', `layers.${i}.altup.correct_output_scale`) },
+      laurelA: plain('laurelA', 'laurel.linear_left', laurelRank, hidden),
+      laurelB: plain('laurelB', 'laurel.linear_right', hidden, laurelRank),
+      laurelNorm: scale('laurelNorm', 'laurel.post_laurel_norm'),
+      embed: {
+        weight: slot(`${to}.embed.weight`, [perLayerVocab, width], 'normal', 'embed_tokens_per_layer.weight', table),
+      },
+      projection: matrix(`${to}.projection`, 'per_layer_model_projection', width, hidden, false, 'normal', [
+        i * width,
+        all,
+      ]),
+      inputGate: plain('inputGate', 'per_layer_input_gate', width, hidden),
+      inputUp: plain('inputUp', 'per_layer_projection', hidden, width),
+      inputNorm: scale('inputNorm', 'post_per_layer_input_norm'),
+    };
+  };
+  const between = (name: string, file: string): Affine<T>[] =>
+    Array.from({ length: spec.streams!.count - 1 }, (_, i) =>
+      matrix(`streams.${name}.${i}`, `${file}.${i}`, hidden, hidden, false, 'normal'),
+    );
 
   const embed = slot('embed', [vocab, hidden], 'normal', gpt2 ? 'wte.weight' : 'embed_tokens.weight');
   return {
     embed,
-    ...(!spec.rope && { positions: slot('positions', [spec.maxPositions, hidden], 'normal', 'wpe.weight') }),
+    ...(spec.positions === 'learned' && {
+      positions: slot('positions', [spec.maxPositions, hidden], 'normal', 'wpe.weight'),
+    }),
     layers: Array.from({ length: spec.layers }, (_, i) => layer(i)),
+    ...(spec.streams && {
+      streams: {
+        expand: between('expand', 'altup_projections'),
+        join: between('join', 'altup_unembed_projections'),
+        projectionNorm: norm('streams.projectionNorm', 'per_layer_projection_norm', spec.streams.perLayerWidth),
+      },
+    }),
     finalNorm: norm('finalNorm', gpt2 ? 'ln_f' : 'norm'),
-    head: spec.tied ? embed : slot('head', [vocab, hidden], 'normal', 'lm_head.weight'),
+    head: spec.tied ? embed : slot('head', [vocab, hidden], 'normal', 'lm_head.weight', { head: true }),
   };
 }
 
@@ -151,24 +270,31 @@ function mapAffine<A, B>({ weight, bias }: Affine<A>, f: (value: A) => B): Affin
   return { weight: f(weight), ...(bias !== undefined && { bias: f(bias) }) };
 }
 
+/** Of groups of weights within groups. */
+export function mapGroup(group: object, f: (value: never) => unknown): object {
+  return Object.fromEntries(
+    Object.entries(group).map(([name, value]: [string, object]) => [
+      name,
+      'weight' in value ? mapAffine(value as Affine<never>, f) : mapGroup(value, f),
+    ]),
+  );
+}
+
 /** The same structure with every weight replaced. `f` is called once for each object: tied weights stay tied. */
 export function mapWeights<A, B>(weights: DecoderWeights<A>, f: (value: A) => B): DecoderWeights<B> {
-  const { embed, positions, layers, finalNorm, head } = weights;
+  const { embed, positions, layers, streams, finalNorm, head } = weights;
   const embedding = f(embed);
   return {
     embed: embedding,
     ...(positions !== undefined && { positions: f(positions) }),
-    layers: layers.map((layer) => ({
-      norm1: mapAffine(layer.norm1, f),
-      q: mapAffine(layer.q, f),
-      k: mapAffine(layer.k, f),
-      v: mapAffine(layer.v, f),
-      o: mapAffine(layer.o, f),
-      norm2: mapAffine(layer.norm2, f),
-      ...(layer.gate && { gate: mapAffine(layer.gate, f) }),
-      up: mapAffine(layer.up, f),
-      down: mapAffine(layer.down, f),
-    })),
+    layers: layers.map((layer) => mapGroup(layer, f) as LayerWeights<B>),
+    ...(streams && {
+      streams: {
+        expand: streams.expand.map((affine) => mapAffine(affine, f)),
+        join: streams.join.map((affine) => mapAffine(affine, f)),
+        projectionNorm: mapAffine(streams.projectionNorm, f),
+      },
+    }),
     finalNorm: mapAffine(finalNorm, f),
     head: head === embed ? embedding : f(head),
   };
@@ -176,16 +302,23 @@ export function mapWeights<A, B>(weights: DecoderWeights<A>, f: (value: A) => B)
 
 /** Binds weights to a graph: read-only tensors as weights, writable ones as state. */
 export function bindWeights(graph: Graph, weights: DecoderTensors): DecoderNodes {
-  return mapWeights(weights, (tensor) => (tensor.writable ? graph.state(tensor) : graph.weight(tensor)));
+  return mapWeights(weights, bindTensor(graph));
 }
 
+export const bindTensor =
+  (graph: Graph) =>
+  (tensor: Tensor): Node =>
+    tensor.writable ? graph.state(tensor) : graph.weight(tensor);
+
 /** Weights of a checkpoint. Programs that use them keep them alive after `dispose`. */
-export interface LoadedWeights extends Disposable {
-  readonly weights: DecoderTensors;
+export interface LoadedWeights<W = DecoderTensors> extends Disposable {
+  readonly weights: W;
   /** The same by the names of `parameterPlan`. */
   readonly byName: ReadonlyMap<string, Tensor>;
   /** Element type of the matrices while computing. */
   readonly dtype: DType;
+  /** Of these views; tied weights once. */
+  readonly bytes: number;
   /** Tensors of the checkpoint that are no weights of this architecture. */
   readonly unused: readonly string[];
   dispose(): void;
@@ -196,46 +329,73 @@ export interface LoadedWeights extends Disposable {
  * each weight is a read-only view of the mapped file, transposed and split by strides where the file is.
  *
  * @param options.dtype element type in which matrices are packed for the kernels; default as stored
+ * @param options.widths units of every layer's feed-forward to load, [layers], the first ones; default all
  * @throws InvalidFileError naming the file and the tensor that is missing or has the wrong shape or element type.
  */
 export function loadWeights(
   spec: ModelSpec,
   checkpoint: Checkpoint,
-  { dtype }: { dtype?: 'f32' | 'bf16' | 'f16' } = {},
+  { dtype, widths }: { dtype?: 'f32' | 'bf16' | 'f16'; widths?: readonly number[] } = {},
 ): LoadedWeights {
+  const loaded = loadSlots(spec, checkpoint, (get) => assemble(spec, get), { dtype, widths });
+  // A tied head may be stored all the same; it is the embedding.
+  const unused = loaded.unused.filter((name) => !(spec.tied && name === 'lm_head.weight'));
+  return { ...loaded, unused };
+}
+
+/** Finds the weights of any structure, as `loadWeights` does those of decoders. */
+export function loadSlots<W extends { readonly embed: Tensor }>(
+  spec: ModelSpec,
+  checkpoint: Checkpoint,
+  build: (get: Get<Tensor>) => W,
+  { dtype, widths }: { dtype?: 'f32' | 'bf16' | 'f16'; widths?: readonly number[] } = {},
+): LoadedWeights<W> {
   const used = new Set<string>();
   const byName = new Map<string, Tensor>();
-  const prefix = PREFIX[spec.family];
-  const find = (name: string) => [prefix + name, name].find((candidate) => checkpoint.has(candidate));
+  const find = ({ name, aliases = [], ...file }: Slot['file']) =>
+    [name, ...aliases]
+      .flatMap((name) => [storedName(spec, { ...file, name }), name])
+      .find((candidate) => checkpoint.has(candidate));
   const dispose = () => {
     for (const tensor of byName.values()) tensor.dispose();
   };
   try {
-    const weights = assemble(spec, (slot) => {
-      const name = find(slot.file.name);
+    const weights = build((slot) => {
+      const name = find(slot.file);
       if (name === undefined) {
-        const shown = slot.file.name === 'lm_head.weight' ? slot.file.name : prefix + slot.file.name;
         throw new InvalidFileError(
-          `[weights] ${checkpoint.directory} has no tensor ${shown}, expected with shape [${slot.file.shape}]`,
+          `[weights] ${checkpoint.directory} has no tensor ${storedName(spec, slot.file)}, expected with shape [${slot.file.shape}]`,
         );
       }
       used.add(name);
-      const tensor = storedView(checkpoint, name, slot);
+      const tensor = storedView(checkpoint, name, slot, widths && keptShape(slot, widths));
       byName.set(slot.name, tensor);
       if (dtype !== undefined && slot.shape.length === 2) tensor.setPackAs(dtype);
       return tensor;
     });
-    // A tied head may be stored all the same; it is the embedding.
-    if (spec.tied) used.add('lm_head.weight');
     const unused = checkpoint.names().filter((name) => !used.has(name) && !isBuffer(name));
-    return { weights, byName, dtype: dtype ?? weights.embed.dtype, unused, dispose, [Symbol.dispose]: dispose };
+    const bytes = [...byName.values()].reduce((sum, { dtype, shape }) => sum + elements(shape) * dtypeBytes[dtype], 0);
+    return { weights, byName, dtype: dtype ?? weights.embed.dtype, bytes, unused, dispose, [Symbol.dispose]: dispose };
   } catch (error) {
     dispose();
     throw error;
   }
 }
 
-function storedView(checkpoint: Checkpoint, name: string, { shape, file }: Slot): Tensor {
+const dtypeBytes: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
+
+const unitsOf = /^layers\.(\d+)\.(gate|up|down)\.(weight|bias)$/;
+
+/** The shape of a weight of which the units of a feed-forward are cut to their layer's width. */
+function keptShape({ name, shape }: Slot, widths: readonly number[]): readonly number[] {
+  const [, layer, projection, kind] = unitsOf.exec(name) ?? [];
+  if (layer === undefined || (projection === 'down' && kind === 'bias')) return shape;
+  const axis = projection === 'down' ? 1 : 0;
+  return shape.map((size, i) => (i === axis ? widths[Number(layer)] : size));
+}
+
+/** @param kept shape of the prefix that is taken; default all */
+function storedView(checkpoint: Checkpoint, name: string, { shape, file }: Slot, kept = shape): Tensor {
   const info = checkpoint.info(name);
   if (info.shape.join() !== file.shape.join()) {
     throw new InvalidFileError(
@@ -246,9 +406,11 @@ function storedView(checkpoint: Checkpoint, name: string, { shape, file }: Slot)
   if (tensor.dtype === 'i32') {
     throw new InvalidFileError(`[weights] ${info.file}: tensor ${name} must be F32, BF16 or F16, got ${info.dtype}`);
   }
+  if (shape.length === 1) return tensor.slice(file.start, [...kept]);
+  const stride = file.shape[1];
   return file.transposed
-    ? tensor.slice(file.start, [...shape], [1, file.shape[1]])
-    : tensor.slice(file.start * (shape[1] ?? 1), [...shape]);
+    ? tensor.slice(file.start, [...kept], [1, stride])
+    : tensor.slice(file.start * stride + file.column, [...kept], [stride, 1]);
 }
 
 export interface Parameter {
@@ -316,9 +478,25 @@ export function storedModules(spec: ModelSpec): Map<string, StoredModule> {
   );
 }
 
-/** Where each weight of a spec lies in its flat vector. */
-export function parameterPlan(spec: ModelSpec): ParameterPlan {
-  const all = slots(spec);
+/**
+ * The stored tensors that have the units of feed-forwards, by their names in files, with and without the prefix: the layer, and
+ * the axis of what is stored that the units lie along.
+ */
+export function storedUnits(spec: ModelSpec): Map<string, { layer: number; axis: 0 | 1 }> {
+  return new Map(
+    slots(spec).flatMap(({ name, file }) => {
+      const found = unitsOf.exec(name);
+      if (!found || (found[2] === 'down' && found[3] === 'bias')) return [];
+      const axis = (found[2] === 'down') === file.transposed || found[3] === 'bias' ? (0 as const) : (1 as const);
+      const units = { layer: Number(found[1]), axis };
+      return [file.name, PREFIX[spec.family] + file.name].map((stored) => [stored, units] as const);
+    }),
+  );
+}
+
+/** Where each weight of a spec, or each that `kept` keeps by its name, lies in its flat vector. */
+export function parameterPlan(spec: ModelSpec, kept: (name: string) => boolean = () => true): ParameterPlan {
+  const all = slots(spec).filter(({ name }) => kept(name));
   const ordered = [...all.filter((slot) => slot.shape.length > 1), ...all.filter((slot) => slot.shape.length === 1)];
   let size = 0;
   let decayCount = 0;
@@ -387,15 +565,18 @@ export function exportWeights(spec: ModelSpec, flat: Float32Array): Record<strin
   for (const { name, shape, file } of slots(spec)) {
     const { offset, size } = place.get(name)!;
     const values = flat.subarray(offset, offset + size);
-    const fileName = file.name === 'lm_head.weight' ? file.name : PREFIX[spec.family] + file.name;
+    const fileName = storedName(spec, file);
     tensors[fileName] ??= { dtype: 'f32', shape: file.shape, data: new Float32Array(elements(file.shape)) };
     const { data } = tensors[fileName];
-    if (!file.transposed) data.set(values, file.start * (shape[1] ?? 1));
-    else {
-      const [out, input] = shape;
-      const stride = file.shape[1];
+    const [out, input = 1] = shape;
+    const stride = file.shape[1] ?? 1;
+    if (file.transposed) {
       for (let o = 0; o < out; o++) {
         for (let i = 0; i < input; i++) data[i * stride + file.start + o] = values[o * input + i];
+      }
+    } else {
+      for (let o = 0; o < out; o++) {
+        data.set(values.subarray(o * input, (o + 1) * input), (file.start + o) * stride + file.column);
       }
     }
   }

@@ -33,8 +33,8 @@ def segments(offsets):
     return [range(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:])]
 
 
-def store_model(directory, model, dtype=torch.float32, edit=lambda config: None):
-    """Writes config.json, rewritten by `edit`, and model.safetensors."""
+def store_model(directory, model, dtype=torch.float32, edit=lambda config: None, tensors=None):
+    """Writes config.json, rewritten by `edit`, and model.safetensors, its tensors rewritten by `tensors`."""
     directory.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string())
     for key in ["_name_or_path", "transformers_version", "id2label", "label2id"]:
@@ -42,10 +42,11 @@ def store_model(directory, model, dtype=torch.float32, edit=lambda config: None)
     config["architectures"] = [type(model).__name__]
     edit(config)
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    tied = model.config.tie_word_embeddings
-    kept = [(name, value) for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")]
-    tensors = {name: value.detach().to(dtype).clone().contiguous() for name, value in kept}
-    write(directory / "model.safetensors", tensors, {"format": "pt"})
+    # A tied head is stored once, with the embedding.
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    kept = [(name, value) for name, value in model.state_dict().items() if name not in tied]
+    stored = {name: value.detach().to(dtype).clone().contiguous() for name, value in kept}
+    write(directory / "model.safetensors", tensors(stored) if tensors else stored, {"format": "pt"})
 
 
 def store_vectors(path, tensors, metadata=None):

@@ -1,26 +1,30 @@
 // Whole or unchanged files, typed errors, hashes and directory locks.
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { hostname, tmpdir } from 'node:os';
+import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { hostname } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { beforeEach, describe, expect, it } from 'vitest';
 import {
+  editJson,
   FileSystemError,
+  jsonWithFloats,
   LOCK_FILE,
   lockDirectory,
+  newDirectory,
   readJson,
+  replaceDirectory,
   replaceFile,
   sha256File,
   writeFileAtomic,
 } from '../../lib/io/files.js';
 import { InvalidFileError } from '../../lib/native/errors.js';
+import { temporaryDirectory } from '../temporary.js';
 
 let directory: string;
 beforeEach(() => {
-  directory = mkdtempSync(join(tmpdir(), 'elastiform-files-'));
+  directory = temporaryDirectory();
 });
-afterEach(() => rmSync(directory, { recursive: true, force: true }));
 
 describe('replaceFile', () => {
   it('replaces a file and leaves nothing else behind', async () => {
@@ -47,6 +51,49 @@ describe('replaceFile', () => {
   it('names a directory that is missing', async () => {
     const path = join(directory, 'none', 'a.json');
     await expect(writeFileAtomic(path, '')).rejects.toThrow(`cannot write ${path}: no such file or directory`);
+  });
+});
+
+describe('directories as a whole', () => {
+  const fill = (text: string) => async (dir: string) => writeFileSync(join(dir, 'a'), text);
+  const fails = async (dir: string) => {
+    writeFileSync(join(dir, 'a'), 'half');
+    throw new Error('stopped');
+  };
+
+  it('a new one appears with its parents, and does not replace what is there', async () => {
+    const out = join(directory, 'new', 'out');
+    await expect(newDirectory('x', out, fails)).rejects.toThrow('stopped');
+    expect(readdirSync(join(directory, 'new'))).toEqual([]);
+    mkdirSync(out);
+    await newDirectory('x', out, fill('one'));
+    await expect(newDirectory('x', out, fill('two'))).rejects.toThrow(
+      `[x] out must be a new or empty directory, got ${out}`,
+    );
+    const file = join(out, 'a');
+    await expect(newDirectory('x', file, fill('two'))).rejects.toThrow(`cannot read ${file}`);
+    expect(readFileSync(file, 'utf8')).toBe('one');
+  });
+
+  it('a new one does not replace what came there meanwhile', async () => {
+    const out = join(directory, 'out');
+    const late = newDirectory('x', out, async (dir) => {
+      await fill('late')(dir);
+      await newDirectory('x', out, fill('first'));
+    });
+    await expect(late).rejects.toThrow(`[x] cannot write ${out}: `);
+    expect(readFileSync(join(out, 'a'), 'utf8')).toBe('first');
+    expect(readdirSync(directory)).toEqual(['out']);
+  });
+
+  it('an old one is replaced, or stays when anything fails', async () => {
+    const out = join(directory, 'out');
+    await replaceDirectory('x', out, fill('one'));
+    await expect(replaceDirectory('x', out, fails)).rejects.toThrow('stopped');
+    expect(readFileSync(join(out, 'a'), 'utf8')).toBe('one');
+    expect(await replaceDirectory('x', out, async (dir) => fill('two')(dir).then(() => 'result'))).toBe('result');
+    expect(readFileSync(join(out, 'a'), 'utf8')).toBe('two');
+    expect(readdirSync(directory)).toEqual(['out']);
   });
 });
 
@@ -117,4 +164,20 @@ describe('lockDirectory', () => {
     await lock.release();
     expect(readdirSync(directory)).toEqual([LOCK_FILE]);
   });
+});
+
+it('numbers of fields that are floats are written with a point', () => {
+  const object = { a: 50, b: 50, c: { a: 0.5, b: [0, { a: [-3, 1e-7, 0.25, 1e21] }] }, d: '\u0001', e: null, a2: 1 };
+  const text = jsonWithFloats(object, ['a']);
+  expect(text.replaceAll(/\s+/g, ' ')).toBe(
+    '{ "a": 50.0, "b": 50, "c": { "a": 0.5, "b": [ 0, { "a": [ -3.0, 1e-7, 0.25, 1e+21 ] } ] }, "d": "\\u0001", "e": null, "a2": 1 }',
+  );
+});
+
+it('a JSON text is edited, and numbers that stay are written as they were', () => {
+  const text = '{"a": 50.0, "b": [1e-05, -2, {"c": 1.50}], "d": "3.0 \\" 4.0", "e": null, "f": {"7": 8.0}, "g": 9}';
+  const edited = editJson(text, ({ g: _, ...json }) => ({ ...json, h: 10, i: '11' }));
+  expect(edited.replaceAll(/\s+/g, ' ')).toBe(
+    '{ "a": 50.0, "b": [ 1e-05, -2, { "c": 1.50 } ], "d": "3.0 \\" 4.0", "e": null, "f": { "7": 8.0 }, "h": 10, "i": "11" }',
+  );
 });

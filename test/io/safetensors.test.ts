@@ -1,20 +1,19 @@
 // Reading and writing safetensors, and refusing every kind of corrupt file.
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { beforeEach, describe, expect, it } from 'vitest';
 import { FileSystemError, sha256File } from '../../lib/io/files.js';
 import { Checkpoint, openSafetensors, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { InvalidArgumentError, InvalidFileError } from '../../lib/native/errors.js';
+import { temporaryDirectory } from '../temporary.js';
 
 let directory: string;
 let path: string;
 beforeEach(() => {
-  directory = mkdtempSync(join(tmpdir(), 'elastiform-safetensors-'));
+  directory = temporaryDirectory();
   path = join(directory, 'model.safetensors');
 });
-afterEach(() => rmSync(directory, { recursive: true, force: true }));
 
 const f32 = (shape: number[], ...values: number[]): TensorData => ({
   dtype: 'f32',

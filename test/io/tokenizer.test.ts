@@ -1,12 +1,12 @@
 // Tokenizers of both kinds that decoders use: byte-level BPE, and BPE with spaces as characters and byte fallback.
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { beforeAll, describe, expect, it } from 'vitest';
 import { sha256File } from '../../lib/io/files.js';
 import { loadTokenizer, type Tokenizer } from '../../lib/io/tokenizer.js';
 import { InvalidArgumentError, InvalidFileError } from '../../lib/native/errors.js';
+import { temporaryDirectory } from '../temporary.js';
 
 const data = process.env.ELASTIFORM_DATA;
 
@@ -100,9 +100,8 @@ function sentencePiece(): object {
 
 let directory: string;
 beforeAll(() => {
-  directory = mkdtempSync(join(tmpdir(), 'elastiform-tokenizer-'));
+  directory = temporaryDirectory();
 });
-afterAll(() => rmSync(directory, { recursive: true, force: true }));
 
 async function load(json: unknown, config: unknown = {}): Promise<Tokenizer> {
   writeFileSync(join(directory, 'tokenizer.json'), JSON.stringify(json));
@@ -184,10 +183,9 @@ describe('a loaded tokenizer', () => {
   });
 
   it('does without tokenizer_config.json', async () => {
-    const alone = mkdtempSync(join(tmpdir(), 'elastiform-tokenizer-'));
+    const alone = temporaryDirectory();
     writeFileSync(join(alone, 'tokenizer.json'), JSON.stringify(byteLevel()));
     expect((await loadTokenizer(alone)).encode('hello')).toHaveLength(1);
-    rmSync(alone, { recursive: true });
   });
 
   it('names characters that it cannot encode', async () => {

@@ -90,11 +90,13 @@ describe.each(models)('%s', (name) => {
 
   it('counts what the formula says', async () => {
     const { counters } = await forward(spec, weights, sequences);
-    const { perLayer, head, total } = forwardFlops(spec, lengths);
-    let sum = counters.head.flops;
+    const { perLayer, head, streams, total } = forwardFlops(spec, lengths);
+    const between = Object.keys(counters).filter((tag) => tag.endsWith('streams'));
+    expect(between.reduce((sum, tag) => sum + counters[tag].flops, 0)).toBe(streams);
+    let sum = counters.head.flops + streams;
     for (let layer = 0; layer < spec.layers; layer++) {
       for (const place of places) {
-        expect(counters[subLayerTag(layer, place)]).toEqual({ flops: perLayer[place], rows: golden.ids.length });
+        expect(counters[subLayerTag(layer, place)]).toEqual({ flops: perLayer[layer][place], rows: golden.ids.length });
         sum += counters[subLayerTag(layer, place)].flops;
       }
     }
@@ -150,10 +152,14 @@ describe.each(models)('%s', (name) => {
       return forward(spec, weights, sequences, select, feeds);
     };
     const { perLayer } = forwardFlops(spec, lengths);
+    if (spec.perLayer.some(({ gateCutoff }) => gateCutoff !== null)) {
+      await expect(cut(2, () => everyRow)).rejects.toThrow('[model] the feed-forward of layer 0 cannot be cut');
+      return;
+    }
     for (const count of [1, 2, 4]) {
       const { outputs, counters } = await cut(count, () => everyRow);
       expect(largestDifference(outputs.logits, golden.logits)).toBeLessThan(1e-4);
-      expect(counters[`L1.mlp/${count}`]).toEqual({ flops: perLayer.mlp, rows: count * golden.ids.length });
+      expect(counters[`L1.mlp/${count}`]).toEqual({ flops: perLayer[1].mlp, rows: count * golden.ids.length });
     }
 
     // One of two blocks gives the model whose other units have zero weights.
@@ -213,10 +219,18 @@ describe.each(models)('%s', (name) => {
       tensors.push(tensor);
       return graph.state(tensor);
     };
+    // Every segment is in the slot of its number, with one page.
+    const own = (shape: number[]) => {
+      const node = state('i32', shape);
+      tensors.at(-1)!.write(Int32Array.from({ length: segments }, (_, s) => s));
+      return node;
+    };
+    const [slots, pages] = [own([segments]), own([segments, 1])];
     const caches = Array.from({ length: spec.layers }, () => ({
       k: state('f32', [segments, 16, width]),
       v: state('f32', [segments, 16, width]),
       lengths: state('i32', [segments]),
+      ...{ slots, pages },
     }));
     const nodes = bindWeights(graph, weights);
     graph.output(
@@ -246,7 +260,7 @@ describe.each(models)('%s', (name) => {
       });
       const expected = rows.flatMap((row) => [...golden.logits.subarray(row * vocab, (row + 1) * vocab)]);
       expect(largestDifference(outputs.logits, expected)).toBeLessThan(1e-4);
-      expect(counters['L0.attn'].flops).toBe(forwardFlops(spec, step, { cached: done }).perLayer.attn);
+      expect(counters['L0.attn'].flops).toBe(forwardFlops(spec, step, { cached: done }).perLayer[0].attn);
       step.forEach((n, s) => {
         done[s] += n;
       });
@@ -339,7 +353,7 @@ describe.each(withGradients)('training all of %s', (name) => {
     const x = decoder(graph, spec, weights, feeds, undefined, { recompute });
     const targets = graph.feed('targets', 'i32', feeds.ids.shape);
     const weight = graph.feed('weight', 'f32', feeds.ids.shape);
-    const { loss } = crossEntropy(finalNorm(spec, weights, x), weights.head, targets, weight);
+    const { loss } = crossEntropy(finalNorm(spec, weights, x), weights.head, targets, weight, spec.logitSoftcap);
     const wanted = plan.parameters.map((p) => nodes.get(p.name)!);
     const state = graph.state(sums);
     gradients(loss, wanted).forEach((gradient, i) => {

@@ -1,14 +1,14 @@
 // Model directories from a hostile or careless source: loading gives a model or a typed error that names the file, and a
 // refused one leaves nothing alive in native memory.
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import * as fc from 'fast-check';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { beforeEach, describe, expect, it } from 'vitest';
 import { loadModel } from '../../lib/infer/model.js';
 import { loadTokenizer } from '../../lib/io/tokenizer.js';
 import { ElastiformError, InvalidDataError, InvalidFileError } from '../../lib/native/errors.js';
 import { loadAddon } from '../../lib/native/index.js';
+import { temporaryDirectory } from '../temporary.js';
 
 const shipped = resolve(import.meta.dirname, '../../models/tiny');
 const files = ['config.json', 'tokenizer.json', 'tokenizer_config.json', 'model.safetensors'] as const;
@@ -21,10 +21,9 @@ const nested = (open: string, core: string, close: string, depth: number) =>
 
 let directory: string;
 beforeEach(() => {
-  directory = mkdtempSync(join(tmpdir(), 'elastiform-hostile-'));
+  directory = temporaryDirectory();
   for (const name of files) cpSync(join(shipped, name), join(directory, name));
 });
-afterEach(() => rmSync(directory, { recursive: true, force: true }));
 const put = (name: (typeof files)[number], content: unknown) =>
   writeFileSync(join(directory, name), typeof content === 'string' ? content : JSON.stringify(content));
 

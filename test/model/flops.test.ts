@@ -15,12 +15,39 @@ it('counts the pairs that causal attention sees', () => {
   expect(causalPairs([2], [3])).toBe(4 + 5);
 });
 
+it('counts the pairs inside a window', () => {
+  expect(causalPairs([4], [], 1)).toBe(4);
+  expect(causalPairs([4], [], 3)).toBe(1 + 2 + 3 + 3);
+  expect(causalPairs([4], [], 100)).toBe(10);
+  expect(causalPairs([1, 3], [7, 1], 4)).toBe(4 + (2 + 3 + 4));
+  expect(causalPairs([5], [9], 4)).toBe(20);
+});
+
+it('counts every layer by its own window', () => {
+  const config = {
+    model_type: 'gemma3_text',
+    hidden_size: 64,
+    intermediate_size: 96,
+    num_hidden_layers: 3,
+    head_dim: 32,
+  };
+  const heads = { num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 100, sliding_window: 8 };
+  const spec = specFromConfig({ ...config, ...heads, sliding_window_pattern: 3 }, 'gemma');
+  const products = 2 * 20 * 64 * 32 * (2 * 4 + 2 * 2);
+  const { perLayer, total } = forwardFlops(spec, [20], { headRows: 1 });
+  const [windowed, full] = [8 * 9 * 0.5 + 12 * 8, 210].map((pairs) => products + 4 * 32 * 4 * pairs);
+  expect(perLayer.map(({ attn }) => attn)).toEqual([windowed, windowed, full]);
+  expect(perLayer.map(({ mlp }) => mlp)).toEqual(new Array(3).fill(2 * 20 * 64 * 96 * 3));
+  expect(total).toBe(2 * windowed + full + 3 * perLayer[0].mlp + 2 * 64 * 100);
+});
+
 it('counts a prefill', () => {
   const { perLayer, head, total } = forwardFlops(gpt2Small, [512]);
-  expect(perLayer.attn).toBe(2 * 512 * 4 * 768 * 768 + 4 * 768 * ((512 * 513) / 2));
-  expect(perLayer.mlp).toBe(2 * 512 * 2 * 768 * 3072);
+  expect(perLayer).toHaveLength(12);
+  expect(perLayer[11].attn).toBe(2 * 512 * 4 * 768 * 768 + 4 * 768 * ((512 * 513) / 2));
+  expect(perLayer[0].mlp).toBe(2 * 512 * 2 * 768 * 3072);
   expect(head).toBe(2 * 512 * 768 * 50257);
-  expect(total).toBe(12 * (perLayer.attn + perLayer.mlp) + head);
+  expect(total).toBe(12 * (perLayer[0].attn + perLayer[0].mlp) + head);
   expect(forwardFlops(gpt2Small, [512], { headRows: 1 }).head).toBe(2 * 768 * 50257);
 });
 

@@ -14,6 +14,13 @@ export const goldenNames = (file: string): string[] =>
     .filter((entry) => entry.isDirectory() && readdirSync(join(goldenDirectory, entry.name)).includes(file))
     .map((entry) => entry.name);
 
+/** A directory of an encoder. */
+export const encoderDirectory = (name: string): string => join(goldenDirectory, 'encoders', name);
+
+/** What the tokenizers library makes of texts and pairs for an encoder. */
+export const readCases = (name: string): { texts: string[]; ids: number[]; types: number[]; truncated: number }[] =>
+  JSON.parse(readFileSync(join(encoderDirectory(name), 'cases.json'), 'utf8'));
+
 export const readSpec = (directory: string): ModelSpec => {
   const path = join(directory, 'config.json');
   return specFromConfig(JSON.parse(readFileSync(path, 'utf8')), path);

@@ -7,6 +7,7 @@ import { embed, norm } from '../../lib/model/blocks.js';
 import { decoder } from '../../lib/model/decoder.js';
 import { attentionFlops, keyValueFlops } from '../../lib/model/flops.js';
 import type { Selector } from '../../lib/model/select.js';
+import { layerOf } from '../../lib/model/spec.js';
 import { type Affine, bindWeights, loadWeights } from '../../lib/model/weights.js';
 import { Engine, Tensor } from '../../lib/native/index.js';
 import { interpret } from '../ops/interpreter.js';
@@ -50,11 +51,12 @@ describe.each(['llama-gqa', 'llama-biased', 'gpt2', 'mistral'])('%s', (name) => 
     const x = norm(spec, residual, layer.norm1);
     const project = ({ weight, bias }: Affine<Node>) => linear(x, weight, { bias });
     const turn = (y: Node) => {
-      if (!spec.rope) return y;
-      const { invFreq } = spec.rope;
+      const turned = spec.perLayer[0].rope;
+      if (!turned) return y;
+      const { invFreq } = turned;
       return rope(y, feeds.positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
     };
-    const wanted = [residual, turn(project(layer.q)), turn(project(layer.k)), project(layer.v)];
+    const wanted = [residual, turn(project(layer.q)), turn(project(layer.k!)), project(layer.v!)];
     const tensors = new Map<Tensor, Value>();
     for (const step of graph.steps) {
       for (const node of step.inputs) {
@@ -158,11 +160,19 @@ describe.each(['llama-gqa', 'llama-biased', 'gpt2', 'mistral'])('%s', (name) => 
       return graph.state(tensors.at(-1)!);
     };
     const nodes = bindWeights(graph, weights);
+    // Every segment is in the slot of its number, with one page.
+    const own = (shape: number[]) => {
+      const node = state('i32', shape);
+      tensors.at(-1)!.write(Int32Array.from({ length: segments }, (_, s) => s));
+      return node;
+    };
     const caches = (_: number, parts: number) =>
       Array.from({ length: parts }, () => ({
         k: state('f32', [segments, n, (kvHeads * headDim) / parts]),
         v: state('f32', [segments, n, (kvHeads * headDim) / parts]),
         lengths: state('i32', [segments]),
+        slots: own([segments]),
+        pages: own([segments, 1]),
       }));
     const parts: ReturnType<typeof caches>[] = [];
     const once = (layer: number, count: number) => {
@@ -239,7 +249,7 @@ describe.each(['llama-gqa', 'llama-biased', 'gpt2', 'mistral'])('%s', (name) => 
           const lengths = ends.slice(1).map((end, s) => end - ends[s]);
           const kv = keyValueFlops(spec, n);
           expect(counters['L0.attn'].flops).toBe(kv);
-          expect(counters[`L0.attn/${count}`].flops).toBeLessThan(attentionFlops(spec, lengths) - kv);
+          expect(counters[`L0.attn/${count}`].flops).toBeLessThan(attentionFlops(layerOf(spec, 0), lengths) - kv);
         }
       }
       compiled.dispose();

@@ -16,9 +16,10 @@ const read = (config: object) => specFromConfig(JSON.parse(JSON.stringify(config
 
 describe('specFromConfig', () => {
   it('has the defaults of transformers', () => {
-    const { rope, ...spec } = read(llama);
+    const { perLayer, ...spec } = read(llama);
     expect(spec).toEqual({
       family: 'llama',
+      type: 'llama',
       layers: 5,
       hidden: 64,
       ffn: 172,
@@ -27,18 +28,36 @@ describe('specFromConfig', () => {
       headDim: 8,
       vocab: 512,
       maxPositions: 2048,
+      positions: 'rotary',
+      embedScale: 1,
       norm: 'rms',
+      normPlace: 'pre',
       eps: 1e-6,
+      normOffset: 0,
+      postNorms: false,
+      qkNorm: false,
+      vNorm: false,
+      scoreScale: 8 ** -0.5,
+      scoreSoftcap: 0,
+      logitSoftcap: 0,
       act: 'silu',
       gated: true,
-      attnBias: false,
+      qkvBias: false,
+      outBias: false,
       mlpBias: false,
       tied: false,
+      streams: null,
+      encoder: null,
     });
-    expect([...rope!.invFreq]).toEqual([1, 0.1, 0.01, 0.001].map(Math.fround));
+    const invFreq = Float32Array.of(1, 0.1, 0.01, 0.001);
+    expect(perLayer).toEqual(
+      new Array(5).fill({ ffn: 172, window: 0, rope: { invFreq }, keysOf: null, gateCutoff: null }),
+    );
     expect(read(gpt2)).toEqual({
       family: 'gpt2',
+      type: 'gpt2',
       layers: 3,
+      perLayer: new Array(3).fill({ ffn: 192, window: 0, rope: null, keysOf: null, gateCutoff: null }),
       hidden: 48,
       ffn: 192,
       heads: 3,
@@ -46,14 +65,26 @@ describe('specFromConfig', () => {
       headDim: 16,
       vocab: 100,
       maxPositions: 1024,
+      positions: 'learned',
+      embedScale: 1,
       norm: 'layer',
+      normPlace: 'pre',
       eps: 1e-5,
-      rope: null,
+      normOffset: 0,
+      postNorms: false,
+      qkNorm: false,
+      vNorm: false,
+      scoreScale: 0.25,
+      scoreSoftcap: 0,
+      logitSoftcap: 0,
       act: 'gelu_tanh',
       gated: false,
-      attnBias: true,
+      qkvBias: true,
+      outBias: true,
       mlpBias: true,
       tied: true,
+      streams: null,
+      encoder: null,
     });
     expect(read({ ...llama, head_dim: null, rope_scaling: null, num_key_value_heads: 2 })).toMatchObject({
       kvHeads: 2,
@@ -78,7 +109,8 @@ describe('specFromConfig', () => {
       maxPositions: 99,
       eps: 1e-5,
       act: 'gelu_tanh',
-      attnBias: true,
+      qkvBias: true,
+      outBias: true,
       mlpBias: true,
       tied: true,
     });
@@ -94,7 +126,7 @@ describe('specFromConfig', () => {
     expect(newer).toEqual(older);
     expect(oldest).toEqual(older);
     const linear = read({ ...llama, rope_scaling: { type: 'linear', factor: 4 } });
-    expect(linear.rope!.invFreq[0]).toBe(0.25);
+    expect(linear.perLayer[4].rope!.invFreq[0]).toBe(0.25);
   });
 
   it('scales as Llama 3 does: high frequencies kept, low ones divided, between them interpolated', () => {
@@ -105,8 +137,8 @@ describe('specFromConfig', () => {
       high_freq_factor: 4,
       original_max_position_embeddings: 64,
     };
-    const plain = read({ ...llama, head_dim: 16 }).rope!.invFreq;
-    const scaled = read({ ...llama, head_dim: 16, rope_scaling }).rope!.invFreq;
+    const plain = read({ ...llama, head_dim: 16 }).perLayer[0].rope!.invFreq;
+    const scaled = read({ ...llama, head_dim: 16, rope_scaling }).perLayer[0].rope!.invFreq;
     const wavelengths = [...plain].map((f) => (2 * Math.PI) / f);
     wavelengths.forEach((wavelength, i) => {
       if (wavelength < 16) expect(scaled[i]).toBe(plain[i]);
@@ -119,20 +151,100 @@ describe('specFromConfig', () => {
     expect(wavelengths.filter((w) => w > 16 && w < 64)).toHaveLength(2);
   });
 
-  it('takes Mistral when its window hides nothing', () => {
-    const mistral = { ...llama, model_type: 'mistral', max_position_embeddings: 4096 };
-    expect(read({ ...mistral, sliding_window: null })).toMatchObject({ family: 'llama', kvHeads: 8 });
-    expect(read({ ...mistral, sliding_window: 4096 }).maxPositions).toBe(4096);
-    expect(read(mistral).maxPositions).toBe(4096);
-    expect(() => read({ ...mistral, sliding_window: 1024 })).toThrow(
-      'sliding_window must be null or at least max_position_embeddings 4096, got 1024',
-    );
+  const windows = (config: object) => read(config).perLayer.map(({ window }) => window);
+
+  it('gives all layers of Mistral one window', () => {
+    const mistral = { ...llama, model_type: 'mistral' };
+    expect(read({ ...mistral, sliding_window: null })).toMatchObject({
+      type: 'mistral',
+      kvHeads: 8,
+      maxPositions: 131072,
+    });
+    expect(windows({ ...mistral, sliding_window: null })).toEqual([0, 0, 0, 0, 0]);
+    expect(windows({ ...mistral, sliding_window: 64 })).toEqual([64, 64, 64, 64, 64]);
+    expect(windows(mistral)).toEqual(new Array(5).fill(4096));
+  });
+
+  it('gives the last layers of Qwen windows when it is asked to', () => {
+    const qwen2 = { ...llama, model_type: 'qwen2', num_key_value_heads: 2 };
+    expect(read(qwen2)).toMatchObject({ type: 'qwen2', headDim: 8, qkvBias: true, outBias: false, qkNorm: false });
+    expect(windows({ ...qwen2, sliding_window: 64, max_window_layers: 3 })).toEqual([0, 0, 0, 0, 0]);
+    const used = { ...qwen2, use_sliding_window: true, sliding_window: 64 };
+    expect(windows({ ...used, max_window_layers: 3 })).toEqual([0, 0, 0, 64, 64]);
+    expect(windows({ ...used, max_window_layers: 0 })).toEqual([64, 64, 64, 64, 64]);
+    expect(windows(used)).toEqual([0, 0, 0, 0, 0]);
+    expect(windows({ ...used, sliding_window: null, max_window_layers: 3 })).toEqual([0, 0, 0, 0, 0]);
+    const qwen3 = { ...llama, model_type: 'qwen3', num_key_value_heads: 2 };
+    expect(read(qwen3)).toMatchObject({
+      headDim: 128,
+      qkvBias: false,
+      outBias: false,
+      qkNorm: true,
+      maxPositions: 32768,
+    });
+  });
+
+  it('reads what Gemma 1, 2 and 3 have of their own', () => {
+    const base = { ...llama, num_key_value_heads: 2 };
+    expect(read({ ...base, model_type: 'gemma', hidden_act: 'gelu' })).toMatchObject({
+      ...{ headDim: 256, act: 'gelu_tanh', embedScale: 8, normOffset: 1, postNorms: false, tied: true },
+      ...{ maxPositions: 8192, scoreScale: 1 / 16, scoreSoftcap: 0, logitSoftcap: 0 },
+    });
+    const gemma2 = { ...base, model_type: 'gemma2', query_pre_attn_scalar: 100, sliding_window: 32 };
+    expect(read(gemma2)).toMatchObject({
+      ...{ headDim: 256, act: 'gelu_tanh', embedScale: 8, normOffset: 1, postNorms: true, qkNorm: false, tied: true },
+      ...{ scoreScale: 0.1, scoreSoftcap: 50, logitSoftcap: 30, maxPositions: 8192 },
+    });
+    expect(windows(gemma2)).toEqual([32, 0, 32, 0, 32]);
+    const uncapped = { ...gemma2, attn_logit_softcapping: null, final_logit_softcapping: 7, layer_types: [] };
+    expect(() => read(uncapped)).toThrow('layer_types must be a list of 5');
+    const listed = { ...uncapped, layer_types: ['full_attention', ...new Array(4).fill('sliding_attention')] };
+    expect(read(listed)).toMatchObject({ scoreSoftcap: 0, logitSoftcap: 7 });
+    expect(windows(listed)).toEqual([0, 32, 32, 32, 32]);
+
+    const gemma3 = { ...base, model_type: 'gemma3_text', sliding_window: 16, sliding_window_pattern: 3, head_dim: 4 };
+    expect(read(gemma3)).toMatchObject({ scoreSoftcap: 0, logitSoftcap: 0, qkNorm: true, maxPositions: 131072 });
+    expect(windows(gemma3)).toEqual([16, 16, 0, 16, 16]);
+    expect(windows({ ...gemma3, sliding_window: null })).toEqual([0, 0, 0, 0, 0]);
+    const second = (config: object) => read(config).perLayer.map(({ rope }) => rope!.invFreq[1]);
+    expect(second(gemma3)).toEqual([0.01, 0.01, 0.001, 0.01, 0.01].map(Math.fround));
+    const settings = { rope_theta: 400, rope_scaling: { rope_type: 'linear', factor: 2 }, rope_local_base_freq: 16 };
+    const wanted = [0.25, 0.25, 0.025, 0.25, 0.25].map(Math.fround);
+    expect(second({ ...gemma3, ...settings })).toEqual(wanted);
+    const rope_parameters = {
+      sliding_attention: { rope_type: 'default', rope_theta: 16 },
+      full_attention: { rope_type: 'linear', rope_theta: 400, factor: 2 },
+    };
+    expect(second({ ...gemma3, rope_parameters })).toEqual(wanted);
+    const gemma3n = { ...base, model_type: 'gemma3n_text', sliding_window: 16, num_hidden_layers: 12, head_dim: 4 };
+    const spec = read({
+      ...gemma3n,
+      intermediate_size: Array.from({ length: 12 }, (_, i) => 10 + i),
+      num_kv_shared_layers: 5,
+    });
+    expect(spec).toMatchObject({ ffn: 21, normOffset: 0, postNorms: true, qkNorm: true, vNorm: true, scoreScale: 1 });
+    expect(spec).toMatchObject({ logitSoftcap: 30, maxPositions: 32768, streams: { count: 4, scaled: true } });
+    expect(spec.perLayer.map(({ window }) => window)).toEqual([16, 16, 16, 16, 0, 16, 16, 16, 16, 0, 16, 16]);
+    expect(spec.perLayer.map(({ keysOf }) => keysOf)).toEqual([...new Array(7).fill(null), 6, 6, 4, 6, 6]);
+    expect(spec.perLayer.map(({ gateCutoff }) => gateCutoff !== null)).toEqual([
+      ...new Array(10).fill(true),
+      false,
+      false,
+    ]);
+    expect(spec.perLayer[3]).toMatchObject({ ffn: 13, gateCutoff: expect.closeTo(1.6448536, 6) });
+    expect(() => read({ ...gemma3n, altup_active_idx: 1 })).toThrow('altup_active_idx must be 0, got 1');
+
+    const reversed = { ...gemma3, layer_types: ['full_attention', ...new Array(4).fill('sliding_attention')] };
+    expect(second({ ...reversed, ...settings })).toEqual([0.025, 0.25, 0.25, 0.25, 0.25].map(Math.fround));
   });
 
   it.each<[object, string]>([
     [[], 'is not a JSON object'],
     [{}, 'model_type is missing'],
-    [{ ...llama, model_type: 'mamba' }, 'model_type must be one of llama, mistral, gpt2, got "mamba"'],
+    [
+      { ...llama, model_type: 'mamba' },
+      'model_type must be one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gemma3n_text, gpt2, got "mamba"',
+    ],
     [{ ...llama, model_type: 'constructor' }, 'model_type must be one of'],
     [{ ...llama, hidden_size: undefined }, 'hidden_size is missing'],
     [{ ...llama, hidden_size: '64' }, 'hidden_size must be an integer'],
@@ -161,6 +273,31 @@ describe('specFromConfig', () => {
       'low_freq_factor must be below high_freq_factor 4',
     ],
     [{ ...llama, partial_rotary_factor: 0.5 }, 'partial_rotary_factor must be 1, got 0.5'],
+    [{ ...llama, model_type: 'gemma', use_bidirectional_attention: true }, 'use_bidirectional_attention must be false'],
+    [{ ...llama, model_type: 'gemma', hidden_act: 'silu' }, 'hidden_act must be one of gelu, gelu_pytorch_tanh'],
+    [{ ...llama, model_type: 'gemma2', hidden_activation: 'tanh' }, 'hidden_activation must be one of'],
+    [{ ...llama, model_type: 'gemma2', query_pre_attn_scalar: 0 }, 'query_pre_attn_scalar must be a positive number'],
+    [
+      { ...llama, model_type: 'gemma2', attn_logit_softcapping: -3 },
+      'attn_logit_softcapping must be a positive number',
+    ],
+    [
+      { ...llama, model_type: 'gemma2', final_logit_softcapping: 0 },
+      'final_logit_softcapping must be a positive number',
+    ],
+    [{ ...llama, model_type: 'gemma2', sliding_window: 0 }, 'sliding_window must be an integer from 1'],
+    [{ ...llama, model_type: 'gemma2', layer_types: new Array(5).fill('chunked') }, 'layer_types must be a list of 5'],
+    [{ ...llama, model_type: 'gemma2', layer_types: 'full_attention' }, 'layer_types must be a list of 5'],
+    [{ ...llama, model_type: 'gemma3_text', sliding_window_pattern: 0 }, 'sliding_window_pattern must be an integer'],
+    [
+      { ...llama, model_type: 'gemma3_text', rope_local_base_freq: -1 },
+      'rope_local_base_freq must be a positive number',
+    ],
+    [
+      { ...llama, model_type: 'gemma3_text', rope_parameters: { full_attention: { rope_type: 'yarn' } } },
+      'rope_parameters.full_attention.rope_type must be one of',
+    ],
+    [{ ...llama, model_type: 'qwen2', max_window_layers: -1 }, 'max_window_layers must be an integer from 0'],
     [{ ...gpt2, n_head: 5 }, 'n_head must divide n_embd 48, got 5'],
     [{ ...gpt2, scale_attn_by_inverse_layer_idx: true }, 'scale_attn_by_inverse_layer_idx must be false, got true'],
     [{ ...gpt2, scale_attn_weights: false }, 'scale_attn_weights must be true'],

@@ -1,8 +1,6 @@
 // Weights: found in checkpoints of every family, refused when they do not fit, and the flat vector that is trained.
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { beforeEach, describe, expect, it } from 'vitest';
 import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { type ModelSpec, specFromConfig } from '../../lib/model/spec.js';
 import {
@@ -15,6 +13,7 @@ import {
   weightsByName,
 } from '../../lib/model/weights.js';
 import { InvalidArgumentError, InvalidFileError } from '../../lib/native/errors.js';
+import { temporaryDirectory } from '../temporary.js';
 import { goldenDirectory, goldenNames, readSpec } from './golden.js';
 
 const llama = specFromConfig(
@@ -41,9 +40,8 @@ const counted = (spec: ModelSpec) => Float32Array.from({ length: parameterPlan(s
 
 let directory: string;
 beforeEach(() => {
-  directory = mkdtempSync(join(tmpdir(), 'elastiform-weights-'));
+  directory = temporaryDirectory();
 });
-afterEach(() => rmSync(directory, { recursive: true, force: true }));
 
 async function stored(tensors: Record<string, TensorData>): Promise<Checkpoint> {
   await writeSafetensors(join(directory, 'model.safetensors'), tensors);
@@ -100,7 +98,7 @@ describe('loading', () => {
     });
     using loaded = loadWeights(gpt2, checkpoint);
     const { q, k, v } = loaded.weights.layers[1];
-    [q, k, v].forEach(({ weight: part }, i) => {
+    [q, k!, v!].forEach(({ weight: part }, i) => {
       expect(part.shape).toEqual([6, 6]);
       // Output o of part i from input n is the stored [n, 6 i + o].
       expect([...part.readFloat()]).toEqual(
