@@ -17,12 +17,15 @@ import { batchInputs, batchRun, trainingTexts } from './batches.js';
 import { type Batch, type Cursor, type DataSource, TokenData } from './data.js';
 import { checkKeys, withLock } from './trainer.js';
 
+/** Settings of `cacheTeacher`. */
 export interface CacheTeacherOptions {
   /** A Hugging Face directory; of an elastic one, its full model. */
   model: string;
   /** What will be trained on: the same documents, `heldOut`, `seed` and `sequenceLength` as in the training. */
   data: DataSource;
+  /** Share of the documents that training holds out, from 0 to 1; they are not cached. Default 0. */
   heldOut?: number;
+  /** Of the choice of held-out documents; default 0. */
   seed?: number;
   /** Default: 512, or the model's positions if they are fewer. */
   sequenceLength?: number;
@@ -32,10 +35,15 @@ export interface CacheTeacherOptions {
   out: string;
   /** Rows computed at a time; default 2048. */
   batchTokens?: number;
+  /** How the model's matrices are stored while computing; default as in the checkpoint. */
   dtype?: 'f32' | 'bf16' | 'f16';
+  /** Where the model runs; default: `ELASTIFORM_DEVICE`, else the CPU. */
   device?: DeviceChoice;
+  /** How activations are stored; default: bf16 on CUDA with bf16 weights, else f32. */
   activations?: Activations;
+  /** Called after every shard with the tokens done and their total. */
   onProgress?: (done: number, total: number) => unknown;
+  /** Stops after the shard under way; started again, the cache goes on from there. */
   signal?: AbortSignal;
 }
 
@@ -85,7 +93,8 @@ export const tokenizerSha256 = (model: string): Promise<string> => sha256File(jo
  *
  * Every shard is written whole and then listed with its hash. A run that was interrupted, started again with the same
  * settings, goes on behind the last listed shard; one that is complete is left alone.
- * Errors: InvalidArgumentError for bad options, InvalidDataError when `out` holds a cache of other settings or a listed
+ *
+ * @throws InvalidArgumentError for bad options, InvalidDataError when `out` holds a cache of other settings or a listed
  * shard was changed, FileSystemError when another process writes there. An abort rejects with the signal's reason.
  */
 export async function cacheTeacher(
@@ -134,7 +143,8 @@ export async function cacheTeacher(
     const { rows: _, segments: __, ...inputs } = batchInputs(graph, batchTokens);
     const weights = bindWeights(graph, loaded.weights);
     const hidden = finalNorm(spec, weights, decoder(graph, spec, weights, inputs));
-    for (const [name, node] of Object.entries(topLogits(hidden, weights.head, topK))) graph.output(name, node);
+    for (const [name, node] of Object.entries(topLogits(hidden, weights.head, topK, spec.logitSoftcap)))
+      graph.output(name, node);
     using program = Program.compile(graph, engine);
 
     let done = shards.reduce((sum, { tokens }) => sum + tokens, 0);

@@ -1,15 +1,16 @@
 // Calibration: the path along which compute is taken away, quantiles of router logits on it, and a check of thresholds.
 
 import { isExperts, meanCapacity } from '../elastic/axes.js';
-import { flopsRatio, pointOnPath } from '../elastic/budget.js';
+import { flopsRatio, pointOnPath } from '../elastic/cost.js';
+import { widthDims } from '../elastic/nested.js';
 import { type Calibration, hasQuantiles, type RouterPlace, routerPlaces, thresholds } from '../elastic/policy.js';
-import { thresholdFeeds } from '../elastic/rows.js';
+import { enteredOutput, thresholdFeeds } from '../elastic/rows.js';
 import { allocationPath } from './allocate.js';
 import { batchRun, firstBatches } from './batches.js';
 import type { Batch, TokenData } from './data.js';
 import type { TrainEvent } from './events.js';
 import type { DivergenceProbe } from './probe.js';
-import { capacityFeeds, type DistillModel, logitsProgram, thresholdProgram } from './steps.js';
+import { capacityFeeds, type DistillModel, evenly, logitsProgram, thresholdProgram } from './steps.js';
 
 const points = 65;
 /** Mean capacities at which quantiles are taken. */
@@ -43,6 +44,7 @@ export async function calibrate(
 ): Promise<{ calibration: Calibration; warnings: Warning[] }> {
   const { policy, spec } = model;
   const batches = firstBatches(data, model.batchTokens, tokens, seed);
+  const widths = widthDims(policy.nested, null, spec.ffn);
   const routers = routerPlaces(policy);
   const measured = routers.filter(({ axis }) => hasQuantiles(policy, axis));
   const count = batches.reduce((sum, batch) => sum + batch.ids.length, 0);
@@ -53,11 +55,12 @@ export async function calibrate(
   const sortedScores = async (capacities: readonly number[]): Promise<Map<string, Float32Array>> => {
     const found = measured.map(({ outputs }) => new Float32Array(count * outputs));
     const lengths = found.map(() => 0);
+    const whole = evenly();
     for (const batch of program ? batches : []) {
       const { dims, feeds } = batchRun(batch);
       const { outputs } = await program!.run({
-        dims,
-        feeds: { ...feeds, ...capacityFeeds(policy, dims.segments, (router) => capacities[router]) },
+        dims: { ...dims, ...widths },
+        feeds: { ...feeds, ...capacityFeeds(policy, dims.segments, (router) => capacities[router], whole) },
         signal,
       });
       for (const [i, { id, axis, outputs: experts }] of measured.entries()) {
@@ -165,7 +168,8 @@ async function offTarget(
   batches: readonly Batch[],
   signal?: AbortSignal,
 ): Promise<Warning[]> {
-  const { policy } = model;
+  const { policy, spec } = model;
+  const whole = widthDims(policy.nested, null, spec.ffn);
   const capacities = onPath(calibration.path, calibration.capacities[Math.floor(calibration.capacities.length / 2)]);
   const wanted = thresholds(policy, calibration, capacities);
   const saturated = routerPlaces(policy).flatMap(({ id, axis }, i): Warning[] => {
@@ -178,17 +182,22 @@ async function offTarget(
   // Where no router has to choose tokens there is nothing to miss, and nothing to run.
   const chooses = ({ id, axis }: RouterPlace) => !isExperts(axis) && Number.isFinite(wanted.get(id));
   if (!routerPlaces(policy).some(chooses)) return saturated;
-  const asked = new Map(routerPlaces(policy).map(({ id }, i) => [id, capacities[i]]));
+  const asked = new Map(
+    routerPlaces(policy).flatMap((router, i) => (chooses(router) ? [[router.id, capacities[i]]] : [])),
+  );
   const passed = new Map<string, number>();
   using program = thresholdProgram(model, wanted);
   for (const batch of batches) {
     const { dims, feeds } = batchRun(batch);
     const { outputs } = await program.run({
-      dims,
+      dims: { ...dims, ...whole },
       feeds: { ...feeds, ...thresholdFeeds(wanted, dims.segments) },
       signal,
     });
-    for (const [id, rows] of Object.entries(outputs)) passed.set(id, (passed.get(id) ?? 0) + rows.length);
+    for (const { id, layer, place } of routerPlaces(policy)) {
+      const entered = outputs[enteredOutput(layer, place)];
+      if (entered && asked.has(id)) passed.set(id, (passed.get(id) ?? 0) + entered.length);
+    }
   }
   const missed = [...passed].flatMap(([id, rows]) => {
     const capacity = asked.get(id)!;

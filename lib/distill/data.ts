@@ -1,16 +1,12 @@
 // Documents into training batches: reading, tokenising, splitting, packing end to end, shuffling with a resumable cursor.
 import { createHash } from 'node:crypto';
-import { createReadStream } from 'node:fs';
 import { readFile } from 'node:fs/promises';
-import { createInterface } from 'node:readline';
+import { fileLines } from '../io/lines.js';
 import type { Tokenizer } from '../io/tokenizer.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
 import { Random } from './random.js';
 
-/**
- * Where documents come from. `text`: one document per file. `jsonl`: one per line, in `field` (default `text`).
- * `documents`: in memory.
- */
+/** Documents to train on: text files, one document each; lines of JSON with a text in `field` (default `text`); or strings. */
 export type DataSource =
   | { kind: 'text'; files: string | readonly string[] }
   | { kind: 'jsonl'; files: string | readonly string[]; field?: string }
@@ -70,23 +66,11 @@ async function readText(file: string): Promise<string> {
 }
 
 async function* jsonLines(file: string, field: string): AsyncGenerator<string> {
-  const stream = createReadStream(file);
-  // An error before the first line would otherwise be unhandled: readline does not forward it.
-  const failed = new Promise<never>((_, reject) => stream.once('error', reject));
-  failed.catch(() => {});
-  const lines = createInterface({ input: stream, crlfDelay: Number.POSITIVE_INFINITY })[Symbol.asyncIterator]();
-  for (let number = 1; ; number++) {
-    let line: IteratorResult<string>;
-    try {
-      line = await Promise.race([lines.next(), failed]);
-    } catch (cause) {
-      throw new InvalidFileError(`[data] cannot read ${file}: ${(cause as Error).message}`, { cause });
-    }
-    if (line.done) break;
-    if (line.value.trim() === '') continue;
+  for await (const { number, text: line } of fileLines(file)) {
+    if (line.trim() === '') continue;
     let text: unknown;
     try {
-      text = (JSON.parse(line.value) as Record<string, unknown> | null)?.[field];
+      text = (JSON.parse(line) as Record<string, unknown> | null)?.[field];
     } catch (cause) {
       throw new InvalidFileError(`[data] ${file}:${number} is not JSON: ${(cause as Error).message}`, { cause });
     }

@@ -1,10 +1,11 @@
-// Self-distillation: trains the routers and corrections of a plan so that the routed model imitates its own full self.
+// Self-distillation: trains the routers and corrections of a plan so that the model at a budget imitates its own full self.
 import { createHash } from 'node:crypto';
 import { join, resolve } from 'node:path';
-import { type Axis, perAxis } from '../elastic/axes.js';
-import { standardLevels } from '../elastic/budget.js';
+import { type Axis, ofSequences, perAxis } from '../elastic/axes.js';
 import { policyToJson } from '../elastic/config.js';
-import type { ElasticPolicy } from '../elastic/policy.js';
+import { planLength, standardLevels } from '../elastic/levels.js';
+import type { Nested } from '../elastic/nested.js';
+import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
 import { readElastic, writeElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
@@ -22,16 +23,27 @@ import { type LossTerm, lossFeeds, resolveLosses } from './objectives.js';
 import { startVector, trainablePlan, trainedLora, trainedRouters } from './plan.js';
 import { DivergenceProbe } from './probe.js';
 import { Random } from './random.js';
-import { capacityFeeds, type DistillModel, noiseFeeds, trainProgram } from './steps.js';
+import {
+  capacityFeeds,
+  type DistillModel,
+  drawn,
+  fedTeacher,
+  noiseFeeds,
+  teacherProgram,
+  trainProgram,
+} from './steps.js';
 import { openTeacher, type TeacherConfig } from './teacher.js';
 import { Trainable } from './trainable.js';
 import { checkConfig, resolveConfig, type Task, train, withLock } from './trainer.js';
+import { type WidthSampling, Widths } from './widths.js';
 
+/** Settings of `distill`. */
 export interface DistillConfig extends TrainConfig {
   /** A directory written by elastify, or an elastic model to train further. */
   plan: string;
   /** Becomes the trained elastic directory; metrics.jsonl and checkpoints/ lie there too. */
   out: string;
+  /** What to train on. */
   data: DataSource;
   /** Held out: measured every `evalEvery` steps, and the best routers are kept. */
   evalData?: DataSource;
@@ -45,14 +57,24 @@ export interface DistillConfig extends TrainConfig {
   dtype?: 'f32' | 'bf16' | 'f16';
   /** How activations are stored; default: bf16 on CUDA with bf16 weights, else f32, the only one on the CPU. */
   activations?: Activations;
-  /** Tokens measured for the thresholds, at each of 8 capacities; default 8192. */
+  /** Tokens measured for the thresholds, at each of 8 capacities; default 8192, and 64 sequences where whole ones are routed. */
   calibrationTokens?: number;
-  /** Learning rate of corrections (LoRA), where the plan has some; `optimizer.lr` is that of routers. Default 2e-3. */
+  /** Which widths of nested feed-forwards each step trains. */
+  sample?: WidthSampling;
+  /**
+   * Learning rate of corrections (LoRA), where the plan has some; default 2e-3. `optimizer.lr` is that of routers, and of
+   * corrections alone where there are no routers.
+   */
   loraLr?: number;
 }
 
-/** Tokens on which divergence is measured to divide capacities among layers. */
-const probedTokens = 2048;
+const defaultLoraLr = 2e-3;
+/** Tokens on which divergence is measured to divide capacities among layers, and on which thresholds are calibrated. */
+const measuredTokens = { probe: 2048, thresholds: 8192 };
+/** The same in sequences, at least, where whole ones are routed. */
+const measuredSequences = { probe: 16, thresholds: 64 };
+/** Sequences of a batch by default where whole ones are routed: a router learns from comparing them. */
+const batchSequences = 8;
 const ownKeys = [
   'plan',
   'out',
@@ -65,28 +87,30 @@ const ownKeys = [
   'activations',
   'calibrationTokens',
   'loraLr',
+  'sample',
 ];
 
 /**
- * Trains the routers of a plan and its corrections, calibrates thresholds and writes the elastic directory. Everything else stays
- * frozen; teacher and student share the mapped weights. The same config gives the same bits whatever the thread count,
- * and a killed run, started again, continues to the same bits.
+ * Trains the routers of a plan and its corrections, calibrates thresholds and writes the elastic directory. Everything else
+ * stays frozen; the loss of a step is the sum over the widths of nested feed-forwards that it trains; teacher and student
+ * share the mapped weights. The same config gives the same bits whatever the thread count, and a killed run, started again,
+ * continues to the same bits.
  *
  * A mean capacity is drawn anew for every sequence of every step, uniformly over the plan's range, one draw for both
  * places, and divided among layers by how much the model suffers without them, which is measured first. After training the
  * same is measured again with the routers, at finer steps: this is the path that budgets lie on.
- * Errors: InvalidArgumentError for a bad config, InvalidDataError and InvalidFileError for bad inputs, FileSystemError
+ *
+ * @throws InvalidArgumentError for a bad config, InvalidDataError and InvalidFileError for bad inputs, FileSystemError
  * when another process writes to `out`, DivergedError when training does not recover from NaN.
  */
 export async function distill(config: DistillConfig): Promise<TrainResult> {
   checkConfig('distill', config, ownKeys);
-  const calibrationTokens = config.calibrationTokens ?? 8192;
-  if (!Number.isInteger(calibrationTokens) || calibrationTokens < 1) {
+  const { calibrationTokens } = config;
+  if (calibrationTokens !== undefined && !(Number.isInteger(calibrationTokens) && calibrationTokens >= 1)) {
     throw new InvalidArgumentError(`[distill] calibrationTokens must be a positive integer, got ${calibrationTokens}`);
   }
-  const loraLr = config.loraLr ?? 2e-3;
-  if (!(Number.isFinite(loraLr) && loraLr > 0)) {
-    throw new InvalidArgumentError(`[distill] loraLr must be a positive number, got ${loraLr}`);
+  if (config.loraLr !== undefined && !(Number.isFinite(config.loraLr) && config.loraLr > 0)) {
+    throw new InvalidArgumentError(`[distill] loraLr must be a positive number, got ${config.loraLr}`);
   }
   if (!['f32', 'bf16', 'f16', undefined].includes(config.dtype)) {
     throw new InvalidArgumentError(`[distill] dtype must be f32, bf16 or f16, got ${JSON.stringify(config.dtype)}`);
@@ -101,9 +125,17 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
     );
   }
   const { policy } = elastic;
+  const routed = routerPlaces(policy).length > 0;
+  if (!routed && !policy.lora) {
+    throw new InvalidArgumentError(
+      `[distill] ${config.plan} has neither routers nor corrections to train: nest it with corrections, elastify --lora RANK, or train its feed-forwards, pretrain --from ${config.plan} --train ffn`,
+    );
+  }
   const configPath = join(config.plan, 'config.json');
   const spec = specFromConfig(await readJson(configPath), configPath);
   const losses = resolveLosses(config.loss, spec);
+  // Corrections are not of the whole model; routers are.
+  const widths = Widths.of('distill', config.sample, policy.nested, spec, !routed);
   const tokenizer = await loadTokenizer(config.plan);
   const sequenceLength = config.sequenceLength ?? Math.min(512, spec.maxPositions);
   if (sequenceLength > spec.maxPositions) {
@@ -114,7 +146,13 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
   const texts = await trainingTexts('distill', config);
   const data = TokenData.tokenise(texts.train, tokenizer, sequenceLength);
   const evalData = texts.heldOut && TokenData.tokenise(texts.heldOut, tokenizer, sequenceLength);
-  const resolved = resolveConfig(config, data, { batchTokens: 2048, lr: 2e-2, weightDecay: 0 });
+  const wholeSequences = routerPlaces(policy).some(({ axis }) => ofSequences(axis));
+  const resolved = resolveConfig(config, data, {
+    batchTokens: wholeSequences ? Math.max(2048, batchSequences * sequenceLength) : 2048,
+    lr: routed ? 2e-2 : defaultLoraLr,
+    weightDecay: 0,
+  });
+  const loraLr = config.loraLr ?? (routed ? defaultLoraLr : resolved.optimizer.lr);
 
   return withLock(config.out, async () => {
     using checkpoint = Checkpoint.open(config.plan);
@@ -139,14 +177,20 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
       batchTokens: resolved.batchTokens,
       ...(teacher.teacher && { teacher: teacher.teacher }),
     };
-    const probed = firstBatches(data, resolved.batchTokens, probedTokens, resolved.seed);
+    const measured = (what: keyof typeof measuredTokens) =>
+      Math.max(measuredTokens[what], wholeSequences ? measuredSequences[what] * sequenceLength : 0);
+    const probed = firstBatches(data, resolved.batchTokens, measured('probe'), resolved.seed);
     using probe = new DivergenceProbe(model, probed);
     const sensitivity = await sensitivities(probe, policy, {
       signal: config.signal,
       onProgress: (done, total) => config.onEvent?.({ type: 'measure', what: 'sensitivity', done, total }),
     });
     using held = evalData && new DivergenceProbe(model, [...wholeEpoch(evalData, resolved.batchTokens)]);
-    using step = trainProgram(model, losses, { recompute: config.gradCheckpointing ?? false, explore: true });
+    const once = widths.several ? fedTeacher(model, losses) : null;
+    using lessons = once && teacherProgram(model, once);
+    using step = trainProgram({ ...model, ...(once && { teacher: once }) }, losses, {
+      ...{ recompute: config.gradCheckpointing ?? false, explore: true },
+    });
     const task: Task = {
       api: 'distill',
       engine,
@@ -159,6 +203,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         losses,
         teacher: teacher.identity,
         loraLr: policy.lora ? loraLr : null,
+        widths: policy.nested ? widths.identity : null,
         dtype: config.dtype ?? null,
         activations: engine.activations,
         evalData: evalData?.sha256() ?? null,
@@ -171,35 +216,52 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
           const draw = random.uniform();
           return shapedCapacities(sensitivity, policy, meanCapacities(policy, draw));
         });
-        const capacity = (router: number, segment: number) => capacities[segment][router];
-        const { outputs } = await step.run({
-          dims,
-          feeds: {
-            ...feeds,
-            ...capacityFeeds(policy, dims.segments, capacity),
-            ...noiseFeeds(policy, dims.rows, random),
-            ...teacher.feeds(batch),
-            ...lossFeeds(losses, policy, batch, { step: number, steps: resolved.steps, total, capacity }),
-          },
-          signal,
-        });
-        return Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, value[0]]));
+        const routers = routerPlaces(policy);
+        // Sequences of a batch compete for one capacity.
+        const capacity = (router: number, segment: number) =>
+          capacities[ofSequences(routers[router].axis) ? 0 : segment][router];
+        const common = {
+          ...feeds,
+          ...capacityFeeds(policy, dims.segments, capacity, drawn(random)),
+          ...noiseFeeds(policy, dims, random),
+          ...teacher.feeds(batch),
+          ...(lessons && { teacher: (await lessons.run({ dims, feeds, signal })).outputs.hidden }),
+        };
+        const terms: Record<string, number> = { loss: 0 };
+        const draw = new Random(resolved.seed, 'width', number * resolved.gradAccumulation + index);
+        for (const { name: width, dims: units, weight: factor } of widths.draw(draw)) {
+          const at = { step: number, steps: resolved.steps, total, capacity, factor };
+          const { outputs } = await step.run({
+            dims: { ...dims, ...units },
+            feeds: { ...common, ...lossFeeds(losses, policy, batch, at) },
+            signal,
+          });
+          for (const [name, [value]] of Object.entries(outputs)) {
+            if (name === 'loss') terms.loss += value;
+            else terms[policy.nested ? `${name} ${width}` : name] = value;
+          }
+        }
+        return terms;
       },
-      ...(held && { evaluate: evaluator(held, policy, sensitivity) }),
+      ...(held && { evaluate: evaluator(held, policy, sensitivity, widths) }),
     };
     const result = await train(task, resolved, config.out, config);
     if (result.stopped !== 'signal') {
-      const { calibration, warnings } = await calibrate(model, probe, data, {
-        tokens: calibrationTokens,
-        seed: resolved.seed,
-        signal: config.signal,
-        onProgress: (done, total) => config.onEvent?.({ type: 'measure', what: 'allocation', done, total }),
-      });
+      const { calibration, warnings } = routed
+        ? await calibrate(model, probe, data, {
+            tokens: calibrationTokens ?? measured('thresholds'),
+            seed: resolved.seed,
+            signal: config.signal,
+            onProgress: (done, total) => config.onEvent?.({ type: 'measure', what: 'allocation', done, total }),
+          })
+        : { calibration: null, warnings: [] };
       for (const warning of warnings) await config.onEvent?.(warning);
+      const nested: Nested | undefined = policy.nested && { ...policy.nested, ...(policy.lora && { trained: 'lora' }) };
+      const levels = standardLevels(spec, policy, calibration, calibration?.sequenceLength ?? planLength);
       await writeElastic(
         config.out,
         config.plan,
-        { ...policy, calibration, levels: standardLevels(spec, policy, calibration, calibration.sequenceLength) },
+        { ...policy, ...(nested && { nested }), calibration, levels },
         trainedRouters(trainable, policy),
         trainedLora(trainable, policy, spec),
       );
@@ -216,19 +278,28 @@ function meanCapacities({ capacity }: ElasticPolicy, draw: number): Record<Axis,
   });
 }
 
-/** KL and agreement with the full model by top-k at three capacities of the trained range; the metric is the mean KL. */
-function evaluator(probe: DivergenceProbe, policy: ElasticPolicy, sensitivity: readonly number[]) {
+/**
+ * KL and agreement with the full model by top-k at three capacities of the trained range, and at every width that is trained;
+ * the metric is the mean KL.
+ */
+function evaluator(probe: DivergenceProbe, policy: ElasticPolicy, sensitivity: readonly number[], widths: Widths) {
   const fixed = Object.values(policy.capacity).every(([low, high]) => low === high);
   return async (signal?: AbortSignal) => {
-    const levels: Record<string, Record<string, number>> = {};
-    let sum = 0;
-    const draws = fixed ? [0.5] : [0.25, 0.5, 0.75];
+    const levels: Record<string, { kl: number; top1_agreement: number }> = {};
+    const measure = async (name: string, capacities: readonly number[], dims?: Readonly<Record<string, number>>) => {
+      const { kl, agree } = await probe.measure(capacities, signal, dims);
+      levels[name] = { kl, top1_agreement: agree };
+    };
+    const draws = sensitivity.length === 0 ? [] : fixed ? [0.5] : [0.25, 0.5, 0.75];
     for (const draw of draws) {
       const mean = meanCapacities(policy, draw);
-      const { kl, agree } = await probe.measure(shapedCapacities(sensitivity, policy, mean), signal);
-      levels[`capacity ${Math.min(...Object.values(mean)).toFixed(2)}`] = { kl, top1_agreement: agree };
-      sum += kl;
+      const name = `capacity ${Math.min(...Object.values(mean)).toFixed(2)}`;
+      await measure(name, shapedCapacities(sensitivity, policy, mean));
     }
-    return { levels, metric: sum / draws.length };
+    const whole = sensitivity.map(() => 1);
+    const narrower = policy.nested ? widths.all.filter(({ name }) => name !== 'full') : [];
+    for (const { name, dims } of narrower) await measure(name, whole, dims);
+    const all = Object.values(levels);
+    return { levels, metric: all.reduce((sum, { kl }) => sum + kl, 0) / all.length };
   };
 }

@@ -1,5 +1,5 @@
 // Objectives of distillation: terms of the loss, their checks, their weights over the steps, and what they are in a graph.
-import { isExperts } from '../elastic/axes.js';
+import { isExperts, ofSequences } from '../elastic/axes.js';
 import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
 import type { RoutedExperts, RoutedPlace } from '../elastic/rows.js';
 import {
@@ -53,11 +53,11 @@ export type LossTerm = {
       /** Default: the last one. */
       layers?: 'all' | readonly number[];
     }
-  /** Binary cross-entropy of every token router against its own top-k choice: makes thresholds, which are causal, agree. */
+  /** Binary cross-entropy of every router of rows against its own top-k choice: makes thresholds, which are causal, agree. */
   | { kind: 'topk-bce' }
   /** Load balance of the experts of every sub-layer that is cut into some: 0 when all are used alike. */
   | { kind: 'load-balance' }
-  /** Squared difference of every token router's mean sigmoid from its capacity. */
+  /** Squared difference of every such router's mean sigmoid from its capacity. */
   | { kind: 'capacity' }
 );
 
@@ -83,7 +83,8 @@ type RouterLoss = Extract<Loss, { kind: (typeof routerKinds)[number] }>;
 type OutputLoss = Exclude<Loss, RouterLoss>;
 type HiddenLoss = Extract<Loss, { kind: 'hidden-cosine' | 'hidden-mse' }>;
 const ofRouters = (loss: Loss): loss is RouterLoss => routerKinds.some((kind) => kind === loss.kind);
-const ofHidden = (loss: Loss): loss is HiddenLoss => loss.kind === 'hidden-cosine' || loss.kind === 'hidden-mse';
+/** Whether it compares residual streams. */
+export const ofHidden = (loss: Loss): loss is HiddenLoss => loss.kind === 'hidden-cosine' || loss.kind === 'hidden-mse';
 /** Whether a term compares the student with the teacher. */
 export const ofTeacher = (loss: Loss): boolean => !ofRouters(loss) && loss.kind !== 'cross-entropy';
 
@@ -145,11 +146,14 @@ export function lossWeight({ weight, to }: Loss, step: number, steps: number): n
 const weightFeed = (loss: Loss): string => `weight.${loss.name}`;
 const wantedFeed = (id: string): string => `wanted.${id}`;
 
-/** Token routers and their positions among all. */
-const tokenRouters = (policy: ElasticPolicy) =>
-  routerPlaces(policy).flatMap(({ id, axis }, router) => (isExperts(axis) ? [] : [{ id, router }]));
+/** Feed f32 [segments]: factors of segments where whole ones are routed. */
+export const segmentWeightFeed = 'weight of segments';
 
-/** Values of the feeds of `objective` for a micro-batch whose rows weigh `1 / total` each. */
+/** Routers of rows and their positions among all. */
+const rowRouters = (policy: ElasticPolicy) =>
+  routerPlaces(policy).flatMap(({ id, axis }, router) => (isExperts(axis) ? [] : [{ id, axis, router }]));
+
+/** Values of the feeds of `objective` for a micro-batch whose rows weigh `1 / total` each, all terms times `factor`. */
 export function lossFeeds(
   losses: readonly Loss[],
   policy: ElasticPolicy,
@@ -159,24 +163,32 @@ export function lossFeeds(
     steps,
     total,
     capacity,
-  }: { step: number; steps: number; total: number; capacity: (router: number, segment: number) => number },
+    factor = 1,
+  }: {
+    step: number;
+    steps: number;
+    total: number;
+    capacity: (router: number, segment: number) => number;
+    factor?: number;
+  },
 ): Record<string, Float32Array | Int32Array> {
   const rows = batch.ids.length;
   const feeds: Record<string, Float32Array | Int32Array> = {
     weight: new Float32Array(rows).fill(1 / total),
     share: Float32Array.of(rows / total),
   };
-  for (const loss of losses) feeds[weightFeed(loss)] = Float32Array.of(lossWeight(loss, step, steps));
+  for (const loss of losses) feeds[weightFeed(loss)] = Float32Array.of(factor * lossWeight(loss, step, steps));
   if (losses.some(({ kind }) => kind === 'cross-entropy')) feeds.targets = batch.targets;
-  const routers = tokenRouters(policy);
+  const routers = rowRouters(policy);
+  const lengths = Array.from(batch.offsets.subarray(1), (end, s) => end - batch.offsets[s]);
+  if (routers.some(({ axis }) => ofSequences(axis))) {
+    feeds[segmentWeightFeed] = Float32Array.from(lengths, (length) => length / total);
+  }
   if (losses.some(({ kind }) => kind === 'capacity') && routers.length > 0) {
     feeds['every row'] = Int32Array.from({ length: rows }, (_, r) => r);
     feeds['per share'] = Float32Array.of(total / rows);
     for (const { id, router } of routers) {
-      let sum = 0;
-      for (let s = 0; s + 1 < batch.offsets.length; s++) {
-        sum += (batch.offsets[s + 1] - batch.offsets[s]) * capacity(router, s);
-      }
+      const sum = lengths.reduce((sum, length, s) => sum + length * capacity(router, s), 0);
       feeds[wantedFeed(id)] = Float32Array.of(sum / total);
     }
   }
@@ -189,6 +201,8 @@ export interface ModelNodes {
   hidden: Node;
   /** [vocab, hidden] */
   head: Node;
+  /** Of the logits; 0: none. */
+  softcap: number;
   /** f32 [rows, hidden] each: before the first sub-layer and after every one. */
   residuals: readonly Node[];
 }
@@ -247,7 +261,7 @@ const sum = (nodes: readonly Node[]): Node => nodes.reduce((a, b) => add(a, b));
 function outputTerm(loss: OutputLoss, nodes: ObjectiveNodes): { loss: Node; agree?: Node } {
   const { graph, rows, student, weight } = nodes;
   if (loss.kind === 'cross-entropy') {
-    return crossEntropy(student.hidden, student.head, graph.feed('targets', 'i32', [rows]), weight);
+    return crossEntropy(student.hidden, student.head, graph.feed('targets', 'i32', [rows]), weight, student.softcap);
   }
   const teacher = nodes.teacher!;
   if (ofHidden(loss)) {
@@ -261,8 +275,9 @@ function outputTerm(loss: OutputLoss, nodes: ObjectiveNodes): { loss: Node; agre
       hiddenDistance(student.residuals[2 * layer + 2], residuals[2 * layer + 2], weight, kind).loss;
     return { loss: scale(sum(chosen.map(of)), 1 / chosen.length) };
   }
-  // Logits are linear in hidden states: a temperature divides either.
+  // Products with the head are linear in hidden states: a temperature divides either, and the cap of capped logits too.
   const { temperature = 1 } = loss;
+  const softcap = student.softcap / temperature;
   const cooled = (hidden: Node): Node => scale(hidden, 1 / temperature);
   const hs = cooled(student.hidden);
   const scaled = (value: Node): Node => scale(value, temperature * temperature);
@@ -270,14 +285,16 @@ function outputTerm(loss: OutputLoss, nodes: ObjectiveNodes): { loss: Node; agre
     const top =
       'ids' in teacher
         ? teacher
-        : graph.tag('teacher/head', () => topLogits(cooled(teacher.hidden), teacher.head, loss.topK!));
-    return { loss: scaled(topkDivergence(hs, student.head, top, weight, loss.kind).loss) };
+        : graph.tag('teacher/head', () =>
+            topLogits(cooled(teacher.hidden), teacher.head, loss.topK!, teacher.softcap / temperature),
+          );
+    return { loss: scaled(topkDivergence(hs, student.head, top, weight, loss.kind, softcap).loss) };
   }
-  const { hidden, head } = teacher as ModelNodes;
+  const { hidden, head, softcap: ofTeacher } = teacher as ModelNodes;
   const { loss: value, agree } = divergence(hs, cooled(hidden), student.head, weight, {
     kind: loss.kind,
     ...(loss.kind === 'jsd' && loss.beta !== undefined && { beta: loss.beta }),
-    wt: head === student.head ? null : head,
+    ...{ wt: head === student.head ? null : head, softcap, teacherSoftcap: ofTeacher / temperature },
   });
   return { loss: scaled(value), agree };
 }
@@ -290,8 +307,8 @@ function routerTerm(loss: RouterLoss, nodes: ObjectiveNodes): Node | null {
   if (loss.kind === 'capacity') {
     if (routed.length === 0) return null;
     const [every, perShare] = [graph.feed('every row', 'i32', [rows]), graph.feed('per share', 'f32', [1])];
-    const squares = routed.map(({ id, detached }) => {
-      const passing = dot(gate(detached, every, 1), weight);
+    const squares = routed.map(({ id, detached, perRow }) => {
+      const passing = dot(gate(perRow(detached), every, 1), weight);
       const off = add(passing, scale(graph.feed(wantedFeed(id), 'f32', [1]), -1));
       return dot(off, off);
     });
@@ -305,7 +322,7 @@ function routerTerm(loss: RouterLoss, nodes: ObjectiveNodes): Node | null {
         share,
       )
     : mean(
-        routedExperts.map((r) => expertBalance(r.detached)),
+        routedExperts.map((r) => expertBalance(r.explored)),
         share,
       );
 }

@@ -35,7 +35,8 @@ export function trainablePlan(policy: Trained, spec: ModelSpec, loraLrScale = 1)
   const routed = { offset: 0, size: offset, decayCount, lrScale: 1 };
   const lora = loraParameters(policy, spec).map(({ name, shape }) => place(name, shape, true));
   const size = offset - routed.size;
-  const groups = [routed, ...(size > 0 ? [{ offset: routed.size, size, decayCount: size, lrScale: loraLrScale }] : [])];
+  const corrections = { offset: routed.size, size, decayCount: size, lrScale: loraLrScale };
+  const groups = [routed, corrections].filter((group) => group.size > 0);
   return { parameters: [...weights, ...biases, ...lora], size: offset, decayCount, groups };
 }
 

@@ -1,9 +1,10 @@
 // Measures how far the routed model is from the full one on fixed batches, at any capacities.
+import { widthDims } from '../elastic/nested.js';
 import type { ElasticPolicy } from '../elastic/policy.js';
 import type { Program } from '../graph/index.js';
 import { batchRun } from './batches.js';
 import type { Batch } from './data.js';
-import { capacityFeeds, type DistillModel, evalProgram, teacherProgram } from './steps.js';
+import { capacityFeeds, type DistillModel, evalProgram, evenly, teacherProgram } from './steps.js';
 
 export interface Divergence {
   /** Mean KL divergence from the full model, nats per token. */
@@ -28,17 +29,25 @@ export class DivergenceProbe implements Disposable {
     this.program = evalProgram(model);
   }
 
-  /** @param capacities one per router, in the order of execution; rows are chosen by top-k */
-  async measure(capacities: readonly number[], signal?: AbortSignal): Promise<Divergence> {
+  /**
+   * @param capacities one per router, in the order of execution; rows are chosen by top-k
+   * @param widths of `widthDims`; default all whole
+   */
+  async measure(
+    capacities: readonly number[],
+    signal?: AbortSignal,
+    widths: Readonly<Record<string, number>> = widthDims(this.policy.nested, null, this.model.spec.ffn),
+  ): Promise<Divergence> {
     this.hidden ??= await this.teach(signal);
     const total = { kl: 0, agree: 0 };
+    const whole = evenly();
     for (const [i, batch] of this.batches.entries()) {
       const { dims, feeds } = batchRun(batch);
       const { outputs } = await this.program.run({
-        dims,
+        dims: { ...dims, ...widths },
         feeds: {
           ...feeds,
-          ...capacityFeeds(this.policy, dims.segments, (router) => capacities[router]),
+          ...capacityFeeds(this.policy, dims.segments, (router) => capacities[router], whole),
           teacher: this.hidden[i],
           weight: new Float32Array(dims.rows).fill(1 / this.tokens),
         },

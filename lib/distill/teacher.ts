@@ -11,6 +11,7 @@ import { type Loss, ofTeacher } from './objectives.js';
 import { type Teacher, topLogitsFeeds } from './steps.js';
 import { checkKeys } from './trainer.js';
 
+/** Whom the student imitates. */
 export type TeacherConfig =
   /** The full model of the plan. */
   | { kind: 'self' }

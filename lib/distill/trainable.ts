@@ -37,7 +37,10 @@ export class Trainable implements Disposable {
     gradients(
       loss,
       parameters.map((p) => node(p.name)),
-      { onGradient: (i, gradient) => accumulate(grads, gradient, parameters[i].offset) },
+      {
+        // Rows of a prefix of the columns are as far apart as those of the whole.
+        onGradient: (i, gradient) => accumulate(grads, gradient, parameters[i].offset, parameters[i].shape.at(-1)),
+      },
     );
   }
 

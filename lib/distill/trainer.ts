@@ -3,7 +3,7 @@ import { appendFile, mkdir, readFile, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { adamw, Graph, Program } from '../graph/index.js';
 import { inFileSystem, lockDirectory, writeFileAtomic } from '../io/files.js';
-import { ElastiformError, InvalidArgumentError } from '../native/errors.js';
+import { InvalidArgumentError } from '../native/errors.js';
 import { type Engine, loadAddon } from '../native/index.js';
 import {
   clearCheckpoints,
@@ -13,16 +13,11 @@ import {
   type TrainerState,
 } from './checkpoints.js';
 import type { Batch, TokenData } from './data.js';
-import type { TrainConfig, TrainEvent, WarningCode } from './events.js';
+import { DivergedError, type TrainConfig, type TrainEvent, type WarningCode } from './events.js';
 import type { Trainable } from './trainable.js';
 
 /** Skipped steps in a row after which a run gives up. */
 const mostSkipped = 10;
-
-/** Training has diverged: the loss or its gradient is not finite, step after step. */
-export class DivergedError extends ElastiformError {
-  readonly code = 'Diverged';
-}
 
 /** What one method of training brings to the loop. */
 export interface Task {

@@ -1,19 +1,30 @@
 // The axes along which a model is elastic, what tells them apart, and the shares that are set on them.
 import type { Place } from '../model/select.js';
+import type { FfnWidth } from './nested.js';
 
 /** Experts: parts of a sub-layer of which every token uses some. */
 export type ExpertAxis = 'heads' | 'blocks';
+/** What rows enter or skip: attention, the feed-forward, or the whole block, both sub-layers of a layer together. */
+export type Target = 'attn' | 'mlp' | 'block';
+export const targets: readonly Target[] = ['attn', 'mlp', 'block'];
+/** Whether every token is decided about by itself, or a sequence as a whole. */
+export type Granularity = 'sequence' | 'token';
+export const granularities: readonly Granularity[] = ['sequence', 'token'];
+/** Routing of rows: of every token by itself, or of whole sequences. */
+export type RowAxis = Target | `${Target}-sequence`;
 /**
- * What is routed: tokens into attention, tokens into the feed-forward, and for every token heads of attention and blocks
- * of the feed-forward's units.
+ * What is routed: tokens and whole sequences into attention, the feed-forward and whole blocks, and for every token heads of
+ * attention and blocks of the feed-forward's units.
  */
-export type Axis = Place | ExpertAxis;
+export type Axis = RowAxis | ExpertAxis;
 
 interface AxisTraits {
-  /** Of whose sub-layer a router decides. */
-  place: Place;
-  /** Tokens enter or do not; experts are used by every token that enters, some of several. */
-  routes: 'tokens' | 'experts';
+  /** What rows enter, or whose experts tokens use. */
+  target: Target;
+  /** The sub-layers that a router decides about; it reads what the first one does. */
+  places: readonly Place[];
+  /** Tokens enter or do not, sequences as a whole; experts are used by every token that enters, some of several. */
+  routes: 'tokens' | 'sequences' | 'experts';
   /** Kind of the router, the last part of its id. */
   router: string;
   /** What its logits go through. */
@@ -27,41 +38,69 @@ interface AxisTraits {
   column: string;
 }
 
+const tokens = { routes: 'tokens', router: 'token', act: 'sigmoid' } as const;
+const sequences = { routes: 'sequences', router: 'sequence', act: 'sigmoid' } as const;
+const experts = { routes: 'experts', act: 'softmax' } as const;
+
 export const axisTraits: Readonly<Record<Axis, AxisTraits>> = {
+  block: {
+    ...{ ...tokens, target: 'block', places: ['attn', 'mlp'], setting: 'tokenCapacity.block' },
+    ...{ of: 'of tokens into whole blocks', title: 'blocks', column: 'block tokens' },
+  },
+  'block-sequence': {
+    ...{ ...sequences, target: 'block', places: ['attn', 'mlp'], setting: 'sequenceCapacity.block' },
+    ...{ of: 'of sequences into whole blocks', title: 'blocks per sequence', column: 'block sequences' },
+  },
   attn: {
-    ...{ place: 'attn', routes: 'tokens', router: 'token', act: 'sigmoid', setting: 'tokenCapacity.attn' },
+    ...{ ...tokens, target: 'attn', places: ['attn'], setting: 'tokenCapacity.attn' },
     ...{ of: 'of tokens into attn', title: 'attention', column: 'attn tokens' },
   },
+  'attn-sequence': {
+    ...{ ...sequences, target: 'attn', places: ['attn'], setting: 'sequenceCapacity.attn' },
+    ...{ of: 'of sequences into attn', title: 'attention per sequence', column: 'attn sequences' },
+  },
   heads: {
-    ...{ place: 'attn', routes: 'experts', router: 'heads', act: 'softmax', setting: 'headShare' },
+    ...{ ...experts, target: 'attn', places: ['attn'], router: 'heads', setting: 'headShare' },
     ...{ of: 'of the heads of attention', title: 'attention heads', column: 'heads' },
   },
   mlp: {
-    ...{ place: 'mlp', routes: 'tokens', router: 'token', act: 'sigmoid', setting: 'tokenCapacity.mlp' },
+    ...{ ...tokens, target: 'mlp', places: ['mlp'], setting: 'tokenCapacity.mlp' },
     ...{ of: 'of tokens into mlp', title: 'FFN', column: 'FFN tokens' },
   },
+  'mlp-sequence': {
+    ...{ ...sequences, target: 'mlp', places: ['mlp'], setting: 'sequenceCapacity.mlp' },
+    ...{ of: 'of sequences into mlp', title: 'FFN per sequence', column: 'FFN sequences' },
+  },
   blocks: {
-    ...{ place: 'mlp', routes: 'experts', router: 'blocks', act: 'softmax', setting: 'blockShare' },
+    ...{ ...experts, target: 'mlp', places: ['mlp'], router: 'blocks', setting: 'blockShare' },
     ...{ of: 'of the blocks of the feed-forward', title: 'FFN blocks', column: 'FFN blocks' },
   },
 };
 
 /** In the order in which the routers of a layer run. */
-export const axes: readonly Axis[] = ['attn', 'heads', 'mlp', 'blocks'];
+export const axes: readonly Axis[] = [
+  ...(['block', 'block-sequence', 'attn', 'attn-sequence', 'heads', 'mlp', 'mlp-sequence', 'blocks'] as const),
+];
 
 export const isExperts = (axis: Axis): axis is ExpertAxis => axisTraits[axis].routes === 'experts';
+/** Whether whole sequences enter or skip. */
+export const ofSequences = (axis: Axis): boolean => axisTraits[axis].routes === 'sequences';
 export const expertAxes: readonly ExpertAxis[] = axes.filter(isExperts);
+export const rowAxes: readonly RowAxis[] = axes.filter((axis): axis is RowAxis => !isExperts(axis));
 /** The axis of the experts of a sub-layer. */
-export const expertAxisOf = (place: Place): ExpertAxis => expertAxes.find((axis) => axisTraits[axis].place === place)!;
+export const expertAxisOf = (place: Place): ExpertAxis =>
+  expertAxes.find((axis) => axisTraits[axis].places.includes(place))!;
+/** The axis of whole sequences into a target. */
+export const sequenceAxis = (target: Target): RowAxis => `${target}-sequence`;
 
 /** The value of every axis. */
 export const perAxis = <T>(of: (axis: Axis) => T): Record<Axis, T> =>
   Object.fromEntries(axes.map((axis) => [axis, of(axis)])) as Record<Axis, T>;
 
-/** `layers.{layer}.{attn|mlp}.{token|heads|blocks}`, the name of a router in files, programs and reports. */
+/** `layers.{layer}.{attn|mlp|block}.{token|sequence|heads|blocks}`, the name of a router in files, programs and reports. */
 export function routerId(layer: number, axis: Axis): string {
-  const { place, router } = axisTraits[axis];
-  return `layers.${layer}.${place}.${router}`;
+  const { target, router } = axisTraits[axis];
+  return `layers.${layer}.${target}.${router}`;
 }
 
 /** A share: one in (0, 1] for all routed layers of an axis, or one in [0, 1] for each of them, ascending. */
@@ -69,27 +108,45 @@ export type Capacity = number | readonly number[];
 
 /** Explicit settings per axis; an absent axis is full. */
 export interface ElasticSpec {
-  /** Share of tokens that routed sub-layers process. */
-  tokenCapacity?: { attn?: Capacity; mlp?: Capacity };
+  /** Share of tokens that routed sub-layers, and whole blocks, process. */
+  tokenCapacity?: { [target in Target]?: Capacity };
+  /** Share of sequences that enter them, as wholes. */
+  sequenceCapacity?: { [target in Target]?: Capacity };
   /** Share of attention's heads, or of groups of them, that every token uses, rounded up to whole ones. */
   headShare?: Capacity;
   /** Share of the feed-forward's blocks that every token uses, rounded up to whole blocks. */
   blockShare?: Capacity;
+  /** Width of the nested feed-forwards: a share of their units, rounded to the alignment, or a number of units. */
+  ffnWidth?: FfnWidth;
 }
 
-export const specKeys: readonly string[] = ['tokenCapacity', ...expertAxes.map((axis) => axisTraits[axis].setting)];
+export const specKeys: readonly string[] = [
+  'tokenCapacity',
+  'sequenceCapacity',
+  ...expertAxes.map((axis) => axisTraits[axis].setting),
+  'ffnWidth',
+];
 
-/** The settings of a spec by axis, and back. */
-export function specByAxis({ tokenCapacity, headShare, blockShare }: ElasticSpec): Partial<Record<Axis, Capacity>> {
+/** The settings of a spec that are shares of what routers choose from, by axis, and back. */
+export function specByAxis(spec: ElasticSpec): Partial<Record<Axis, Capacity>> {
+  const { tokenCapacity, sequenceCapacity = {}, headShare, blockShare } = spec;
+  const whole = Object.entries(sequenceCapacity).map(([target, share]) => [sequenceAxis(target as Target), share]);
   return {
     ...tokenCapacity,
+    ...Object.fromEntries(whole),
     ...(headShare !== undefined && { heads: headShare }),
     ...(blockShare !== undefined && { blocks: blockShare }),
   };
 }
-export function specOfAxes({ heads, blocks, ...tokens }: Partial<Record<Axis, Capacity>>): ElasticSpec {
+export function specOfAxes({ heads, blocks, ...rows }: Partial<Record<Axis, Capacity>>): ElasticSpec {
+  const own = (of: (axis: RowAxis) => boolean) => {
+    const found = rowAxes.filter((axis) => of(axis) && rows[axis] !== undefined);
+    return found.length > 0 ? Object.fromEntries(found.map((axis) => [axisTraits[axis].target, rows[axis]])) : null;
+  };
+  const [tokenCapacity, sequenceCapacity] = [own((axis) => !ofSequences(axis)), own(ofSequences)];
   return {
-    ...(Object.keys(tokens).length > 0 && { tokenCapacity: tokens }),
+    ...(tokenCapacity && { tokenCapacity }),
+    ...(sequenceCapacity && { sequenceCapacity }),
     ...(heads !== undefined && { headShare: heads }),
     ...(blocks !== undefined && { blockShare: blocks }),
   };

@@ -1,34 +1,31 @@
-// From a budget to capacities and thresholds: finds the point of the calibrated path that costs what may be spent.
-import { attentionFlops, feedForwardFlops, forwardFlops, keyValueFlops } from '../model/flops.js';
-import { type Place, type Projection, placeOf, places } from '../model/select.js';
+// From a budget to capacities, thresholds and widths.
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import {
   type Axis,
   axes,
   axisTraits,
-  type Capacity,
   capacityRule,
   type ElasticSpec,
-  expertAxisOf,
   isCapacity,
   meanCapacity,
   perAxis,
   specByAxis,
   specKeys,
-  specOfAxes,
+  type Target,
+  targets,
 } from './axes.js';
+import { flopsRatio } from './cost.js';
+import { type AxisShares, axisCapacities, isFull, leastRatio, planLength, solve, specOf } from './levels.js';
+import { type FfnWidth, granularityWidths, layerWidths, type Nested, widthProblem } from './nested.js';
 import {
   type Calibration,
   type ElasticPolicy,
-  type Level,
   qualityMetric,
-  type Routing,
   routedLayers,
   routerCapacities,
   routerPlaces,
   thresholds,
-  usedShare,
 } from './policy.js';
 import { type DeviceProfile, expectedMs, type LatencyMetric, latencyMetrics } from './profile.js';
 
@@ -74,7 +71,9 @@ export interface OperatingPoint {
   spec: ElasticSpec;
   /** Mean share over the routed layers of each axis; 1 where none is routed. */
   capacity: Record<Axis, number>;
-  /** No routing at all: the plain backbone runs. */
+  /** Units of every layer's feed-forward that run, [layers]; null: all of them. */
+  widths: readonly number[] | null;
+  /** No routing, all units: the plain backbone runs. */
   full: boolean;
   /** What decides at every router (`thresholds` of policy.ts); empty when full. */
   thresholds: ReadonlyMap<string, number>;
@@ -84,124 +83,9 @@ export interface OperatingPoint {
   why: string;
 }
 
-/** What decides about the cost of a sub-layer. */
-type Costed = Routing & Pick<ElasticPolicy, 'lora'>;
-
-/** Of the tokens of a sequence, and of the experts of a sub-layer that each uses. */
-interface Shares {
-  tokens: number;
-  experts: number;
-}
-
-// Expected FLOPs of one sub-layer when the share `tokens` of a sequence of `length` rows enters it, and uses the share
-// `experts` of what it is cut into, with the routers that it takes to choose them: none at 0 and 1.
-function routedFlops(
-  spec: ModelSpec,
-  policy: Routing,
-  place: Place,
-  { tokens, experts }: Shares,
-  length: number,
-): number {
-  if (tokens <= 0 || experts <= 0) return 0;
-  const cut = experts < 1 ? policy[expertAxisOf(place)]! : null;
-  const used = cut ? usedShare(cut, experts) : 1;
-  const entered = tokens * length;
-  const tokenRouter = tokens < 1 ? 2 * length * spec.hidden : 0;
-  const routers = tokenRouter + (cut ? 2 * entered * spec.hidden * cut.count : 0);
-  if (place === 'mlp') return routers + used * feedForwardFlops(spec, entered);
-  if (cut?.keys === 'selected') return routers + attentionFlops(spec, [used * entered]);
-  // What rows with keys cost as keys and the rest as queries of them.
-  const own = tokens < 1 && policy.tokens.attn!.keys === 'selected';
-  const keys = keyValueFlops(spec, own ? entered : length);
-  const whole = own ? attentionFlops(spec, [entered]) - keys : tokens * (attentionFlops(spec, [length]) - keys);
-  return routers + keys + used * whole;
-}
-
-/** FLOPs of the corrections of one sub-layer's projections, at the shares of `routedFlops`. */
-export function loraFlops(
-  spec: ModelSpec,
-  policy: Costed,
-  { layer, place, tokens, experts }: Shares & { layer: number; place: Place },
-  length: number,
-): number {
-  const { lora } = policy;
-  if (!lora?.layers.includes(layer) || tokens <= 0 || experts <= 0) return 0;
-  const { hidden, ffn, heads, kvHeads, headDim } = spec;
-  const cut = experts < 1 ? policy[expertAxisOf(place)]! : null;
-  const part = cut ? usedShare(cut, experts) : 1;
-  const used = part * (cut?.count ?? 1);
-  const [q, kv, units] = [part * heads * headDim, kvHeads * headDim, part * ffn];
-  const entered = tokens * length;
-  const own = cut?.keys === 'selected';
-  const keys = own || (tokens < 1 && policy.tokens.attn?.keys === 'selected') ? entered : length;
-  const perRank: Record<Projection, number> = {
-    q: entered * (hidden + q),
-    k: keys * (hidden + (own ? part : 1) * kv),
-    v: keys * (hidden + (own ? part : 1) * kv),
-    // every expert adds to the residual stream by itself
-    o: entered * (q + used * hidden),
-    gate: entered * (hidden + units),
-    up: entered * (hidden + units),
-    down: entered * (units + used * hidden),
-  };
-  const here = lora.targets.filter((projection) => placeOf(projection) === place);
-  return 2 * lora.rank * here.reduce((sum, projection) => sum + perRank[projection], 0);
-}
-
 /**
- * Expected FLOPs of one sequence of `length` tokens with every token's logits, routers included, over those of the full
- * model. Capacities near 1 may pass 1 a little, by the cost of routers.
- *
- * @param capacities one per router, in the order of execution
- */
-export function flopsRatio(spec: ModelSpec, policy: Costed, capacities: readonly number[], length: number): number {
-  const { perLayer, total } = forwardFlops(spec, [length]);
-  const subLayers = Array.from({ length: spec.layers }, (_, layer) =>
-    places.map((place) => ({ layer, place, tokens: 1, experts: 1 })),
-  ).flat();
-  for (const [i, { layer, place, axis }] of routerPlaces(policy).entries()) {
-    const shares = subLayers.find((s) => s.layer === layer && s.place === place)!;
-    shares[axisTraits[axis].routes] = capacities[i];
-  }
-  let saved = 0;
-  for (const shares of subLayers) {
-    saved += perLayer[shares.place] - routedFlops(spec, policy, shares.place, shares, length);
-    saved -= loraFlops(spec, policy, shares, length);
-  }
-  return (total - saved) / total;
-}
-
-/** The first capacities on the path where `measure`, which falls along it, is at most `target`; null when it never is. */
-export function pointOnPath(
-  path: Calibration['path'],
-  measure: (capacities: readonly number[]) => number,
-  target: number,
-): number[] | null {
-  const after = path.findIndex((capacities) => measure(capacities) <= target);
-  if (after < 0) return null;
-  if (after === 0) return [...path[0]];
-  const between = (t: number) => path[after - 1].map((c, i) => c + (path[after][i] - c) * t);
-  let low = 0;
-  let high = 1;
-  for (let i = 0; i < 50; i++) {
-    const middle = (low + high) / 2;
-    if (measure(between(middle)) <= target) high = middle;
-    else low = middle;
-  }
-  return between(high);
-}
-
-/** The point of the path that costs the share `ratio` at `length` tokens, or null when even its end costs more. */
-const solvePath = (
-  spec: ModelSpec,
-  policy: Costed,
-  { path }: Pick<Calibration, 'path'>,
-  ratio: number,
-  length: number,
-): number[] | null => pointOnPath(path, (capacities) => flopsRatio(spec, policy, capacities, length), ratio);
-
-/**
- * Resolves a budget. A number becomes the point of the calibrated path that costs this share.
+ * Resolves a budget. A number becomes widths by Mix'n'Match and, below them, the point of the calibrated path that costs
+ * this share.
  *
  * @param policy null for a plain checkpoint, which has only the full budget.
  * @throws InvalidArgumentError when the budget is malformed, names no level, is below what routing can reach, needs
@@ -213,7 +97,7 @@ export function resolveBudget(
   policy: ElasticPolicy | null,
   context: BudgetContext = {},
 ): OperatingPoint {
-  const at = context.length ?? policy?.calibration?.sequenceLength ?? 512;
+  const at = context.length ?? policy?.calibration?.sequenceLength ?? planLength;
   if (budget === 'full' || budget === 1) return fullPoint(budget === 'full' ? 'full' : null);
   if (typeof budget === 'string') {
     const level = policy?.levels.find((candidate) => candidate.name === budget);
@@ -226,16 +110,16 @@ export function resolveBudget(
   if (typeof budget === 'number') {
     if (!(budget > 0 && budget < 1))
       throw new InvalidArgumentError(`[budget] a budget must be in (0, 1], got ${budget}`);
-    const routed = needRouters(policy, budget);
-    const calibration = needCalibration(routed);
-    const capacities = solvePath(spec, routed, calibration, budget, at);
-    if (!capacities) {
-      const floor = flopsRatio(spec, routed, calibration.path.at(-1)!, at);
+    const elastic = needRouters(policy, budget);
+    const calibration = elastic.nested ? elastic.calibration : needCalibration(elastic);
+    const solved = solve(spec, elastic, calibration, budget, at);
+    if (!solved) {
+      const floor = leastRatio(spec, elastic, calibration, at);
       throw new InvalidArgumentError(
-        `[budget] budget ${budget} cannot be reached: this model was calibrated down to ${floor.toFixed(3)} of the FLOPs at ${at} tokens; ask for ${(Math.ceil(floor * 100) / 100).toFixed(2)} or more`,
+        `[budget] budget ${budget} cannot be reached: this model ${elastic.nested ? 'reaches' : 'was calibrated'} down to ${floor.toFixed(3)} of the FLOPs at ${at} tokens; ask for ${(Math.ceil(floor * 100) / 100).toFixed(2)} or more`,
       );
     }
-    return routedPoint(axisCapacities(routed, capacities), spec, routed, at, null);
+    return pointOf(axisCapacities(elastic, solved.capacities), solved.widths, spec, elastic, at, null);
   }
   if (typeof budget === 'object' && budget !== null) {
     const keys = Object.keys(budget).sort().join();
@@ -336,6 +220,7 @@ function fullPoint(level: string | null): OperatingPoint {
     level,
     spec: {},
     capacity: perAxis(() => 1),
+    widths: null,
     full: true,
     thresholds: new Map(),
     flopsRatio: 1,
@@ -368,9 +253,10 @@ function explicit(
     if (!specKeys.includes(key))
       throw new InvalidArgumentError(`[budget] unknown axis '${key}'; there are ${specKeys.join(', ')}`);
   }
-  for (const place of Object.keys(wanted.tokenCapacity ?? {})) {
-    if (places.includes(place as Place)) continue;
-    throw new InvalidArgumentError(`[budget] unknown place '${place}' in tokenCapacity; it takes ${places.join(', ')}`);
+  for (const key of ['tokenCapacity', 'sequenceCapacity'] as const) {
+    const unknown = Object.keys(wanted[key] ?? {}).find((target) => !targets.includes(target as Target));
+    if (unknown === undefined) continue;
+    throw new InvalidArgumentError(`[budget] unknown place '${unknown}' in ${key}; it takes ${targets.join(', ')}`);
   }
   const shares: AxisShares = {};
   for (const [axis, value] of Object.entries(specByAxis(wanted)) as [Axis, unknown][]) {
@@ -388,26 +274,26 @@ function explicit(
     }
     shares[axis] = value;
   }
-  if (Object.keys(shares).length === 0) return fullPoint(level);
-  return routedPoint(shares, spec, needRouters(policy, { spec: wanted }), length, level);
+  const widths = widthsOf(wanted.ffnWidth, spec, policy);
+  if (Object.keys(shares).length === 0 && !widths) return fullPoint(level);
+  return pointOf(shares, widths, spec, needRouters(policy, { spec: wanted }), length, level);
 }
 
-type AxisShares = Partial<Record<Axis, Capacity>>;
-
-const isFull = (share: Capacity): boolean => [share].flat().every((c) => c === 1);
-
-/** Capacities of all routers as shares per axis. */
-function axisCapacities(policy: Routing, capacities: readonly number[]): AxisShares {
-  const routers = routerPlaces(policy);
-  return Object.fromEntries(
-    axes
-      .filter((axis) => routedLayers(policy, axis).length > 0)
-      .map((axis) => [axis, capacities.filter((_, i) => routers[i].axis === axis)]),
-  );
+function widthsOf(width: unknown, { layers, ffn }: ModelSpec, policy: ElasticPolicy | null): number[] | null {
+  if (width === undefined || width === 1) return null;
+  if (!policy?.nested) {
+    throw new InvalidArgumentError(
+      `[budget] ffnWidth is ${JSON.stringify(width)}, but no feed-forward of this model is nested; make it so with \`elastiform elastify --nested\``,
+    );
+  }
+  const problem = widthProblem(width, policy.nested, ffn);
+  if (problem) throw new InvalidArgumentError(`[budget] ffnWidth ${problem}`);
+  return layerWidths(width as FfnWidth, policy.nested, layers, ffn);
 }
 
-function routedPoint(
+function pointOf(
   shares: AxisShares,
+  widths: readonly number[] | null,
   spec: ModelSpec,
   policy: ElasticPolicy,
   length: number,
@@ -421,34 +307,29 @@ function routedPoint(
     const below = mean(axis) < low ? `, below the ${low * 100} % it was trained for` : '';
     return `${(mean(axis) * 100).toFixed(1)} % ${axisTraits[axis].of}${below}`;
   });
+  if (widths) notes.push(widthNote(widths, policy.nested!, spec.ffn));
   return {
     level,
-    spec: specOfAxes(shares),
+    spec: specOf(spec, policy, shares, widths),
     capacity: perAxis(mean),
+    widths,
     full: false,
-    thresholds: thresholds(policy, needCalibration(policy), capacities),
-    flopsRatio: flopsRatio(spec, policy, capacities, length),
+    thresholds:
+      Object.keys(shares).length > 0
+        ? thresholds(policy, needCalibration(policy), capacities)
+        : new Map(routerPlaces(policy).map(({ id }) => [id, Number.NEGATIVE_INFINITY])),
+    flopsRatio: flopsRatio(spec, policy, capacities, length, widths),
     why: `${notes.join('; ')}, for sequences of ${length} tokens`,
   };
 }
 
-/** Levels `full` and p90 to p40 (per cent of the full FLOPs), as far as the path reaches, at sequences of `length`. */
-export function standardLevels(
-  spec: ModelSpec,
-  policy: Costed,
-  calibration: Pick<Calibration, 'path'>,
-  length: number,
-): Level[] {
-  const levels: Level[] = [{ name: 'full', spec: {}, flopsRatio: 1 }];
-  for (const percent of [90, 80, 70, 60, 50, 40]) {
-    const solved = solvePath(spec, policy, calibration, percent / 100, length);
-    if (!solved) break;
-    const capacities = solved.map((c) => Math.round(c * 1e4) / 1e4);
-    levels.push({
-      name: `p${percent}`,
-      spec: specOfAxes(axisCapacities(policy, capacities)),
-      flopsRatio: Math.round(flopsRatio(spec, policy, capacities, length) * 1e4) / 1e4,
-    });
-  }
-  return levels;
+/** `feed-forwards of 512 units in 3 layers, of 1024 in 5` */
+function widthNote(widths: readonly number[], nested: Nested, ffn: number): string {
+  const own = nested.layers.map((layer) => widths[layer]);
+  const parts = [...new Set(own)].map(
+    (units, i) => `of ${units}${i === 0 ? ' units' : ''} in ${own.filter((n) => n === units).length}`,
+  );
+  const [least] = granularityWidths(nested, ffn);
+  const below = own.some((units) => units < least) ? `, some below the ${least} that are trained` : '';
+  return `feed-forwards ${parts.join(', ')} of ${own.length} layers${below}`;
 }

@@ -1,32 +1,71 @@
-// The model card of an elastic directory, written from its policy.
+// Model cards: of an elastic directory, written from its policy, and of a slice of one.
 import { axes, axisTraits } from './axes.js';
-import { type ElasticPolicy, type QualityValue, qualityMetric, routedLayers } from './policy.js';
+import { planLength } from './levels.js';
+import { type ElasticPolicy, type QualityValue, qualityMetric, routedLayers, routerPlaces } from './policy.js';
 
 /** README.md of an elastic directory: where it comes from, its levels with cost and measured quality, how to load it. */
 export function modelCard(policy: ElasticPolicy): string {
   const { name, revision, license, weightsSha256 } = policy.base;
-  const spdx = license && !license.startsWith('see ') ? license : 'other';
   const routers = axes.flatMap((axis) => {
     const layers = routedLayers(policy, axis).length;
     return layers > 0 ? [`${axisTraits[axis].title} of ${layers} of ${policy.layers} layers`] : [];
   });
   const corrections = policy.lora && `, corrections of rank ${policy.lora.rank} for ${policy.lora.targets.join(', ')}`;
-  const trained = policy.calibration !== null;
+  const { nested } = policy;
+  const parts = [
+    ...(routers.length > 0 ? [`routers for ${routers.join(', ')}`] : []),
+    ...(nested
+      ? [
+          `feed-forwards of ${nested.layers.length} of ${policy.layers} layers that run at any width, a prefix of their units`,
+        ]
+      : []),
+  ];
+  const runs = policy.calibration !== null || nested !== undefined;
   return `${[
-    ...['---', `license: ${spdx}`, `base_model: ${JSON.stringify(name)}`, 'tags:', '- elastiform', '---', ''],
-    ...[`# ${name}, elastic`, ''],
-    `The checkpoint of ${name}, unchanged, with routers for ${routers.join(', ')}${corrections ?? ''}. What a call costs is chosen at the call; at the full budget the model is ${name} to the bit.`,
+    ...head(policy.base, `${name}, elastic`),
+    `The checkpoint of ${name}, unchanged, with ${parts.join('; ')}${corrections ?? ''}. What a call costs is chosen at the call; at the full budget the model is ${name} to the bit.`,
     '',
-    ...(trained ? levelTable(policy) : ['Its routers are **not trained yet**: train them with `elastiform distill`.']),
+    ...(runs ? levelTable(policy) : []),
+    ...untrained(policy),
     ...['', '## Use', '', '```js', "import { loadModel } from 'elastiform';", ''],
     ...["await using model = await loadModel('.'); // this directory"],
-    `const stream = model.generate('Once', { budget: ${trained ? '0.7' : "'full'"} });`,
+    `const stream = model.generate('Once', { budget: ${policy.calibration ? '0.7' : nested ? '0.8' : "'full'"} });`,
     ...['console.log(await stream.text, (await stream.usage).compute.ratio);', '```', ''],
     ...['Tools that know nothing of elastic models load it as the checkpoint it was made from.', ''],
     ...['## Origin', '', `- base: ${name}${revision ? `, revision ${revision}` : ''}`],
     `- licence of the base: ${license ?? 'not known'}`,
     `- SHA-256 of its weights: ${weightsSha256}`,
   ].join('\n')}\n`;
+}
+
+/** README.md of an extracted slice with `widths` units, whose corrections may be `merged` into its weights. */
+export function sliceCard(base: ElasticPolicy['base'], widths: readonly number[], merged: boolean): string {
+  const { name, revision, license } = base;
+  const alike = widths.every((units) => units === widths[0]);
+  const of = alike ? `${widths[0]} units in every layer` : `${widths.join(', ')} units, layer by layer`;
+  return `${[
+    ...head(base, `A slice of ${name}`),
+    `Feed-forwards of ${of}, extracted from ${name}${revision ? `, revision ${revision}` : ''}${merged ? ', its corrections merged in' : ''}.`,
+    '',
+    `Licence of the base: ${license ?? 'not known'}.`,
+  ].join('\n')}\n`;
+}
+
+/** Front matter and title. */
+function head({ name, license }: ElasticPolicy['base'], title: string): string[] {
+  const spdx = license && !license.startsWith('see ') ? license : 'other';
+  return [
+    ...['---', `license: ${spdx}`, `base_model: ${JSON.stringify(name)}`, 'tags:', '- elastiform', '---', ''],
+    ...[`# ${title}`, ''],
+  ];
+}
+
+function untrained(policy: ElasticPolicy): string[] {
+  if (routerPlaces(policy).length > 0 && !policy.calibration) {
+    return ['Its routers are **not trained yet**: train them with `elastiform distill`.'];
+  }
+  if (!policy.nested || policy.nested.trained) return [];
+  return ['', 'Widths below full are **not trained yet**: train them with `elastiform distill`.'];
 }
 
 function levelTable({ levels, calibration }: ElasticPolicy): string[] {
@@ -42,6 +81,6 @@ function levelTable({ levels, calibration }: ElasticPolicy): string[] {
         : `| ${name} | ${flopsRatio === undefined ? '' : percent(flopsRatio)} | ${measured(quality?.[qualityMetric], percent)} | ${measured(quality?.kl, (value) => value.toFixed(3))} |`,
     ),
     '',
-    `FLOPs by formula, for sequences of ${calibration!.sequenceLength} tokens; every answer reports what was counted. Quality with 95 % intervals, measured by \`elastiform eval --record\`.`,
+    `FLOPs by formula, for sequences of ${calibration?.sequenceLength ?? planLength} tokens; every answer reports what was counted. Quality with 95 % intervals, measured by \`elastiform eval --record\`.`,
   ];
 }

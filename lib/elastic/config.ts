@@ -1,6 +1,6 @@
 // elastic_config.json: a policy as the file has it, and back, with everything checked.
 import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
-import { type Projection, places } from '../model/select.js';
+import type { Projection } from '../model/select.js';
 import { InvalidDataError } from '../native/errors.js';
 import {
   type Axis,
@@ -10,9 +10,12 @@ import {
   type ExpertAxis,
   expertAxes,
   isCapacity,
+  sequenceAxis,
   specKeys,
   specOfAxes,
+  targets,
 } from './axes.js';
+import { alignedWidth, type FfnWidth, type Nested, nestedTrainings, unitScores, widthProblem } from './nested.js';
 import {
   type AttentionKeys,
   attentionKeys,
@@ -23,33 +26,43 @@ import {
   gateModes,
   type Level,
   type ModelSizes,
+  nestedConflict,
   ownKeysRule,
   type QualityValue,
   qualityMetric,
   type Range,
   routedLayers,
   routerPlaces,
+  routingConflict,
   targetProblem,
 } from './policy.js';
 import { type Json, Reader } from './reader.js';
 
 /** How tokens are chosen while training and afterwards. */
 const tokenRules = { train: 'top-k', decode: 'threshold' } as const;
+/** The same of whole sequences: they are chosen among those of a batch, and by their first rows for as long as they go on. */
+const sequenceRules = { train: 'top-k', decode: 'threshold', decide_at: 'prefill' } as const;
 
 /** The content of elastic_config.json, version 1. */
 export function policyToJson(policy: ElasticPolicy): Json {
   const tokens: Json = {};
-  for (const place of places) {
-    const routed = policy.tokens[place];
-    if (!routed) continue;
-    tokens[place] = {
-      layers: routed.layers,
-      ...('keys' in routed ? { keys: routed.keys } : {}),
-      ...tokenRules,
-      train_capacity: policy.capacity[place],
-    };
+  const sequences: Json = {};
+  for (const target of targets) {
+    const [routed, whole] = [policy.tokens[target], policy.sequences?.[target]];
+    if (routed) {
+      tokens[target] = {
+        layers: routed.layers,
+        ...('keys' in routed ? { keys: routed.keys } : {}),
+        ...tokenRules,
+        train_capacity: policy.capacity[target],
+      };
+    }
+    if (whole) {
+      const range = policy.capacity[sequenceAxis(target)];
+      sequences[target] = { layers: whole.layers, ...sequenceRules, train_capacity: range };
+    }
   }
-  const { calibration, lora } = policy;
+  const { calibration, lora, nested } = policy;
   return {
     elastic_version: 1,
     base: {
@@ -61,6 +74,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
     },
     gate: policy.gate,
     tokens,
+    ...(Object.keys(sequences).length > 0 && { sequences }),
     ...Object.fromEntries(
       expertAxes.flatMap((axis) => {
         const experts = policy[axis];
@@ -68,6 +82,19 @@ export function policyToJson(policy: ElasticPolicy): Json {
         return [[axis, { ...experts, train_share: policy.capacity[axis] }]];
       }),
     ),
+    ...(nested && {
+      ffn: {
+        nested: true,
+        layers: nested.layers,
+        alignment: nested.alignment,
+        granularities: nested.granularities,
+        permuted: nested.scores !== 'none',
+        scores: nested.scores,
+        ...(nested.searched && { searched: nested.searched }),
+        ...(nested.permutedFrom && { permuted_from: nested.permutedFrom }),
+        ...(nested.trained && { trained: nested.trained }),
+      },
+    }),
     ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
     routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
       id,
@@ -113,7 +140,9 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     'base',
     'gate',
     'tokens',
+    'sequences',
     ...expertAxes,
+    'ffn',
     'lora',
     'routers',
     'calibration',
@@ -146,30 +175,41 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     }
     return [range[0], range[1]];
   };
-  const tokensJson = read.object(root.tokens, 'tokens');
-  read.known(tokensJson, 'tokens.', places);
-  for (const place of places) {
-    if (tokensJson[place] === undefined) continue;
-    const key = `tokens.${place}`;
-    const entry = read.object(tokensJson[place], key);
-    read.known(entry, `${key}.`, [
-      'layers',
-      'train',
-      'train_capacity',
-      'decode',
-      ...(place === 'attn' ? ['keys'] : []),
-    ]);
-    const layers = layersAt(entry, key);
-    const keys = entry.keys as AttentionKeys;
-    if (place === 'attn' && !attentionKeys.includes(keys)) {
-      read.fail(`${key}.keys`, `one of ${attentionKeys.join(', ')}`, keys);
-    }
-    if (place === 'attn') tokens.attn = { layers, keys };
-    else tokens.mlp = { layers };
-    capacity[place] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
-    for (const [name, rule] of Object.entries(tokenRules)) {
+  const rulesAt = (entry: Json, key: string, rules: Readonly<Record<string, string>>): void => {
+    for (const [name, rule] of Object.entries(rules)) {
       if (entry[name] !== rule) read.fail(`${key}.${name}`, JSON.stringify(rule), entry[name]);
     }
+  };
+  const tokensJson = read.object(root.tokens, 'tokens');
+  read.known(tokensJson, 'tokens.', targets);
+  for (const target of targets) {
+    if (tokensJson[target] === undefined) continue;
+    const key = `tokens.${target}`;
+    const entry = read.object(tokensJson[target], key);
+    const keyed = target === 'mlp' ? [] : ['keys'];
+    read.known(entry, `${key}.`, ['layers', 'train', 'train_capacity', 'decode', ...keyed]);
+    const layers = layersAt(entry, key);
+    const keys = entry.keys as AttentionKeys;
+    if (target === 'mlp') tokens.mlp = { layers };
+    else {
+      if (!attentionKeys.includes(keys)) read.fail(`${key}.keys`, `one of ${attentionKeys.join(', ')}`, keys);
+      tokens[target] = { layers, keys };
+    }
+    capacity[target] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
+    rulesAt(entry, key, tokenRules);
+  }
+
+  const sequences: NonNullable<ElasticPolicy['sequences']> = {};
+  const sequencesJson = root.sequences === undefined ? {} : read.object(root.sequences, 'sequences');
+  read.known(sequencesJson, 'sequences.', targets);
+  for (const target of targets) {
+    if (sequencesJson[target] === undefined) continue;
+    const key = `sequences.${target}`;
+    const entry = read.object(sequencesJson[target], key);
+    read.known(entry, `${key}.`, ['layers', 'train_capacity', ...Object.keys(sequenceRules)]);
+    sequences[target] = { layers: layersAt(entry, key) };
+    capacity[sequenceAxis(target)] = rangeAt(entry.train_capacity, `${key}.train_capacity`);
+    rulesAt(entry, key, sequenceRules);
   }
 
   const experts: Partial<Record<ExpertAxis, Experts>> = {};
@@ -203,6 +243,45 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     capacity[axis] = rangeAt(entry.train_share, `${axis}.train_share`);
   }
 
+  let nested: Nested | undefined;
+  if (root.ffn !== undefined) {
+    const entry = read.object(root.ffn, 'ffn');
+    read.known(entry, 'ffn.', [
+      ...[
+        'nested',
+        'layers',
+        'alignment',
+        'granularities',
+        'permuted',
+        'scores',
+        'searched',
+        'permuted_from',
+        'trained',
+      ],
+    ]);
+    if (entry.nested !== true) read.fail('ffn.nested', 'true', entry.nested);
+    const among = <T>(key: string, known: readonly T[]): T => {
+      if (!known.includes(entry[key] as T)) read.fail(`ffn.${key}`, `one of ${known.join(', ')}`, entry[key]);
+      return entry[key] as T;
+    };
+    const scores = among('scores', unitScores);
+    if (entry.permuted !== (scores !== 'none')) read.fail('ffn.permuted', `${scores !== 'none'}`, entry.permuted);
+    const granularities = read.numbers(entry.granularities, 'ffn.granularities');
+    const ascend = granularities.every((share, i) => share > (granularities[i - 1] ?? 0));
+    if (!ascend || granularities.at(-1) !== 1) {
+      read.fail('ffn.granularities', 'ascending shares up to 1', granularities);
+    }
+    const alignment = entry.alignment as number;
+    if (!Number.isInteger(alignment) || alignment < 1 || model.ffn % alignment !== 0) {
+      read.fail('ffn.alignment', `a positive integer that divides the feed-forward's width ${model.ffn}`, alignment);
+    }
+    const layers = layersAt(entry, 'ffn');
+    nested = { layers, granularities, alignment, scores };
+    if (entry.searched !== undefined) nested.searched = searchedAt(read, entry.searched, nested, model.ffn);
+    if (entry.permuted_from !== undefined) nested.permutedFrom = read.string(entry.permuted_from, 'ffn.permuted_from');
+    if (entry.trained !== undefined) nested.trained = among('trained', nestedTrainings);
+  }
+
   let lora: ElasticPolicy['lora'];
   if (root.lora !== undefined) {
     const entry = read.object(root.lora, 'lora');
@@ -228,12 +307,18 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     layers: model.layers,
     gate,
     tokens,
+    ...(Object.keys(sequences).length > 0 && { sequences }),
     ...experts,
+    ...(nested && { nested }),
     ...(lora && { lora }),
     capacity,
     calibration: null,
     levels: [],
   };
+  const conflict = nestedConflict(policy);
+  if (conflict) read.fail('ffn.layers', conflict, nested!.layers);
+  const routing = routingConflict(policy);
+  if (routing) throw new InvalidDataError(`[elastic] ${file}: ${routing}`);
 
   const routers = routerPlaces(policy);
   const expected = routers.map((r) => r.id);
@@ -263,8 +348,11 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     const entry = read.object(root.calibration, 'calibration');
     read.known(entry, 'calibration.', ['path', 'capacities', 'points', 'tokens', 'sequence_length']);
     const capacities = read.numbers(entry.capacities, 'calibration.capacities');
-    if (capacities.length === 0 || capacities.some((c, i) => !(c > 0 && c <= 1) || (i > 0 && c <= capacities[i - 1]))) {
-      read.fail('calibration.capacities', 'ascending numbers in (0, 1]', capacities);
+    if (
+      capacities.length === 0 ||
+      capacities.some((c, i) => !(c >= 0 && c <= 1) || (i > 0 && c <= capacities[i - 1]))
+    ) {
+      read.fail('calibration.capacities', 'ascending numbers in [0, 1]', capacities);
     }
     if (!Array.isArray(entry.path) || entry.path.length === 0) read.fail('calibration.path', 'a list', entry.path);
     let before = expected.map(() => 1);
@@ -294,11 +382,26 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
       quantiles: new Map(),
     };
   }
-  policy.levels = readLevels(read, policy, root.levels);
+  policy.levels = readLevels(read, policy, model, root.levels);
   return policy;
 }
 
-function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[] {
+function searchedAt(read: Reader, json: unknown, nested: Nested, ffn: number): number[][] {
+  if (!Array.isArray(json) || json.length === 0) read.fail('ffn.searched', 'a list of widths', json);
+  let before = 0;
+  return (json as unknown[]).map((entry, i) => {
+    const key = `ffn.searched[${i}]`;
+    const shares = read.numbers(entry, key);
+    const problem = widthProblem(shares, nested, ffn);
+    if (problem || shares.some((share) => share > 1)) read.fail(key, 'the share of every nested layer', entry);
+    const units = shares.reduce((sum, share) => sum + alignedWidth(share, nested, ffn), 0);
+    if (units <= before) read.fail(key, 'wider than the one before', entry);
+    before = units;
+    return shares;
+  });
+}
+
+function readLevels(read: Reader, policy: ElasticPolicy, { ffn }: ModelSizes, json: unknown): Level[] {
   if (!Array.isArray(json)) read.fail('levels', 'a list', json);
   const names = new Set<string>();
   return (json as unknown[]).map((entry, i) => {
@@ -318,13 +421,22 @@ function readLevels(read: Reader, policy: ElasticPolicy, json: unknown): Level[]
       if (!isCapacity(value, layers)) read.fail(`${key}.spec.${axisTraits[axis].setting}`, capacityRule(layers), value);
       shares[axis] = value as Capacity;
     };
-    if (specJson.tokenCapacity !== undefined) {
-      const capacity = read.object(specJson.tokenCapacity, `${key}.spec.tokenCapacity`);
-      read.known(capacity, `${key}.spec.tokenCapacity.`, places);
-      for (const place of places) shareAt(capacity[place], place);
+    for (const setting of ['tokenCapacity', 'sequenceCapacity'] as const) {
+      if (specJson[setting] === undefined) continue;
+      const capacity = read.object(specJson[setting], `${key}.spec.${setting}`);
+      read.known(capacity, `${key}.spec.${setting}.`, targets);
+      for (const target of targets) {
+        shareAt(capacity[target], setting === 'tokenCapacity' ? target : sequenceAxis(target));
+      }
     }
     for (const axis of expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
     const spec = specOfAxes(shares);
+    const width = specJson.ffnWidth;
+    if (width !== undefined) {
+      const problem = policy.nested ? widthProblem(width, policy.nested, ffn) : 'must be absent: no layer is nested';
+      if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.ffnWidth ${problem}`);
+      spec.ffnWidth = width as FfnWidth;
+    }
     if (name === 'full' && Object.keys(spec).length > 0) read.fail(`${key}.spec`, "{}: 'full' has no settings", spec);
     const result: Level = { name, spec };
     if (level.flops_ratio !== undefined) {

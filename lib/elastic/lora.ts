@@ -1,9 +1,10 @@
 // LoRA: low-rank corrections of a model's projections, as parameters, as nodes of a graph, and as modules of an adapter.
 import type { Graph } from '../graph/graph.js';
 import type { LoraMatrices } from '../io/peft.js';
+import type { TensorPlan } from '../io/slices.js';
 import { type LowRank, type Projection, placeOf, type Selector, type UnitPart, unitAxis } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
-import { storedModules } from '../model/weights.js';
+import { moduleOf, storedModules } from '../model/weights.js';
 import { InvalidDataError } from '../native/errors.js';
 import { Tensor } from '../native/index.js';
 import { type ExpertAxis, expertAxisOf } from './axes.js';
@@ -47,7 +48,10 @@ export function loraParameters(policy: Pick<ElasticPolicy, ExpertAxis | 'lora'>,
   return lora.layers.flatMap((layer) =>
     lora.targets.flatMap((projection) => {
       const id = loraId(layer, projection);
-      const { inputs, outputs } = modules.get(id)!;
+      const module = modules.get(id);
+      // A layer that uses the keys and values of another has no products of its own for them.
+      if (!module) return [];
+      const { inputs, outputs } = module;
       const count = partsOf(policy, spec, layer, projection);
       const cut = unitAxis(projection) === 0 ? 'b' : 'a';
       return (['a', 'b'] as const).flatMap((matrix): LoraParameter[] => {
@@ -204,6 +208,36 @@ export function loraModules(spec: ModelSpec, lora: Lora): Map<string, LoraMatric
     modules.set(module, { rank, a, b });
   }
   return modules;
+}
+
+/**
+ * The change of each stored tensor by which its correction becomes part of it: b a is added, to the columns that are there.
+ *
+ * @throws InvalidDataError, from the change, when the sum is not finite.
+ */
+export function mergedLora(spec: ModelSpec, lora: Lora): (name: string) => TensorPlan['edit'] {
+  const modules = loraModules(spec, lora);
+  const transposed = spec.family === 'gpt2';
+  return (name) => {
+    const correction = modules.get(moduleOf(spec, name));
+    if (!correction) return undefined;
+    const { rank, a, b } = correction;
+    const inputs = a.length / rank;
+    return (values, first, rows) => {
+      const columns = values.length / rows;
+      for (let r = 0; r < rows; r++) {
+        for (let c = 0; c < columns; c++) {
+          const [output, input] = transposed ? [c, first + r] : [first + r, c];
+          let sum = values[r * columns + c];
+          for (let k = 0; k < rank; k++) sum += b[output * rank + k] * a[k * inputs + input];
+          values[r * columns + c] = sum;
+        }
+      }
+      if (!values.every(Number.isFinite)) {
+        throw new InvalidDataError(`[adapter] ${name} with its correction is not finite`);
+      }
+    };
+  };
 }
 
 /**

@@ -1,6 +1,6 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 import type { ExpertGate, ExpertRule } from '../graph/index.js';
-import { type Place, type Projection, projections } from '../model/select.js';
+import { type Place, type Projection, places, projections } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import {
   type Axis,
@@ -12,8 +12,13 @@ import {
   expertsUsed,
   isExperts,
   meanCapacity,
+  ofSequences,
+  type RowAxis,
   routerId,
+  rowAxes,
+  type Target,
 } from './axes.js';
+import type { Nested } from './nested.js';
 import type { Provenance } from './provenance.js';
 
 /** How a selected row's sub-layer output is scaled; see docs/ops.md, op `gate`. */
@@ -30,6 +35,7 @@ export const attentionKeys: readonly AttentionKeys[] = ['all', 'selected'];
 /** The metric that `minQuality` is about: the share of positions whose most likely next token is the full model's. */
 export const qualityMetric = 'top1_agreement';
 
+/** A measured value, its 95 % interval, and how many tokens it was measured on. */
 export interface QualityValue {
   value: number;
   lo: number;
@@ -49,7 +55,7 @@ export interface Level {
  * What was measured after training: how compute is best taken away, and the logits that routers then give.
  *
  * `path` holds capacities of all routers in the order of execution; it starts at all 1 and every step lowers one router,
- * the one whose tokens cost the least divergence per FLOP saved. Budgets lie on it.
+ * the one whose tokens or experts cost the least divergence per FLOP saved. Budgets lie on it.
  *
  * `quantiles.get(id)` is [capacities.length, points], row-major, ascending within a row: the quantiles of a router's
  * logits while the model ran on the path at each mean capacity of `capacities`, since the logits a router sees depend on
@@ -70,6 +76,7 @@ export interface Calibration {
   quantiles: ReadonlyMap<string, Float32Array>;
 }
 
+/** From low to high, both included. */
 export type Range = readonly [low: number, high: number];
 
 /** Layers cut into `count` experts, of which every token uses some. */
@@ -113,12 +120,20 @@ export interface ElasticPolicy {
   hidden: number;
   layers: number;
   gate: GateMode;
-  /** Routed layers of each place, ascending. */
-  tokens: { attn?: { layers: readonly number[]; keys: AttentionKeys }; mlp?: { layers: readonly number[] } };
+  /** Layers that tokens enter or skip, ascending: their attention, their feed-forward, or both together. */
+  tokens: {
+    attn?: { layers: readonly number[]; keys: AttentionKeys };
+    mlp?: { layers: readonly number[] };
+    block?: { layers: readonly number[]; keys: AttentionKeys };
+  };
+  /** Layers that whole sequences enter or skip. */
+  sequences?: { [target in Target]?: { layers: readonly number[] } };
   /** Layers of whose attention heads, or groups of heads that share keys and values, are experts. */
   heads?: Experts;
   /** Layers whose feed-forward is cut into blocks of equal width. */
   blocks?: Experts;
+  /** Layers whose feed-forward runs at any width. */
+  nested?: Nested;
   /** Corrections of projections by matrices of a rank, which every budget below full has. */
   lora?: { rank: number; targets: readonly Projection[]; layers: readonly number[] };
   /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
@@ -140,18 +155,55 @@ export interface RouterPlace {
   id: string;
   layer: number;
   axis: Axis;
-  /** Of whose sub-layer it decides. */
+  /** Of whose sub-layer it decides, or of its first one. */
   place: Place;
+  /** All sub-layers it decides about. */
+  places: readonly Place[];
   /** Scores it gives a token: one, or one for every expert. */
   outputs: number;
 }
 
 /** What is routed in a policy. */
-export type Routing = Pick<ElasticPolicy, 'tokens' | ExpertAxis | 'layers'>;
+export type Routing = Pick<ElasticPolicy, 'tokens' | 'sequences' | ExpertAxis | 'layers'>;
 
 /** The layers routed on an axis, ascending. */
 export function routedLayers(policy: Omit<Routing, 'layers'>, axis: Axis): readonly number[] {
-  return (isExperts(axis) ? policy[axis] : policy.tokens[axis])?.layers ?? [];
+  if (isExperts(axis)) return policy[axis]?.layers ?? [];
+  return (ofSequences(axis) ? policy.sequences : policy.tokens)?.[axisTraits[axis].target]?.layers ?? [];
+}
+
+/** On which axis the rows that enter a sub-layer are chosen; null: all enter. */
+export function rowAxisOf(policy: Omit<Routing, 'layers'>, layer: number, place: Place): RowAxis | null {
+  for (const axis of rowAxes) {
+    if (axisTraits[axis].places.includes(place) && routedLayers(policy, axis).includes(layer)) return axis;
+  }
+  return null;
+}
+
+/** Which rows the attention of a layer attends to where not all enter it; sequences that skip it have no keys there. */
+export function keysOf(policy: Omit<Routing, 'layers'>, layer: number): AttentionKeys {
+  const axis = rowAxisOf(policy, layer, 'attn');
+  return (axis === 'attn' || axis === 'block') && policy.tokens[axis]!.keys === 'all' ? 'all' : 'selected';
+}
+
+/** What in a policy does not go together, or null. */
+export function routingConflict(policy: Routing & Pick<ElasticPolicy, 'gate'>): string | null {
+  for (let layer = 0; layer < policy.layers; layer++) {
+    for (const place of places) {
+      const own = axes.filter(
+        (axis) => axisTraits[axis].places.includes(place) && routedLayers(policy, axis).includes(layer),
+      );
+      const rows = own.filter((axis) => !isExperts(axis));
+      const alone = rows.some((axis) => axisTraits[axis].places.length > 1);
+      if (rows.length > 1 || (alone && own.length > 1)) {
+        return `layer ${layer} has ${own.map((axis) => axisTraits[axis].setting).join(' and ')}: one router decides which rows enter a sub-layer, and one of whole blocks is the only one of its layer`;
+      }
+    }
+  }
+  const whole = rowAxes.find((axis) => axis !== 'attn' && axis !== 'mlp' && routedLayers(policy, axis).length > 0);
+  return whole && policy.gate !== 'straight-through'
+    ? `${axisTraits[whole].setting} needs the gate 'straight-through', not '${policy.gate}'`
+    : null;
 }
 
 /** Every router of a policy, in the order of execution. */
@@ -163,7 +215,8 @@ export function routerPlaces(policy: Routing): RouterPlace[] {
         id: routerId(layer, axis),
         layer,
         axis,
-        place: axisTraits[axis].place,
+        place: axisTraits[axis].places[0],
+        places: axisTraits[axis].places,
         outputs: isExperts(axis) ? policy[axis]!.count : 1,
       })),
   ).flat();
@@ -246,6 +299,12 @@ function quantile(calibration: Calibration, id: string, context: number, q: numb
     }
   }
   return at(capacities.length - 1);
+}
+
+/** Which layers nested feed-forwards may not be in, or null when they are in none of them. */
+export function nestedConflict({ nested, blocks }: Pick<ElasticPolicy, 'nested' | 'blocks'>): string | null {
+  const both = nested?.layers.filter((layer) => blocks?.layers.includes(layer)) ?? [];
+  return both.length > 0 ? `layers whose feed-forward is not cut into blocks, as ${both.join(', ')} is` : null;
 }
 
 /** What is wrong with a list of projections to correct, or null. They stand in the order of `projections`. */

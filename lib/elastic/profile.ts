@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { inFileSystem, readJson, writeFileAtomic } from '../io/files.js';
 import { ElastiformError, InvalidArgumentError } from '../native/errors.js';
 import type { ElasticSpec } from './axes.js';
-import { Reader } from './reader.js';
+import { type Json, Reader } from './reader.js';
 
 export const profileDirectory = 'profiles';
 
@@ -18,6 +18,7 @@ export interface MeasuredOn {
   name: string;
   /** Instruction set in use. */
   isa: string;
+  /** Of the kernels. */
   threads: number;
   /** Storage of weights and of activations. */
   dtype: string;
@@ -34,12 +35,27 @@ export interface LevelTimes {
   decodeMs: readonly number[];
 }
 
+/** Medians, in milliseconds, of several prompts of equal length in one run, until the token after each. */
+export interface BatchTimes {
+  level: string;
+  spec: ElasticSpec;
+  /** Prompts. */
+  batch: number;
+  /** At the lengths of the profile. */
+  prefillMs: readonly number[];
+}
+
+/** Times of a model's levels on one machine. */
 export interface DeviceProfile {
   version: 1;
+  /** The machine. */
   on: MeasuredOn;
+  /** SHA-256 of the weights that were timed. */
+  weightsSha256?: string;
   /** Tokens, ascending. */
   lengths: readonly number[];
   levels: readonly LevelTimes[];
+  batches?: readonly BatchTimes[];
 }
 
 /** `cpu, AMD EPYC, avx512, 2 threads, weights f32, activations f32` */
@@ -59,9 +75,11 @@ export class Profiles {
     private readonly dir: string,
     private readonly profiles: readonly DeviceProfile[],
     private readonly broken: ElastiformError | null,
+    private readonly weightsSha256: string | null,
   ) {}
 
-  static async read(dir: string): Promise<Profiles> {
+  /** @param weightsSha256 of the model's weights; null: not known */
+  static async read(dir: string, weightsSha256: string | null = null): Promise<Profiles> {
     const folder = join(dir, profileDirectory);
     const names = existsSync(folder) ? await inFileSystem('read', folder, () => readdir(folder)) : [];
     const profiles: DeviceProfile[] = [];
@@ -75,16 +93,22 @@ export class Profiles {
         broken = error;
       }
     }
-    return new Profiles(dir, profiles, broken);
+    return new Profiles(dir, profiles, broken, weightsSha256);
   }
 
   /**
    * The times of this machine.
-   * @throws InvalidArgumentError when only others were measured, or none; InvalidDataError when a file is damaged.
+   * @throws InvalidArgumentError when only others were measured, or none, or the weights have changed since; InvalidDataError
+   *   when a file is damaged.
    */
   of(on: MeasuredOn): DeviceProfile {
     const wanted = describeMachine(on);
     const found = this.profiles.find((profile) => describeMachine(profile.on) === wanted);
+    if (found && this.weightsSha256 && found.weightsSha256 && found.weightsSha256 !== this.weightsSha256) {
+      throw new InvalidArgumentError(
+        `[budget] the times of this device in ${this.dir} are of other weights than it has: the checkpoint was changed since; measure again: elastiform profile ${this.dir}`,
+      );
+    }
     if (found) return found;
     if (this.broken) throw this.broken;
     const others = this.profiles.map((profile) => ` ${describeMachine(profile.on)};`);
@@ -114,24 +138,39 @@ function profileFromJson(json: unknown, file: string): DeviceProfile {
   const ascend = lengths.every((n, i) => Number.isInteger(n) && n > (i === 0 ? 0 : lengths[i - 1]));
   if (lengths.length === 0 || !ascend) read.fail('lengths', 'ascending numbers of tokens', lengths);
   if (!Array.isArray(root.levels)) read.fail('levels', 'a list', root.levels);
-  const levels = (root.levels as unknown[]).map((entry, i): LevelTimes => {
-    const key = `levels[${i}]`;
+  const timesOf = (level: Json, key: string, name: string): number[] => {
+    const ms = read.numbers(level[name], `${key}.${name}`);
+    if (ms.length !== lengths.length || ms.some((t) => !(t > 0 && Number.isFinite(t))))
+      read.fail(`${key}.${name}`, `${lengths.length} positive numbers`, ms);
+    return ms;
+  };
+  const levelOf = (entry: unknown, key: string) => {
     const level = read.object(entry, key);
-    const times = (name: string): number[] => {
-      const ms = read.numbers(level[name], `${key}.${name}`);
-      if (ms.length !== lengths.length || ms.some((t) => !(t > 0 && Number.isFinite(t))))
-        read.fail(`${key}.${name}`, `${lengths.length} positive numbers`, ms);
-      return ms;
-    };
-    return {
-      level: read.string(level.level, `${key}.level`),
-      spec: read.object(level.spec, `${key}.spec`) as ElasticSpec,
-      prefillMs: times('prefillMs'),
-      decodeMs: times('decodeMs'),
-    };
+    const spec = read.object(level.spec, `${key}.spec`) as ElasticSpec;
+    const prefillMs = timesOf(level, key, 'prefillMs');
+    return { json: level, level: read.string(level.level, `${key}.level`), spec, prefillMs };
+  };
+  const levels = (root.levels as unknown[]).map((entry, i): LevelTimes => {
+    const { json, ...level } = levelOf(entry, `levels[${i}]`);
+    return { ...level, decodeMs: timesOf(json, `levels[${i}]`, 'decodeMs') };
+  });
+  const list = root.batches ?? [];
+  if (!Array.isArray(list)) read.fail('batches', 'a list', list);
+  const batches = (list as unknown[]).map((entry, i): BatchTimes => {
+    const { json, ...level } = levelOf(entry, `batches[${i}]`);
+    const batch = json.batch as number;
+    if (!Number.isInteger(batch) || batch < 1) read.fail(`batches[${i}].batch`, 'a positive integer', batch);
+    return { ...level, batch };
   });
   const [device, name, isa, dtype, activations] = ['device', 'name', 'isa', 'dtype', 'activations'].map(text);
-  return { version: 1, on: { device, name, isa, threads: on.threads as number, dtype, activations }, lengths, levels };
+  return {
+    version: 1,
+    on: { device, name, isa, threads: on.threads as number, dtype, activations },
+    ...(root.weightsSha256 !== undefined && { weightsSha256: read.string(root.weightsSha256, 'weightsSha256') }),
+    lengths,
+    levels,
+    ...(batches.length > 0 && { batches }),
+  };
 }
 
 /** What of a call's time is meant: until the first token, from token to token, or all of it. */

@@ -3,21 +3,43 @@ import type { Dim } from '../graph/dims.js';
 import type { Graph, Node } from '../graph/graph.js';
 import {
   add,
+  type ExpertGate,
   type ExpertScores,
   expertChoice,
   expertGate,
   gate,
   gatherRows,
+  latch,
   linear,
   type Routed,
   routeThreshold,
   routeTopk,
+  scatterAdd,
+  segmentBroadcast,
+  segmentMean,
   stopGradient,
   zeros,
 } from '../graph/index.js';
 import type { EnteredRows, ExpertSelection, Place, RowSelection, Selector, SubLayer } from '../model/select.js';
-import { type ExpertAxis, expertAxisOf, routerId } from './axes.js';
-import { type ElasticPolicy, type Experts, type GateMode, gateModes, type Routing } from './policy.js';
+import {
+  type Axis,
+  axes,
+  axisTraits,
+  type ExpertAxis,
+  expertAxisOf,
+  ofSequences,
+  type RowAxis,
+  routerId,
+} from './axes.js';
+import {
+  type ElasticPolicy,
+  type Experts,
+  type GateMode,
+  gateModes,
+  keysOf,
+  type Routing,
+  rowAxisOf,
+} from './policy.js';
 
 /** Parameters of one router in a graph: weight [outputs, hidden], bias [outputs]. */
 export interface RouterNodes {
@@ -25,34 +47,64 @@ export interface RouterNodes {
   bias: Node;
 }
 
-/** What a router decided in a training graph. */
+/** What a router of rows decided in a training graph: of N rows each, or of all rows of S segments. */
 export interface RoutedPlace {
   id: string;
   layer: number;
-  place: Place;
-  /** Logits of every row, f32 [N, 1]. */
+  /** The sub-layers that it decides about. */
+  places: readonly Place[];
+  /** Logits, f32 [N, 1] or [S, 1]. */
   z: Node;
   /** The same logits as a function of the router only: no gradient reaches the router's input (auxiliary loss). */
   detached: Node;
-  /** Rows that entered, i32 [R], and where every segment starts among them, i32 [S + 1]. */
+  /** Rows, or segments, that entered, i32 [R], and where every segment starts among them, i32 [S + 1] or [2]. */
   rows: Node;
   offsets: Node;
+  /** Of a router of sequences, all segments as one: i32 [2]. */
+  span: Node | null;
+  /** Values of logits for every row, f32 [N, 1]. */
+  perRow: (z: Node) => Node;
 }
 
 /** How the rows of a sub-layer chose among its experts in a training graph. */
 export interface RoutedExperts {
   id: string;
-  /** Scores that experts were chosen by, as a function of the router only: no gradient reaches the router's input. */
+  layer: number;
+  place: Place;
+  gate: ExpertGate;
+  /** Rows that entered the sub-layer, i32 [R]; null: all. */
+  rows: Node | null;
+  /** Scores of these as a function of the router only: no gradient reaches the router's input. */
   detached: ExpertScores;
+  /** The same with the noise of exploration, as experts were chosen. */
+  explored: ExpertScores;
 }
 
-/** Name of the feed f32 [S] with a router's capacity for every segment. */
+/**
+ * Rows that decide about a sequence: its first ones, so many at most. They must be in its first run where it is run in
+ * several.
+ */
+export const decidingRows = 512;
+
+/** Name of the feed f32 [S] with a router's capacity for every segment; of a router of sequences f32 [1], of all of them. */
 export const capacityFeed = (id: string): string => `capacity.${id}`;
-/** Name of the feed f32 [N, outputs] with what is added to a router's logits before rows are chosen in training. */
+/** Feed i32 [2] of `trainingSelector` where routers of sequences are: 0 and the number of segments. */
+export const spanFeed = 'sequences';
+/**
+ * Name of the feed f32 [S] with the score that a router of sequences has given each before; NaN: not yet, so that the rows of
+ * this run decide.
+ */
+export const decidedFeed = (id: string): string => `decided.${id}`;
+/** Name of the output f32 [S] with the score in force, to be fed in the sequence's further runs. */
+export const decidedOutput = (id: string): string => `${decidedFeed(id)}.score`;
+/** Name of the feed f32 [N, outputs], or [S, 1] of a router of sequences, with what is added to a router's logits before rows are chosen in training. */
 export const noiseFeed = (id: string): string => `noise.${id}`;
 /** Name of the feed f32 [S] with a router's logit threshold, or share or mass of experts, for every segment. */
 export const thresholdFeed = (id: string): string => `threshold.${id}`;
-/** Name of the feed f32 [N, outputs] with the scores that stand in for a router's logits in the random baseline. */
+/**
+ * Name of the feed f32 [N, outputs] with the scores that stand in for a router's logits in the random baseline; of a router of
+ * sequences f32 [S, 1], and those above 0 enter.
+ */
 export const scoreFeed = (id: string): string => `score.${id}`;
 
 const gateMode = (mode: GateMode): 0 | 1 | 2 => gateModes.indexOf(mode) as 0 | 1 | 2;
@@ -60,15 +112,37 @@ const gateMode = (mode: GateMode): 0 | 1 | 2 => gateModes.indexOf(mode) as 0 | 1
 const gated = (selected: RowSelection, z: Node, mode: GateMode): RowSelection =>
   mode === 'straight-through' ? selected : { ...selected, gate: (rows) => gate(z, rows, gateMode(mode)) };
 
-const routed = (policy: Pick<ElasticPolicy, 'tokens'>, s: SubLayer): boolean =>
-  policy.tokens[s.place]?.layers.includes(s.layer) ?? false;
+/** Asks for the rows of a router once: a router of whole blocks has decided where the first of their sub-layers ran. */
+function oncePerRouter(
+  policy: Omit<Routing, 'layers'>,
+  decide: (subLayer: SubLayer, axis: RowAxis, id: string) => RowSelection | null,
+): Selector['rows'] {
+  const decided = new Map<string, RowSelection | null>();
+  return (s) => {
+    const axis = rowAxisOf(policy, s.layer, s.place);
+    if (!axis) return null;
+    const id = routerId(s.layer, axis);
+    if (axisTraits[axis].places[0] === s.place) decided.set(id, decide(s, axis, id));
+    return decided.get(id)!;
+  };
+}
 
-function selection(policy: Pick<ElasticPolicy, 'tokens'>, s: SubLayer, { rows, offsets }: Routed): RowSelection {
-  return { rows, offsets, ...(s.place === 'attn' && policy.tokens.attn?.keys === 'all' && { allKeys: true }) };
+function selection(policy: Omit<Routing, 'layers'>, s: SubLayer, { rows, offsets }: Routed): RowSelection {
+  return { rows, offsets, ...(s.place === 'attn' && keysOf(policy, s.layer) === 'all' && { allKeys: true }) };
 }
 
 function logits(s: SubLayer, router: RouterNodes): Node {
   return linear(s.normed(), router.weight, { bias: router.bias });
+}
+
+/** A router's logits of what sequences are like on the mean over their first rows, f32 [S, 1]. */
+function sequenceLogits(x: Node, offsets: Node, segments: Dim | number, router: RouterNodes): Node {
+  return linear(segmentMean(x, offsets, segments, { most: decidingRows }), router.weight, { bias: router.bias });
+}
+
+/** All rows of the segments whose score, f32 [S, 1], is above their threshold, f32 [S]. */
+function wholeSegments(s: SubLayer, score: Node, threshold: Node): Routed {
+  return routeThreshold(segmentBroadcast(score, s.offsets, s.residual.shape[0]), s.offsets, threshold);
 }
 
 /** The experts of a sub-layer and their router's id; null where it is not cut. */
@@ -88,8 +162,17 @@ function expertLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
 
 /** A sub-layer is there unless one of its routers is absent. */
 const runsUnless = (absent: (id: string) => boolean): Selector['runs'] => {
-  return (layer, place) => !absent(routerId(layer, place)) && !absent(routerId(layer, expertAxisOf(place)));
+  return (layer, place) =>
+    !axes.some((axis) => axisTraits[axis].places.includes(place) && absent(routerId(layer, axis)));
 };
+
+/** Ones, f32 [rows, 1]: a product with nothing that has a bias. */
+export const ones = (graph: Graph, rows: Dim | number): Node =>
+  linear(zeros(graph, [rows, 1]), graph.constant([0], [1, 1]), { bias: graph.constant([1], [1]) });
+
+/** Gates of the rows that chose an expert; a straight-through one has the value 1. */
+const gatesOf = (scores: ExpertScores, mode: ExpertGate) => (expert: number, rows: Node) =>
+  mode === 'straight-through' ? undefined : expertGate(scores, expert, rows, mode);
 
 /** The rows that choose each expert, by scores of those that entered. `gateOf` may give none, which is 1. */
 function chosenExperts(
@@ -107,8 +190,9 @@ function chosenExperts(
 }
 
 /**
- * Top-k routing per segment, for training. Feeds `capacity.<router id>`, f32 [segments], one per router; with `explore`
- * also `noise.<router id>`, f32 [rows, 1], which counts in choosing rows. `routed` fills, in the order of execution, while
+ * Top-k routing, for training: of the rows of every segment, or of whole segments among those of the batch. Feeds
+ * `capacity.<router id>`, f32 [segments] or [1], one per router; with `explore` also `noise.<router id>`, f32 [rows, 1] or
+ * [segments, 1], which counts in choosing; `spanFeed`. `routed` fills, in the order of execution, while
  * the decoder is built. A straight-through gate has the value 1 and so needs no operand; its gradient is `topkCredit`'s.
  */
 export function trainingSelector(
@@ -137,21 +221,39 @@ export function trainingSelector(
       };
       const z = expertLogits(entered, router);
       const scores: ExpertScores = { z: explored(z), offsets: entered.offsets, share, rule: 'top-k' };
-      const detached = expertLogits({ ...entered, x: stopGradient(entered.x) }, router);
-      experts.push({ id, detached: { ...scores, z: explored(detached) } });
-      return chosenExperts(scores, cut, (expert, rows) => expertGate(scores, expert, rows, mode));
+      const detached = { ...scores, z: expertLogits({ ...entered, x: stopGradient(entered.x) }, router) };
+      const { layer, place, rows } = entered;
+      experts.push({
+        id,
+        layer,
+        place,
+        gate: mode,
+        rows,
+        detached,
+        explored: { ...detached, z: explored(detached.z) },
+      });
+      return chosenExperts(scores, cut, gatesOf(scores, mode));
     },
-    rows(s: SubLayer): RowSelection | null {
-      if (!routed(policy, s)) return null;
-      const id = routerId(s.layer, s.place);
+    rows: oncePerRouter(policy, (s, axis, id) => {
       const router = routers(id);
+      const { places } = axisTraits[axis];
+      const explored = (z: Node) => (explore ? add(z, graph.feed(noiseFeed(id), 'f32', z.shape)) : z);
+      if (ofSequences(axis)) {
+        const z = sequenceLogits(s.normed(), s.offsets, segments, router);
+        const detached = sequenceLogits(stopGradient(s.normed()), s.offsets, segments, router);
+        const span = graph.feed(spanFeed, 'i32', [2]);
+        const chosen = routeTopk(explored(z), span, graph.feed(capacityFeed(id), 'f32', [1]));
+        const perRow = (score: Node) => segmentBroadcast(score, s.offsets, s.residual.shape[0]);
+        all.push({ id, layer: s.layer, places, z, detached, ...chosen, span, perRow });
+        const one = scatterAdd(zeros(graph, z.shape), ones(graph, chosen.rows.shape[0]), chosen.rows);
+        return selection(policy, s, wholeSegments(s, one, zeros(graph, [segments])));
+      }
       const z = logits(s, router);
       const detached = linear(stopGradient(s.normed()), router.weight, { bias: router.bias });
-      const scores = explore ? add(z, graph.feed(noiseFeed(id), 'f32', z.shape)) : z;
-      const chosen = routeTopk(scores, s.offsets, graph.feed(capacityFeed(id), 'f32', [segments]));
-      all.push({ id, layer: s.layer, place: s.place, z, detached, ...chosen });
+      const chosen = routeTopk(explored(z), s.offsets, graph.feed(capacityFeed(id), 'f32', [segments]));
+      all.push({ id, layer: s.layer, places, z, detached, ...chosen, span: null, perRow: (score) => score });
       return gated(selection(policy, s, chosen), z, policy.gate);
-    },
+    }),
   };
 }
 
@@ -160,6 +262,8 @@ export function trainingSelector(
  *
  * @param known thresholds that all runs share: where one is infinite every row passes or none, so there is no router to
  *   run, nothing to feed, and a sub-layer that none enters is left out with its keys and values. Default none.
+ * @param resumed whether sequences go on in several runs: routers of sequences keep to what they decided in the first
+ *   (`decidedFeed`, `decidedOutput`). Default: a run holds them whole.
  */
 export function inferenceSelector(
   graph: Graph,
@@ -167,6 +271,7 @@ export function inferenceSelector(
   routers: (id: string) => RouterNodes,
   segments: Dim | number,
   known: ReadonlyMap<string, number> = new Map(),
+  { resumed = false }: { resumed?: boolean } = {},
 ): Selector {
   return {
     runs: runsUnless((id) => known.get(id) === Number.POSITIVE_INFINITY),
@@ -177,27 +282,60 @@ export function inferenceSelector(
       const share = graph.feed(thresholdFeed(id), 'f32', [segments]);
       const z = expertLogits(entered, routers(id));
       const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: cut.rule };
-      return chosenExperts(scores, cut, (expert, rows) =>
-        mode === 'straight-through' ? undefined : expertGate(scores, expert, rows, mode),
-      );
+      return chosenExperts(scores, cut, gatesOf(scores, mode));
     },
-    rows(s: SubLayer): RowSelection | null {
-      const id = routerId(s.layer, s.place);
-      if (!routed(policy, s) || known.get(id) === Number.NEGATIVE_INFINITY) return null;
+    rows: oncePerRouter(policy, (s, axis, id) => {
+      if (known.get(id) === Number.NEGATIVE_INFINITY) return null;
+      const threshold = graph.feed(thresholdFeed(id), 'f32', [segments]);
+      if (ofSequences(axis)) {
+        const now = sequenceLogits(s.normed(), s.offsets, segments, routers(id));
+        const score = resumed ? latch(now, graph.feed(decidedFeed(id), 'f32', [segments, 1])) : now;
+        if (resumed) graph.output(decidedOutput(id), score);
+        return selection(policy, s, wholeSegments(s, score, threshold));
+      }
       const z = logits(s, routers(id));
-      const chosen = routeThreshold(z, s.offsets, graph.feed(thresholdFeed(id), 'f32', [segments]));
-      return gated(selection(policy, s, chosen), z, policy.gate);
-    },
+      return gated(selection(policy, s, routeThreshold(z, s.offsets, threshold)), z, policy.gate);
+    }),
   };
 }
 
-/** The same selector; the rows that enter each routed sub-layer become outputs of the graph, i32, named by router id. */
+/** What a cache holds of a layer's attention at a budget. */
+export interface CachedKeys {
+  /** Into how many parts of its heads the cache is cut. */
+  parts: number;
+  /** Whether every row of the sequence has keys; else their number follows from what routers choose. */
+  everyRow: boolean;
+}
+
+/** What `inferenceSelector` with known thresholds lets a layer cache; null: it runs no attention. */
+export function cachedKeys(
+  policy: Routing,
+  known: ReadonlyMap<string, number>,
+  layer: number,
+  kvHeads: number,
+): CachedKeys | null {
+  if (!runsUnless((id) => known.get(id) === Number.POSITIVE_INFINITY)(layer, 'attn')) return null;
+  const decides = (axis: Axis) =>
+    (known.get(routerId(layer, axis)) ?? Number.NEGATIVE_INFINITY) > Number.NEGATIVE_INFINITY;
+  const cut = decides('heads');
+  const axis = rowAxisOf(policy, layer, 'attn');
+  const ownRows = axis !== null && decides(axis) && keysOf(policy, layer) === 'selected';
+  return {
+    parts: cut ? kvHeads : 1,
+    everyRow: !ownRows && !(cut && policy.heads!.keys === 'selected'),
+  };
+}
+
+/** Name of the output i32 with the rows that entered a routed sub-layer. */
+export const enteredOutput = (layer: number, place: Place): string => `entered.${layer}.${place}`;
+
+/** The same selector; the rows that enter each routed sub-layer become outputs of the graph. */
 export function recordedSelector(graph: Graph, selector: Selector): Selector {
   return {
     ...selector,
     rows(s: SubLayer): RowSelection | null {
       const selection = selector.rows(s);
-      if (selection) graph.output(routerId(s.layer, s.place), selection.rows);
+      if (selection) graph.output(enteredOutput(s.layer, s.place), selection.rows);
       return selection;
     },
   };
@@ -230,7 +368,7 @@ export function thresholdFeeds(
 
 /**
  * Baseline: the same share of rows as a router would take, chosen by scores that the caller feeds at random
- * (`score.<router id>`, f32 [rows, 1]; `capacity.<router id>`, f32 [segments]). Sub-layers in `absent`, router ids, are
+ * (`score.<router id>`, f32 [rows, 1]; `capacity.<router id>`, f32 [segments]; of sequences `scoreFeed` alone). Sub-layers in `absent`, router ids, are
  * left out.
  */
 export function randomSelector(
@@ -251,18 +389,20 @@ export function randomSelector(
       const share = graph.feed(capacityFeed(id), 'f32', [segments]);
       return chosenExperts({ z, offsets: entered.offsets, share, rule: 'top-k' }, cut, () => undefined);
     },
-    rows(s: SubLayer): RowSelection | null {
-      if (!routed(policy, s)) return null;
-      const id = routerId(s.layer, s.place);
+    rows: oncePerRouter(policy, (s, axis, id) => {
+      if (ofSequences(axis)) {
+        const score = graph.feed(scoreFeed(id), 'f32', [segments, 1]);
+        return selection(policy, s, wholeSegments(s, score, zeros(graph, [segments])));
+      }
       const scores = graph.feed(scoreFeed(id), 'f32', [rows, 1]);
       return selection(policy, s, routeTopk(scores, s.offsets, graph.feed(capacityFeed(id), 'f32', [segments])));
-    },
+    }),
   };
 }
 
-/** Baseline: leaves whole sub-layers out for every row. `dropped` holds router ids, `layers.{i}.{attn|mlp}.token`. */
+/** Baseline: leaves whole sub-layers out for every row. `dropped` holds router ids, `layers.{i}.{attn|mlp|block}.token`. */
 export function droppedSelector(dropped: ReadonlySet<string>): Selector {
-  return { runs: (layer, place) => !dropped.has(routerId(layer, place)), rows: () => null };
+  return { runs: runsUnless((id) => dropped.has(id)), rows: () => null };
 }
 
 /** Router nodes read from constant tensors; `tensors` holds weight [outputs, hidden] and bias [outputs] per router id. */

@@ -64,6 +64,13 @@ export function baseFiles(dir: string): string[] {
   return files;
 }
 
+/** Copies what a checkpoint has besides weights. */
+export async function copyCompanions(from: string, out: string): Promise<void> {
+  for (const name of baseFiles(from).filter((file) => !weightsFile.test(file))) {
+    await inFileSystem('copy', join(from, name), () => copyFile(join(from, name), join(out, name)));
+  }
+}
+
 /** One hash for the weights: the file's own, or for shards the hash of their hashes in the order of their names. */
 export function weightsSha256(sha256: Readonly<Record<string, string>>): string {
   const shards = Object.keys(sha256)
@@ -149,12 +156,12 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
 
 async function readLora(
   dir: string,
-  { lora, calibration }: ElasticPolicy,
+  { lora, calibration, nested }: ElasticPolicy,
   spec: ModelSpec,
   files: Readonly<Record<string, string>>,
 ): Promise<Lora | null> {
   // A plan has none yet.
-  if (!lora || !calibration) return null;
+  if (!lora || !(calibration || nested?.trained === 'lora')) return null;
   const missing = adapterFiles.find((name) => !(name in files));
   if (missing) throw new InvalidFileError(`[elastic] ${join(dir, manifestFile)} lists no hash of ${missing}`);
   const path = join(dir, adapterDirectory);
@@ -247,14 +254,19 @@ export async function writeElastic(
 }
 
 /**
- * Replaces the named levels of an elastic directory, for instance to record measured quality.
+ * Replaces the named levels of an elastic directory, for instance to record measured quality, and what was searched.
  * Errors: those of readElastic and writeElastic; InvalidArgumentError when the directory is not elastic, InvalidDataError
  * when a level is not what it must be.
  */
-export async function writeLevels(dir: string, levels: readonly Level[]): Promise<void> {
+export async function writeLevels(
+  dir: string,
+  levels: readonly Level[],
+  searched?: readonly (readonly number[])[],
+): Promise<void> {
   const elastic = await readElastic(dir);
   if (!elastic) throw new InvalidArgumentError(`[elastic] ${dir} is not an elastic directory`);
-  const policy = { ...elastic.policy, levels };
+  const { nested } = elastic.policy;
+  const policy = { ...elastic.policy, levels, ...(nested && searched && { nested: { ...nested, searched } }) };
   // What could not be read again must not be written.
   const configPath = join(dir, 'config.json');
   const spec = specFromConfig(await readJson(configPath), configPath);

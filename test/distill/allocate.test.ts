@@ -3,8 +3,8 @@ import { describe, expect, it } from 'vitest';
 import { allocationPath, sensitivities, shapedCapacities } from '../../lib/distill/allocate.js';
 import type { DivergenceProbe } from '../../lib/distill/probe.js';
 import { meanCapacity } from '../../lib/elastic/axes.js';
-import { flopsRatio } from '../../lib/elastic/budget.js';
-import { policyOf } from '../../lib/elastic/elastify.js';
+import { flopsRatio } from '../../lib/elastic/cost.js';
+import { type ElastiformerRecipe, policyOf } from '../../lib/elastic/elastify.js';
 import { routerPlaces } from '../../lib/elastic/policy.js';
 import { specFromConfig } from '../../lib/model/spec.js';
 import { tinyConfig } from './tiny.js';
@@ -101,6 +101,35 @@ describe('the path', () => {
       const best = Math.min(...all.filter((c) => flopsRatio(spec, policy, c, 64) <= cost + 1e-9).map(kl));
       // Greedy with steps of one or two quarters: optimal for a convex divergence.
       expect(kl(point)).toBeLessThan(best * 1.25 + 1e-9);
+    }
+  });
+
+  it('leaves whole sub-layers out where parts of them are worse than none', async () => {
+    const part = new Map([
+      [1, 0],
+      [0.75, 0.001],
+      [0, 0.1],
+    ]);
+    const { probe: measured } = probe((capacities) => capacities.reduce((sum, c) => sum + (part.get(c) ?? 10), 0));
+    const path = await allocationPath(measured, spec, policy, () => true, { length: 64, least: 0.5 });
+    expect(path.flat().every((c) => c === 0 || c === 1)).toBe(true);
+    expect(flopsRatio(spec, policy, path.at(-1)!, 64)).toBeLessThanOrEqual(0.5);
+  });
+
+  it('leaves out a sub-layer by its router of tokens, or of experts where it has no other', async () => {
+    const withHeads = (recipe: Partial<ElastiformerRecipe>) => ({
+      ...policyOf({ kind: 'elastiformer', ...recipe, heads: { group: 'head' } }, spec),
+      base,
+    });
+    for (const [policy, least] of [
+      [withHeads({}), 0],
+      [withHeads({ tokens: { attn: 1 } }), 0.25],
+    ] as const) {
+      const heads = routerPlaces(policy).flatMap(({ axis }, i) => (axis === 'heads' ? [i] : []));
+      const { probe: measured } = probe((capacities) => capacities.reduce((sum, c) => sum + 1 - c, 0));
+      const path = await allocationPath(measured, spec, policy, () => true, { length: 64, least: 0.01 });
+      expect(Math.min(...heads.map((i) => path.at(-1)![i]))).toBe(least);
+      expect(flopsRatio(spec, policy, path.at(-1)!, 64)).toBeLessThan(flopsRatio(spec, policy, path[1], 64));
     }
   });
 

@@ -4,7 +4,7 @@ import { cp, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { distill } from '../../lib/distill/distill.js';
-import { flopsRatio } from '../../lib/elastic/budget.js';
+import { flopsRatio } from '../../lib/elastic/cost.js';
 import { type ElastiformerRecipe, elastify, policyOf } from '../../lib/elastic/elastify.js';
 import { type ElasticPolicy, routerPlaces } from '../../lib/elastic/policy.js';
 import { readElastic, writeElastic } from '../../lib/elastic/store.js';
@@ -15,7 +15,23 @@ import { trainStep } from './step.js';
 import { stories, temporaryDirectory, tinyModel } from './tiny.js';
 
 const root = temporaryDirectory();
-describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
+type Cases = [string, Partial<ElastiformerRecipe>][];
+const everywhere: Cases = [
+  ['routed tokens', {}],
+  ['keys of selected rows only', { keys: 'selected' }],
+  ['blocks', { blocks: { count: 4, gate: 'softmax' } }],
+  ['blocks and routed tokens', { blocks: { count: 4, gate: 'softmax' }, tokens: { attn: 0.5, mlp: 0.5 } }],
+];
+describe.each<[string, Cases]>([
+  ['elastiformer-llama', everywhere],
+  ['elastiformer-gpt2', everywhere],
+  ['gemma2', everywhere],
+  // Layer 2 has no keys of its own.
+  [
+    'gemma3n',
+    [['routed tokens', { tokens: { mlp: 0.5 }, lora: { rank: 1, targets: [...projections], layers: [1, 2] } }]],
+  ],
+])('%s', (name, cases) => {
   const directory = join(goldenDirectory, name);
   const spec = readSpec(directory);
   const targets = projections.filter((projection) => spec.gated || projection !== 'gate');
@@ -23,12 +39,7 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2'])('%s', (name) => {
   const step = (recipe: Partial<ElastiformerRecipe>, values?: Float32Array) =>
     trainStep(directory, { lora: { rank: 2, targets }, ...recipe }, values);
 
-  it.each<[string, Partial<ElastiformerRecipe>]>([
-    ['routed tokens', {}],
-    ['keys of selected rows only', { keys: 'selected' }],
-    ['blocks', { blocks: { count: 4, gate: 'softmax' } }],
-    ['blocks and routed tokens', { blocks: { count: 4, gate: 'softmax' }, tokens: { attn: 0.5, mlp: 0.5 } }],
-  ])('gradients of every correction are finite differences: %s', async (_, recipe) => {
+  it.each(cases)('gradients of every correction are finite differences: %s', async (_, recipe) => {
     const { gradient, plan, start } = await step(recipe);
     const matrices = plan.parameters.filter((p) => p.name.includes('.lora_'));
     const seen = new Set(matrices.map((p) => p.name.split('.')[2]));

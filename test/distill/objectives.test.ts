@@ -92,6 +92,7 @@ describe('resolveLosses', () => {
 });
 
 interface StepOptions {
+  from?: string;
   recipe?: Partial<ElastiformerRecipe>;
   capacity?: number;
   change?: (start: Float32Array) => void;
@@ -102,10 +103,11 @@ interface StepOptions {
 /** One training step on the golden model, whose routers follow a sine. */
 async function train(
   terms: readonly LossTerm[],
-  { recipe = { gate: 'raw' }, capacity = 1, change = () => {}, step = 0, teacher }: StepOptions = {},
+  { from = directory, recipe = { gate: 'raw' }, capacity = 1, change = () => {}, step = 0, teacher }: StepOptions = {},
 ) {
+  const spec = readSpec(from);
   const policy = policyOf({ kind: 'elastiformer', ...recipe }, spec) as ElasticPolicy;
-  using checkpoint = Checkpoint.open(directory);
+  using checkpoint = Checkpoint.open(from);
   using loaded = loadWeights(spec, checkpoint);
   using engine = new Engine();
   using trainable = new Trainable(trainablePlan(policy, spec));
@@ -193,9 +195,6 @@ describe('gradients', () => {
 });
 
 describe('values', () => {
-  const otherDirectory = join(goldenDirectory, 'elastiformer-gpt2');
-  const otherSpec = readSpec(otherDirectory);
-
   /** Log-softmax of the logits of a full model at a temperature, [rows][vocab]. */
   async function distributions(from: string, of: typeof spec, temperature = 1) {
     using checkpoint = Checkpoint.open(from);
@@ -237,13 +236,21 @@ describe('values', () => {
     jsd: (p, q) => 0.3 * kl(p, mixture(p, q, 0.3)) + 0.7 * kl(q, mixture(p, q, 0.3)),
   };
 
-  it('are those of the equations, of a teacher of another architecture', async () => {
+  it.each([
+    ['elastiformer-llama', 'elastiformer-gpt2', 0],
+    // Capped logits, whose caps the temperature divides too.
+    ['gemma2', 'gemma3', 1.7],
+  ])('of %s are those of the equations, of a teacher of another architecture: %s', async (own, other, softcap) => {
+    const [directory, otherDirectory] = [own, other].map((name) => join(goldenDirectory, name));
+    const spec = readSpec(directory);
+    const otherSpec = { ...readSpec(otherDirectory), logitSoftcap: softcap };
     expect(otherSpec.vocab).toBe(spec.vocab);
     using checkpoint = Checkpoint.open(otherDirectory);
     using loaded = loadWeights(otherSpec, checkpoint);
     const compared = terms.filter(({ kind }) => kind !== 'hidden-mse' && kind !== 'hidden-cosine');
     // Gates of routers of zeros are exactly 1: the student is the full model.
     const { values } = await train(compared, {
+      from: directory,
       recipe: { gate: 'two-sigma' },
       change: (start) => void start.fill(0),
       teacher: () => ({ spec: otherSpec, weights: loaded.weights }),

@@ -1,16 +1,12 @@
-// A tiny model trained on the spot, and directories that go away with the test file.
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { afterAll } from 'vitest';
+// A tiny model trained on the spot.
+import { expect } from 'vitest';
+import type { DistillConfig } from '../../lib/distill/distill.js';
 import { type PretrainConfig, pretrain } from '../../lib/distill/pretrain.js';
+import type { Budget } from '../../lib/elastic/budget.js';
+import type { ElasticModel } from '../../lib/infer/model.js';
+import type { ComputeReport } from '../../lib/infer/types.js';
 
-/** A fresh directory, removed after the tests of the file. */
-export function temporaryDirectory(): string {
-  const path = mkdtempSync(join(tmpdir(), 'elastiform-'));
-  afterAll(() => rmSync(path, { recursive: true, force: true }));
-  return path;
-}
+export { temporaryDirectory } from '../temporary.js';
 
 const animals = ['cat', 'dog', 'fox', 'owl', 'hen', 'pig'];
 const verbs = ['saw', 'met', 'fed', 'hid', 'led'];
@@ -56,4 +52,35 @@ export const tinyPretraining = (out: string, more: Partial<PretrainConfig> = {})
 export async function tinyModel(out: string): Promise<string> {
   await pretrain(tinyPretraining(out));
   return out;
+}
+
+/** A config that trains a plan of the tiny model in about a second. */
+export const tinyDistilling = (plan: string, out: string, more: Partial<DistillConfig> = {}): DistillConfig => ({
+  plan,
+  out,
+  data: { kind: 'documents', documents: stories(120) },
+  device: 'cpu',
+  steps: 30,
+  batchTokens: 128,
+  sequenceLength: 32,
+  optimizer: { lr: 1e-2 },
+  calibrationTokens: 512,
+  seed: 3,
+  ...more,
+});
+
+const lastChoice = (logits: Float32Array, vocab: number): number => {
+  const row = logits.subarray(logits.length - vocab);
+  return row.indexOf(row.reduce((a, b) => Math.max(a, b)));
+};
+
+/** Generates greedy text at a budget, each token of which the full forward pass must choose, too. */
+export async function checkGreedy(model: ElasticModel, ids: readonly number[], budget: Budget): Promise<ComputeReport> {
+  const stream = model.generate(ids, { maxTokens: 5, budget });
+  const made = await stream.ids;
+  for (let i = 0; i < made.length; i++) {
+    const logits = await model.logits([...ids, ...made.slice(0, i)], { budget });
+    expect(made[i]).toBe(lastChoice(logits, model.info.vocab));
+  }
+  return (await stream.usage).compute;
 }

@@ -1,10 +1,12 @@
 // Policies: recipes, the JSON format, thresholds from quantiles, and budgets from the cost model.
 
 import { describe, expect, it } from 'vitest';
-import { routerId } from '../../lib/elastic/axes.js';
-import { flopsRatio, resolveBudget, standardLevels } from '../../lib/elastic/budget.js';
+import { perAxis, routerId } from '../../lib/elastic/axes.js';
+import { resolveBudget } from '../../lib/elastic/budget.js';
 import { policyFromJson, policyToJson } from '../../lib/elastic/config.js';
+import { flopsRatio } from '../../lib/elastic/cost.js';
 import { policyOf, type Recipe } from '../../lib/elastic/elastify.js';
+import { standardLevels } from '../../lib/elastic/levels.js';
 import {
   type Calibration,
   type ElasticPolicy,
@@ -70,7 +72,7 @@ describe('recipes', () => {
   });
 
   it.each([
-    [{ kind: 'matformer' }, /kind must be 'elastiformer', got "matformer"/],
+    [{ kind: 'cost-eff' }, /kind must be 'elastiformer', 'matformer' or 'router-tuning', got "cost-eff"/],
     [{ kind: 'elastiformer', loraRank: 1 }, /unknown recipe key 'loraRank'/],
     [{ kind: 'elastiformer', tokens: { attn: 0 } }, /tokens.attn: capacity must be in \(0, 1\], got 0/],
     [{ kind: 'elastiformer', tokens: { mlp: 2 } }, /capacity must be in \(0, 1\], got 2/],
@@ -85,6 +87,85 @@ describe('recipes', () => {
     [null, /recipe must be an object/],
   ])('refuses %j', (recipe, message) => {
     expect(() => policyOf(recipe as never, spec)).toThrow(message);
+  });
+});
+
+describe('Router-Tuning', () => {
+  const of = (recipe: object) => policyOf({ kind: 'router-tuning', ...recipe } as Recipe, spec);
+
+  it('routes attention by sequence in half of the layers, the last one never', () => {
+    expect(of({})).toMatchObject({
+      ...{ gate: 'straight-through', tokens: {}, sequences: { attn: { layers: [1, 2] } } },
+      capacity: { 'attn-sequence': [0.3, 1] },
+    });
+    expect(routerPlaces(of({})).map(({ id }) => id)).toEqual(['layers.1.attn.sequence', 'layers.2.attn.sequence']);
+    expect(of({ layers: 3 }).sequences?.attn?.layers).toEqual([0, 1, 2]);
+    expect(of({ layers: [3] }).sequences?.attn?.layers).toEqual([3]);
+  });
+
+  it('routes tokens with the keys of those that enter, and whole blocks by one router', () => {
+    expect(of({ granularity: 'token' }).tokens).toEqual({ attn: { layers: [1, 2], keys: 'selected' } });
+    const block = of({ target: 'block', granularity: 'token', keys: 'all', lora: { rank: 2 } });
+    expect(block.tokens).toEqual({ block: { layers: [1, 2], keys: 'all' } });
+    expect(block.lora?.rank).toBe(2);
+    expect(routerPlaces(block)[0]).toMatchObject({ id: 'layers.1.block.token', places: ['attn', 'mlp'], outputs: 1 });
+  });
+
+  it.each([
+    [{ target: 'head' }, /target must be one of attn, mlp, block, got "head"/],
+    [{ granularity: 'word' }, /granularity must be one of sequence, token, got "word"/],
+    [{ layers: 4 }, /layers must be a number from 1 to 3/],
+    [{ layers: [9] }, /layers must be ids from 0 to 3/],
+    [{ capacity: 0 }, /capacity must be in \(0, 1\]/],
+    [{ keys: 'all' }, /keys is for tokens of attn and block/],
+    [{ keys: 'some', granularity: 'token' }, /keys must be one of all, selected/],
+    [{ gate: 'raw' }, /unknown recipe key 'gate'/],
+  ])('refuses %j', (recipe, message) => {
+    expect(() => of(recipe)).toThrow(message);
+  });
+
+  it.each([
+    [{ kind: 'elastiformer', tokens: { attn: 0.5 } }, {}, /layer 1 has tokenCapacity.attn and sequenceCapacity.attn/],
+    [{ kind: 'elastiformer', blocks: { count: 2 } }, { target: 'block' }, /layer 1 has sequenceCapacity.block/],
+    [{ kind: 'elastiformer', tokens: { attn: 0.5 } }, { granularity: 'token' }, /tokens of attn are in two recipes/],
+    [{ kind: 'elastiformer', tokens: { mlp: 0.5 }, gate: 'raw' }, {}, /gate 'straight-through'/],
+  ])('and %j does not go with %j', (other, recipe, message) => {
+    expect(() => policyOf([other, { kind: 'router-tuning', ...recipe }] as Recipe[], spec)).toThrow(message);
+  });
+
+  it('goes with routers of other sub-layers, and comes back from its file', () => {
+    const recipes = [{ kind: 'elastiformer', tokens: { mlp: 0.5 } }, { kind: 'router-tuning' }] as Recipe[];
+    const policy: ElasticPolicy = { ...policyOf(recipes, spec), base };
+    const level = { name: 'some', spec: { tokenCapacity: { mlp: 0.5 }, sequenceCapacity: { attn: [0, 0.5] } } };
+    const json = JSON.parse(JSON.stringify(policyToJson({ ...policy, levels: [level] })));
+    const warnings: string[] = [];
+    expect(policyFromJson(json, 'f.json', spec, warnings)).toEqual({ ...policy, levels: [level] });
+    expect(warnings).toEqual([]);
+    const attn = { ...json.sequences.attn, decide_at: 'token' };
+    expect(() => policyFromJson({ ...json, sequences: { attn } }, 'f.json', spec, [])).toThrow(
+      /sequences.attn.decide_at must be "prefill", got "token"/,
+    );
+    expect(() => policyFromJson({ ...json, gate: 'raw' }, 'f.json', spec, [])).toThrow(/needs the gate/);
+    expect(() => resolveBudget({ spec: { sequenceCapacity: { mlp: 0.5 } } }, spec, policy)).toThrow(
+      /sequenceCapacity.mlp is 0.5, but mlp-sequence has no routers/,
+    );
+    expect(() => resolveBudget({ spec: { sequenceCapacity: { head: 0.5 } as never } }, spec, policy)).toThrow(
+      /unknown place 'head' in sequenceCapacity; it takes attn, mlp, block/,
+    );
+  });
+
+  it('costs what the sequences that enter do, and a router once for each', () => {
+    const { perLayer, total } = forwardFlops(spec, [64]);
+    const policy = of({ layers: [1] });
+    const router = (2 * spec.hidden) / total;
+    expect(flopsRatio(spec, policy, [0.5], 64)).toBeCloseTo(1 - (0.5 * perLayer[1].attn) / total + router, 12);
+    const block = of({ target: 'block', layers: [1] });
+    const { attn, mlp } = perLayer[1];
+    expect(flopsRatio(spec, block, [0.25], 64)).toBeCloseTo(1 - (0.75 * (attn + mlp)) / total + router, 12);
+    const tokens = of({ target: 'block', granularity: 'token', layers: [1] });
+    const entered = forwardFlops(spec, [16]).perLayer[1];
+    const rest = 1 - (attn + mlp - entered.attn - entered.mlp) / total + 64 * router;
+    expect(flopsRatio(spec, tokens, [0.25], 64)).toBeCloseTo(rest, 12);
   });
 });
 
@@ -228,7 +309,11 @@ describe('budgets', () => {
       expect(point.flopsRatio).toBeCloseTo(budget, 6);
       expect(flopsRatio(spec, policy, routerCapacities(policy, point.spec.tokenCapacity!), 64)).toBe(point.flopsRatio);
     }
-    const { total, perLayer, head } = forwardFlops(spec, [64]);
+    const {
+      total,
+      perLayer: [perLayer],
+      head,
+    } = forwardFlops(spec, [64]);
     // Routers choose, and cost, only between none and all.
     const routers = 4 * 2 * 64 * spec.hidden;
     const at = (keys: 'all' | 'selected', attn: number, mlp: number) => {
@@ -242,7 +327,7 @@ describe('budgets', () => {
     const half = (perLayer.attn + keyValueFlops(spec, 64)) / 2;
     expect(at('all', 0.5, 1)).toBeCloseTo(4 * (half + perLayer.mlp) + head + routers, 3);
     expect(at('selected', 0.5, 1)).toBeCloseTo(
-      4 * (forwardFlops(spec, [32]).perLayer.attn + perLayer.mlp) + head + routers,
+      4 * (forwardFlops(spec, [32]).perLayer[0].attn + perLayer.mlp) + head + routers,
       3,
     );
   });
@@ -271,10 +356,10 @@ describe('budgets', () => {
     expect(point).toMatchObject({ level: 'p70', full: false });
     expect(point.flopsRatio).toBeCloseTo(0.7, 3);
     const half = resolveBudget({ spec: { tokenCapacity: { mlp: 0.5 } } }, spec, policy);
-    expect(half.capacity).toEqual({ attn: 1, heads: 1, mlp: 0.5, blocks: 1 });
+    expect(half.capacity).toEqual({ ...perAxis(() => 1), mlp: 0.5 });
     expect(half.spec).toEqual({ tokenCapacity: { mlp: 0.5 } });
     const layers = resolveBudget({ spec: { tokenCapacity: { mlp: [1, 1, 0.5, 0] } } }, spec, policy);
-    expect(layers.capacity).toEqual({ attn: 1, heads: 1, mlp: 0.625, blocks: 1 });
+    expect(layers.capacity).toEqual({ ...perAxis(() => 1), mlp: 0.625 });
     expect(layers.thresholds.get(routerId(3, 'mlp'))).toBe(Number.POSITIVE_INFINITY);
   });
 
