@@ -1,23 +1,35 @@
 // Quality, counted compute and measured speed of a model at budgets, with intervals, beside baselines at equal compute.
-import { isExperts, routerId } from '../elastic/axes.js';
+import { isExperts, ofSequences, routerId } from '../elastic/axes.js';
 import { type Budget, budgetText } from '../elastic/budget.js';
-import { routedLayers, routerPlaces } from '../elastic/policy.js';
+import { routerPlaces, rowAxisOf } from '../elastic/policy.js';
 import { capacityFeed, droppedSelector, randomSelector, scoreFeed, thresholdFeeds } from '../elastic/rows.js';
-import type { Program } from '../graph/index.js';
+import type { Program, RunOptions } from '../graph/index.js';
 import { forwardFlops, headFlops } from '../model/flops.js';
-import { type Place, places, selectEverything } from '../model/select.js';
+import { type Place, selectEverything } from '../model/select.js';
 import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
 import type { TypedArray } from '../native/index.js';
+import {
+  type Batch,
+  base,
+  count,
+  cut,
+  type EvalDocument,
+  limitsOf,
+  pack,
+  type Sequence,
+  scoreFeeds,
+  take,
+} from './batches.js';
 import { ComputeMeter } from './compute.js';
 import { type ElasticModel, loadModel } from './model.js';
-import { type Network, resolveFor } from './network.js';
+import { type Network, requireWhole, resolveFor } from './network.js';
 import { checkNumber, checkOptions, naturalNumber, positiveInteger } from './options.js';
 import {
+  budgetDims,
   budgetSelector,
   compileCompare,
   compilePrefill,
   compileScore,
-  type PackedBatch,
   type PackedLimits,
   packedDims,
   type SelectorFactory,
@@ -26,21 +38,25 @@ import { philox, seedLimit } from './random.js';
 import { bootstrap, type Measured, median, type Sums } from './statistics.js';
 import { expertShares } from './trace.js';
 
+/** What routing is compared with: random tokens, or sub-layers left out. */
 export type Baseline = 'random' | 'drop';
-/** 'full' is the backbone, which any budget of 1 runs. */
-export type Method = 'full' | 'routed' | Baseline;
+/** 'full' is the backbone, which any budget of 1 runs; 'nested' a slice of it, without routers. */
+export type Method = 'full' | 'nested' | 'routed' | Baseline;
+/** Whether a method is the model itself at a budget below full. */
+export const isElastic = (method: Method): boolean => method === 'nested' || method === 'routed';
 
-/** A text, or token ids with the size of the text they stand for when it is known. */
-export type EvalDocument = string | { ids: readonly number[]; bytes?: number };
-
+/** Options of `evaluate`. */
 export interface EvalOptions {
+  /** Documents to predict. */
   data: readonly EvalDocument[];
   /** Default: 'full'. */
   budgets?: readonly Budget[];
   /**
-   * Measured at the compute of every budget below full. 'random': as many tokens enter each sub-layer, chosen at random.
-   * 'drop': whole sub-layers are left out, in the order that hurts least on calibration data; of the two choices around
-   * the compute each gets a share of the sequences, in expectation, so that the mean is the same.
+   * Measured at the compute of every budget below full. 'random': as many tokens, or sequences, enter each sub-layer, chosen at
+   * random.
+   * 'drop': whole sub-layers, of those with routers or widths, are left out, in the order that hurts least on calibration
+   * data; of the two choices around the compute each gets a share of the sequences, in expectation, so that the mean is the
+   * same.
    */
   baselines?: readonly Baseline[];
   /** What the order of 'drop' is chosen on; default: about a tenth of `data`, which is then not evaluated on. */
@@ -53,19 +69,25 @@ export interface EvalOptions {
   limit?: number;
   /** Measure prefill speed as well; default true. */
   speed?: boolean;
+  /** Of random baselines and of the bootstrap; default 0. */
   seed?: number;
+  /** Called as the work goes on: what is being done, and how many of its steps are. */
   onProgress?: (event: { phase: string; done: number; total: number }) => void;
+  /** Stops the work; the promise rejects with the signal's reason. */
   signal?: AbortSignal;
 }
 
 /** One method at one budget. Intervals are 95 %, from a bootstrap over sequences. */
 export interface EvalLevel {
+  /** What was measured: the model itself, or a baseline. */
   method: Method;
+  /** As it was asked for. */
   budget: Budget;
   /** FLOPs the kernels counted over those of the full model; both with the logits of every token. */
   ratio: number;
   /** Mean share of tokens that entered a sub-layer. */
   share: number;
+  /** Mean share of tokens that entered, and of units they used, [layers] each. */
   layersRun: { attn: Float32Array; mlp: Float32Array };
   /** Per token. */
   perplexity: Measured;
@@ -87,24 +109,16 @@ export interface EvalLevel {
   routedAdvantage?: { kl: Measured; agreement: Measured };
 }
 
+/** What `evaluate` measured. */
 export interface EvalReport {
   /** Tokens predicted. */
   tokens: number;
+  /** They were predicted in so many sequences. */
   sequences: number;
+  /** Tokens of the longest. */
   sequenceLength: number;
+  /** One for every method and budget. */
   levels: EvalLevel[];
-}
-
-/** A stretch of a document: row i predicts targets[i]. */
-interface Sequence {
-  readonly ids: readonly number[];
-  readonly targets: readonly number[];
-  readonly bytes: number;
-}
-
-interface Batch extends PackedBatch {
-  readonly sequences: readonly Sequence[];
-  readonly targets: Int32Array;
 }
 
 const optionNames = [
@@ -159,6 +173,7 @@ class Evaluation {
     const unknown = baselines.find((b) => b !== 'random' && b !== 'drop');
     if (unknown)
       throw new InvalidArgumentError(`[evaluate] baselines must be 'random' or 'drop', got '${String(unknown)}'`);
+    requireWhole('evaluate', network);
     if (budgets.length === 0) throw new InvalidArgumentError('[evaluate] budgets must not be empty');
     this.#network = network;
     this.#options = options;
@@ -169,12 +184,18 @@ class Evaluation {
         `[evaluate] sequenceLength ${this.#length} is longer than the context of ${network.maxContext}`,
       );
     }
-    for (const budget of budgets) this.#resolve(budget);
+    for (const budget of budgets) {
+      const { full, widths } = this.#resolve(budget);
+      if (full || !widths || !baselines.includes('random')) continue;
+      throw new InvalidArgumentError(
+        `[evaluate] the baseline 'random' chooses what routers would, and ${budgetText(budget)} has narrower feed-forwards; leave it out`,
+      );
+    }
 
-    let sequences = cut(network, options.data, this.#length, 'data');
+    let sequences = cut('evaluate', network, options.data, this.#length, 'data');
     let calibration: Sequence[] = [];
     if (baselines.includes('drop')) {
-      if (options.calibration) calibration = cut(network, options.calibration, this.#length, 'calibration');
+      if (options.calibration) calibration = cut('evaluate', network, options.calibration, this.#length, 'calibration');
       else {
         if (sequences.length < 2) {
           throw new InvalidDataError(
@@ -191,11 +212,7 @@ class Evaluation {
     const rows = Math.max(batchTokens, this.#length);
     this.#batches = pack(sequences, rows);
     this.#calibration = pack(calibration, rows);
-    const all = [...this.#batches, ...this.#calibration];
-    this.#limits = {
-      rows: Math.max(...all.map((b) => b.ids.length)),
-      segments: Math.max(...all.map((b) => b.sequences.length)),
-    };
+    this.#limits = limitsOf([...this.#batches, ...this.#calibration]);
   }
 
   async run(): Promise<EvalReport> {
@@ -211,24 +228,19 @@ class Evaluation {
     for (const budget of budgets) {
       const point = this.#resolve(budget);
       if (point.full) {
-        levels.push(
-          await this.#level(
-            'full',
-            budget,
-            full,
-            () => selectEverything,
-            () => ({}),
-          ),
-        );
+        levels.push(await this.#level('full', budget, full, backbone));
         this.#progress(`full at ${budgetText(budget)}`);
         continue;
       }
-      const feeds = (batch: Batch) => thresholdFeeds(point.thresholds, batch.sequences.length);
-      const routedSelector: SelectorFactory = (graph, _rows, segments) =>
-        budgetSelector(graph, this.#network, point, segments);
-      const measured = await this.#compare(routedSelector, feeds);
-      const routed = await this.#level('routed', budget, measured, routedSelector, feeds);
-      this.#progress(`routed at ${budgetText(budget)}`);
+      const student: Student = {
+        select: (graph, _rows, segments) => budgetSelector(graph, this.#network, point, segments),
+        feeds: (batch) => thresholdFeeds(point.thresholds, batch.sequences.length),
+        dims: budgetDims(this.#network, point),
+      };
+      const measured = await this.#compare(student);
+      const method = [...point.thresholds.values()].every((t) => t === Number.NEGATIVE_INFINITY) ? 'nested' : 'routed';
+      const routed = await this.#level(method, budget, measured, student);
+      this.#progress(`${method} at ${budgetText(budget)}`);
       levels.push(routed);
       for (const baseline of baselines) {
         const level =
@@ -257,12 +269,12 @@ class Evaluation {
   // The full model on every batch: hidden states for comparisons, and its own quality.
   async #teach(): Promise<Comparison> {
     const network = this.#network;
-    const meter = new ComputeMeter(network.spec.layers);
+    const meter = new ComputeMeter(network.spec);
     const sums: Sums[] = [];
     using program = compileScore(network, this.#limits, () => selectEverything);
     for (const batch of [...this.#calibration, ...this.#batches]) {
-      const feeds = { ...base(batch), targets: batch.targets, weight: new Float32Array(batch.ids.length) };
-      const result = await program.run({ dims: packedDims(batch), feeds, signal: this.#options.signal });
+      const { signal } = this.#options;
+      const result = await program.run({ dims: packedDims(batch), feeds: scoreFeeds(batch), signal });
       this.#teacher.set(batch, result.outputs.hidden as Float32Array);
       if (!this.#batches.includes(batch)) continue;
       meter.add(result, batch.ids.length, ['head']);
@@ -273,24 +285,14 @@ class Evaluation {
   }
 
   /** Runs a student over batches, by default those evaluated. */
-  async #compare(
-    select: SelectorFactory,
-    feeds: (batch: Batch, index: number) => Record<string, TypedArray>,
-    batches = this.#batches,
-  ): Promise<Comparison> {
-    const meter = new ComputeMeter(this.#network.spec.layers);
+  async #compare({ select, feeds, dims }: Student, batches = this.#batches): Promise<Comparison> {
+    const meter = new ComputeMeter(this.#network.spec);
     const sums: Sums[] = [];
     using program = compileCompare(this.#network, this.#limits, select);
     for (const [i, batch] of batches.entries()) {
       const result = await program.run({
-        dims: packedDims(batch),
-        feeds: {
-          ...base(batch),
-          ...feeds(batch, i),
-          teacher: this.#teacher.get(batch)!,
-          targets: batch.targets,
-          weight: new Float32Array(batch.ids.length),
-        },
+        dims: { ...packedDims(batch), ...dims },
+        feeds: { ...scoreFeeds(batch), ...feeds(batch, i), teacher: this.#teacher.get(batch)! },
         signal: this.#options.signal,
       });
       meter.add(result, batch.ids.length, ['compare']);
@@ -307,29 +309,39 @@ class Evaluation {
     const experts = expertShares(this.#network, this.#resolve(budget));
     const shares = routers.map(({ id, layer, place, axis, outputs }) => {
       const ran = routed.layersRun[place][layer];
-      // Where tokens are not routed, too, all that is less than whole is the share of experts.
-      const used = routedLayers(policy, place).includes(layer) ? experts[place][layer] : ran;
-      return { id, outputs, share: ran === 0 ? 0 : isExperts(axis) ? used : ran / used };
+      // Where rows are not routed, too, all that is less than whole is the share of experts.
+      const used = rowAxisOf(policy, layer, place) ? experts[place][layer] : ran;
+      return { id, axis, outputs, share: ran === 0 ? 0 : isExperts(axis) ? used : ran / used };
     });
     const present = shares.filter(({ share }) => share > 0);
     const absent = new Set(shares.filter(({ share }) => share === 0).map(({ id }) => id));
-    const selector: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments, absent);
     // Experts come whole: of the numbers around a share each is drawn for some sequences, so that the mean is the same.
     const whole = (share: number, u: number) => Math.floor(Math.round(share * 1e6) / 1e6 + u);
+    const entering = new Map(
+      present.flatMap(({ id, axis, share }, r) =>
+        ofSequences(axis) ? [[id, randomSequences(this.#batches, share, this.#seed, r)] as const] : [],
+      ),
+    );
     const feeds = (batch: Batch, index: number): Record<string, TypedArray> =>
       Object.fromEntries(
-        present.flatMap(({ id, outputs, share }, r) => [
-          [
-            capacityFeed(id),
-            noise(this.#seed, index, r + 2048, batch.sequences.length).map((u) =>
-              Math.min(1, outputs === 1 ? share : whole(share * outputs, u) / outputs),
-            ),
-          ],
-          [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length * outputs)],
-        ]),
+        present.flatMap(({ id, axis, outputs, share }, r) => {
+          if (ofSequences(axis)) {
+            const enters = entering.get(id)!;
+            return [[scoreFeed(id), Float32Array.from(batch.sequences, (s) => (enters.has(s) ? 1 : -1))]];
+          }
+          const capacities = noise(this.#seed, index, r + 2048, batch.sequences.length).map((u) =>
+            Math.min(1, outputs === 1 ? share : whole(share * outputs, u) / outputs),
+          );
+          return [
+            [capacityFeed(id), capacities],
+            [scoreFeed(id), noise(this.#seed, index, r, batch.ids.length * outputs)],
+          ];
+        }),
       );
-    const measured = await this.#compare(selector, feeds);
-    const result = await this.#level('random', budget, measured, selector, feeds);
+    const select: SelectorFactory = (graph, rows, segments) => randomSelector(graph, policy, rows, segments, absent);
+    const student = { select, feeds, dims: {} };
+    const measured = await this.#compare(student);
+    const result = await this.#level('random', budget, measured, student);
     this.#progress(`random at ${budgetText(budget)}`);
     return { result, sums: measured.sums };
   }
@@ -369,10 +381,10 @@ class Evaluation {
 
   /** The model without some sub-layers, measured once. */
   #dropped(step: DropStep): Promise<{ level: EvalLevel; sums: readonly Sums[] }> {
-    const selector: SelectorFactory = () => droppedSelector(new Set(step.dropped));
+    const student = without(step.dropped);
     const measure = async () => {
-      const measured = await this.#compare(selector, () => ({}));
-      return { level: await this.#level('drop', 'full', measured, selector, () => ({})), sums: measured.sums };
+      const measured = await this.#compare(student);
+      return { level: await this.#level('drop', 'full', measured, student), sums: measured.sums };
     };
     const known = this.#static.get(step) ?? measure();
     this.#static.set(step, known);
@@ -381,19 +393,18 @@ class Evaluation {
 
   /** Greedy: of the sub-layers that are left, drop the one after which the KL on calibration data is least. */
   async #dropOrder(): Promise<DropStep[]> {
-    const { spec } = this.#network;
     const least = Math.min(...(this.#options.budgets ?? []).map((budget) => this.#resolve(budget).flopsRatio));
     const order: DropStep[] = [{ dropped: [], ratio: 1 }];
-    let left = Array.from({ length: spec.layers }, (_, l) => places.map((p) => routerId(l, p))).flat();
+    const policy = this.#network.policy!;
+    const routed = routerPlaces(policy).map(({ layer, place, places }) =>
+      routerId(layer, places.length > 1 ? 'block' : place),
+    );
+    const nested = policy.nested?.layers.map((layer) => routerId(layer, 'mlp')) ?? [];
+    let left = [...new Set([...routed, ...nested])];
     while (left.length > 0 && order.at(-1)!.ratio >= least) {
       let best: { id: string; kl: number; ratio: number } | null = null;
       for (const id of left) {
-        const dropped = new Set([...order.at(-1)!.dropped, id]);
-        const { meter, sums } = await this.#compare(
-          () => droppedSelector(dropped),
-          () => ({}),
-          this.#calibration,
-        );
+        const { meter, sums } = await this.#compare(without([...order.at(-1)!.dropped, id]), this.#calibration);
         const kl = sum(sums, (s) => s.kl);
         if (!best || kl < best.kl) best = { id, kl, ratio: this.#ratio(meter, this.#calibration) };
       }
@@ -404,13 +415,7 @@ class Evaluation {
     return order;
   }
 
-  async #level(
-    method: Method,
-    budget: Budget,
-    { meter, sums }: Comparison,
-    select: SelectorFactory,
-    feeds: (batch: Batch, index: number) => Record<string, TypedArray>,
-  ): Promise<EvalLevel> {
+  async #level(method: Method, budget: Budget, { meter, sums }: Comparison, student: Student): Promise<EvalLevel> {
     const layersRun = meter.layersRun();
     const all = [...layersRun.attn, ...layersRun.mlp];
     return {
@@ -421,7 +426,7 @@ class Evaluation {
       layersRun,
       ...this.#quality(sums),
       ...((this.#options.speed ?? true)
-        ? await this.#speed(method, select, feeds)
+        ? await this.#speed(method, student)
         : { tokensPerSecond: null, timeRatio: null }),
     };
   }
@@ -454,20 +459,25 @@ class Evaluation {
   // else the machine does slows both.
   async #speed(
     method: Method,
-    select: SelectorFactory,
-    feeds: (batch: Batch, index: number) => Record<string, TypedArray>,
+    { select, feeds, dims }: Student,
   ): Promise<Pick<EvalLevel, 'tokensPerSecond' | 'timeRatio'>> {
     const batch = this.#batches[0];
     const segments = batch.sequences.length;
     const last = batch.offsets.slice(1).map((end) => end - 1);
     const common = { ...base(batch), last, sampling: new Float32Array(segments * 4) };
     const { signal } = this.#options;
-    const timed = async (program: Program, more: Record<string, TypedArray>): Promise<number> =>
-      (await program.run({ dims: packedDims(batch), feeds: { ...common, ...more }, signal })).ms;
+    const timed = async (program: Program, own: Pick<RunOptions, 'dims' | 'feeds'>): Promise<number> =>
+      (
+        await program.run({
+          dims: { ...packedDims(batch), ...own.dims },
+          feeds: { ...common, ...own.feeds },
+          signal,
+        })
+      ).ms;
 
     using program = compilePrefill(this.#network, this.#limits, select);
     using full = method === 'full' ? null : compilePrefill(this.#network, this.#limits, () => selectEverything);
-    const own = feeds(batch, 0);
+    const own = { dims, feeds: feeds(batch, 0) };
     const [ms, fullMs]: [number[], number[]] = [[], []];
     for (let i = 0; i <= timedRuns; i++) {
       const [a, b] = [full && (await timed(full, {})), await timed(program, own)];
@@ -486,87 +496,24 @@ interface Comparison {
   readonly sums: readonly Sums[];
 }
 
+/** What is compared with the full model. */
+interface Student {
+  readonly select: SelectorFactory;
+  readonly feeds: (batch: Batch, index: number) => Record<string, TypedArray>;
+  readonly dims: Readonly<Record<string, number>>;
+}
+
+const backbone: Student = { select: () => selectEverything, feeds: () => ({}), dims: {} };
+
+const without = (dropped: readonly string[]): Student => ({
+  ...backbone,
+  select: () => droppedSelector(new Set(dropped)),
+});
+
 interface DropStep {
   readonly dropped: readonly string[];
   readonly ratio: number;
 }
-
-/**
- * Cuts documents into sequences of at most `length` rows; every token but the first of a document is predicted exactly
- * once. Where the tokenizer begins texts with a BOS, every sequence begins with it and a document's first token counts.
- */
-function cut(network: Network, documents: readonly EvalDocument[], length: number, name: string): Sequence[] {
-  const { tokenizer, spec } = network;
-  const sequences: Sequence[] = [];
-  if (!Array.isArray(documents))
-    throw new InvalidArgumentError(`[evaluate] ${name} must be a list of texts or token ids`);
-  for (const document of documents) {
-    let ids: readonly number[];
-    let bytes = 0;
-    if (typeof document === 'string') {
-      if (!tokenizer)
-        throw new InvalidArgumentError('[evaluate] texts need a tokenizer, and this model has no tokenizer.json');
-      ids = tokenizer.encode(document);
-      bytes = Buffer.byteLength(document);
-    } else {
-      ids = document.ids;
-      bytes = document.bytes ?? 0;
-    }
-    const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= spec.vocab);
-    if (bad !== undefined) {
-      throw new InvalidDataError(
-        `[evaluate] ${name} has token id ${bad}; the model's vocabulary ends at ${spec.vocab - 1}`,
-      );
-    }
-    const bos = tokenizer?.bosId ?? null;
-    const begins = bos !== null && ids[0] === bos;
-    const predicted = ids.length - 1;
-    for (let at = 0; at < predicted; at += length) {
-      const end = Math.min(at + length, predicted);
-      const rows = ids.slice(at, end);
-      // Later sequences of a document start over from BOS instead of the token before.
-      const first = begins && at > 0 ? [bos, ...rows.slice(1)] : rows;
-      sequences.push({ ids: first, targets: ids.slice(at + 1, end + 1), bytes: (bytes * (end - at)) / predicted });
-    }
-  }
-  if (sequences.length === 0) throw new InvalidDataError(`[evaluate] ${name} holds no text to predict`);
-  return sequences;
-}
-
-const count = (s: Sequence): number => s.targets.length;
-
-/** The first sequences with at most `tokens` tokens; at least one. */
-function take(sequences: readonly Sequence[], tokens: number): Sequence[] {
-  let total = 0;
-  return sequences.filter((s, i) => {
-    total += count(s);
-    return i === 0 || total <= tokens;
-  });
-}
-
-function pack(sequences: readonly Sequence[], rows: number): Batch[] {
-  const batches: Batch[] = [];
-  for (let at = 0; at < sequences.length; ) {
-    let end = at;
-    for (let total = 0; end < sequences.length && (end === at || total + sequences[end].ids.length <= rows); end++) {
-      total += sequences[end].ids.length;
-    }
-    const chosen = sequences.slice(at, end);
-    const offsets = [0];
-    for (const s of chosen) offsets.push(offsets.at(-1)! + s.ids.length);
-    batches.push({
-      sequences: chosen,
-      ids: Int32Array.from(chosen.flatMap((s) => s.ids)),
-      positions: Int32Array.from(chosen.flatMap((s) => s.ids.map((_, i) => i))),
-      targets: Int32Array.from(chosen.flatMap((s) => s.targets)),
-      offsets: Int32Array.from(offsets),
-    });
-    at = end;
-  }
-  return batches;
-}
-
-const base = ({ ids, positions, offsets }: Batch) => ({ ids, positions, offsets });
 
 /** Without kl and agree the model is compared with itself. */
 function perSequence(batch: Batch, rows: { ce: TypedArray; kl: TypedArray | null; agree: TypedArray | null }): Sums[] {
@@ -593,6 +540,25 @@ function paired(a: readonly Sums[], b: readonly Sums[]): Sums[] {
     const named = (prefix: string, sums: Sums) => Object.entries(sums).map(([k, v]) => [`${prefix}.${k}`, v] as const);
     return Object.fromEntries([...named('a', s), ...named('b', b[i])]);
   });
+}
+
+/** Sequences at random that hold a share of all tokens, as nearly as whole ones do. */
+function randomSequences(
+  batches: readonly Batch[],
+  share: number,
+  seed: number,
+  router: number,
+): ReadonlySet<Sequence> {
+  const all = batches.flatMap(({ sequences }) => sequences);
+  const at = noise(seed, batches.length, router, all.length);
+  const order = [...all.keys()].sort((a, b) => at[a] - at[b]).map((i) => all[i]);
+  const wanted = share * sum(all, ({ ids }) => ids.length);
+  let tokens = 0;
+  const end = order.findIndex(({ ids }) => {
+    tokens += ids.length;
+    return tokens - ids.length / 2 > wanted;
+  });
+  return new Set(end < 0 ? order : order.slice(0, end));
 }
 
 /** Uniform scores, fresh for every batch and router. */

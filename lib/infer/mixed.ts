@@ -1,17 +1,18 @@
 // Sequences of one call packed into runs, each at its own budget, and what each of them cost.
-import { expertAxisOf, isExperts, routerId } from '../elastic/axes.js';
-import { loraFlops, type OperatingPoint } from '../elastic/budget.js';
-import { type Routing, routedLayers, routerPlaces } from '../elastic/policy.js';
-import { expertRowsOutput, thresholdFeed } from '../elastic/rows.js';
+import { axisTraits, expertAxisOf, isExperts, ofSequences, routerId } from '../elastic/axes.js';
+import type { OperatingPoint } from '../elastic/budget.js';
+import { loraFlops } from '../elastic/cost.js';
+import { type AttentionKeys, type Experts, keysOf, routerPlaces, rowAxisOf } from '../elastic/policy.js';
+import { type CachedKeys, cachedKeys, enteredOutput, expertRowsOutput, thresholdFeed } from '../elastic/rows.js';
 import type { RunResult } from '../graph/index.js';
-import { attentionFlops, causalPairs, feedForwardFlops, keyValueFlops } from '../model/flops.js';
+import { attentionFlops, causalPairs, feedForwardFlops, inWindow, keyValueFlops } from '../model/flops.js';
 import type { Place } from '../model/select.js';
-import type { ModelSpec } from '../model/spec.js';
+import { type LayerSpec, layerOf, type ModelSpec } from '../model/spec.js';
 import type { Network } from './network.js';
 import type { PackedBatch, PackedLimits } from './programs.js';
 
-/** What decides at the routers of a run (`thresholds` of policy.ts). */
-export type Decisions = Pick<OperatingPoint, 'full' | 'thresholds'>;
+/** What decides at the routers of a run (`thresholds` of policy.ts), and its widths. */
+export type Decisions = Pick<OperatingPoint, 'full' | 'thresholds' | 'widths'>;
 
 export interface Sequence {
   readonly ids: Int32Array;
@@ -25,18 +26,39 @@ const decision = ({ full, thresholds }: Decisions, id: string): number => (full 
 
 // Sequences may share a run when each gets there the bits that it gets alone. Tokens let in by a threshold of minus infinity
 // are as without a router, if its gate is 1; a sub-layer summed from all its experts is rounded otherwise than whole.
-// Corrections that a model was trained with are of every budget but full.
-function company({ policy, lora, loraAtFull }: Network, point: OperatingPoint): string {
+// Corrections that a model was trained with are of every budget but full. Widths are those of a run.
+function company({ policy, lora, loraAtFull }: Network, point: Decisions): string {
   if (!policy) return '';
   const kinds = routerPlaces(policy).map(({ id, layer, place, axis }) => {
     const at = decision(point, id);
     if (!isExperts(axis)) return policy.gate === 'straight-through' || at !== whole ? '' : 'whole';
-    // Rows that no token router lets in choose no expert.
-    const entersNone = at === absent && routedLayers(policy, place).includes(layer);
+    // Rows that no router of rows lets in choose no expert.
+    const entersNone = at === absent && rowAxisOf(policy, layer, place) !== null;
     return at === whole ? 'whole' : at === absent && !entersNone ? 'absent' : 'cut';
   });
-  return `${kinds}${lora && !loraAtFull && point.full ? ' full' : ''}`;
+  return `${kinds}${lora && !loraAtFull && point.full ? ' full' : ''} ${point.widths ?? ''}`;
 }
+
+/**
+ * Which sequences may share a run that appends to their caches. Rows that are keys whether or not they enter attention
+ * are so for all sequences of the run, and one whose budget leaves that attention out has no place for them.
+ */
+export function cachedCompany(network: Network, point: Decisions): string {
+  const { policy, spec } = network;
+  const layers = policy ? [...spec.perLayer.keys()].filter((layer) => keysOf(policy, layer) === 'all') : [];
+  const keys = layers.map((layer) => (keysAt(network, point, layer) ? 'keys' : 'none'));
+  return `${company(network, point)} ${keys}`;
+}
+
+/** What the caches hold of a layer's attention when a program decides so; null: it runs none, or uses keys of another. */
+export function keysAt({ spec, policy }: Network, { thresholds }: Decisions, layer: number): CachedKeys | null {
+  if (spec.perLayer[layer].keysOf !== null) return null;
+  return policy ? cachedKeys(policy, thresholds, layer, spec.kvHeads) : { parts: 1, everyRow: true };
+}
+
+/** Whether every row that runs has keys in each layer with attention. */
+export const keepsEveryRow = (network: Network, point: Decisions): boolean =>
+  network.spec.perLayer.every((_, layer) => keysAt(network, point, layer)?.everyRow ?? true);
 
 /** Indices of the sequences of each run, in the order given: as many together as the limits and their budgets allow. */
 export function packRuns(network: Network, sequences: readonly Sequence[], limits: PackedLimits): number[][] {
@@ -68,12 +90,13 @@ export function packedBatch(sequences: readonly Sequence[]): PackedBatch {
 /** What the program of a run must decide: where all its sequences are whole or none enters there is no router to run. */
 export function jointDecisions({ policy }: Network, sequences: readonly Sequence[]): Decisions {
   const full = sequences.every(({ point }) => point.full);
-  if (full) return { full, thresholds: new Map() };
+  if (full) return { full, thresholds: new Map(), widths: null };
+  const [{ point }] = sequences;
   const thresholds = routerPlaces(policy!).map(({ id }) => {
     const all = sequences.map(({ point }) => decision(point, id));
     return [id, all.every((t) => t === all[0] && !Number.isFinite(t)) ? all[0] : 0] as const;
   });
-  return { full, thresholds: new Map(thresholds) };
+  return { full, thresholds: new Map(thresholds), widths: point.widths };
 }
 
 /** Feeds of the routers of that program, f32 [segments] each: every sequence's own decision. */
@@ -94,48 +117,98 @@ export function decisionFeeds(
 }
 
 /**
+ * Rows that a run appended to the caches of each of its sequences, [layers * kvHeads] as in `SequenceKeys`.
+ *
+ * @param result of a program that records rows and experts, unless every row has keys
+ */
+export function appendedRows(
+  network: Network,
+  { offsets }: Pick<PackedBatch, 'offsets'>,
+  joint: Decisions,
+  { outputs }: Pick<RunResult, 'outputs'>,
+): Int32Array[] {
+  const { spec, policy } = network;
+  const result = Array.from({ length: offsets.length - 1 }, () => new Int32Array(spec.layers * spec.kvHeads));
+  for (let layer = 0; layer < spec.layers; layer++) {
+    const kept = keysAt(network, joint, layer);
+    if (!kept) continue;
+    const rows = outputs[enteredOutput(layer, 'attn')] as Int32Array | undefined;
+    const entered = rows ? segmentsOf(rows, offsets) : offsets;
+    const ofEntered = rows && keysOf(policy!, layer) === 'selected' ? entered : offsets;
+    const own = policy?.heads?.keys === 'selected' ? expertRows(outputs, layer, 'attn') : [];
+    for (let part = 0; part < kept.parts; part++) {
+      const ends = own.length > 0 ? segmentsOf(own[part], entered) : ofEntered;
+      for (const [s, appended] of result.entries()) appended[layer * spec.kvHeads + part] = ends[s + 1] - ends[s];
+    }
+  }
+  return result;
+}
+
+/** What else a run did that continued sequences from caches. */
+interface Continued {
+  /** Rows of sequence s whose logits were computed. */
+  headRows(s: number): number;
+  /** Rows that its caches held before, of a part of a layer's heads of keys. */
+  cached(s: number, layer: number, part: number): number;
+}
+
+/**
  * Divides the counters of a run among its sequences: rows are those the program's outputs list, FLOPs of a sub-layer are
  * divided as its rows cost (of corrections, nearly so).
  *
  * @param joint what the run's program decided
  * @param result of a program whose selector records rows and experts (`recordedSelector`, `recordedExperts`)
+ * @param continued of a program with caches; else logits are those of all rows
  */
 export function sequenceCounters(
   { spec, policy, lora }: Network,
-  { offsets }: PackedBatch,
+  { offsets }: Pick<PackedBatch, 'offsets'>,
   joint: Decisions,
-  { counters, outputs }: RunResult,
+  { counters, outputs }: Pick<RunResult, 'counters' | 'outputs'>,
+  continued?: Continued,
 ): RunResult['counters'][] {
+  const cached: Continued['cached'] = (...of) => continued?.cached(...of) ?? 0;
   const lengths = Array.from({ length: offsets.length - 1 }, (_, s) => offsets[s + 1] - offsets[s]);
   const result: RunResult['counters'][] = lengths.map(() => ({}));
   for (const [tag, total] of Object.entries(counters)) {
     const [, number, place, part] = /^L(\d+)\.(attn|mlp)(.*)$/.exec(tag) ?? [];
     const layer = Number(number);
-    const rows = place === undefined ? undefined : (outputs[routerId(layer, place as Place)] as Int32Array | undefined);
+    const rows =
+      place === undefined ? undefined : (outputs[enteredOutput(layer, place as Place)] as Int32Array | undefined);
+    const axis = place === undefined || !policy ? null : rowAxisOf(policy, layer, place as Place);
     const entered = rows ? segmentsOf(rows, offsets) : offsets;
     const experts = expertRows(outputs, layer, place as Place | undefined).map((chosen) => ({
       ...{ chosen, at: segmentsOf(chosen, entered) },
     }));
+    const units = joint.widths?.[layer] ?? spec.perLayer[layer]?.ffn;
+    const sizes = { ...layerOf(spec, layer), ffn: units };
     const costs = lengths.map((length, s): { rows: number; flops: number } => {
       const own = rows?.subarray(entered[s], entered[s + 1]) ?? null;
-      const n = own?.length ?? length;
+      const n = own?.length ?? (tag === 'head' && continued ? continued.headRows(s) : length);
+      const keys = own && keysOf(policy!, layer);
       if (part?.startsWith('/')) {
         const uses = experts.map(({ chosen, at }) => chosen.subarray(at[s], at[s + 1]).map((row) => row - entered[s]));
         const count = uses.reduce((sum, use) => sum + use.length, 0);
-        const cost = (use: Int32Array) => headsFlops(spec, policy!, use, own, offsets[s]);
-        return { rows: count, flops: place === 'mlp' ? count : uses.reduce((sum, use) => sum + cost(use), 0) };
+        const cost = (use: Int32Array, expert: number) => {
+          const before = cached(s, layer, Math.floor((expert * spec.kvHeads) / uses.length));
+          return headsFlops(sizes, policy!.heads!, keys, use, own, offsets[s], before);
+        };
+        return { rows: count, flops: place === 'mlp' ? count : uses.reduce((sum, use, e) => sum + cost(use, e), 0) };
       }
-      const shares = { layer, place: place as Place, tokens: n / length, experts: 1 };
+      const shares = { layer, place: place as Place, tokens: n / length, experts: 1, units };
       const corrections = policy?.lora && lora && !joint.full ? loraFlops(spec, policy, shares, length) : 0;
       if (place === undefined || part !== '') return { rows: n, flops: n };
-      const router = own ? 2 * length * spec.hidden : 0;
+      const decides = own !== null && axisTraits[axis!].places[0] === place;
+      const router = decides ? 2 * (ofSequences(axis!) ? 1 : length) * spec.hidden : 0;
       if (experts.length > 0) {
         const choice = 2 * n * spec.hidden * experts.length;
-        const keys = own && policy!.tokens.attn?.keys === 'all' ? length : n;
-        const shared = place === 'attn' && policy!.heads!.keys !== 'selected' ? keyValueFlops(spec, keys) : 0;
+        const withKeys = keys === 'all' ? length : n;
+        const shared = place === 'attn' && policy!.heads!.keys !== 'selected' ? keyValueFlops(spec, withKeys) : 0;
         return { rows: n, flops: router + choice + shared };
       }
-      const dense = place === 'attn' ? attention(spec, policy, length, own, offsets[s]) : feedForwardFlops(spec, n);
+      const before = place === 'attn' ? cached(s, sizes.keysOf ?? layer, 0) : 0;
+      const dense =
+        place === 'attn' ? attention(sizes, keys, length, own, offsets[s], before) : feedForwardFlops(sizes, n);
       return { rows: n, flops: router + dense + corrections };
     });
     const all = costs.reduce((sum, { flops }) => sum + flops, 0);
@@ -171,39 +244,44 @@ function segmentsOf(rows: Int32Array, offsets: Int32Array): Int32Array {
 /**
  * FLOPs of one of the experts of an attention in one sequence.
  *
+ * @param ofRows which rows have keys where not all enter
  * @param chosen the rows that chose it, counted among those that entered
  * @param own those that entered; null: all
  * @param start the sequence's first row
+ * @param cached rows that its part of the cache held before
  */
 function headsFlops(
-  { hidden, heads, headDim }: ModelSpec,
-  policy: Pick<Routing, 'tokens' | 'heads'>,
+  { hidden, heads, headDim, window }: ModelSpec & LayerSpec,
+  { count, keys }: Experts,
+  ofRows: AttentionKeys | null,
   chosen: Int32Array,
   own: Int32Array | null,
   start: number,
+  cached: number,
 ): number {
   const n = chosen.length;
-  const { count, keys } = policy.heads!;
   const units = (heads / count) * headDim;
   const products = 2 * n * hidden * 2 * units;
-  if (keys === 'selected') return products + 2 * n * hidden * 2 * headDim + 4 * units * causalPairs([n]);
-  const seen = own && policy.tokens.attn!.keys === 'all' ? (at: number) => own[at] - start : (at: number) => at;
-  return products + 4 * units * chosen.reduce((sum, at) => sum + seen(at) + 1, 0);
+  if (keys === 'selected')
+    return products + 2 * n * hidden * 2 * headDim + 4 * units * causalPairs([n], [cached], window);
+  const seen = own && ofRows === 'all' ? (at: number) => own[at] - start : (at: number) => at;
+  return products + 4 * units * chosen.reduce((sum, at) => sum + inWindow(cached + seen(at) + 1, window), 0);
 }
 
-/** FLOPs of the attention of one sequence of `length` rows, of which `rows` enter; null: all. */
+/** FLOPs of the attention of one sequence of `length` rows after `cached` ones, of which `rows` enter; null: all. */
 function attention(
-  spec: ModelSpec,
-  policy: Pick<Routing, 'tokens'> | null,
+  spec: ModelSpec & LayerSpec,
+  keys: AttentionKeys | null,
   length: number,
   rows: Int32Array | null,
   start: number,
+  cached: number,
 ): number {
-  if (!rows) return attentionFlops(spec, [length]);
-  if (policy!.tokens.attn!.keys === 'selected') return attentionFlops(spec, [rows.length]);
+  if (!rows) return attentionFlops(spec, [length], [cached]);
+  if (keys === 'selected') return attentionFlops(spec, [rows.length], [cached]);
   // A query sees every row up to its own; rows that are no queries have keys and values all the same.
-  const pairs = rows.reduce((sum, row) => sum + row - start + 1, 0);
+  const pairs = rows.reduce((sum, row) => sum + inWindow(cached + row - start + 1, spec.window), 0);
   const scores = 4 * spec.headDim * spec.heads;
-  const own = attentionFlops(spec, [rows.length]) - scores * causalPairs([rows.length]);
+  const own = attentionFlops(spec, [rows.length]) - scores * causalPairs([rows.length], [], spec.window);
   return own + scores * pairs + keyValueFlops(spec, length - rows.length);
 }

@@ -3,17 +3,21 @@ import type { Budget, BudgetContext, OperatingPoint } from '../elastic/budget.js
 import { routerParameters } from '../elastic/policy.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
+import { encoderParameters } from '../model/encoder_weights.js';
 import { forwardFlops } from '../model/flops.js';
+import { isEncoderConfig } from '../model/spec.js';
 import { parameterPlan } from '../model/weights.js';
-import { DisposedError, InvalidArgumentError, InvalidDataError } from '../native/errors.js';
+import { DisposedError, InvalidArgumentError } from '../native/errors.js';
 import type { TypedArray } from '../native/index.js';
-import { SessionPool } from './cache.js';
-import { ComputeMeter } from './compute.js';
-import { generate, promptIds } from './generate.js';
+import { ComputeMeter, requireNumbers } from './compute.js';
+import { Encoder } from './encoder.js';
+import { type EncoderNetwork, loadEncoder } from './encoder_network.js';
+import { type Engine, generate, prefill, promptIds } from './generate.js';
 import { decisionFeeds, jointDecisions, packedBatch, packRuns, type Sequence, sequenceCounters } from './mixed.js';
-import { loadNetwork, type Network, resolveFor } from './network.js';
+import { defaultBudget, loadNetwork, type Network, readModelConfig, resolveFor } from './network.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import {
+  budgetDims,
   budgetSelector,
   compileCountedScore,
   compileLogits,
@@ -22,65 +26,90 @@ import {
   ProgramCache,
   packedDims,
 } from './programs.js';
+import { Scheduler } from './scheduler.js';
+import { SequenceState } from './state.js';
 import { choosesTokens, type ElasticTrace, traceOf } from './trace.js';
-import type { ComputeReport, GenerateOptions, GenerateStream, LoadOptions, ModelInfo, ScoreResult } from './types.js';
+import type {
+  ClassifyOptions,
+  ClassifyResult,
+  ComputeReport,
+  EmbedOptions,
+  EmbedResult,
+  GenerateOptions,
+  GenerateStream,
+  LoadOptions,
+  ModelInfo,
+  ModelLoad,
+  PrefillOptions,
+  ScoreResult,
+  TextInput,
+} from './types.js';
 
 const compilers = { logits: compileLogits, trace: compileTrace };
 type Api = keyof typeof compilers;
 /** Most texts of one run of `score`. */
 const scoredSegments = 64;
 
-interface CallOptions {
+/** Options of `logits` and `trace`. */
+export interface CallOptions {
   /** Default 'full'. */
   budget?: Budget;
   signal?: AbortSignal;
 }
 
-interface ScoreOptions extends Omit<CallOptions, 'budget'> {
+/** Options of `score`. */
+export interface ScoreOptions extends Omit<CallOptions, 'budget'> {
   /** One for all texts, or one for each. Default 'full'. */
   budget?: Budget | readonly Budget[];
 }
 
 /**
- * Loads a Hugging Face directory (Llama family or GPT-2) or one that `elastify` or `distill` wrote. Weights are mapped
+ * Loads a Hugging Face directory (Llama, Qwen or Gemma family, GPT-2, or an encoder: BERT, RoBERTa, DistilBERT) or one that `elastify` or `distill` wrote. Weights are mapped
  * and shared by all budgets. Dispose of the model when done, or declare it with `await using`.
  *
  * @throws InvalidFileError, InvalidDataError: a file is missing, corrupt or of an unknown kind; the message names it.
  * @throws InvalidArgumentError: unknown option or value out of range.
  */
 export async function loadModel(dir: string, options: LoadOptions = {}): Promise<ElasticModel> {
-  return new ElasticModel(await loadNetwork(dir, options));
+  const start = await readModelConfig(dir, options);
+  const load = isEncoderConfig(start.config) ? loadEncoder : loadNetwork;
+  return new ElasticModel(await load(dir, options, start));
 }
 
-export class ElasticModel implements AsyncDisposable {
-  readonly info: ModelInfo;
-  /** What the model is loaded as: specification, weights, engine, tokenizer. */
+/** A decoder, and what its calls keep. */
+interface Decoder {
   readonly network: Network;
-  readonly #sessions: SessionPool;
-  readonly #programs = new ProgramCache();
+  readonly generation: Engine;
+  readonly programs: ProgramCache;
+}
+
+/** A loaded model, made by `loadModel`. Its calls may overlap: generations run together, others take turns. */
+export class ElasticModel implements AsyncDisposable {
+  /** What the model is. */
+  readonly info: ModelInfo;
+  readonly #model: Decoder | Encoder;
   readonly #closed = new AbortController();
 
-  constructor(network: Network) {
-    this.network = network;
-    this.#sessions = new SessionPool(network);
-    const { spec, policy } = network;
-    this.info = {
-      task: 'causal-lm',
-      architecture: spec.family,
-      layers: spec.layers,
-      hidden: spec.hidden,
-      ffn: spec.ffn,
-      heads: spec.heads,
-      kvHeads: spec.kvHeads,
-      vocab: spec.vocab,
-      maxPositions: spec.maxPositions,
-      maxContext: network.maxContext,
-      parameters: parameterPlan(spec).size,
-      elastic: policy !== null,
-      calibrated: policy?.calibration != null,
-      routerParameters: policy ? routerParameters(policy) : 0,
-      levels: policy?.levels ?? [],
-    };
+  /** @internal Made by `loadModel`. */
+  constructor(network: Network | EncoderNetwork) {
+    this.#model = isEncoder(network)
+      ? new Encoder(network)
+      : {
+          network,
+          generation: { network, scheduler: new Scheduler(network), closed: this.#closed.signal },
+          programs: new ProgramCache(network),
+        };
+    this.info = infoOf(network);
+  }
+
+  /** @internal What a decoder is loaded as: specification, weights, engine, tokenizer. */
+  get network(): Network {
+    return this.#decoder('model').network;
+  }
+
+  /** @internal What a decoder or an encoder is loaded as. */
+  get loaded(): Network | EncoderNetwork {
+    return this.#model.network;
   }
 
   /**
@@ -89,20 +118,39 @@ export class ElasticModel implements AsyncDisposable {
    * @throws InvalidArgumentError when the model cannot run at that budget.
    */
   resolve(budget: Budget, options: Omit<BudgetContext, 'profile'> = {}): OperatingPoint {
+    const { network } = this.#decoder('resolve');
     checkOptions('resolve', options, ['length', 'maxTokens']);
     for (const name of ['length', 'maxTokens'] as const)
       checkNumber('resolve', name, options[name], positiveInteger, 'a positive integer');
-    return resolveFor(this.network, budget, options);
+    return resolveFor(network, budget, options);
   }
 
   /**
-   * Generates text after `prompt`, a text or token ids; an empty one starts a new text. Begins at once.
+   * Generates text after `prompt`, a text or token ids; an empty one starts a new text. Begins at once, or when others have
+   * made room; generations at once share runs, each with the result that it has alone.
    * @throws InvalidArgumentError: unknown option, value out of range, token id past the vocabulary, prompt longer than
-   * the context.
+   * the context, more tokens than `kvCacheBytes` holds keys of.
    */
   generate(prompt: string | readonly number[], options: GenerateOptions = {}): GenerateStream {
     this.#alive('generate');
-    return generate(this.network, this.#sessions, prompt, options, this.#closed.signal);
+    return generate(this.#decoder('generate').generation, prompt, options);
+  }
+
+  /**
+   * Reads a text and keeps it, to be continued once or, forked, in several ways. Dispose of it when done.
+   * @throws InvalidArgumentError: as `generate`.
+   * @throws OutOfMemoryError: states that are kept leave too little room.
+   */
+  async prefill(prompt: string | readonly number[], options: PrefillOptions = {}): Promise<SequenceState> {
+    this.#alive('prefill');
+    const { generation } = this.#decoder('prefill');
+    const { usage, ...held } = await prefill(generation, prompt, options);
+    return new SequenceState(generation, held, usage);
+  }
+
+  /** What the model is generating now, and the memory that takes. */
+  load(): ModelLoad {
+    return this.#decoder('load').generation.scheduler.load;
   }
 
   /**
@@ -111,8 +159,9 @@ export class ElasticModel implements AsyncDisposable {
    */
   async score(inputs: readonly (string | readonly number[])[], options: ScoreOptions = {}): Promise<ScoreResult[]> {
     this.#alive('score');
+    const { network, programs } = this.#decoder('score');
     checkOptions('score', options, ['budget', 'signal']);
-    const { budget = 'full', signal } = options;
+    const { budget = defaultBudget(network), signal } = options;
     const requested = Array.isArray(budget) ? (budget as readonly Budget[]) : inputs.map(() => budget as Budget);
     if (requested.length !== inputs.length) {
       throw new InvalidArgumentError(
@@ -120,14 +169,13 @@ export class ElasticModel implements AsyncDisposable {
       );
     }
     const sequences = inputs.map((input, i) => this.#sequence('score', input, requested[i]));
-    const { network } = this;
     const limits = { rows: network.maxContext, segments: scoredSegments };
     const results = new Array<ScoreResult>(inputs.length);
     for (const run of packRuns(network, sequences, limits)) {
       const members = run.map((i) => sequences[i]);
       const batch = packedBatch(members);
       const joint = jointDecisions(network, members);
-      const program = this.#programs.get('score', joint, () =>
+      const program = programs.get('score', joint, () =>
         compileCountedScore(network, limits, (graph, _, segments) => budgetSelector(graph, network, joint, segments)),
       );
       const rows = batch.ids.length;
@@ -135,7 +183,8 @@ export class ElasticModel implements AsyncDisposable {
       const targets = Int32Array.from(batch.ids, (_, i) => batch.ids[i + 1] ?? -1);
       const feeds = { ...batch, ...decisionFeeds(network, joint, members), targets, weight: new Float32Array(rows) };
       const started = performance.now();
-      const result = await program.run({ dims: packedDims(batch), feeds, signal });
+      const dims = { ...packedDims(batch), ...budgetDims(network, joint) };
+      const result = await program.run({ dims, feeds, signal });
       const ms = performance.now() - started;
       const ce = result.outputs.ce as Float32Array;
       requireNumbers('score', ce);
@@ -144,15 +193,57 @@ export class ElasticModel implements AsyncDisposable {
         const { ids, point } = members[s];
         const at = batch.offsets[s];
         const logprobs = Float32Array.from(ids, (_, t) => (t === 0 ? Number.NaN : -ce[at + t - 1]));
-        const compute = this.#report(requested[i], point, counters[s], ids.length, { ms, rows });
-        results[i] = { tokens: [...ids], logprobs, usage: { inputTokens: ids.length, outputTokens: 0, compute } };
+        const compute = this.#report(requested[i], point, { ...result, counters: counters[s] }, ids.length, {
+          ms,
+          rows,
+        });
+        results[i] = {
+          tokens: [...ids],
+          logprobs,
+          usage: { inputTokens: ids.length, cachedTokens: 0, outputTokens: 0, compute },
+        };
       }
     }
     return results;
   }
 
-  /** Logits of every position: f32 [tokens, vocab], row by row. */
-  async logits(input: string | readonly number[], options: CallOptions = {}): Promise<Float32Array> {
+  /**
+   * The class of every text, or pair of texts, by a model with a classifier. Texts run together; each gets the bits that it
+   * gets alone. What is longer than the context is cut, of a pair the longer text first.
+   *
+   * @throws InvalidArgumentError: the model has no classifier, a text is empty, unknown option or value out of range.
+   */
+  async classify(inputs: string | readonly TextInput[], options: ClassifyOptions = {}): Promise<ClassifyResult[]> {
+    return this.#encoder('classify').classify(textsOf(inputs), options);
+  }
+
+  /**
+   * One vector for every text, by an encoder. Texts run together; each gets the bits that it gets alone. What is longer than
+   * the context is cut.
+   *
+   * @throws InvalidArgumentError: the model is no encoder, a text is empty, unknown option or value out of range.
+   */
+  async embed(inputs: string | readonly TextInput[], options: EmbedOptions = {}): Promise<EmbedResult> {
+    return this.#encoder('embed').embed(textsOf(inputs), options);
+  }
+
+  /** Features that an encoder computes of every token, special ones included: f32 [tokens, hidden], row by row. */
+  async features(input: TextInput, options: Omit<CallOptions, 'budget'> = {}): Promise<Float32Array> {
+    const encoder = this.#encoder('features');
+    checkOptions('features', options, ['signal']);
+    return encoder.features(input, options.signal);
+  }
+
+  /**
+   * Logits of every position: f32 [tokens, vocab], row by row. Of a classifier: f32 [classes]. Encoders read pairs, too, and
+   * no budget.
+   */
+  async logits(input: TextInput, options: CallOptions = {}): Promise<Float32Array> {
+    if (this.#model instanceof Encoder) {
+      const encoder = this.#encoder('logits');
+      checkOptions('logits', options, ['signal']);
+      return encoder.logits(input, options.signal);
+    }
     const { run } = this.#forward('logits', input, options);
     const logits = (await run({})).outputs.logits as Float32Array;
     requireNumbers('logits', logits);
@@ -165,19 +256,24 @@ export class ElasticModel implements AsyncDisposable {
    */
   async trace(input: string | readonly number[], options: CallOptions = {}): Promise<ElasticTrace> {
     const { ids, point, run } = this.#forward('trace', input, options);
-    const outputs = choosesTokens(this.network, point) ? (await run({})).outputs : {};
-    return traceOf(this.network, ids, point, outputs);
+    const { network } = this.#decoder('trace');
+    const outputs = choosesTokens(network, point) ? (await run({})).outputs : {};
+    return traceOf(network, ids, point, outputs);
   }
 
   /** Ends what runs and frees the model. Generations under way finish with reason 'abort'. */
   async dispose(): Promise<void> {
     if (this.#closed.signal.aborted) return;
-    this.#closed.abort();
-    this.#sessions.dispose();
-    this.#programs.dispose();
-    this.network.dispose();
+    this.#closed.abort(new DisposedError('[model] it was disposed'));
+    if (this.#model instanceof Encoder) this.#model.dispose();
+    else {
+      this.#model.generation.scheduler.dispose();
+      this.#model.programs.dispose();
+      this.#model.network.dispose();
+    }
   }
 
+  /** The same as `dispose()`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.dispose();
   }
@@ -186,31 +282,50 @@ export class ElasticModel implements AsyncDisposable {
     if (this.#closed.signal.aborted) throw new DisposedError(`[${api}] the model was disposed`);
   }
 
+  #decoder(api: string): Decoder {
+    if (!(this.#model instanceof Encoder)) return this.#model;
+    const { dir, spec } = this.#model.network;
+    throw new InvalidArgumentError(
+      `[${api}] ${dir} is an encoder (${spec.type}, ${spec.encoder.task}), and this needs a decoder; encoders run classify and embed`,
+    );
+  }
+
+  #encoder(api: string): Encoder {
+    this.#alive(api);
+    if (this.#model instanceof Encoder) return this.#model;
+    const { dir, spec } = this.#model.network;
+    throw new InvalidArgumentError(
+      `[${api}] ${dir} is a decoder (${spec.type}, causal-lm), and this needs an encoder; decoders run generate and score`,
+    );
+  }
+
   /** The ids of a text that fits the context, and what its budget means for it. */
-  #sequence(api: string, input: string | readonly number[], budget: Budget): Sequence {
-    const { network } = this;
-    const ids = promptIds(network, input);
+  #sequence(api: string, input: TextInput, budget: Budget): Sequence {
+    const { network } = this.#decoder(api);
+    const ids = promptIds(network, input as string | readonly number[]);
     if (ids.length > network.maxContext) {
       throw new InvalidArgumentError(`[${api}] ${ids.length} tokens do not fit the context of ${network.maxContext}`);
     }
     return { ids, point: resolveFor(network, budget, { length: ids.length }) };
   }
 
-  #forward(api: Api, input: string | readonly number[], options: CallOptions) {
+  #forward(api: Api, input: TextInput, options: CallOptions) {
     this.#alive(api);
+    const { network } = this.#decoder(api);
     checkOptions(api, options, ['budget', 'signal']);
-    const { ids, point } = this.#sequence(api, input, options.budget ?? 'full');
+    const { ids, point } = this.#sequence(api, input, options.budget ?? defaultBudget(network));
     const batch = packedBatch([{ ids, point }]);
+    const dims = { ...packedDims(batch), ...budgetDims(network, point) };
     const feeds = { ...batch, ...thresholdFeeds(point.thresholds, 1) };
     const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
-      this.#program(api, point).run({ dims: packedDims(batch), feeds: { ...feeds, ...more }, signal: options.signal });
+      this.#program(api, point).run({ dims, feeds: { ...feeds, ...more }, signal: options.signal });
     return { ids, point, run };
   }
 
   #program(api: Api, point: OperatingPoint): Program {
-    const { network } = this;
+    const { network, programs } = this.#decoder(api);
     const limits: PackedLimits = { rows: network.maxContext, segments: 1 };
-    return this.#programs.get(api, point, () =>
+    return programs.get(api, point, () =>
       compilers[api](network, limits, (graph, _rows, segments) => budgetSelector(graph, network, point, segments)),
     );
   }
@@ -219,12 +334,12 @@ export class ElasticModel implements AsyncDisposable {
   #report(
     requested: Budget,
     point: OperatingPoint,
-    counters: RunResult['counters'],
+    result: Pick<RunResult, 'counters' | 'dims'>,
     rows: number,
     run: { ms: number; rows: number },
   ): ComputeReport {
-    const meter = new ComputeMeter(this.network.spec.layers);
-    meter.add({ counters }, rows);
+    const meter = new ComputeMeter(this.network.spec);
+    meter.add(result, rows);
     const flopsFull = forwardFlops(this.network.spec, [rows]).total;
     return {
       requested,
@@ -234,14 +349,38 @@ export class ElasticModel implements AsyncDisposable {
       flopsFull,
       ratio: meter.flops / flopsFull,
       layersRun: meter.layersRun(),
-      ms: { prefill: run.ms, decode: 0, total: run.ms },
+      ms: { queue: 0, prefill: run.ms, decode: 0, total: run.ms },
       tokensPerSecond: run.ms > 0 ? (run.rows / run.ms) * 1000 : null,
     };
   }
 }
 
-/** NaN comes from the weights: no other input of these calls is a float. */
-function requireNumbers(api: string, values: Float32Array): void {
-  if (values.includes(Number.NaN))
-    throw new InvalidDataError(`[${api}] the model computes NaN: its weights are damaged`);
+const isEncoder = (network: Network | EncoderNetwork): network is EncoderNetwork => network.spec.encoder !== null;
+
+/** A text alone is a list of one. */
+const textsOf = (inputs: string | readonly TextInput[]): readonly TextInput[] =>
+  typeof inputs === 'string' ? [inputs] : inputs;
+
+function infoOf(network: Network | EncoderNetwork): ModelInfo {
+  const { spec } = network;
+  const policy = isEncoder(network) ? null : network.policy;
+  return {
+    task: spec.encoder?.task ?? 'causal-lm',
+    architecture: spec.type,
+    layers: spec.layers,
+    hidden: spec.hidden,
+    ffn: spec.ffn,
+    heads: spec.heads,
+    kvHeads: spec.kvHeads,
+    labels: spec.encoder?.labels ?? [],
+    vocab: spec.vocab,
+    maxPositions: spec.maxPositions,
+    maxContext: network.maxContext,
+    parameters: isEncoder(network) ? encoderParameters(network.spec) : parameterPlan(spec).size,
+    weightBytes: network.weightBytes,
+    elastic: policy !== null,
+    calibrated: policy?.calibration != null || policy?.nested !== undefined,
+    routerParameters: policy ? routerParameters(policy) : 0,
+    levels: policy?.levels ?? [],
+  };
 }

@@ -1,10 +1,11 @@
 // A loaded model: mapped weights, routers and tokenizer on one engine, shared by everything that runs it.
 import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
-import { type Budget, type BudgetContext, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import { type Budget, type BudgetContext, budgetText, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
 import { LoraTensors, loraOfModules } from '../elastic/lora.js';
 import type { ElasticPolicy } from '../elastic/policy.js';
 import { type MeasuredOn, Profiles } from '../elastic/profile.js';
+import { decidingRows } from '../elastic/rows.js';
 import { adapterDirectory, readElastic } from '../elastic/store.js';
 import { readJson } from '../io/files.js';
 import { readPeft } from '../io/peft.js';
@@ -14,12 +15,14 @@ import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { type DecoderTensors, loadWeights } from '../model/weights.js';
 import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 import { Engine, loadAddon, Tensor } from '../native/index.js';
+import { defaultCacheBytes } from './cache.js';
 import { measuredOn } from './machine.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import type { Dtype, LoadOptions } from './types.js';
 
-/** Contexts are no longer than this unless asked for: caches are allocated for all of it. */
+/** Contexts are no longer than this unless asked for: a cache holds all of one. */
 const defaultContext = 4096;
+const defaultSequences = 32;
 const dtypes: readonly Dtype[] = ['f32', 'bf16', 'f16'];
 
 export interface RouterTensors {
@@ -29,12 +32,25 @@ export interface RouterTensors {
   readonly bias: Tensor;
 }
 
+/** What generations of a model may take together. */
+export interface GenerationLimits {
+  readonly maxSequences: number;
+  readonly maxBatchTokens: number;
+  readonly kvCacheBytes: number;
+  /** Tokens of a prompt that one run reads at most. */
+  readonly chunkRows: number;
+}
+
 export interface Network {
   readonly dir: string;
   readonly spec: ModelSpec;
   readonly engine: Engine;
   readonly weights: DecoderTensors;
   readonly policy: ElasticPolicy | null;
+  /** What runs when no budget is named: the full model, or the level it was loaded up to. */
+  readonly most: OperatingPoint;
+  /** Bytes of the weights that are loaded. */
+  readonly weightBytes: number;
   /** By router id; empty for a plain model. */
   readonly routers: ReadonlyMap<string, RouterTensors>;
   /** Corrections of projections, and whether the full budget has them, too: not those it was trained with. */
@@ -46,6 +62,7 @@ export interface Network {
   /** Tokens that end a text. */
   readonly endIds: ReadonlySet<number>;
   readonly maxContext: number;
+  readonly limits: GenerationLimits;
   /** What was measured of this model's levels, here or on other machines. */
   readonly profiles: Profiles;
   /** What times measured now depend on. */
@@ -53,50 +70,48 @@ export interface Network {
   dispose(): void;
 }
 
-/** What a budget means for a model on its device. Errors: those of resolveBudget. */
+/**
+ * What a budget means for a model on its device.
+ * Errors: those of resolveBudget; InvalidArgumentError for widths of which the units were not loaded.
+ */
 export function resolveFor(network: Network, budget: Budget, context: Omit<BudgetContext, 'profile'>): OperatingPoint {
+  const { spec, policy, most } = network;
   const profile = () => network.profiles.of(network.measuredOn());
-  return resolveBudget(budget, network.spec, network.policy, { ...context, profile });
+  const point = resolveBudget(budget, spec, policy, { ...context, profile });
+  const wider = most.widths?.findIndex((units, layer) => (point.widths?.[layer] ?? spec.ffn) > units) ?? -1;
+  if (wider >= 0) {
+    const [asked, loaded] = [point.widths?.[wider] ?? spec.ffn, most.widths![wider]];
+    throw new InvalidArgumentError(
+      `[budget] ${budgetText(budget)} runs ${asked} units of layer ${wider}, and the model was loaded with ${loaded}, up to maxLevel '${most.level}'`,
+    );
+  }
+  return point;
 }
+
+/** Throws InvalidArgumentError for a model that was loaded up to a level: what compares with the full model needs all of it. */
+export function requireWhole(api: string, { most }: Network): void {
+  if (!most.widths) return;
+  throw new InvalidArgumentError(
+    `[${api}] the full model is needed, and this one was loaded up to maxLevel '${most.level}'`,
+  );
+}
+
+/** The budget of calls that name none. */
+export const defaultBudget = ({ most }: Network): Budget => most.level ?? 'full';
 
 /**
  * Maps a Hugging Face or elastic directory. Errors: InvalidFileError or InvalidDataError naming the file and what is
  * wrong with it, InvalidArgumentError for an unknown option or a value out of range, AbortError.
  */
-export async function loadNetwork(dir: string, options: LoadOptions = {}): Promise<Network> {
-  checkOptions('loadModel', options, [
-    'dtype',
-    'adapter',
-    'device',
-    'activations',
-    'maxContext',
-    'threads',
-    'onProgress',
-    'signal',
-  ]);
-  const { dtype, threads, onProgress, signal } = options;
-  if (dtype !== undefined && !dtypes.includes(dtype)) {
-    throw new InvalidArgumentError(`[loadModel] dtype must be one of ${dtypes.join(', ')}, got ${String(dtype)}`);
-  }
-  checkNumber('loadModel', 'threads', threads, positiveInteger, 'a positive integer');
-  checkNumber('loadModel', 'maxContext', options.maxContext, positiveInteger, 'a positive integer');
-  const phases = ['config', 'weights', 'tokenizer'];
-  const progress = (done: number): void => {
-    signal?.throwIfAborted();
-    onProgress?.({ phase: phases[done] ?? 'ready', done, total: phases.length });
-  };
-
-  progress(0);
-  if (!existsSync(dir)) throw new InvalidFileError(`[loadModel] ${dir} does not exist; expected a model directory`);
-  const configPath = join(dir, 'config.json');
-  const config = await readJson(configPath);
+export async function loadNetwork(dir: string, options: LoadOptions = {}, start?: ModelStart): Promise<Network> {
+  const { config, configPath, progress } = start ?? (await readModelConfig(dir, options));
+  const { dtype, threads } = options;
   const spec = specFromConfig(config, configPath);
-  if (options.maxContext !== undefined && options.maxContext > spec.maxPositions) {
-    throw new InvalidArgumentError(
-      `[loadModel] maxContext must be at most ${spec.maxPositions}, the model's positions, got ${options.maxContext}`,
-    );
-  }
+  checkContext(spec, options);
   const elastic = await readElastic(dir);
+  const maxContext = options.maxContext ?? Math.min(spec.maxPositions, defaultContext);
+  const limits = limitsOf(options, { spec, policy: elastic?.policy ?? null, maxContext });
+  const most = mostOf(options.maxLevel, spec, elastic?.policy ?? null, dir);
 
   progress(1);
   const owned: { dispose(): void }[] = [];
@@ -106,7 +121,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
   try {
     const checkpoint = Checkpoint.open(dir);
     owned.push(checkpoint);
-    const loaded = loadWeights(spec, checkpoint, { dtype });
+    const loaded = loadWeights(spec, checkpoint, { dtype, ...(most.widths && { widths: most.widths }) });
     owned.push(loaded);
     const routers = new Map<string, RouterTensors>();
     for (const [id, router] of elastic?.routers ?? []) {
@@ -141,20 +156,99 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}): Promi
       engine,
       weights: loaded.weights,
       policy: elastic?.policy ?? null,
+      most,
+      weightBytes: loaded.bytes,
       routers,
       lora,
       loraAtFull: adapter !== undefined,
       tokenizer,
       ...ids,
-      profiles: await Profiles.read(dir),
+      profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256),
       measuredOn: () => measuredOn(engine, loaded.dtype),
-      maxContext: options.maxContext ?? Math.min(spec.maxPositions, defaultContext),
+      maxContext,
+      limits,
       dispose,
     };
   } catch (error) {
     dispose();
     throw error;
   }
+}
+
+function limitsOf(options: LoadOptions, model: Pick<Network, 'spec' | 'policy' | 'maxContext'>): GenerationLimits {
+  const { maxBatchTokens: asked = Number.POSITIVE_INFINITY } = options;
+  const maxSequences = options.maxSequences ?? Math.max(1, Math.min(defaultSequences, asked - 1));
+  if (asked <= maxSequences) {
+    throw new InvalidArgumentError(
+      `[loadModel] maxBatchTokens must be more than maxSequences, ${maxSequences}, for prompts to be read beside their tokens, got ${asked}`,
+    );
+  }
+  // The first run of a sequence has the rows that decide about it, unless maxBatchTokens leaves fewer.
+  const chunkRows = Math.min(decidingRows, model.maxContext, asked - maxSequences);
+  const maxBatchTokens = Number.isFinite(asked) ? asked : chunkRows + maxSequences;
+  const kvCacheBytes = options.kvCacheBytes ?? defaultCacheBytes(model, maxSequences);
+  return { maxSequences, maxBatchTokens, kvCacheBytes, chunkRows };
+}
+
+/** A model of which the options are checked and the configuration is read, the first of the phases that `progress` reports. */
+export interface ModelStart {
+  readonly config: unknown;
+  readonly configPath: string;
+  readonly progress: (done: number) => void;
+}
+
+export async function readModelConfig(dir: string, options: LoadOptions): Promise<ModelStart> {
+  checkOptions('loadModel', options, [
+    'dtype',
+    'adapter',
+    'maxLevel',
+    'device',
+    'activations',
+    'maxContext',
+    'maxSequences',
+    'maxBatchTokens',
+    'kvCacheBytes',
+    'threads',
+    'onProgress',
+    'signal',
+  ]);
+  const { dtype, threads, onProgress, signal } = options;
+  if (dtype !== undefined && !dtypes.includes(dtype)) {
+    throw new InvalidArgumentError(`[loadModel] dtype must be one of ${dtypes.join(', ')}, got ${String(dtype)}`);
+  }
+  checkNumber('loadModel', 'threads', threads, positiveInteger, 'a positive integer');
+  for (const name of ['maxContext', 'maxSequences', 'maxBatchTokens', 'kvCacheBytes'] as const)
+    checkNumber('loadModel', name, options[name], positiveInteger, 'a positive integer');
+  const phases = ['config', 'weights', 'tokenizer'];
+  const progress = (done: number): void => {
+    signal?.throwIfAborted();
+    onProgress?.({ phase: phases[done] ?? 'ready', done, total: phases.length });
+  };
+
+  progress(0);
+  if (!existsSync(dir)) throw new InvalidFileError(`[loadModel] ${dir} does not exist; expected a model directory`);
+  const configPath = join(dir, 'config.json');
+  return { config: await readJson(configPath), configPath, progress };
+}
+
+/** Throws InvalidArgumentError for a context longer than the model's positions. */
+export function checkContext({ maxPositions }: ModelSpec, { maxContext }: LoadOptions): void {
+  if (maxContext === undefined || maxContext <= maxPositions) return;
+  throw new InvalidArgumentError(
+    `[loadModel] maxContext must be at most ${maxPositions}, the model's positions, got ${maxContext}`,
+  );
+}
+
+/** The point of the widest slice that is loaded: all of the model, or a level that takes away widths alone. */
+function mostOf(level: string | undefined, spec: ModelSpec, policy: ElasticPolicy | null, dir: string): OperatingPoint {
+  const point = resolveBudget(level ?? 'full', spec, policy);
+  const others = Object.keys(point.spec).filter((key) => key !== 'ffnWidth');
+  if (others.length > 0) {
+    throw new InvalidArgumentError(
+      `[loadModel] maxLevel must be a level of widths alone, and '${level}' of ${dir} has ${others.join(', ')}`,
+    );
+  }
+  return point;
 }
 
 // As transformers does: generation_config.json comes before config.json.

@@ -1,49 +1,71 @@
 // The programs inference runs: next token with caches, and whole sequences without.
-import type { OperatingPoint } from '../elastic/budget.js';
 import { patched } from '../elastic/lora.js';
+import { nestedWidth, widthDims } from '../elastic/nested.js';
 import { inferenceSelector, recordedExperts, recordedSelector, routerNodes } from '../elastic/rows.js';
 import { crossEntropy, type Dim, divergence, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
 import { bindWeights, type DecoderNodes } from '../model/weights.js';
-import type { Session } from './cache.js';
+import type { KeyValueCache } from './cache.js';
 import type { Decisions } from './mixed.js';
 import type { Network } from './network.js';
 
-/** Rows that one run appends at most: memory is planned for as many. */
-const prefillRows = 512;
-
-/** Rows of one run of the program of `compileDecode`. */
-export const decodeRows = (network: Network): number => Math.min(prefillRows, network.maxContext);
-
-/** The selector of a model at a budget: feeds `threshold.<router id>` where it is finite. */
+/**
+ * The selector of a model at a budget: feeds `threshold.<router id>` where it is finite, and has `budgetDims`; where sequences
+ * go on in several runs also `decidedFeed`, and its outputs.
+ */
 export function budgetSelector(
   graph: Graph,
   network: Network,
   { full, thresholds }: Decisions,
   segments: Dim | number,
+  { resumed = false }: { resumed?: boolean } = {},
 ): Selector {
-  const { policy, routers, lora, loraAtFull } = network;
-  if (full) return loraAtFull ? patched(selectEverything, lora!.patch(graph)) : selectEverything;
-  const selector = inferenceSelector(graph, policy!, routerNodes(graph, routers), segments, thresholds);
-  return patched(selector, lora?.patch(graph) ?? null);
+  const { spec, policy, most, routers, lora, loraAtFull } = network;
+  const selector = full
+    ? selectEverything
+    : inferenceSelector(graph, policy!, routerNodes(graph, routers), segments, thresholds, { resumed });
+  const corrected = patched(selector, full && !loraAtFull ? null : (lora?.patch(graph) ?? null));
+  return policy?.nested ? { ...corrected, width: nestedWidth(graph, policy.nested, spec.ffn, most.widths) } : corrected;
 }
 
-/** Programs kept at a time: each holds memory for its longest run. */
+/** Dims of a program with `budgetSelector`: widths of nested feed-forwards. */
+export const budgetDims = ({ spec, policy }: Network, { widths }: Decisions): Record<string, number> =>
+  widthDims(policy?.nested, widths, spec.ffn);
+
+// Budgets that leave out and keep whole the same sub-layers share a program, whatever their thresholds and widths.
+function decisionKey({ lora, loraAtFull }: Network, { full, thresholds }: Decisions): string {
+  const decided = [...thresholds.values()].map((t) => (Number.isFinite(t) ? 'routed' : t < 0 ? 'whole' : 'absent'));
+  return `${decided}${lora && !loraAtFull && !full ? ' corrected' : ''}`;
+}
+
+/**
+ * Tokens that speculative decoding drafts at most before they are verified. Few enough for the head's product to be one of few
+ * rows on a device, as in plain decoding, and so to have its bits (docs/gpu.md).
+ */
+export const maxDraftTokens = 16;
+
+/** Programs kept at a time: on a device each holds memory for its longest run. */
 const keptPrograms = 4;
 
 /** Programs by what they compute, compiled when first needed; the one unused for longest makes room. */
 export class ProgramCache {
+  readonly #network: Network;
+  readonly #kept: number;
   readonly #programs = new Map<string, Program>();
 
-  /** The program of `name` for a budget: budgets that leave out and keep whole the same sub-layers share one. */
-  get(name: string, { full, thresholds }: Decisions, compile: () => Program): Program {
-    const decided = [...thresholds.values()].map((t) => (Number.isFinite(t) ? 'routed' : t < 0 ? 'whole' : 'absent'));
-    const key = full ? name : `${name} ${decided.join()}`;
+  constructor(network: Network, kept = keptPrograms) {
+    this.#network = network;
+    this.#kept = kept;
+  }
+
+  /** The program of `name` for a budget. */
+  get(name: string, decisions: Decisions, compile: () => Program): Program {
+    const key = `${name} ${decisionKey(this.#network, decisions)}`;
     const program = this.#programs.get(key) ?? compile();
     this.#programs.delete(key);
     this.#programs.set(key, program);
-    if (this.#programs.size > keptPrograms) {
+    if (this.#programs.size > this.#kept) {
       const [oldest] = this.#programs.keys();
       // A run under way keeps what it needs.
       this.#programs.get(oldest)!.dispose();
@@ -58,23 +80,45 @@ export class ProgramCache {
   }
 }
 
+/** What one run of `compileStep` appends at most. */
+export interface StepLimits {
+  readonly rows: number;
+  readonly sequences: number;
+  /** Rows sampled from. */
+  readonly sampled: number;
+}
+
 /**
- * Appends rows of one sequence to the caches and samples a token after the last of them.
- * Feeds: ids, positions i32 [rows], offsets i32 [2], last i32 [1], sampling f32 [1, 4].
- * Outputs: token i32 [1], logprob f32 [1].
+ * Appends rows of several sequences to their caches and samples a token after some of them.
+ * Dims: rows, segments, offsets (segments + 1), sampled, and `budgetDims`.
+ * Feeds: ids, positions i32 [rows], offsets i32 [segments + 1], slots i32 [segments], last i32 [sampled] (rows), sampling
+ * f32 [sampled, 4]; those of `budgetSelector`, and of what was decided about sequences (`decidedFeeds`). Outputs: token i32 [sampled], logprob f32 [sampled].
+ *
+ * @param recorded what routers choose becomes outputs, too (`sequenceCounters`, `appendedRows`)
  */
-export function compileDecode(network: Network, session: Session, point: OperatingPoint): Program {
+export function compileStep(
+  network: Network,
+  cache: KeyValueCache,
+  limits: StepLimits,
+  decisions: Decisions,
+  recorded = false,
+): Program {
   const graph = new Graph();
-  const rows = graph.dim('rows', decodeRows(network));
+  const rows = graph.dim('rows', limits.rows);
+  const segments = graph.dim('segments', limits.sequences);
+  const sampled = graph.dim('sampled', limits.sampled);
   const weights = bindWeights(graph, network.weights);
   const inputs = {
     ids: graph.feed('ids', 'i32', [rows]),
     positions: graph.feed('positions', 'i32', [rows]),
-    offsets: graph.feed('offsets', 'i32', [2]),
-    caches: session.bind(graph),
+    offsets: graph.feed('offsets', 'i32', [graph.dim('offsets', limits.sequences + 1)]),
+    caches: cache.caches(graph, graph.feed('slots', 'i32', [segments])),
   };
-  const x = decoder(graph, network.spec, weights, inputs, budgetSelector(graph, network, point, 1));
-  sampleLast(graph, network, weights, x, graph.feed('last', 'i32', [1]), graph.feed('sampling', 'f32', [1, 4]));
+  const chosen = budgetSelector(graph, network, decisions, segments, { resumed: true });
+  const selector = recorded ? recordedExperts(graph, recordedSelector(graph, chosen)) : chosen;
+  const x = decoder(graph, network.spec, weights, inputs, selector);
+  const sampling = graph.feed('sampling', 'f32', [sampled, 4]);
+  sampleLast(graph, network, weights, x, graph.feed('last', 'i32', [sampled]), sampling);
   return Program.compile(graph, network.engine);
 }
 
@@ -147,7 +191,7 @@ export function compileScore(network: Network, limits: PackedLimits, select: Sel
     const hidden = finalNorm(network.spec, weights, x);
     const targets = graph.feed('targets', 'i32', [rows]);
     const weight = graph.feed('weight', 'f32', [rows]);
-    graph.output('ce', crossEntropy(hidden, weights.head, targets, weight).row);
+    graph.output('ce', crossEntropy(hidden, weights.head, targets, weight, network.spec.logitSoftcap).row);
     graph.output('hidden', hidden);
   });
   return Program.compile(graph, network.engine);
@@ -164,7 +208,9 @@ export function compileCompare(network: Network, limits: PackedLimits, select: S
     const targets = graph.feed('targets', 'i32', [rows]);
     const weight = graph.feed('weight', 'f32', [rows]);
     const hidden = finalNorm(network.spec, weights, x);
-    const { row, agree, ce } = divergence(hidden, teacher, weights.head, weight, { targets });
+    const { logitSoftcap: softcap } = network.spec;
+    const options = { targets, softcap, teacherSoftcap: softcap };
+    const { row, agree, ce } = divergence(hidden, teacher, weights.head, weight, options);
     graph.output('kl', row);
     graph.output('agree', agree);
     graph.output('ce', ce!);

@@ -2,7 +2,7 @@
 import { type QualityValue, qualityMetric } from '../elastic/policy.js';
 import { readElastic, writeLevels } from '../elastic/store.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import type { EvalReport } from './evaluate.js';
+import { type EvalReport, isElastic } from './evaluate.js';
 import type { Measured } from './statistics.js';
 
 /** Fewer sequences have no interval worth the name. */
@@ -27,7 +27,7 @@ export async function recordQuality(dir: string, report: EvalReport): Promise<st
   const entry = ({ value, low, high }: Measured): QualityValue => ({ value, lo: low, hi: high, n: report.tokens });
   const measured = new Map(
     report.levels.flatMap(({ method, budget, agreement, kl }) =>
-      method === 'routed' && levels.some(({ name }) => name === budget)
+      isElastic(method) && levels.some(({ name }) => name === budget)
         ? [[budget as string, { [qualityMetric]: entry(agreement), kl: entry(kl) }] as const]
         : [],
     ),

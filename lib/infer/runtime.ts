@@ -4,7 +4,7 @@ import { loadAddon } from '../native/index.js';
 
 /**
  * Version, instruction set, threads, and whether a GPU can be used or why not.
- * @throws InternalError that lists what was tried when no binary can be loaded.
+ * @throws AddonLoadError that lists what was tried when no binary can be loaded.
  */
 export function getRuntime(): NativeInfo {
   return loadAddon().info();

@@ -1,12 +1,14 @@
 // Which sub-layers each token of a text entered.
 
-import { expertAxisOf, isExperts, routerId, specByAxis } from '../elastic/axes.js';
+import { axes, axisTraits, isExperts, routerId, specByAxis } from '../elastic/axes.js';
 import type { OperatingPoint } from '../elastic/budget.js';
 import { routerCapacities, routerPlaces, usedShare } from '../elastic/policy.js';
+import { enteredOutput } from '../elastic/rows.js';
 import { type Place, places } from '../model/select.js';
 import type { TypedArray } from '../native/index.js';
 import type { Network } from './network.js';
 
+/** Which sub-layers each token of a text used. */
 export interface ElasticTrace {
   /**
    * The text each token adds; joined they are the decoded text. Empty for special tokens and where the character is not
@@ -21,8 +23,9 @@ export interface ElasticTrace {
   readonly mlp: Uint8Array;
   /** Share of a layer's attention heads that each token which enters uses, [layers]: 1 where heads are not routed. */
   readonly headShare: Float32Array;
-  /** Share of a layer's FFN that each token which enters uses, [layers]: 1 where it is not cut into blocks. */
+  /** Share of a layer's FFN that each token which enters uses, [layers]: 1 where it is neither cut into blocks nor nested. */
   readonly blockShare: Float32Array;
+  /** Of the model. */
   readonly layers: number;
   /** The bytes as base64. */
   toJSON(): {
@@ -36,7 +39,7 @@ export interface ElasticTrace {
   };
 }
 
-/** Whether some tokens may enter a sub-layer and some not: there is something to run. */
+/** Whether some rows may enter a sub-layer and some not: there is something to run. */
 export function choosesTokens({ policy }: Network, { thresholds }: OperatingPoint): boolean {
   return (
     policy !== null &&
@@ -44,11 +47,15 @@ export function choosesTokens({ policy }: Network, { thresholds }: OperatingPoin
   );
 }
 
-/** Share of each sub-layer's experts that a token which enters uses at a budget, [layers]; by mass, the expected mean. */
+/**
+ * Share of each sub-layer's experts, or of its units, that a token which enters uses at a budget, [layers]; by mass, the
+ * expected mean.
+ */
 export function expertShares({ spec, policy }: Network, point: OperatingPoint): Record<Place, Float32Array> {
   const whole = () => new Float32Array(spec.layers).fill(1);
   const shares = { attn: whole(), mlp: whole() };
   if (!policy) return shares;
+  for (const [layer, units] of (point.widths ?? []).entries()) shares.mlp[layer] = units / spec.ffn;
   const capacities = routerCapacities(policy, specByAxis(point.spec));
   for (const [i, { layer, place, axis }] of routerPlaces(policy).entries()) {
     if (isExperts(axis)) shares[place][layer] = usedShare(policy[axis]!, capacities[i]);
@@ -68,9 +75,8 @@ export function traceOf(
   const entered = (place: Place): Uint8Array => {
     const bits = new Uint8Array(ids.length * layers);
     for (let layer = 0; layer < layers; layer++) {
-      const id = routerId(layer, place);
-      const absent = isAbsent(id) || isAbsent(routerId(layer, expertAxisOf(place)));
-      const rows: Iterable<number> = absent ? [] : (outputs[id] ?? ids.keys());
+      const absent = axes.some((axis) => axisTraits[axis].places.includes(place) && isAbsent(routerId(layer, axis)));
+      const rows: Iterable<number> = absent ? [] : (outputs[enteredOutput(layer, place)] ?? ids.keys());
       for (const row of rows) bits[row * layers + layer] = 1;
     }
     return bits;

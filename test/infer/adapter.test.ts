@@ -1,10 +1,9 @@
 // LoRA adapters in PEFT's format: read with the logits that PEFT gives, merged, written so that PEFT reads them, refused.
 import { execFileSync } from 'node:child_process';
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll, describe, expect, it, test } from 'vitest';
+import { describe, expect, it, test } from 'vitest';
 import { loraModules, loraOfModules } from '../../lib/elastic/lora.js';
 import { mergeAdapter } from '../../lib/infer/merge.js';
 import { loadModel } from '../../lib/infer/model.js';
@@ -15,9 +14,9 @@ import { projections } from '../../lib/model/select.js';
 import { storedModules } from '../../lib/model/weights.js';
 import { Tensor } from '../../lib/native/index.js';
 import { goldenDirectory, largestDifference, readSpec, readVectors } from '../model/golden.js';
+import { temporaryDirectory } from '../temporary.js';
 
-const root = mkdtempSync(join(tmpdir(), 'elastiform-'));
-afterAll(() => rmSync(root, { recursive: true, force: true }));
+const root = temporaryDirectory();
 
 const pairs = [
   { base: join(goldenDirectory, 'llama-gqa'), adapter: join(goldenDirectory, 'peft-llama') },

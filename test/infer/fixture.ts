@@ -1,7 +1,7 @@
 // Models for inference tests: a tiny one trained on the spot and made elastic, and golden ones.
 import { join } from 'node:path';
-import { distill } from '../../lib/distill/distill.js';
-import { type ElastiformerRecipe, elastify } from '../../lib/elastic/elastify.js';
+import { type DistillConfig, distill } from '../../lib/distill/distill.js';
+import { type ElastiformerRecipe, elastify, type Recipe } from '../../lib/elastic/elastify.js';
 import { stories, temporaryDirectory, tinyModel } from '../distill/tiny.js';
 
 /** Real checkpoints; tests that need them are skipped without. */
@@ -16,12 +16,21 @@ export interface Directories {
   elastic: string;
 }
 
+/** A tiny model with routers of tokens, trained. */
+export const elasticDirectories = (
+  recipe: Partial<ElastiformerRecipe> = {},
+  ...more: readonly Recipe[]
+): Promise<Directories> => distilledDirectories([{ kind: 'elastiformer', ...recipe }, ...more]);
+
 /** Trains and distils a tiny model, on the CPU whatever device is tested; a few seconds. */
-export async function elasticDirectories(recipe: Partial<ElastiformerRecipe> = {}): Promise<Directories> {
+export async function distilledDirectories(
+  recipes: readonly Recipe[],
+  settings: Partial<DistillConfig> = {},
+): Promise<Directories> {
   const root = temporaryDirectory();
   const [backbone, plan, elastic] = ['backbone', 'plan', 'elastic'].map((name) => join(root, name));
   await tinyModel(backbone);
-  await elastify(backbone, { kind: 'elastiformer', ...recipe }, { out: plan });
+  await elastify(backbone, recipes, { out: plan });
   await distill({
     plan,
     out: elastic,
@@ -33,6 +42,7 @@ export async function elasticDirectories(recipe: Partial<ElastiformerRecipe> = {
     optimizer: { lr: 1e-2 },
     calibrationTokens: 1024,
     seed: 2,
+    ...settings,
   });
   return { backbone, plan, elastic };
 }

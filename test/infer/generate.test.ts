@@ -2,7 +2,7 @@
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
-import type { GenerateChunk } from '../../lib/infer/types.js';
+import type { GenerateChunk, GenerateOptions } from '../../lib/infer/types.js';
 import { InvalidArgumentError } from '../../lib/native/errors.js';
 import { goldenDirectory, goldenNames } from '../model/golden.js';
 import { elasticDirectories } from './fixture.js';
@@ -147,6 +147,19 @@ describe('an elastic model', () => {
     for (const prompt of prompts) alone.push(await model.generate(prompt, { budget: 0.7, maxTokens: 12 }).ids);
     const together = await Promise.all(prompts.map((p) => model.generate(p, { budget: 0.7, maxTokens: 12 }).ids));
     expect(together).toEqual(alone);
+  });
+
+  test('drafts at a cheaper budget change no bit of a text', async () => {
+    const options = { maxTokens: 12, temperature: 0.8, seed: 4 };
+    const chunks = async (more: GenerateOptions) => {
+      const all: GenerateChunk[] = [];
+      const stream = model.generate('The owl', { ...options, ...more });
+      for await (const chunk of stream) all.push(chunk);
+      return { all, report: (await stream.usage).compute.speculative };
+    };
+    const drafted = await chunks({ speculative: { draft: 0.7, tokens: 3 } });
+    expect(drafted.all).toEqual((await chunks({})).all);
+    expect(drafted.report!.accepted).toBeGreaterThan(0);
   });
 
   test('an empty prompt starts a text', async () => {

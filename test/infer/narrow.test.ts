@@ -54,7 +54,9 @@ if (device !== 'cpu') {
     const logits = await model.logits(Array.from(ids));
     const wanted = golden.logits.slice(0, logits.length) as Float32Array;
     const largest = wanted.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
-    expect(largestDifference(logits, wanted)).toBeLessThan(0.03 * largest);
+    // Gemma normalises what sub-layers add, too, and so carries rounding on: in bf16 transformers itself is 0.043 (gemma) and
+    // 0.076 (gemma3) of the largest logit away from its f32.
+    expect(largestDifference(logits, wanted)).toBeLessThan((name.startsWith('gemma') ? 0.06 : 0.03) * largest);
   });
 
   test('full budget is the backbone, bit for bit, whatever the batch', async () => {
@@ -69,5 +71,9 @@ if (device !== 'cpu') {
     expect(some).toEqual(logits.slice(0, some.length));
     const { compute } = await model.generate(ids, { maxTokens: 4, budget: 0.7 }).usage;
     expect(compute.ratio).toBeLessThan(1);
+    // Drafted tokens are verified by several rows at once.
+    const drafted = model.generate(ids, { maxTokens: 12, speculative: { draft: 0.7, tokens: 3 } });
+    expect(await drafted.ids).toEqual(await model.generate(ids, { maxTokens: 12 }).ids);
+    expect((await drafted.usage).compute.speculative!.drafted).toBeGreaterThan(0);
   });
 }
