@@ -1,60 +1,36 @@
-// The public API of elastiform.
-export { type CacheTeacherOptions, cacheTeacher } from './distill/cache.js';
-export type { DataSource } from './distill/data.js';
-export { type DistillConfig, distill } from './distill/distill.js';
-export type { OptimizerConfig, TrainConfig, TrainEvent, TrainResult } from './distill/events.js';
-export type { LossTerm } from './distill/objectives.js';
-export { type PretrainConfig, pretrain } from './distill/pretrain.js';
-export type { TeacherConfig } from './distill/teacher.js';
-export { DivergedError } from './distill/trainer.js';
-export type { Axis, Capacity, ElasticSpec } from './elastic/axes.js';
-export type { Budget, BudgetContext, OperatingPoint } from './elastic/budget.js';
-export {
-  type ElasticPlan,
-  type ElastiformerRecipe,
-  elastify,
-  type Recipe,
-  type TrainCapacity,
-} from './elastic/elastify.js';
-export type { AttentionKeys, GateMode, Level } from './elastic/policy.js';
-export {
-  type DeviceProfile,
-  type LatencyMetric,
-  type LevelTimes,
-  type MeasuredOn,
-  writeProfile,
-} from './elastic/profile.js';
-export type { ExpertGate } from './graph/ops/expert.js';
-export {
-  type Baseline,
-  type EvalDocument,
-  type EvalLevel,
-  type EvalOptions,
-  type EvalReport,
-  evaluate,
-} from './infer/evaluate.js';
-export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/merge.js';
-export { type ElasticModel, loadModel } from './infer/model.js';
-export { type ProfileOptions, profile } from './infer/profile.js';
-export { recordQuality } from './infer/quality.js';
+// The public API as it runs. Importing it takes milliseconds: functions that work with models load what they need at their
+// first call. Types and documentation are those of api.ts, which the package's `types` name.
+export type * from './api.js';
+export { DivergedError } from './distill/events.js';
 export { getRuntime } from './infer/runtime.js';
-export type { Measured } from './infer/statistics.js';
-export type { ElasticTrace } from './infer/trace.js';
-export type {
-  ComputeReport,
-  Dtype,
-  FinishReason,
-  GenerateChunk,
-  GenerateOptions,
-  GenerateStream,
-  LoadOptions,
-  ModelInfo,
-  Sampling,
-  ScoreResult,
-  Usage,
-} from './infer/types.js';
+export { InfeasibleError } from './infer/searched.js';
 export { FileSystemError } from './io/files.js';
-export type { NativeInfo } from './native/addon.js';
-export type { Activations, DeviceChoice } from './native/engine.js';
 export * from './native/errors.js';
-export { agreementChart, levelsCsv, lineChart, qualityChart, type ReportData, reportHtml } from './report/index.js';
+export { agreementChart, levelsCsv, lineChart, qualityChart, reportHtml } from './report/index.js';
+
+export const cacheTeacher: typeof import('./distill/cache.js').cacheTeacher = async (...args) =>
+  (await import('./distill/cache.js')).cacheTeacher(...args);
+export const distill: typeof import('./distill/distill.js').distill = async (...args) =>
+  (await import('./distill/distill.js')).distill(...args);
+export const pretrain: typeof import('./distill/pretrain.js').pretrain = async (...args) =>
+  (await import('./distill/pretrain.js')).pretrain(...args);
+export const elastify: typeof import('./distill/rank.js').elastify = async (...args) =>
+  (await import('./distill/rank.js')).elastify(...args);
+export const writeProfile: typeof import('./elastic/profile.js').writeProfile = async (...args) =>
+  (await import('./elastic/profile.js')).writeProfile(...args);
+export const evaluate: typeof import('./infer/evaluate.js').evaluate = async (...args) =>
+  (await import('./infer/evaluate.js')).evaluate(...args);
+export const extract: typeof import('./infer/extract.js').extract = async (...args) =>
+  (await import('./infer/extract.js')).extract(...args);
+export const mergeAdapter: typeof import('./infer/merge.js').mergeAdapter = async (...args) =>
+  (await import('./infer/merge.js')).mergeAdapter(...args);
+export const loadModel: typeof import('./infer/model.js').loadModel = async (...args) =>
+  (await import('./infer/model.js')).loadModel(...args);
+export const profile: typeof import('./infer/profile.js').profile = async (...args) =>
+  (await import('./infer/profile.js')).profile(...args);
+export const search: typeof import('./infer/search.js').search = async (...args) =>
+  (await import('./infer/search.js')).search(...args);
+export const recordSearch: typeof import('./infer/search.js').recordSearch = async (...args) =>
+  (await import('./infer/search.js')).recordSearch(...args);
+export const recordQuality: typeof import('./infer/quality.js').recordQuality = async (...args) =>
+  (await import('./infer/quality.js')).recordQuality(...args);

@@ -9,7 +9,9 @@ export type TypedArray = Float32Array | Uint16Array | Int32Array;
 /** Where programs run: the CPU, the first NVIDIA GPU, or an emulation of one on the CPU (slow; for tests). */
 export type DeviceName = 'cpu' | 'cuda' | 'simt';
 
+/** What the native addon is and finds on this machine. */
 export interface NativeInfo {
+  /** Of the package it was built for. */
   readonly version: string;
   /** Instruction set in use, and those this machine and build could use. */
   readonly isa: string;

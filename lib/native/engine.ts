@@ -1,8 +1,9 @@
 // Compiled programs and the engine that runs them on a thread of its own.
 import type { DeviceName, DType, NativeEngine, NativeProgram, NativeRunResult, TypedArray } from './addon.js';
-import { AbortError, fromNative, InvalidArgumentError, wrapNative } from './errors.js';
+import { InvalidArgumentError } from './errors.js';
 import { loadAddon } from './load.js';
 import type { Tensor } from './tensor.js';
+import { fromNative, wrapNative } from './translate.js';
 
 /** A validated and planned program. It keeps the memory of its tensors alive. */
 export class CompiledProgram implements Disposable {
@@ -103,7 +104,8 @@ export class Engine implements Disposable {
    *
    * @param dims - the value of every dim of the program (constants and produced ones are ignored)
    * @param feeds - one array per feed tensor, in tensor order, with the current sizes
-   * @param options.signal - aborts the run; the promise then rejects with `signal.reason`
+   * @param options.signal - aborts the run; until the promise has settled it then rejects with `signal.reason`, even
+   *   where the run had already come to its end
    */
   async run(
     program: CompiledProgram,
@@ -116,11 +118,12 @@ export class Engine implements Disposable {
     const { promise, abort } = wrapNative(() => this.native.run(program.native, dims, feeds));
     signal?.addEventListener('abort', abort, { once: true });
     try {
-      return await promise;
+      const result = await promise;
+      signal?.throwIfAborted();
+      return result;
     } catch (error) {
-      const typed = fromNative(error);
-      if (typed instanceof AbortError && signal?.aborted) throw signal.reason;
-      throw typed;
+      signal?.throwIfAborted();
+      throw fromNative(error);
     } finally {
       signal?.removeEventListener('abort', abort);
     }

@@ -1,5 +1,6 @@
-// The typed errors of the package, and the translation of what the native addon throws.
+// The typed errors of the package.
 
+/** What kind of error it is; one for each class. */
 export type ErrorCode =
   | 'InvalidArgument'
   | 'InvalidProgram'
@@ -10,13 +11,17 @@ export type ErrorCode =
   | 'Disposed'
   | 'DeviceUnavailable'
   | 'Internal'
+  /** No native addon loads (lib/native/load.ts). */
+  | 'AddonLoad'
   /** The file system refused (lib/io). */
   | 'FileSystem'
   /** Training has no finite loss any more (lib/distill). */
-  | 'Diverged';
+  | 'Diverged'
+  | 'Infeasible';
 
 /** Base of every error this package throws on purpose; `code` says which kind without `instanceof`. */
 export abstract class ElastiformError extends Error {
+  /** Which kind of error it is. */
   abstract readonly code: ErrorCode;
 
   constructor(message: string, options?: ErrorOptions) {
@@ -70,34 +75,20 @@ export class InternalError extends ElastiformError {
   readonly code = 'Internal';
 }
 
-/** Codes that the addon throws. */
-type NativeCode = Exclude<ErrorCode, 'FileSystem' | 'Diverged'>;
-
-const classes: Record<NativeCode, new (message: string, options?: ErrorOptions) => ElastiformError> = {
-  InvalidArgument: InvalidArgumentError,
-  InvalidProgram: InvalidProgramError,
-  InvalidFile: InvalidFileError,
-  InvalidData: InvalidDataError,
-  OutOfMemory: OutOfMemoryError,
-  Aborted: AbortError,
-  Disposed: DisposedError,
-  DeviceUnavailable: DeviceUnavailableError,
-  Internal: InternalError,
-};
-
-/** The typed error for what the addon threw; anything without a known `code` comes back as it is. */
-export function fromNative(error: unknown): unknown {
-  if (!(error instanceof Error) || error instanceof ElastiformError) return error;
-  const code = (error as { code?: unknown }).code;
-  if (typeof code !== 'string' || !Object.hasOwn(classes, code)) return error;
-  return new classes[code as NativeCode](error.message);
+/** A file that the native addon was looked for in, and why it is not the one. */
+export interface LoadAttempt {
+  readonly path: string;
+  readonly reason: string;
 }
 
-/** Calls into the addon; what it throws comes out typed. */
-export function wrapNative<T>(call: () => T): T {
-  try {
-    return call();
-  } catch (error) {
-    throw fromNative(error);
+/** The native addon is missing or does not load; the message has every attempt and the command that builds it. */
+export class AddonLoadError extends ElastiformError {
+  readonly code = 'AddonLoad';
+
+  constructor(
+    message: string,
+    readonly attempts: readonly LoadAttempt[],
+  ) {
+    super(message);
   }
 }

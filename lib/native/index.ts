@@ -17,5 +17,5 @@ export {
   Engine,
 } from './engine.js';
 export * from './errors.js';
-export { loadAddon } from './load.js';
+export { addonPath, loadAddon } from './load.js';
 export { Mapping, Tensor } from './tensor.js';

@@ -1,7 +1,8 @@
 // Tensors in native memory and files mapped into it.
 import type { DType, NativeMapping, NativeTensor, TypedArray } from './addon.js';
-import { DisposedError, wrapNative } from './errors.js';
+import { DisposedError } from './errors.js';
 import { loadAddon } from './load.js';
+import { wrapNative } from './translate.js';
 
 /** A file mapped read-only. Tensors made from it keep the mapping alive after its own `dispose()`. */
 export class Mapping implements Disposable {

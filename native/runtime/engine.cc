@@ -281,7 +281,6 @@ void Engine::loop() {
     std::shared_ptr<Job> job;
     {
       std::unique_lock lock(mutex_);
-      running_.reset();
       wake_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
       if (stopping_) return;
       job = running_ = std::move(queue_.front());
@@ -289,6 +288,10 @@ void Engine::loop() {
     }
     device_->run(*job);
     job->finish();
+    {
+      const std::lock_guard lock(mutex_);
+      running_.reset();  // before it is reported: who hears of it holds the last reference
+    }
     done_(std::move(job));
   }
 }

@@ -98,7 +98,7 @@ describe('Engine', () => {
   const feed = new Float32Array(size).fill(0.5);
 
   it('aborts a long run long before its end, with the reason of the signal', async () => {
-    using program = longProgram(5000, size);
+    using program = longProgram(20_000, size);
     const controller = new AbortController();
     const reason = new Error('enough');
     const run = engine.run(program, dims, [feed], { signal: controller.signal });
@@ -106,12 +106,12 @@ describe('Engine', () => {
     const start = performance.now();
     controller.abort(reason);
     await expect(run).rejects.toBe(reason);
-    // The run would take seconds. Milliseconds are measured by the benchmarks: here other programs may be busy.
-    expect(performance.now() - start).toBeLessThan(1000);
+    // The run would take ten seconds. Milliseconds are measured by the benchmarks: here other programs may be busy.
+    expect(performance.now() - start).toBeLessThan(3000);
   });
 
   it('aborts a waiting run at once, and one that never started', async () => {
-    using program = longProgram(5000, size);
+    using program = longProgram(20_000, size);
     const first = new AbortController();
     const second = new AbortController();
     const running = engine.run(program, dims, [feed], { signal: first.signal });
@@ -121,6 +121,15 @@ describe('Engine', () => {
     first.abort();
     await expect(running).rejects.toThrow(expect.objectContaining({ name: 'AbortError' }));
     await expect(engine.run(program, dims, [feed], { signal: AbortSignal.abort('no') })).rejects.toBe('no');
+  });
+
+  it('rejects with the reason until its promise has settled, even after its end', async () => {
+    using program = longProgram(1, 4);
+    const controller = new AbortController();
+    const run = engine.run(program, Int32Array.of(4), [new Float32Array(4)], { signal: controller.signal });
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 100); // the run ends, nobody hears of it
+    controller.abort('enough');
+    await expect(run).rejects.toBe('enough');
   });
 
   it('leaves no listener on the signal', async () => {
@@ -138,19 +147,12 @@ describe('Engine', () => {
 
   it('leaves the event loop free while it runs', async () => {
     using program = longProgram(600, size);
-    let largest = 0;
-    const start = performance.now();
-    let last = start;
-    const timer = setInterval(() => {
-      const now = performance.now();
-      largest = Math.max(largest, now - last);
-      last = now;
-    }, 1);
+    let ticks = 0;
+    const timer = setInterval(() => ticks++, 1);
     await engine.run(program, dims, [feed]);
     clearInterval(timer);
-    expect(largest).toBeGreaterThan(0);
-    // Computing on the JavaScript thread would be one gap as long as the run.
-    expect(largest).toBeLessThan((performance.now() - start) / 2);
+    // Computing on the JavaScript thread would leave one at most.
+    expect(ticks).toBeGreaterThan(5);
   });
 
   it('keeps disposed tensors and programs alive for the run that uses them', async () => {
@@ -180,7 +182,7 @@ describe('Engine', () => {
     using state = Tensor.alloc('f32', [4]);
     const w = new ProgramWriter();
     const x = w.feed([w.constant(4)]);
-    w.step('accumulate', [w.weight(state), x], [], [0]);
+    w.step('accumulate', [w.weight(state), x], [], [0, 4]);
     using program = w.compile();
     const run = engine.run(program, new Int32Array(2), [Float32Array.of(1, 2, 3, 4)]);
     const pending = () => {
@@ -199,7 +201,7 @@ describe('Engine', () => {
   });
 
   it('rejects what is pending when it is disposed', async () => {
-    using program = longProgram(5000, size);
+    using program = longProgram(20_000, size);
     const local = new Engine();
     const runs = [local.run(program, dims, [feed]), local.run(program, dims, [feed])];
     const settled = Promise.allSettled(runs);

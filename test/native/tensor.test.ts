@@ -1,8 +1,7 @@
 // Tensors and mappings: what they hold, what they share, what they refuse.
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { beforeAll, describe, expect, it } from 'vitest';
 import {
   DisposedError,
   InvalidArgumentError,
@@ -11,6 +10,7 @@ import {
   Mapping,
   Tensor,
 } from '../../lib/native/index.js';
+import { temporaryDirectory } from '../temporary.js';
 
 const memory = () => loadAddon().memory();
 
@@ -95,9 +95,8 @@ describe('Tensor', () => {
 describe('Mapping', () => {
   let folder: string;
   beforeAll(() => {
-    folder = mkdtempSync(join(tmpdir(), 'elastiform-'));
+    folder = temporaryDirectory();
   });
-  afterAll(() => rmSync(folder, { recursive: true }));
 
   it('reads a file and keeps it mapped while tensors use it', () => {
     const before = memory();

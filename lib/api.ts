@@ -1,0 +1,120 @@
+/**
+ * Makes a pretrained transformer elastic and runs it at budgets.
+ *
+ * @module elastiform
+ */
+
+// What TypeScript and the API reference read; index.ts is what runs.
+export { type CacheTeacherOptions, cacheTeacher } from './distill/cache.js';
+export type { DataSource } from './distill/data.js';
+export { type DistillConfig, distill } from './distill/distill.js';
+export {
+  DivergedError,
+  type OptimizerConfig,
+  type TrainConfig,
+  type TrainEvent,
+  type TrainResult,
+  type WarningCode,
+} from './distill/events.js';
+export type { LossTerm } from './distill/objectives.js';
+export { type PretrainConfig, pretrain } from './distill/pretrain.js';
+export { type ElastifyOptions, elastify } from './distill/rank.js';
+export type { TeacherConfig } from './distill/teacher.js';
+export type { WidthSampling } from './distill/widths.js';
+export type { Axis, Capacity, ElasticSpec, ExpertAxis, Granularity, RowAxis, Target } from './elastic/axes.js';
+export type { Budget, BudgetContext, OperatingPoint } from './elastic/budget.js';
+export type {
+  ElasticPlan,
+  ElastiformerRecipe,
+  HeadGroup,
+  LoraRecipe,
+  MatformerRecipe,
+  Recipe,
+  RouterTuningRecipe,
+  TrainCapacity,
+} from './elastic/elastify.js';
+export type { FfnWidth } from './elastic/nested.js';
+export type { AttentionKeys, GateMode, Level, QualityValue, Range } from './elastic/policy.js';
+export {
+  type BatchTimes,
+  type DeviceProfile,
+  type LatencyMetric,
+  type LevelTimes,
+  type MeasuredOn,
+  writeProfile,
+} from './elastic/profile.js';
+export type { ExpertGate, ExpertRule } from './graph/ops/expert.js';
+export type { EvalDocument } from './infer/batches.js';
+export {
+  type Baseline,
+  type EvalLevel,
+  type EvalOptions,
+  type EvalReport,
+  evaluate,
+  type Method,
+} from './infer/evaluate.js';
+export { type ExtractOptions, type ExtractResult, extract, type Layout } from './infer/extract.js';
+export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/merge.js';
+export { type CallOptions, type ElasticModel, loadModel, type ScoreOptions } from './infer/model.js';
+export { type ProfileOptions, profile } from './infer/profile.js';
+export { recordQuality } from './infer/quality.js';
+export { getRuntime } from './infer/runtime.js';
+export {
+  recordSearch,
+  type SearchConstraint,
+  type SearchOptions,
+  type SearchResult,
+  search,
+} from './infer/search.js';
+export { InfeasibleError, type SearchPoint } from './infer/searched.js';
+export type { SequenceState } from './infer/state.js';
+export type { Measured } from './infer/statistics.js';
+export type { ElasticTrace } from './infer/trace.js';
+export type {
+  ClassifyOptions,
+  ClassifyResult,
+  ComputeReport,
+  Dtype,
+  EmbedOptions,
+  EmbedResult,
+  EncoderTask,
+  FinishReason,
+  GenerateChunk,
+  GenerateOptions,
+  GenerateStream,
+  LoadOptions,
+  ModelInfo,
+  ModelLoad,
+  Pooling,
+  PrefillOptions,
+  Sampling,
+  ScoreResult,
+  SpeculativeOptions,
+  SpeculativeReport,
+  TextInput,
+  Usage,
+} from './infer/types.js';
+export { FileSystemError } from './io/files.js';
+export type { Place } from './model/select.js';
+export type { NativeInfo } from './native/addon.js';
+export type { Activations, DeviceChoice } from './native/engine.js';
+export * from './native/errors.js';
+export {
+  agreementChart,
+  type LevelResult,
+  type Levels,
+  type LineChartOptions,
+  levelsCsv,
+  lineChart,
+  type PerLayer,
+  type Point,
+  qualityChart,
+  type ReportData,
+  type RouterMap,
+  reportHtml,
+  type Sample,
+  type SampleTrace,
+  type Series,
+  type TrainingEvaluation,
+  type TrainingPoint,
+} from './report/index.js';
