@@ -25,8 +25,7 @@ export const cacheTeacherCommand: Command = {
   example: 'elastiform cache-teacher models/tiny --data train.txt --held-out 0.05 --top-k 64 --out runs/teacher',
   async run(context) {
     const { flags, positionals, json, print, printJson } = context;
-    const out = flags.string('out');
-    if (out === undefined) throw new UsageError('[cli] cache-teacher needs --out, the directory to write');
+    const out = flags.required('out', 'the directory to write');
     const data = await dataSource(context, 'data');
     if (!data) throw new UsageError('[cli] the data is missing: give --data');
     const given = {

@@ -16,7 +16,7 @@ interface Flag {
 export interface Command {
   readonly name: string;
   readonly summary: string;
-  /** Positional arguments as shown in the usage line, e.g. `<model>`. */
+  /** Positional arguments as shown in the usage line, e.g. `<model>`, or `<model> [text...]` for any number. */
   readonly positionals: string;
   readonly flags: Readonly<Record<string, Flag>>;
   readonly example: string;
@@ -40,7 +40,10 @@ export class UsageError extends InvalidArgumentError {}
 
 /** Reads flag values with types; every error names the flag. */
 export class FlagReader {
-  constructor(private readonly values: Readonly<Record<string, string | boolean | undefined>>) {}
+  constructor(
+    private readonly command: string,
+    private readonly values: Readonly<Record<string, string | boolean | undefined>>,
+  ) {}
 
   has(name: string): boolean {
     return this.values[name] !== undefined;
@@ -51,6 +54,12 @@ export class FlagReader {
   string(name: string): string | undefined {
     const value = this.values[name];
     return typeof value === 'string' ? value : undefined;
+  }
+  /** A string without which the command does nothing; `purpose` says what it is. */
+  required(name: string, purpose: string): string {
+    const value = this.string(name);
+    if (value === undefined) throw new UsageError(`[cli] ${this.command} needs --${name}, ${purpose}`);
+    return value;
   }
   number(name: string, range: { min?: number; max?: number } = {}): number | undefined {
     const text = this.string(name);
@@ -82,6 +91,14 @@ export class FlagReader {
     const parts = text.split(',').map((part) => part.trim());
     if (parts.some((part) => part === '')) throw new UsageError(`[cli] --${name} has an empty entry: '${text}'`);
     return parts;
+  }
+  /** The same of numbers; `what` says which those of `fits` are. */
+  numbers(name: string, what = 'numbers', fits: (value: number) => boolean = Number.isFinite): number[] | undefined {
+    const values = this.list(name)?.map(Number);
+    if (values && !values.every(fits)) {
+      throw new UsageError(`[cli] --${name} must be ${what} separated by commas, got '${this.string(name)}'`);
+    }
+    return values;
   }
 }
 
@@ -134,7 +151,7 @@ export async function runCommand(command: Command, args: readonly string[]): Pro
       return exitCodes.ok;
     }
     return await command.run({
-      flags: new FlagReader(values),
+      flags: new FlagReader(command.name, values),
       positionals,
       json: values.json === true,
       signal: controller.signal,
@@ -167,7 +184,8 @@ function parse(command: Command, args: readonly string[]) {
     const reason = (cause as Error).message.split(/\.\s|\n/)[0];
     throw new UsageError(`[cli] ${reason}; see elastiform ${command.name} --help`, { cause });
   }
-  const most = command.positionals === '' ? 0 : command.positionals.split(' ').length;
+  const many = command.positionals.endsWith('...]');
+  const most = many ? Number.POSITIVE_INFINITY : command.positionals === '' ? 0 : command.positionals.split(' ').length;
   const least = command.positionals.split(' ').filter((p) => p.startsWith('<')).length;
   const given = parsed.positionals.length;
   if (!parsed.values.help && (given < least || given > most)) {

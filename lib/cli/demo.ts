@@ -14,7 +14,7 @@ import type { ReportData } from '../report/index.js';
 import { type Command, type CommandContext, exitCodes } from './command.js';
 import { documentsOf, fileNames, readTexts } from './data.js';
 import { machineLine } from './doctor.js';
-import { firstWords, measureModel, readTraining, replaceDirectory, reportOf, writeReport } from './reporting.js';
+import { firstWords, measureModel, readTraining, replaceReport, reportOf, writeReport } from './reporting.js';
 import { loadFlags, percent } from './shared.js';
 import { trainingReporter } from './training.js';
 
@@ -49,7 +49,7 @@ export const demo: Command = {
     const threads = flags.integer('threads', { min: 1 });
     if (threads !== undefined) loadAddon().setThreads(threads);
     const texts = await demoTexts(context, dir);
-    const report = await replaceDirectory('demo', out, (work) => runDemo(context, { dir, work, seconds, texts }));
+    const report = await replaceReport('demo', out, (work) => runDemo(context, { dir, work, seconds, texts }));
     if (json) printJson(report);
     else
       context.print(

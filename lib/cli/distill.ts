@@ -6,7 +6,7 @@ import { activationTypes } from '../native/index.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { dataSource } from './data.js';
 import { dtypes, loadFlags } from './shared.js';
-import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';
+import { readConfig, runTraining, sampleOption, trainingFlags, trainingOptions, widthFlags } from './training.js';
 
 /** `kl=0.5` or `kl`. */
 function lossTerm(text: string): LossTerm {
@@ -45,6 +45,7 @@ export const distillCommand: Command = {
     'teacher-cache': { type: 'string', value: 'DIR', help: 'what cache-teacher wrote for the same data' },
     dtype: { type: 'string', value: 'f32|bf16|f16', help: 'storage of the frozen weights while training' },
     activations: loadFlags.activations,
+    ...widthFlags,
   },
   example: 'elastiform distill runs/plan -c examples/recipes/distill.yaml --data train.txt --steps 400 --out runs/tiny',
   async run(context) {
@@ -58,6 +59,7 @@ export const distillCommand: Command = {
       teacher: teacherOf(flags),
       dtype: flags.choice('dtype', dtypes),
       activations: flags.choice('activations', activationTypes),
+      sample: sampleOption(flags),
     });
     if (merged.plan === undefined)
       throw new UsageError('[cli] the plan to train is missing: elastiform distill <plan>');

@@ -1,6 +1,6 @@
 // `elastiform doctor`: which binary is loaded, what it can use, and why not more.
 import { totalmem } from 'node:os';
-import { loadAddon } from '../native/index.js';
+import { addonPath, loadAddon } from '../native/index.js';
 import type { Command } from './command.js';
 import { columns } from './progress.js';
 
@@ -14,6 +14,7 @@ export const doctor: Command = {
     const info = loadAddon().info();
     const report = {
       ...info,
+      binary: addonPath(),
       node: process.version,
       platform: `${process.platform}-${process.arch}`,
       memoryBytes: totalmem(),
@@ -23,6 +24,7 @@ export const doctor: Command = {
       print(
         columns([
           ['elastiform', info.version],
+          ['binary', report.binary],
           ['node', `${report.node} on ${report.platform}`],
           ['instructions', `${info.isa} (available: ${info.isaAvailable.join(', ')})`],
           ['threads', `${info.threads} of ${info.hardwareThreads}`],

@@ -1,7 +1,7 @@
 // `elastiform eval`: quality, counted compute and measured speed at budgets.
 import { type Budget, budgetText } from '../elastic/budget.js';
 import { writeProfile } from '../elastic/profile.js';
-import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
+import { type Baseline, type EvalLevel, type EvalReport, evaluate, isElastic } from '../infer/evaluate.js';
 import { type ElasticModel, loadModel } from '../infer/model.js';
 import { profile } from '../infer/profile.js';
 import { recordQuality } from '../infer/quality.js';
@@ -67,14 +67,12 @@ export const evalCommand: Command = {
       budgets,
       baselines,
       ...Object.fromEntries(Object.entries(numbers).filter(([, value]) => value !== undefined)),
-      onProgress: ({ phase, done, total }) => progress.update({ done, total, facts: [phase] }),
+      onProgress: progress.phase,
       signal,
     }).finally(() => progress.finish());
 
     const recorded = flags.boolean('record') ? await record(context, model, data, report) : null;
-    const below = report.levels.filter(
-      (l) => l.method === 'routed' && least !== undefined && l.agreement.value < least,
-    );
+    const below = report.levels.filter((l) => isElastic(l.method) && least !== undefined && l.agreement.value < least);
     if (json) printJson({ model: positionals[0], ...report, ...(recorded && { recorded }) });
     else {
       print(`${report.tokens} tokens in ${report.sequences} sequences of at most ${report.sequenceLength}\n\n`);
@@ -102,7 +100,7 @@ async function record(
   const progress = new Progress('eval');
   const times = await profile(model, {
     ids: data.flatMap((text) => tokenizer!.encode(text)),
-    onProgress: ({ phase, done, total }) => progress.update({ done, total, facts: [phase] }),
+    onProgress: progress.phase,
     signal,
   }).finally(() => progress.finish());
   return { levels, profile: await writeProfile(dir, times) };

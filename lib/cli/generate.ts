@@ -1,6 +1,8 @@
 // `elastiform generate`: text after a prompt, at a budget.
-import { loadModel } from '../infer/model.js';
-import type { GenerateOptions } from '../infer/types.js';
+import type { Budget } from '../elastic/budget.js';
+import { type ElasticModel, loadModel } from '../infer/model.js';
+import type { GenerateOptions, SpeculativeOptions } from '../infer/types.js';
+import { generateBatch, generated } from './batch.js';
 import { type Command, exitCodes, type FlagReader, UsageError } from './command.js';
 import { budgetForms, loadFlags, loadOptions, parseBudget, parseIds, percent } from './shared.js';
 
@@ -11,11 +13,30 @@ export const generateCommand: Command = {
   flags: {
     prompt: { type: 'string', short: 'p', value: 'TEXT', help: 'text to continue (default: empty, a new text)' },
     ids: { type: 'string', value: '1,2,...', help: 'token ids to continue instead of a text' },
+    batch: {
+      type: 'string',
+      value: 'FILE.jsonl',
+      help: 'lines {"prompt": TEXT or "ids": [...], "budget", "maxTokens", "temperature", "seed", ...} to continue together; prints a line for each, in order',
+    },
     budget: {
       type: 'string',
       short: 'b',
       value: budgetForms,
       help: 'share of the FLOPs, a level, a latency or a quality (default: full)',
+    },
+    speculative: {
+      type: 'boolean',
+      help: 'draft tokens at a cheaper budget and verify several at once: the same text, sooner where drafts are good',
+    },
+    draft: {
+      type: 'string',
+      value: 'BUDGET',
+      help: 'what drafts with --speculative (default: the level nearest to half of the FLOPs)',
+    },
+    'draft-tokens': {
+      type: 'string',
+      value: 'N|auto',
+      help: 'tokens drafted at a time; auto: as many as save time, none if none do (default: auto)',
     },
     'max-tokens': { type: 'string', value: 'N', help: 'tokens to generate at most (default: 256)' },
     temperature: { type: 'string', value: 'T', help: '0 is greedy (default: 0)' },
@@ -25,37 +46,73 @@ export const generateCommand: Command = {
     seed: { type: 'string', value: 'N', help: 'the same seed gives the same text' },
     ...loadFlags,
   },
-  example: 'elastiform generate runs/tiny --prompt "Call me" --budget 0.6 --max-tokens 100',
+  example:
+    'elastiform generate runs/tiny --prompt "Call me" --budget 0.6 --max-tokens 100\n  elastiform generate runs/tiny --prompt "Call me" --speculative --draft p60 --draft-tokens 4\n  elastiform generate runs/tiny --batch prompts.jsonl --max-tokens 100 > texts.jsonl',
   async run(context) {
     const { flags, positionals, json, print, printJson } = context;
     const options = { ...generateOptions(flags), signal: context.signal };
     const ids = flags.string('ids');
-    if (ids !== undefined && flags.has('prompt')) throw new UsageError('[cli] give --prompt or --ids, not both');
+    const batch = flags.string('batch');
+    if (['prompt', 'ids', 'batch'].filter((name) => flags.has(name)).length > 1)
+      throw new UsageError('[cli] give one of --prompt, --ids and --batch');
     const prompt = ids === undefined ? (flags.string('prompt') ?? '') : parseIds(ids);
+    const drafts = draftFlags(flags);
     await using model = await loadModel(positionals[0], loadOptions(context));
-    const stream = model.generate(prompt, options);
-    const hasText = model.network.tokenizer !== null;
+    const optionsAt = (budget = options.budget): GenerateOptions => ({
+      ...options,
+      ...(drafts && { speculative: { ...drafts, draft: drafts.draft ?? defaultDraft(model, budget) } }),
+    });
+    if (batch !== undefined) return await generateBatch(context, model, batch, optionsAt);
+    const stream = model.generate(prompt, optionsAt());
     if (!json) {
+      const hasText = model.network.tokenizer !== null;
       for await (const chunk of stream) print(hasText ? chunk.text : `${chunk.token} `);
       print('\n');
     }
-    const [text, tokens, finishReason, usage] = await Promise.all([
-      stream.text,
-      stream.ids,
-      stream.finishReason,
-      stream.usage,
-    ]);
-    if (json) printJson({ text: hasText ? text : null, ids: tokens, finishReason, usage });
+    const result = await generated(model, stream);
+    const { finishReason, usage } = result;
+    if (json) printJson(result);
     else {
-      const { ratio, tokensPerSecond } = usage.compute;
+      const { ratio, tokensPerSecond, speculative: report } = usage.compute;
       const speed = tokensPerSecond === null ? '' : `, ${tokensPerSecond.toFixed(0)} tokens/s`;
       process.stderr.write(
         `${usage.outputTokens} tokens (${finishReason}), ${percent(ratio)} of the full FLOPs${speed}\n`,
       );
+      if (report) {
+        const { drafted, accepted, acceptance } = report;
+        const share = acceptance === null ? '' : ` (${percent(acceptance)})`;
+        process.stderr.write(`${accepted} of ${drafted} drafted tokens accepted${share}\n`);
+      }
     }
     return finishReason === 'abort' ? exitCodes.interrupted : exitCodes.ok;
   },
 };
+
+/** What --speculative and the flags that go with it say; null without. */
+function draftFlags(flags: FlagReader): Partial<SpeculativeOptions> | null {
+  const [draft, tokens] = [flags.string('draft'), flags.string('draft-tokens')];
+  if (!flags.boolean('speculative')) {
+    if (draft !== undefined || tokens !== undefined)
+      throw new UsageError('[cli] --draft and --draft-tokens go with --speculative');
+    return null;
+  }
+  return {
+    ...(draft !== undefined && { draft: parseBudget(draft) }),
+    ...(tokens !== undefined && { tokens: tokens === 'auto' ? tokens : flags.integer('draft-tokens', { min: 1 }) }),
+  };
+}
+
+/** The level that costs nearest to half of what a budget does. */
+function defaultDraft(model: ElasticModel, budget: Budget = 'full'): Budget {
+  const { flopsRatio } = model.resolve(budget);
+  const far = (name: string) => Math.abs(model.resolve(name).flopsRatio - flopsRatio / 2);
+  const levels = model.info.levels
+    .map(({ name }) => name)
+    .filter((name) => model.resolve(name).flopsRatio < flopsRatio);
+  if (levels.length === 0)
+    throw new UsageError('[cli] --speculative needs --draft: this model has no level that costs less than the budget');
+  return levels.reduce((best, name) => (far(name) < far(best) ? name : best));
+}
 
 function generateOptions(flags: FlagReader): GenerateOptions {
   const budget = flags.string('budget');

@@ -1,5 +1,6 @@
 // `elastiform inspect`: what is in a model directory.
 import { axes, axisTraits, meanCapacity, specByAxis } from '../elastic/axes.js';
+import { meanWidth } from '../elastic/nested.js';
 import { routedLayers } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
 import { Checkpoint } from '../io/safetensors.js';
@@ -16,10 +17,33 @@ export const inspect: Command = {
   async run({ positionals, json, print, printJson, signal }) {
     const [dir] = positionals;
     await using model = await loadModel(dir, { signal });
-    const { info, network } = model;
+    const { info, loaded } = model;
     using checkpoint = Checkpoint.open(dir);
     const stored = [...new Set(checkpoint.names().map((name) => checkpoint.info(name).dtype))].sort();
-    const cacheBytes = info.layers * 2 * info.maxContext * info.kvHeads * network.spec.headDim * 4;
+    const parameters = `${info.parameters.toLocaleString('en-US')} stored as ${stored.join(', ')}`;
+    if (!('policy' in loaded)) {
+      const { pooling, normalize, tokenizer } = loaded;
+      if (json)
+        printJson({ ...info, dir, stored, tokenizer: tokenizer && { vocab: tokenizer.vocabSize }, pooling, normalize });
+      else {
+        print(
+          columns([
+            ['architecture', `${info.architecture}: ${info.layers} layers, hidden ${info.hidden}, FFN ${info.ffn}`],
+            ['task', [info.task, ...(info.labels.length > 0 ? [`classes ${info.labels.join(', ')}`] : [])].join(': ')],
+            ['attention', `${info.heads} heads of ${loaded.spec.headDim}, both ways`],
+            ['parameters', parameters],
+            ['vocabulary', `${info.vocab}${tokenizer ? '' : ', no tokenizer.json'}`],
+            ['context', `${info.maxContext} of ${info.maxPositions} positions`],
+            ['vectors', `${pooling} of the features${normalize ? ', normalised' : ''}`],
+          ]).replaceAll(/(?<=\S) {2,}/g, '  '),
+        );
+      }
+      return 0;
+    }
+    const network = loaded;
+    const { headDim, perLayer } = network.spec;
+    const cached = perLayer.filter(({ keysOf }) => keysOf === null).length;
+    const cacheBytes = cached * 2 * info.maxContext * info.kvHeads * headDim * 4;
     const tokenizer = network.tokenizer && {
       vocab: network.tokenizer.vocabSize,
       bosId: network.tokenizer.bosId,
@@ -29,31 +53,44 @@ export const inspect: Command = {
       printJson({ ...info, dir, stored, tokenizer, cacheBytes });
       return 0;
     }
-    const state = !info.elastic ? 'no' : info.calibrated ? 'yes, trained' : 'yes, routers not trained yet';
+    const { policy } = network;
+    const routers = info.routerParameters > 0;
+    const state = !info.elastic ? 'no' : policy!.calibration || !routers ? 'yes' : 'yes, routers not trained yet';
+    const parts = [
+      ...(routers ? [`${info.routerParameters} router parameters`] : []),
+      ...(policy?.nested
+        ? [`feed-forwards nested at ${policy.nested.granularities.map((s) => percent(s)).join(', ')}`]
+        : []),
+    ];
     print(
       columns([
         ['architecture', `${info.architecture}: ${info.layers} layers, hidden ${info.hidden}, FFN ${info.ffn}`],
         ['attention', `${info.heads} heads of ${network.spec.headDim}, ${info.kvHeads} key/value heads`],
-        ['parameters', `${info.parameters.toLocaleString('en-US')} stored as ${stored.join(', ')}`],
+        ['parameters', parameters],
         ['vocabulary', `${info.vocab}${tokenizer ? '' : ', no tokenizer.json'}`],
         [
           'context',
           `${info.maxContext} of ${info.maxPositions} positions, ${(cacheBytes / 2 ** 20).toFixed(1)} MiB of cache`,
         ],
-        ['elastic', `${state}${info.elastic ? `, ${info.routerParameters} router parameters` : ''}`],
+        ['elastic', [state, ...parts].join(', ')],
       ]).replaceAll(/(?<=\S) {2,}/g, '  '),
     );
     if (info.levels.length > 0) {
-      const { policy } = network;
       const routed = axes.filter((axis) => policy && routedLayers(policy, axis).length > 0);
       print('\n');
       print(
         columns([
-          ['level', 'FLOPs', ...routed.map((axis) => axisTraits[axis].column)],
+          [
+            'level',
+            'FLOPs',
+            ...routed.map((axis) => axisTraits[axis].column),
+            ...(policy?.nested ? ['FFN width'] : []),
+          ],
           ...info.levels.map((level) => [
             level.name,
             level.flopsRatio === undefined ? '' : percent(level.flopsRatio),
             ...routed.map((axis) => percent(meanCapacity(specByAxis(level.spec)[axis] ?? 1))),
+            ...(policy?.nested ? [percent(meanWidth(level.spec, policy.nested, network.spec))] : []),
           ]),
         ]),
       );

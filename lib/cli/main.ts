@@ -21,6 +21,14 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
   },
   eval: { summary: 'measure quality and speed at budgets', load: async () => (await import('./eval.js')).evalCommand },
   generate: { summary: 'generate text at a budget', load: async () => (await import('./generate.js')).generateCommand },
+  classify: {
+    summary: 'tell the classes of texts with an encoder',
+    load: async () => (await import('./classify.js')).classifyCommand,
+  },
+  embed: {
+    summary: 'make vectors of texts with an encoder',
+    load: async () => (await import('./embed.js')).embedCommand,
+  },
   report: {
     summary: 'write a page of quality, compute, time, routers and texts',
     load: async () => (await import('./report.js')).reportCommand,
@@ -28,6 +36,18 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
   merge: {
     summary: 'merge a LoRA adapter into a stock checkpoint',
     load: async () => (await import('./merge.js')).mergeCommand,
+  },
+  profile: {
+    summary: 'time the levels of a model on this device',
+    load: async () => (await import('./profile.js')).profileCommand,
+  },
+  search: {
+    summary: 'search widths of a nested model within a constraint',
+    load: async () => (await import('./search.js')).searchCommand,
+  },
+  extract: {
+    summary: 'write a slice of a nested model as a stock checkpoint',
+    load: async () => (await import('./extract.js')).extractCommand,
   },
   demo: {
     summary: 'make a small model elastic and write a report',

@@ -1,6 +1,6 @@
 // `elastiform merge`: an ordinary checkpoint of a model with its adapter merged in.
 import { mergeAdapter } from '../infer/merge.js';
-import { type Command, UsageError } from './command.js';
+import type { Command } from './command.js';
 
 export const mergeCommand: Command = {
   name: 'merge',
@@ -12,8 +12,7 @@ export const mergeCommand: Command = {
   },
   example: 'elastiform merge runs/tiny --out runs/merged',
   async run({ flags, positionals, json, print, printJson, signal }) {
-    const out = flags.string('out');
-    if (out === undefined) throw new UsageError('[cli] merge needs --out, the directory to write');
+    const out = flags.required('out', 'the directory to write');
     const adapter = flags.string('adapter');
     const result = await mergeAdapter(positionals[0], { out, signal, ...(adapter !== undefined && { adapter }) });
     if (json) printJson(result);

@@ -27,6 +27,10 @@ export class Progress {
     this.#show(state, terminal);
   }
 
+  /** Steps of a phase, as `onProgress` of the library tells them. */
+  readonly phase = ({ phase, done, total }: { phase: string; done: number; total: number }): void =>
+    this.update({ done, total, facts: [phase] });
+
   /** Shows the last state and ends the line. */
   finish(state?: ProgressState): void {
     if (state) this.#show(state, this.#stream.isTTY === true);

@@ -8,7 +8,7 @@ import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 import { reportHtml } from '../report/index.js';
 import { type Command, exitCodes } from './command.js';
 import { dataFlags, documentsOf, fileNames } from './data.js';
-import { firstWords, measureModel, readTraining, replaceDirectory, reportOf, writeReport } from './reporting.js';
+import { firstWords, measureModel, readTraining, replaceReport, reportOf, writeReport } from './reporting.js';
 import { loadFlags, loadOptions, parseLevel } from './shared.js';
 
 const defaultBudgets = [0.9, 0.8, 0.7, 0.6, 0.5];
@@ -75,7 +75,7 @@ export const reportCommand: Command = {
       await writeFileAtomic(out, reportHtml(data));
     } else {
       page = join(out, 'report.html');
-      data = await replaceDirectory('report', out, async (dir) => {
+      data = await replaceReport('report', out, async (dir) => {
         const made = await report();
         await writeReport(dir, made);
         return made;

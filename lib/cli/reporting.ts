@@ -1,17 +1,16 @@
 // What `demo` and `report` share: measuring a model, reading how it was trained, and writing the report.
-import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
-import { dirname, join } from 'node:path';
+import { readdir, readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { axes, axisTraits, expertAxes, isExperts, specByAxis } from '../elastic/axes.js';
 import type { Budget, OperatingPoint } from '../elastic/budget.js';
-import { routedLayers, routerCapacities, routerPlaces } from '../elastic/policy.js';
-import { type Baseline, type EvalLevel, type EvalReport, evaluate } from '../infer/evaluate.js';
+import { type ElasticPolicy, routedLayers, routerCapacities, routerPlaces } from '../elastic/policy.js';
+import { type Baseline, type EvalLevel, type EvalReport, evaluate, isElastic } from '../infer/evaluate.js';
 import { promptIds } from '../infer/generate.js';
 import type { ElasticModel } from '../infer/model.js';
 import { median } from '../infer/statistics.js';
 import { type ElasticTrace, expertShares } from '../infer/trace.js';
-import { FileSystemError, inFileSystem } from '../io/files.js';
+import { FileSystemError, inFileSystem, replaceDirectory } from '../io/files.js';
 import { InvalidFileError } from '../native/errors.js';
 import { loadAddon } from '../native/index.js';
 import {
@@ -61,14 +60,17 @@ export async function measureModel(
 ): Promise<Measurements> {
   const { signal } = context;
   const length = Math.min(sequenceLength, model.network.maxContext);
-  const baselines: Baseline[] = ['random', 'drop'];
+  const { policy } = model.network;
+  const own = policy?.calibration ? 'routed' : 'nested';
+  // Narrower feed-forwards leave nothing to choose at random.
+  const baselines: Baseline[] = policy?.nested ? ['drop'] : ['random', 'drop'];
   const progress = new Progress('evaluate');
   const evaluated =
     data &&
     (await evaluate(model, {
       ...{ data: data.heldOut, budgets, baselines, sequenceLength: length, limit, seed, signal },
       ...(data.calibration && { calibration: data.calibration }),
-      onProgress: ({ phase, done, total }) => progress.update({ done, total, facts: [phase] }),
+      onProgress: progress.phase,
     }).finally(() => progress.finish()));
   if (evaluated && !context.json) context.print(`\n${levelTable(evaluated.levels)}`);
 
@@ -85,7 +87,7 @@ export async function measureModel(
   writing.finish();
 
   const maps = evaluated?.levels
-    .filter((l) => l.method === 'routed')
+    .filter((l) => isElastic(l.method))
     .map((l) => ({
       budget: l.budget as number | string,
       measured: layerShares(l),
@@ -95,13 +97,13 @@ export async function measureModel(
     evaluated,
     evaluation: evaluated && {
       ...{ data: data!.name, tokens: evaluated.tokens, sequences: evaluated.sequences },
-      levels: evaluated.levels.map(levelResult),
+      levels: evaluated.levels.map((level) => levelResult(level, own)),
     },
     routing: maps
       ? { on: `${data!.name}, ${evaluated!.tokens} tokens`, maps }
       : { on: 'the texts below, prompts included', maps: traced },
     samples,
-    notes: [...expertNotes(model), ...notes(evaluated)],
+    notes: [...expertNotes(model), ...notes(evaluated, policy)],
   };
 }
 
@@ -157,15 +159,17 @@ function targets(model: ElasticModel, point: OperatingPoint): PerLayer<number | 
   if (!policy) return target;
   const capacities = routerCapacities(policy, specByAxis(point.spec));
   const experts = expertShares(model.network, point);
-  for (const [i, { layer, place, axis }] of routerPlaces(policy).entries())
-    target[place][layer] = (target[place][layer] ?? 1) * (isExperts(axis) ? experts[place][layer] : capacities[i]);
+  for (const [i, { layer, places, axis }] of routerPlaces(policy).entries()) {
+    for (const place of places)
+      target[place][layer] = (target[place][layer] ?? 1) * (isExperts(axis) ? experts[place][layer] : capacities[i]);
+  }
   return target;
 }
 
-function levelResult(level: EvalLevel): LevelResult {
+function levelResult(level: EvalLevel, own: 'routed' | 'nested'): LevelResult {
   const { ratio, share, perplexity, bitsPerByte, kl, agreement, tokensPerSecond, timeRatio } = level;
   return {
-    method: level.method === 'full' ? 'routed' : level.method,
+    method: level.method === 'full' ? own : level.method,
     budget: level.method === 'full' ? 1 : (level.budget as number | string),
     ...{ ratio, share, perplexity, bitsPerByte, kl, agreement, tokensPerSecond, timeRatio },
     layers: layerShares(level),
@@ -180,15 +184,20 @@ const expertNotes = ({ network: { policy } }: ElasticModel): string[] =>
         `Where tokens choose ${axis} of ${axis === 'heads' ? 'attention' : 'an FFN'}, the share of tokens is times the share of ${axis} that they use, and so is its part in a token’s colour.`,
     );
 
-function notes(evaluated: EvalReport | null): string[] {
+function notes(evaluated: EvalReport | null, policy: ElasticPolicy | null): string[] {
   const sampling = 'The generated text was drawn with a fixed seed, not chosen.';
   const causal =
     'The elastic model chooses tokens causally, by thresholds calibrated on training text, as generation does; the share it achieves on other text may differ a little from the share asked for.';
-  if (!evaluated) return [causal, sampling];
+  const slices =
+    'Feed-forwards run with a prefix of their units, chosen for each layer by the budget; the same weights serve every width.';
+  const how = [...(policy?.nested ? [slices] : []), ...(policy?.calibration ? [causal] : [])];
+  if (!evaluated) return [...how, sampling];
+  const random =
+    'The random baseline gets the same share of tokens in every sub-layer, chosen afresh for every batch: it shows what the choice of tokens is worth. ';
   return [
-    'FLOPs are counted by the kernels from the rows they really ran, routers included; the loss of the evaluation is not counted.',
-    causal,
-    'The random baseline gets the same share of tokens in every sub-layer, chosen afresh for every batch: it shows what the choice of tokens is worth. The dropping baseline leaves out whole sub-layers, in the order that hurts least on calibration text; of the two such models around the compute in question each gets a share of the sequences, so that the mean is the same. Neither is trained.',
+    'FLOPs are counted by the kernels from the rows and units they really ran, routers included; the loss of the evaluation is not counted.',
+    ...how,
+    `${policy?.nested ? '' : random}The dropping baseline leaves out whole sub-layers, in the order that hurts least on calibration text; of the two such models around the compute in question each gets a share of the sequences, so that the mean is the same. No baseline is trained.`,
     `Speed is the median of repeated prefills of packed sequences of ${evaluated.sequenceLength} tokens on the machine named above; the share of time is against the full model, run in turns with the other.`,
     `Intervals are 95 %, from a bootstrap over sequences. ${sampling}`,
   ];
@@ -275,7 +284,8 @@ function routersOf({ network: { policy } }: ElasticModel): string {
     const layers = policy ? routedLayers(policy, axis).length : 0;
     return layers > 0 ? [`${axisTraits[axis].title} of ${layers} layers`] : [];
   });
-  return `routers for ${parts.join(', ')}`;
+  const nested = policy?.nested ? [`nested feed-forwards of ${policy.nested.layers.length} layers`] : [];
+  return [...(parts.length > 0 ? [`routers for ${parts.join(', ')}`] : []), ...nested].join('; ');
 }
 
 /** report.json, report.html and, where quality was measured, chart.svg and levels.csv. */
@@ -295,11 +305,11 @@ export async function writeReport(dir: string, report: ReportData): Promise<void
 }
 
 /**
- * Makes a directory as a whole: `write` fills another one, which then takes the place of `out`.
+ * Makes a directory with a report as a whole.
  *
- * @throws FileSystemError when `out` is there and holds something else than a report, or cannot be written.
+ * @throws FileSystemError when `out` is there and holds something else than a report; otherwise as replaceDirectory.
  */
-export async function replaceDirectory<T>(api: string, out: string, write: (dir: string) => Promise<T>): Promise<T> {
+export async function replaceReport<T>(api: string, out: string, write: (dir: string) => Promise<T>): Promise<T> {
   if (existsSync(out)) {
     const names = await readdir(out).catch((cause) => {
       throw new FileSystemError(`[${api}] ${out} is not a directory that can be read`, cause);
@@ -307,22 +317,5 @@ export async function replaceDirectory<T>(api: string, out: string, write: (dir:
     if (names.length > 0 && !names.includes('report.json'))
       throw new FileSystemError(`[${api}] ${out} exists and holds no report; choose another directory with --out`);
   }
-  await inFileSystem('create', dirname(out), () => mkdir(dirname(out), { recursive: true }));
-  const work = `${out}.partial-${randomBytes(4).toString('hex')}`;
-  await inFileSystem('create', work, () => mkdir(work));
-  const aside = `${work}.old`;
-  try {
-    const result = await write(work);
-    try {
-      if (existsSync(out)) await rename(out, aside);
-      await rename(work, out);
-    } catch (cause) {
-      if (existsSync(aside) && !existsSync(out)) await rename(aside, out);
-      throw new FileSystemError(`[${api}] cannot write ${out}: ${(cause as Error).message}`, cause);
-    }
-    return result;
-  } finally {
-    await rm(work, { recursive: true, force: true });
-    await rm(aside, { recursive: true, force: true });
-  }
+  return await replaceDirectory(api, out, write);
 }

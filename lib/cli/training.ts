@@ -1,5 +1,6 @@
 // What the training commands share: flags over a configuration file, progress, the outcome.
 import type { TrainConfig, TrainEvent, TrainResult } from '../distill/events.js';
+import { type WidthSampling, widthStrategies } from '../distill/widths.js';
 import { deviceChoices } from '../native/index.js';
 import { type CommandContext, exitCodes, type FlagReader, UsageError } from './command.js';
 import { ConfigFile, isMapping } from './config.js';
@@ -31,6 +32,21 @@ export const trainingFlags = {
   seed: { type: 'string', value: 'N', help: 'seed of the data order and of every random choice' },
   resume: { type: 'string', value: 'auto|never', help: 'continue from the newest checkpoint in --out (default: auto)' },
 } as const;
+
+/** Which widths of nested feed-forwards a step trains. */
+export const widthFlags = {
+  sample: { type: 'string', value: widthStrategies.join('|'), help: 'widths that a step trains (default: joint, all)' },
+  'sample-weights': { type: 'string', value: 'W,...', help: 'of the widths, ascending: factors, or how often' },
+} as const;
+
+export function sampleOption(flags: FlagReader): WidthSampling | undefined {
+  const strategy = flags.choice('sample', widthStrategies);
+  const weights = flags.list('sample-weights')?.map(Number);
+  if (weights?.some(Number.isNaN)) {
+    throw new UsageError(`[cli] --sample-weights must be numbers, got '${flags.string('sample-weights')}'`);
+  }
+  return strategy || weights ? { ...(strategy && { strategy }), ...(weights && { weights }) } : undefined;
+}
 
 /** The --config file, if any. */
 export async function readConfig(flags: FlagReader): Promise<ConfigFile | null> {

@@ -9,12 +9,15 @@ import type { LevelResult, Measured, Method, ReportData } from './types.js';
 
 const methodNames: Record<Method, string> = {
   routed: 'learned routing',
+  nested: 'nested feed-forwards',
   random: 'random tokens',
   drop: 'dropped sub-layers',
 };
-const methods: readonly Method[] = ['routed', 'random', 'drop'];
+const methods: readonly Method[] = ['routed', 'nested', 'random', 'drop'];
+const isElastic = ({ method }: LevelResult): boolean => method === 'routed' || method === 'nested';
 
-type Levels = readonly LevelResult[];
+/** Methods at budgets. */
+export type Levels = readonly LevelResult[];
 
 /** A way to say what a level costs; null where it is not known. */
 interface Cost {
@@ -28,8 +31,7 @@ const time: Cost = {
   of: (l) => l.timeRatio,
 };
 
-const fullLevel = (levels: Levels): LevelResult | undefined =>
-  levels.find((l) => l.method === 'routed' && l.budget === 1);
+const fullLevel = (levels: Levels): LevelResult | undefined => levels.find((l) => isElastic(l) && l.budget === 1);
 
 /** Width and height; pages draw every chart twice, for wide and for narrow screens. */
 type Size = readonly [width: number, height: number];
@@ -114,7 +116,7 @@ function retentions(levels: Levels): Retention[] {
 }
 
 function retentionTable(levels: Levels): string {
-  const columns = levels.filter((l) => l.method === 'routed' && l.budget !== 1);
+  const columns = levels.filter((l) => isElastic(l) && l.budget !== 1);
   const rows = retentions(levels).map(({ name, of }) => ({ name, values: columns.map((l) => of(l) ?? null) }));
   const worst = columns.map((_, c) => Math.min(...rows.map(({ values }) => values[c] ?? Number.POSITIVE_INFINITY)));
   if (columns.length === 0) return '';
@@ -138,7 +140,7 @@ ${table(
 
 function speedChart(levels: Levels): string {
   const bars = levels
-    .filter((l) => l.method === 'routed' && l.timeRatio !== null)
+    .filter((l) => isElastic(l) && l.timeRatio !== null)
     .map((l) => ({ name: budgetName(l.budget), value: 1 / l.timeRatio! }));
   if (bars.length === 0) return '';
   return `<h2>Speed</h2>\n${figure(([width]) =>
@@ -266,16 +268,14 @@ function facts({ model, elastic, training, evaluation, ...data }: ReportData): [
 function summary({ evaluation }: ReportData): string {
   const levels = evaluation?.levels ?? [];
   const distance = (l: LevelResult): number => Math.abs(l.ratio - 0.7);
-  const [routed] = levels
-    .filter((l) => l.method === 'routed' && l.budget !== 1)
-    .toSorted((a, b) => distance(a) - distance(b));
-  if (!routed) return '';
+  const [elastic] = levels.filter((l) => isElastic(l) && l.budget !== 1).toSorted((a, b) => distance(a) - distance(b));
+  if (!elastic) return '';
   const others = (['random', 'drop'] as const).flatMap((m) => {
-    const level = levels.find((l) => l.method === m && l.budget === routed.budget);
+    const level = levels.find((l) => l.method === m && l.budget === elastic.budget);
     return level ? [`${percent(level.agreement.value)} with ${methodNames[m]}`] : [];
   });
   const versus = others.length === 0 ? '' : `, against ${others.join(' and ')} at equal compute`;
-  return `At ${percent(routed.ratio)} of the full model’s FLOPs the elastic model predicts the same next token as the full model in ${percent(routed.agreement.value)} of positions${versus}.`;
+  return `At ${percent(elastic.ratio)} of the full model’s FLOPs the elastic model predicts the same next token as the full model in ${percent(elastic.agreement.value)} of positions${versus}.`;
 }
 
 function levelTable(levels: Levels): string {

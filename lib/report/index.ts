@@ -1,6 +1,6 @@
 // Charts, CSV and the self-contained HTML report.
 export { toCsv } from './csv.js';
-export { agreementChart, levelsCsv, qualityChart, reportHtml } from './html.js';
+export { agreementChart, type Levels, levelsCsv, qualityChart, reportHtml } from './html.js';
 export {
   type BarChartOptions,
   barChart,

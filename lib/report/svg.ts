@@ -1,5 +1,6 @@
 // A small chart writer: line charts with intervals and bar charts as standalone SVG text, at any width.
 
+/** A point of a line; `low` and `high` are its interval. */
 export interface Point {
   readonly x: number;
   readonly y: number;
@@ -10,6 +11,7 @@ export interface Point {
   readonly note?: string;
 }
 
+/** One line of a chart. */
 export interface Series {
   readonly name: string;
   readonly points: readonly Point[];
@@ -19,6 +21,7 @@ export interface Series {
   readonly faint?: boolean;
 }
 
+/** What a line chart shows; sizes in pixels. */
 export interface LineChartOptions {
   readonly title: string;
   readonly xLabel: string;

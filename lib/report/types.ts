@@ -7,7 +7,8 @@ export interface Measured {
   readonly high: number;
 }
 
-export type Method = 'routed' | 'random' | 'drop';
+/** The model itself, by its routers or as a slice without them, and the baselines. */
+export type Method = 'routed' | 'nested' | 'random' | 'drop';
 
 /** One method at one budget. */
 export interface LevelResult {
@@ -33,6 +34,7 @@ export interface LevelResult {
   readonly layers: PerLayer<number>;
 }
 
+/** The loss at a step of training. */
 export interface TrainingPoint {
   readonly step: number;
   readonly loss: number;
@@ -59,6 +61,7 @@ export interface RouterMap {
   readonly target: PerLayer<number | null>;
 }
 
+/** A generated text with what it cost. */
 export interface Sample {
   readonly label: string;
   readonly prompt: string;
@@ -81,6 +84,7 @@ export interface SampleTrace {
   readonly blockShare: readonly number[];
 }
 
+/** Everything a report shows. */
 export interface ReportData {
   readonly title: string;
   readonly version: string;

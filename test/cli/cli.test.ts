@@ -1,5 +1,5 @@
 // The command line from outside: help, exit codes, JSON, and the way from a plain model to text at a budget.
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it, vi } from 'vitest';
 import { json, quickTraining, run, shipped, start, version, workDirectory } from './run.js';
@@ -42,7 +42,7 @@ describe('help', () => {
       expect({ name, code, stderr }).toEqual({ name, code: 0, stderr: '' });
       expect(stdout).toContain(`Usage: elastiform ${name}`);
       expect(stdout).toContain('--json');
-      expect(stdout.split('Example:\n')[1]).toMatch(new RegExp(`^ {2}elastiform ${name}( .+)?\n$`));
+      expect(stdout.split('Example:\n')[1]).toMatch(new RegExp(`^( {2}elastiform ${name}( .+)?\n)+$`));
     }
   });
 });
@@ -55,8 +55,14 @@ describe('bad usage: exit code 2 and one line that says what', () => {
     [['generate', shipped, 'more'], `generate takes <model>, got ${shipped} more`],
     [['generate', shipped, '--budget', '2'], "a budget must be in (0, 1], full or a level, got '2'"],
     [['generate', shipped, '--max-tokens', 'x'], "--max-tokens must be a number of at least 1, got 'x'"],
+    [['generate', shipped, '--draft', 'p50'], '--draft and --draft-tokens go with --speculative'],
+    [
+      ['generate', shipped, '--speculative', '--draft-tokens', 'x'],
+      "--draft-tokens must be a number of at least 1, got 'x'",
+    ],
+    [['generate', shipped, '--speculative'], 'this model has no level that costs less than the budget'],
     [['generate', shipped, '--ids', '1,a'], "--ids must be token ids separated by commas, got '1,a'"],
-    [['generate', shipped, '--ids', '1', '--prompt', 'a'], 'give --prompt or --ids, not both'],
+    [['generate', shipped, '--ids', '1', '--prompt', 'a'], 'give one of --prompt, --ids and --batch'],
     [['eval', shipped], 'the text to evaluate on is missing: give --data'],
     [['eval', shipped, '--data', 'a.txt,b.jsonl'], '--data must list text files or .jsonl files, not both'],
     [['report'], 'report takes <run>, got none'],
@@ -176,12 +182,70 @@ describe('from a plain model to text at a budget', () => {
     expect(usage.outputTokens).toBe(8);
     expect(usage.compute.ratio).toBeLessThan(1);
 
+    // Drafts change no token. By themselves they come from a level of about half the FLOPs.
+    const prompt = ['--ids', '5,6,7', '--max-tokens', '20', '--temperature', '1', '--seed', '3'];
+    const [plain, drafted, auto, shown] = [
+      await run('generate', elastic, ...prompt, '--json'),
+      await run('generate', elastic, ...prompt, '--speculative', '--draft', 'p80', '--draft-tokens', '2', '--json'),
+      await run('generate', elastic, ...prompt, '--speculative', '--json'),
+      await run('generate', elastic, ...prompt, '--speculative', '--draft-tokens', '3'),
+    ];
+    for (const outcome of [drafted, auto]) expect(json(outcome).ids).toEqual(json(plain).ids);
+    expect(json(drafted)).toMatchObject({ usage: { compute: { speculative: { level: 'p80' } } } });
+    expect(json(auto)).toMatchObject({ usage: { compute: { speculative: { level: 'p50' } } } });
+    expect(shown.stderr).toMatch(/ tokens\/s\n\d+ of \d+ drafted tokens accepted \(\d+\.\d %\)\n$/);
+
     // Three steps teach nothing: an agreement of 1 is out of reach, and that is exit code 3 after the whole report.
     const flags = ['--data', join(work, 'train.txt'), '--limit', '400', '--sequence-length', '64'];
     const evaluated = await run('eval', elastic, ...flags, '--budgets', '1,0.6', '--min-agreement', '1', '--json');
     expect(evaluated.code).toBe(3);
     expect(evaluated.stderr).toMatch(/elastiform: \[eval\] agreement .* at 0\.6 is below 100\.0 %\n$/);
     expect(json(evaluated).levels).toMatchObject([{ method: 'full' }, { method: 'routed', budget: 0.6 }]);
+  });
+
+  it('generate --batch: lines with budgets of their own, together, in order', async () => {
+    const file = join(work, 'prompts.jsonl');
+    const write = (...lines: unknown[]) =>
+      writeFileSync(file, lines.map((line) => (typeof line === 'string' ? line : JSON.stringify(line))).join('\n'));
+    const lines = [
+      { ids: [5, 6, 7], budget: 'p60', maxTokens: 12 },
+      { prompt: 'Call me', temperature: 1, seed: 3 },
+      { prompt: 'Call me', budget: 0.8, maxTokens: 2, stop: ['x'] },
+      { ids: [5], speculative: { draft: 'p80', tokens: 2 } },
+    ];
+    write(lines[0], '', ...lines.slice(1));
+    const flags = ['--batch', file, '--max-tokens', '4'];
+    const printed = await run('generate', elastic, ...flags);
+    expect(printed).toMatchObject({ code: 0, stderr: expect.stringMatching(/generate 4\/4 {2}\d+ tokens/) });
+    const results = printed.stdout
+      .trimEnd()
+      .split('\n')
+      .map((line) => JSON.parse(line));
+    const levels = results.map(({ usage: { outputTokens, compute } }) => [outputTokens, compute.level]);
+    expect(levels).toEqual([
+      [12, 'p60'],
+      [4, 'full'],
+      [2, null],
+      [4, 'full'],
+    ]);
+    const single = ['--ids', '5,6,7', '--budget', 'p60', '--max-tokens', '12', '--json'];
+    expect(results[0].ids).toEqual(json(await run('generate', elastic, ...single)).ids);
+    const all = json(await run('generate', elastic, ...flags, '--json')) as { results: { ids: number[] }[] };
+    expect(all.results.map(({ ids }) => ids)).toEqual(results.map(({ ids }) => ids));
+
+    const bad = async (line: unknown, message: string) => {
+      write(lines[0], line);
+      const outcome = await run('generate', elastic, ...flags);
+      expect(outcome).toMatchObject({ code: 1, stdout: '' });
+      expect(outcome.stderr).toContain(`elastiform: [cli] ${file}:2: ${message}`);
+    };
+    await bad('{', 'Expected property name');
+    await bad([1], 'it is no object');
+    await bad({ budget: 1 }, "it must have 'prompt' or 'ids', not both");
+    await bad({ prompt: 'a', maxtokens: 1 }, "unknown key 'maxtokens'");
+    await bad({ ids: [1], maxTokens: -1 }, '[generate] maxTokens must be a positive integer, got -1');
+    await bad({ ids: [1, 1e6] }, '[generate] prompt token 1 must be an id');
+    expect((await run('generate', elastic, '--batch', join(work, 'none.jsonl'))).stderr).toContain('cannot read');
   });
 
   it('eval --record measures levels for budgets by quality and latency', async () => {

@@ -88,7 +88,7 @@ describe('elastify --recipe', () => {
     ['kind: elastiformer\nlora:\n  rank: 0\n', 'lora.rank must be a positive integer, got 0', ', line 3)'],
     ['kind: elastiformer\nlayers: [0, 99]\n', 'layers must be ids from 0 to', ', line 2)'],
     ['kind: elastiformer\ntokens:\n  head: 1\n', "unknown place 'head'", ', line 3)'],
-    ['tokens: {}\n', "recipe.kind must be 'elastiformer', got undefined", '.yaml)'],
+    ['tokens: {}\n', "recipe.kind must be 'elastiformer', 'matformer' or 'router-tuning', got undefined", '.yaml)'],
   ])('refuses %j with key and line', async (text, message, end) => {
     const { code, stdout, stderr } = await elastify(text);
     expect({ code, stdout }).toEqual({ code: 1, stdout: '' });
@@ -131,6 +131,7 @@ describe('examples/recipes', () => {
       'elastiformer.yaml',
       'heads.yaml',
       'lora.yaml',
+      'router-tuning.yaml',
       'tokens.yaml',
     ]);
   });
@@ -141,6 +142,7 @@ describe('examples/recipes', () => {
     ['blocks.yaml', ['blocks']],
     ['lora.yaml', ['attn', 'mlp']],
     ['elastiformer.yaml', ['attn', 'mlp', 'heads', 'blocks']],
+    ['router-tuning.yaml', ['attn-sequence']],
   ])('%s is a recipe', async (name, axes) => {
     const { content } = await ConfigFile.read(join(examples, name), 'recipe');
     const policy = policyOf(content as unknown as Recipe, {

@@ -1,9 +1,8 @@
 // Runs the built command line in child processes, and makes the small inputs that its tests share.
 import { type ChildProcess, spawn } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
-import { afterAll } from 'vitest';
+import { temporaryDirectory } from '../temporary.js';
 
 const root = resolve(import.meta.dirname, '../..');
 export const main = resolve(root, 'dist/cli/main.js');
@@ -54,8 +53,7 @@ export function json(outcome: Outcome): Record<string, unknown> {
 
 /** A fresh directory, removed after the tests of the file, with a short text to train on in train.txt. */
 export function workDirectory(): string {
-  const path = mkdtempSync(join(tmpdir(), 'elastiform-cli-'));
-  afterAll(() => rmSync(path, { recursive: true, force: true }));
+  const path = temporaryDirectory();
   const text = readFileSync(join(shipped, 'train.txt'), 'utf8').slice(0, 1500);
   writeFileSync(join(path, 'train.txt'), text);
   return path;

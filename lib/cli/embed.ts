@@ -1,0 +1,41 @@
+// `elastiform embed`: vectors of texts.
+import { poolings } from '../model/encoder.js';
+import type { Command } from './command.js';
+import { rowFlags, runRows } from './rows.js';
+
+export const embedCommand: Command = {
+  name: 'embed',
+  summary: 'Make one vector of every text or pair of texts with an encoder. One line of JSON a text.',
+  positionals: '<model> [text...]',
+  flags: {
+    pooling: {
+      type: 'string',
+      value: poolings.join('|'),
+      help: "how a vector is made of a text's tokens (default: as the model says, else mean)",
+    },
+    normalize: { type: 'boolean', help: 'vectors of length 1 (default: as the model says)' },
+    dims: { type: 'string', value: 'N', help: 'only the first N features, for models trained so (default: all)' },
+    ...rowFlags,
+  },
+  example:
+    'elastiform embed models/minilm "How do I reset it?" "Where is the switch?"\n  elastiform embed models/minilm --data documents.txt --out vectors.jsonl',
+  run(context) {
+    const { flags, signal } = context;
+    const pooling = flags.choice('pooling', poolings);
+    const dims = flags.integer('dims', { min: 1 });
+    const asked = {
+      ...(pooling && { pooling }),
+      ...(dims && { dims }),
+      ...(flags.boolean('normalize') && { normalize: true }),
+    };
+    return runRows(context, 'embed', async (model, inputs, batch) => {
+      const { vectors, spaceId, truncated, usage } = await model.embed(inputs, {
+        ...asked,
+        ...(batch && { batch }),
+        signal,
+      });
+      const flops = usage.compute.flops / inputs.length;
+      return vectors.map((vector, i) => ({ line: { vector: [...vector], spaceId }, truncated: truncated[i], flops }));
+    });
+  },
+};

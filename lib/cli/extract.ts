@@ -1,0 +1,50 @@
+// `elastiform extract`: a slice of a nested model as a checkpoint of its own.
+import { extract, layouts } from '../infer/extract.js';
+import { type Command, UsageError } from './command.js';
+import { Progress } from './progress.js';
+import { parseLevel } from './shared.js';
+
+export const extractCommand: Command = {
+  name: 'extract',
+  summary: 'Write a slice of a nested model as a stock checkpoint, streamed, and compare it with the slice.',
+  positionals: '<model>',
+  flags: {
+    level: { type: 'string', value: 'NAME|SHARE', help: 'level to extract, or the share of the FLOPs it may cost' },
+    width: { type: 'string', value: 'W[,W...]', help: 'share of the units or a number of them, one or one per layer' },
+    layout: {
+      type: 'string',
+      value: layouts.join('|'),
+      help: 'one width, which stock transformers loads, or the widths as they are, for elastiform',
+    },
+    'no-verify': { type: 'boolean', help: 'do not load the result to compare its logits' },
+    out: { type: 'string', short: 'o', value: 'DIR', help: 'new directory to write (required)' },
+  },
+  example: 'elastiform extract runs/nested --level ffn50 --layout uniform --out runs/half',
+  async run({ flags, positionals, json, print, printJson, signal }) {
+    const out = flags.required('out', 'the directory to write');
+    const level = flags.string('level');
+    const widths = flags.numbers('width');
+    const ffnWidth = widths?.length === 1 ? widths[0] : widths;
+    if ((level === undefined) === (ffnWidth === undefined)) {
+      throw new UsageError('[cli] extract needs --level or --width, one of them');
+    }
+    const layout = flags.choice('layout', layouts);
+    const progress = new Progress('extract');
+    const result = await extract(positionals[0], {
+      ...{ budget: level === undefined ? { spec: { ffnWidth } } : parseLevel(level), out, signal },
+      ...(layout && { layout }),
+      verify: !flags.boolean('no-verify'),
+      onProgress: progress.phase,
+    }).finally(() => progress.finish());
+    if (json) printJson(result);
+    else {
+      const { dir, widths, parameters, bytes, largestDifference } = result;
+      const units = new Set(widths).size === 1 ? `${widths[0]}` : widths.join(', ');
+      const compared = largestDifference === null ? 'not compared' : `differ from the slice's by ${largestDifference}`;
+      print(
+        `${dir}: ${result.layout}, feed-forwards of ${units} units, ${parameters.toLocaleString('en-US')} parameters, ${(bytes / 2 ** 20).toFixed(1)} MiB; its logits ${compared}\nLoads in ${result.loadsIn.join(', ')}\n`,
+      );
+    }
+    return 0;
+  },
+};

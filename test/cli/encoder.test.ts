@@ -1,0 +1,142 @@
+// classify and embed from outside: arguments and files, lines in order, bad rows, what is cut, and commands that are for decoders.
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { describe, expect, it, vi } from 'vitest';
+import { loadModel } from '../../lib/infer/model.js';
+import { encoderDirectory } from '../model/golden.js';
+import { temporaryDirectory } from '../temporary.js';
+import { json, run, shipped } from './run.js';
+
+vi.setConfig({ testTimeout: 120_000 });
+const work = temporaryDirectory();
+const classes = encoderDirectory('bert-classes');
+const minilm = encoderDirectory('minilm');
+const long = 'the cat '.repeat(30);
+const lines = (text: string): Record<string, never>[] =>
+  text
+    .trim()
+    .split('\n')
+    .map((line) => JSON.parse(line));
+
+const rows = join(work, 'rows.jsonl');
+writeFileSync(
+  rows,
+  [
+    JSON.stringify({ text: 'a cat' }),
+    JSON.stringify({ text: '' }),
+    JSON.stringify({ text: 'a dog', pair: 'the cat' }),
+    'nope',
+    '{"tex":1}',
+    '',
+    JSON.stringify({ text: 'a dog', pair: 7 }),
+    JSON.stringify({ text: long }),
+  ].join('\r\n'),
+);
+
+describe('classify', () => {
+  it('has what the API says of texts, as lines and as one object', async () => {
+    const texts = ['The cat walks.', 'a dog'];
+    await using model = await loadModel(classes);
+    const expected = (await model.classify(texts)).map(({ label, score, scores, truncated }, i) => ({
+      ...{ line: i + 1, label, score, truncated },
+      scores: Object.fromEntries(scores.map(({ label, score }) => [label, score])),
+    }));
+    const [plain, object] = await Promise.all([
+      run('classify', classes, ...texts),
+      run('classify', classes, ...texts, '--json'),
+    ]);
+    expect(plain).toMatchObject({ code: 0, stderr: '' });
+    expect(lines(plain.stdout)).toEqual(expected);
+    expect(json(object)).toMatchObject({ rows: 2, bad: 0, truncated: 0, badRows: [], results: expected });
+  });
+
+  it('of a file stops at a bad row, or leaves it out and says so once', async () => {
+    const out = join(work, 'classes.jsonl');
+    const [stopped, skipped, object] = await Promise.all([
+      run('classify', classes, '--data', rows),
+      run('classify', classes, '--data', rows, '--bad-rows', 'skip', '--batch', '2'),
+      run('classify', classes, '--data', rows, '--bad-rows', 'skip', '--out', out, '--json'),
+    ]);
+    expect(stopped).toEqual({
+      ...{ code: 1, stdout: '' },
+      stderr: `elastiform: [classify] ${rows}:2 has an empty text in field 'text'; --bad-rows skip goes on\n`,
+    });
+    expect(skipped.code).toBe(0);
+    expect(lines(skipped.stdout).map(({ line }) => line)).toEqual([1, 3, 8]);
+    expect(skipped.stderr).toBe(
+      `1 of 3 texts are longer than 24 tokens and were cut\n5 bad rows left out: line 2 has an empty text in field 'text', ` +
+        `4 is not JSON, 5 has no text in field 'text', 6 is empty, 7 has no text in field 'pair'\n`,
+    );
+    expect(json(object)).toMatchObject({
+      rows: 3,
+      bad: 5,
+      truncated: 1,
+      badRows: [{ line: 2 }, {}, {}, {}, { line: 7 }],
+      out,
+    });
+    expect(readFileSync(out, 'utf8')).toBe(skipped.stdout);
+    await using model = await loadModel(classes);
+    const results = await model.classify(['a cat', ['a dog', 'the cat'], long]);
+    expect(lines(skipped.stdout).map(({ score }) => score)).toEqual(results.map(({ score }) => score));
+  });
+
+  it('reads files longer than what is read at a time, and leaves nothing of one that fails', async () => {
+    const file = join(work, 'many.txt');
+    const texts = Array.from({ length: 4000 }, (_, i) => `the cat saw the café ${'dog '.repeat(i % 5)}`);
+    writeFileSync(file, `${texts.join('\n')}\n`);
+    const outcome = await run('classify', classes, '--data', file);
+    expect(outcome.code).toBe(0);
+    expect(outcome.stderr).toMatch(/^classify \d+\/\d+ {2}KiB {2}512 rows/);
+    expect(lines(outcome.stdout).map(({ line }) => line)).toEqual(texts.map((_, i) => i + 1));
+    const out = join(work, 'none.jsonl');
+    writeFileSync(file, Buffer.concat([Buffer.from(texts.join('\n')), Buffer.from([0xff])]));
+    const broken = await run('classify', classes, '--data', file, '--out', out);
+    expect(broken).toMatchObject({ code: 1, stdout: '' });
+    expect(broken.stderr).toContain(`[files] cannot read ${file} as UTF-8 text`);
+    expect(() => readFileSync(out)).toThrow('ENOENT');
+  });
+});
+
+it('embed has the vectors of the API', async () => {
+  const texts = ['The cat walks.', long];
+  const outcome = await run('embed', minilm, ...texts, '--dims', '4', '--pooling', 'cls', '--normalize');
+  expect(outcome).toMatchObject({ code: 0, stderr: '1 of 2 texts are longer than 16 tokens and were cut\n' });
+  await using model = await loadModel(minilm);
+  const { vectors, spaceId, truncated } = await model.embed(texts, { dims: 4, pooling: 'cls', normalize: true });
+  expect(lines(outcome.stdout)).toEqual(
+    vectors.map((vector, i) => ({ line: i + 1, vector: [...vector], spaceId, truncated: truncated[i] })),
+  );
+});
+
+it('inspect says what an encoder is for', async () => {
+  const outcome = await run('inspect', classes, '--json');
+  expect(json(outcome)).toMatchObject({
+    ...{ task: 'sequence-classification', architecture: 'bert', labels: ['bad', 'fair', 'good'], maxContext: 24 },
+    ...{ pooling: 'mean', normalize: false, tokenizer: { vocab: 90 } },
+  });
+  expect((await run('inspect', minilm)).stdout).toContain('mean of the features, normalised');
+});
+
+describe('what does not fit is one line', () => {
+  const text = join(work, 'text.txt');
+  writeFileSync(text, 'the cat');
+  it.concurrent.each<[string[], string, number]>([
+    [['generate', classes], 'is an encoder (bert, sequence-classification), and this needs a decoder', 1],
+    [['eval', classes, '--data', text], 'is an encoder (bert, sequence-classification), and this needs a decoder', 1],
+    [['elastify', classes, '--out', join(work, 'x')], 'model_type must be that of a decoder', 1],
+    [['classify', shipped, 'a'], 'is a decoder (llama, causal-lm), and this needs an encoder', 1],
+    [['classify', minilm, 'a'], 'has no classifier: it is a bert model for feature-extraction', 1],
+    [['classify', classes], 'takes texts as arguments, or --data FILE', 2],
+    [['classify', classes, 'a', '--data', text], 'takes texts as arguments, or --data FILE', 2],
+    [['classify'], 'classify takes <model> [text...], got none', 2],
+    [['classify', classes, ''], 'argument:1 is empty; --bad-rows skip goes on', 1],
+    [['classify', classes, 'a', '--bad-rows', 'fix'], '--bad-rows must be one of stop, skip', 2],
+    [['classify', classes, '--data', join(work, 'absent')], 'cannot read', 1],
+    [['embed', minilm, 'a', '--dims', '25'], '[embed] dims must be an integer from 1 to 24, got 25', 1],
+  ])('%j', async (args, message, code) => {
+    const outcome = await run(...args);
+    expect(outcome).toMatchObject({ code, stdout: '' });
+    expect(outcome.stderr).toContain(message);
+    expect(outcome.stderr.match(/\n/g)).toHaveLength(1);
+  });
+});
