@@ -24,22 +24,28 @@ function executable(name, bin) {
   }
 }
 
-/** Whether a child process can load the addon: a crash there is an answer, not the end of the installation. */
+/** Whether a child process can run this: a crash there is an answer, not the end of the installation. */
+function succeeds(script) {
+  return spawnSync(process.execPath, ['-e', script], { cwd: root, stdio: 'ignore' }).status === 0;
+}
+
+/** Whether the package finds an addon that loads. A clone has no dist/ yet, and builds. */
 function loads() {
-  const load = 'require("node-gyp-build")(process.cwd()).info()';
-  return spawnSync(process.execPath, ['-e', load], { cwd: root, stdio: 'ignore' }).status === 0;
+  return succeeds('import("./dist/native/load.js").then(({ loadAddon }) => loadAddon().info())');
 }
 
 function buildAddon() {
   const cmakeJs = executable('cmake-js', 'cmake-js');
-  if (cmakeJs && run(cmakeJs, ['compile', '--parallel', '2']) && loads()) return true;
+  const toolset = process.platform === 'win32' ? ['--toolset', 'ClangCL'] : [];
+  const built = cmakeJs && run(cmakeJs, ['compile', '--parallel', '2', ...toolset]);
+  if (built && succeeds('require("./build/Release/elastiform.node").info()')) return true;
   console.error(`
 elastiform: the native addon could not be built. The usual causes:
   1. no C++20 compiler      Debian/Ubuntu: apt install g++       macOS: xcode-select --install
-                            Windows: Visual Studio Build Tools with the C++ workload
+                            Windows: Visual Studio Build Tools with the C++ workload and C++ Clang tools
   2. no cmake (3.20 or newer)  Debian/Ubuntu: apt install cmake  macOS: brew install cmake
   3. headers of another Node   remove the folder build/ and the "nodedir" setting of npm, then install again
-The messages above say which. To try again: cd ${root} && npx cmake-js compile
+The messages above say which. To try again: cd ${root} && ${['npx cmake-js compile', ...toolset].join(' ')}
 To install without the addon: ELASTIFORM_SKIP_BUILD=1 npm install`);
   return false;
 }

@@ -1,7 +1,8 @@
 // How processes and worker threads with native work in flight end: exit codes, and nothing on stderr.
 import { spawnSync } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
-import { resolve } from 'node:path';
+import { copyFileSync, cpSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { join, resolve } from 'node:path';
+import { pathToFileURL } from 'node:url';
 import { describe, expect, it, vi } from 'vitest';
 
 vi.setConfig({ testTimeout: 120_000 });
@@ -151,45 +152,64 @@ describe('loading', () => {
 
   it('takes what ELASTIFORM_NATIVE_PATH names', () => {
     const script = `const { loadAddon } = await import(${native}); console.log(typeof loadAddon().info().isa);`;
-    const env = { ELASTIFORM_NATIVE_PATH: 'build/Release/elastiform.node', ELASTIFORM_PREBUILD: '/nonexistent' };
+    const env = { ELASTIFORM_NATIVE_PATH: 'build/Release/elastiform.node' };
     expect(run(script, env)).toMatchObject({ code: 0, stdout: 'string\n' });
   });
 
-  const failure = (env: Record<string, string>) =>
+  const failure = (env: Record<string, string>, module = native) =>
     run(
-      `const { loadAddon } = await import(${native});
-      try { loadAddon(); } catch (error) { console.log(error.name, error.message); }`,
+      `const { loadAddon } = await import(${module});
+      try { loadAddon(); } catch ({ name, code, message, attempts }) {
+        console.log(JSON.stringify({ name, code, message, attempts }));
+      }`,
       env,
     );
+  const aboutPlatform = new RegExp(`^\\[native\\] .* on ${process.platform}-${process.arch}.* with Node-API \\d+ `);
 
   it('says why what ELASTIFORM_NATIVE_PATH names does not load, and takes no other', () => {
     const broken = resolve(root, 'build/broken.node');
     writeFileSync(broken, 'no addon');
-    for (const path of ['/nonexistent', broken]) {
+    for (const [path, reason] of [
+      ['/nonexistent', /^no such file$/],
+      [broken, /^(?!.*broken\.node).+/],
+    ] as const) {
       const { code, stdout } = failure({ ELASTIFORM_NATIVE_PATH: path });
       expect(code).toBe(0);
-      const cause = path === broken ? broken : "Cannot find module '/nonexistent'";
-      const parts = [
-        'InternalError [native]',
-        `ELASTIFORM_NATIVE_PATH=${path}: ${cause}`,
-        'unset ELASTIFORM_NATIVE_PATH',
-      ];
-      for (const part of parts) expect(stdout).toContain(part);
+      const error = JSON.parse(stdout);
+      expect(error).toMatchObject({ name: 'AddonLoadError', code: 'AddonLoad' });
+      expect(error.attempts).toEqual([{ path, reason: expect.stringMatching(reason) }]);
+      expect(error.message).toMatch(aboutPlatform);
+      expect(error.message).toContain(`  ${path}: ${error.attempts[0].reason}\nELASTIFORM_NATIVE_PATH names that file`);
     }
   });
 
-  it('says what was tried, the platform and the command when there is no addon', () => {
-    // node-gyp-build looks where <NAME>_PREBUILD points instead of the package.
-    const { code, stdout } = failure({ ELASTIFORM_PREBUILD: '/nonexistent' });
+  it('says what was tried, the platform and the command when there is no addon, and takes the first that loads', () => {
+    // The package without its addon, in a folder whose name a shell would take apart.
+    const bare = resolve(root, 'build/no addon');
+    rmSync(bare, { recursive: true, force: true });
+    cpSync(resolve(root, 'dist/native'), join(bare, 'dist/native'), { recursive: true });
+    writeFileSync(join(bare, 'package.json'), '{ "type": "module" }');
+    const module = JSON.stringify(pathToFileURL(join(bare, 'dist/native/index.js')).href);
+    const built = join(bare, 'build/Release/elastiform.node');
+    const folder = join(bare, `prebuilds/${process.platform}-${process.arch}`);
+    const prebuilt = join(folder, process.platform === 'linux' ? 'elastiform.glibc.node' : 'elastiform.node');
+
+    const { code, stdout } = failure({}, module);
     expect(code).toBe(0);
-    const parts = [
-      'InternalError [native]',
-      `${root}: No native build`,
-      process.platform,
-      'Node-API',
-      'npx cmake-js compile',
-    ];
-    for (const part of parts) expect(stdout).toContain(part);
+    const error = JSON.parse(stdout);
+    expect(error).toMatchObject({ name: 'AddonLoadError', code: 'AddonLoad' });
+    expect(error.attempts).toEqual([built, prebuilt].map((path) => ({ path, reason: 'no such file' })));
+    expect(error.message).toMatch(aboutPlatform);
+    expect(error.message).toContain(`  ${built}: no such file\n  ${prebuilt}: no such file\nBuild it`);
+    expect(error.message).toContain(`: cd "${bare}" && npx cmake-js compile`);
+
+    mkdirSync(join(bare, 'build/Release'), { recursive: true });
+    writeFileSync(built, 'no addon');
+    mkdirSync(folder, { recursive: true });
+    copyFileSync(resolve(root, 'build/Release/elastiform.node'), prebuilt);
+    const script = `const { addonPath, loadAddon } = await import(${module});
+      console.log(typeof loadAddon().info().isa, addonPath());`;
+    expect(run(script)).toMatchObject({ code: 0, stdout: `string ${prebuilt}\n`, stderr: '' });
   });
 
   it('honours ELASTIFORM_THREADS and ELASTIFORM_ISA', () => {

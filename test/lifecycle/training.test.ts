@@ -1,16 +1,14 @@
 // A training in a process of its own: its live bytes over 1000 steps, what it leaves behind, the event loop and the
 // abort signal while a long step runs.
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join, resolve } from 'node:path';
-import { afterAll, expect, it, vi } from 'vitest';
+import { resolve } from 'node:path';
+import { expect, it, vi } from 'vitest';
+import { temporaryDirectory } from '../temporary.js';
 
 vi.setConfig({ testTimeout: 120_000 });
 
 const root = resolve(import.meta.dirname, '../..');
-const work = mkdtempSync(join(tmpdir(), 'elastiform-training-'));
-afterAll(() => rmSync(work, { recursive: true, force: true }));
+const work = temporaryDirectory();
 
 const url = (path: string) => JSON.stringify(new URL(`file://${resolve(root, path)}`).href);
 const prelude = `
@@ -62,37 +60,25 @@ it('1000 steps hold their live bytes constant, and leave none behind', () => {
   expect(memory).toEqual(nothing);
 });
 
-// Bounds are shares of a step, which takes about a second: a computation on the JavaScript thread, or one that looks
-// at the signal only between steps, is far outside them, and a busy machine is not. Benchmarks hold the milliseconds.
-it('a long step leaves the event loop free, and ends soon after an abort', () => {
-  const { step, gap, aborted, outcome } = run(`
+// In counts, not times, since other programs may be busy: benchmarks hold the milliseconds. The signal comes in the
+// middle of the third step, which takes about a second.
+it('a long step leaves the event loop free, and does not go on after an abort', () => {
+  const { ticks, outcome } = run(`
     await elastify(shipped, { kind: 'elastiformer' }, { out: work + '/shipped-plan' });
     loadAddon().setThreads(1);
     const controller = new AbortController();
-    let step = 0, gap = 0, aborted = 0, last = 0;
+    let ticks = 0;
     const outcome = await distill({ plan: work + '/shipped-plan', out: work + '/shipped-elastic', steps: 100,
       data: { kind: 'documents', documents: Array(4).fill(text) }, batchTokens: 4096, sequenceLength: 512,
       signal: controller.signal, onEvent: (event) => {
-        if (event.type === 'step' && event.step === 1) {
-          last = performance.now();
-          const started = last;
-          setInterval(() => {
-            const now = performance.now();
-            gap = Math.max(gap, now - last);
-            last = now;
-          }, 1).unref();
-        } else if (event.type === 'step' && event.step === 2) {
-          step = 4096 / event.tokensPerSecond * 1000;
-          setTimeout(() => {
-            aborted = performance.now();
-            controller.abort();
-          }, step / 4);
-        }
+        if (event.type !== 'step' || event.step !== 2) return;
+        const timer = setInterval(() => {
+          if (++ticks < 20) return;
+          clearInterval(timer);
+          controller.abort();
+        }, 5);
       } });
-    console.log(JSON.stringify({ step, gap, aborted: performance.now() - aborted, outcome }));`);
+    console.log(JSON.stringify({ ticks, outcome }));`);
   expect(outcome).toMatchObject({ step: 2, stopped: 'signal' });
-  expect(step).toBeGreaterThan(300);
-  expect(gap).toBeGreaterThan(0);
-  expect(gap).toBeLessThan(step / 4);
-  expect(aborted).toBeLessThan(step / 2);
+  expect(ticks).toBe(20);
 });
