@@ -11,12 +11,17 @@ import { findPeers } from './harness/peers.mjs';
 import { targetTable } from './harness/report.mjs';
 import { CACHE, prepareModel } from './model/prepare.mjs';
 import { SEED, SHAPE } from './model/shape.mjs';
+import { encoder } from './suites/encoder.mjs';
+import { engine } from './suites/engine.mjs';
 import { gemm } from './suites/gemm.mjs';
+import { importing } from './suites/import.mjs';
 import { inference } from './suites/inference.mjs';
+import { nested } from './suites/nested.mjs';
 import { routed } from './suites/routed.mjs';
+import { speculative } from './suites/speculative.mjs';
 import { training } from './suites/train.mjs';
 
-const SUITES = { gemm, inference, routed, train: training };
+const SUITES = { encoder, engine, gemm, import: importing, inference, nested, routed, speculative, train: training };
 const NAMES = Object.keys(SUITES);
 const FORMAT = 2; // of the results file
 const HELP = `npm run bench -- [options]

@@ -5,75 +5,9 @@
 // hidden state meets the vocabulary. One graph serves prefill and decode.
 import fs from 'node:fs';
 import path from 'node:path';
+import { externalTensor, FLOAT, INT32, INT64, int64Tensor, node, onnxModel, valueInfo } from './protobuf.mjs';
 import { openCheckpoint } from './safetensors.mjs';
 import { SHAPE } from './shape.mjs';
-
-const FLOAT = 1;
-const INT32 = 6;
-const INT64 = 7;
-
-// Protocol buffers: the four encodings that ONNX needs.
-function varint(value) {
-  const bytes = [];
-  for (let v = BigInt.asUintN(64, BigInt(value)); ; v >>= 7n) {
-    if (v < 128n) {
-      bytes.push(Number(v));
-      return Buffer.from(bytes);
-    }
-    bytes.push(Number(v & 127n) | 128);
-  }
-}
-const integer = (field, value) => Buffer.concat([varint(field << 3), varint(value)]);
-const bytes = (field, value) => Buffer.concat([varint((field << 3) | 2), varint(value.length), value]);
-const text = (field, value) => bytes(field, Buffer.from(value));
-const message = (field, ...parts) => bytes(field, Buffer.concat(parts));
-function float(field, value) {
-  const four = Buffer.alloc(4);
-  four.writeFloatLE(value);
-  return Buffer.concat([varint((field << 3) | 5), four]);
-}
-
-function attribute(name, value) {
-  const [type, encoded] = value instanceof Float32Array ? [1, float(2, value[0])] : [2, integer(3, value)];
-  return message(5, text(1, name), encoded, integer(20, type));
-}
-
-function node(op, inputs, outputs, attributes = {}, domain = '') {
-  return message(
-    1,
-    ...inputs.map((name) => text(1, name)),
-    ...outputs.map((name) => text(2, name)),
-    text(3, outputs[0]),
-    text(4, op),
-    ...Object.entries(attributes).map(([name, value]) => attribute(name, value)),
-    text(7, domain),
-  );
-}
-
-function valueInfo(field, name, type, dims) {
-  const shape = dims.map((d) => message(1, typeof d === 'string' ? text(2, d) : integer(1, d)));
-  return message(field, text(1, name), message(2, message(1, integer(1, type), message(2, ...shape))));
-}
-
-function externalTensor(name, entry) {
-  const pair = (key, value) => message(13, text(1, key), text(2, value));
-  return message(
-    5,
-    ...entry.shape.map((d) => integer(1, d)),
-    integer(2, FLOAT),
-    text(8, name),
-    pair('location', 'model.safetensors'),
-    pair('offset', String(entry.offset)),
-    pair('length', String(entry.bytes)),
-    integer(14, 1),
-  );
-}
-
-function int64Tensor(name, values, dims) {
-  const raw = Buffer.alloc(8 * values.length);
-  for (const [i, v] of values.entries()) raw.writeBigInt64LE(BigInt(v), 8 * i);
-  return message(5, ...dims.map((d) => integer(1, d)), integer(2, INT64), text(8, name), bytes(9, raw));
-}
 
 /** Writes model.onnx beside model.safetensors in `dir`. */
 export function writeOnnx(dir, shape = SHAPE) {
@@ -136,7 +70,7 @@ export function writeOnnx(dir, shape = SHAPE) {
   }
   add('Gemm', ['final', 'transformer.wte.weight'], ['logits'], { transB: 1 });
 
-  for (const [name, entry] of checkpoint.entries) parts.push(externalTensor(name, entry));
+  for (const [name, entry] of checkpoint.entries) parts.push(externalTensor(name, entry, 'model.safetensors'));
   parts.push(int64Tensor('axis0', [0], [1]), int64Tensor('last', [-1], [1]));
   parts.push(valueInfo(11, 'input_ids', INT64, ['S']), valueInfo(11, 'position_ids', INT64, ['S']));
   parts.push(valueInfo(11, 'seqlens_k', INT32, [1]), valueInfo(11, 'total_length', INT32, [1]));
@@ -147,12 +81,6 @@ export function writeOnnx(dir, shape = SHAPE) {
       parts.push(valueInfo(12, `present_${kind}.${i}`, FLOAT, [1, heads, context, headDim]));
     }
   }
-  const model = Buffer.concat([
-    integer(1, 9), // IR version
-    text(2, 'elastiform-benchmarks'),
-    message(7, text(2, `gpt2 ${layers}x${hidden}`), ...parts),
-    message(8, text(1, ''), integer(2, 18)),
-    message(8, text(1, microsoft), integer(2, 1)),
-  ]);
+  const model = onnxModel(`gpt2 ${layers}x${hidden}`, parts);
   fs.writeFileSync(path.join(dir, 'model.onnx'), model);
 }

@@ -13,7 +13,7 @@ export const CACHE = path.join(here, '..', '.cache');
 /** Returns the model's directory, generating what is missing or was made by other generator code. */
 export function prepareModel(log = () => {}) {
   const dir = path.join(CACHE, 'gpt2-small-random');
-  const sources = ['shape.mjs', 'random.mjs', 'safetensors.mjs', 'onnx.mjs', 'gguf.mjs'];
+  const sources = ['shape.mjs', 'random.mjs', 'safetensors.mjs', 'protobuf.mjs', 'onnx.mjs', 'gguf.mjs'];
   const code = crypto.createHash('sha256');
   for (const name of sources) code.update(fs.readFileSync(path.join(here, name)));
   const stamp = code.digest('hex');

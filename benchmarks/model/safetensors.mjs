@@ -6,10 +6,9 @@ import { config, SEED, SHAPE, tensors } from './shape.mjs';
 
 const count = (shape) => shape.reduce((a, b) => a * b, 1);
 
-/** Writes the directory; returns the file offset and length in bytes of every tensor. */
-export function writeCheckpoint(dir, shape = SHAPE, seed = SEED) {
+/** Writes the directory of a model of these tensors: by default the benchmark model's. */
+export function writeCheckpoint(dir, list = tensors(SHAPE), json = config(SHAPE), seed = SEED) {
   fs.mkdirSync(dir, { recursive: true });
-  const list = tensors(shape);
   const header = { __metadata__: { format: 'pt' } };
   let end = 0;
   for (const t of list) {
@@ -17,9 +16,9 @@ export function writeCheckpoint(dir, shape = SHAPE, seed = SEED) {
     end += 4 * count(t.shape);
     header[t.name] = { dtype: 'F32', shape: t.shape, data_offsets: [begin, end] };
   }
-  const json = Buffer.from(JSON.stringify(header));
-  const padded = Buffer.alloc(Math.ceil((json.length + 8) / 4096) * 4096 - 8, ' ');
-  json.copy(padded);
+  const text = Buffer.from(JSON.stringify(header));
+  const padded = Buffer.alloc(Math.ceil((text.length + 8) / 4096) * 4096 - 8, ' ');
+  text.copy(padded);
   const size = Buffer.alloc(8);
   size.writeBigUInt64LE(BigInt(padded.length));
 
@@ -36,7 +35,7 @@ export function writeCheckpoint(dir, shape = SHAPE, seed = SEED) {
   } finally {
     fs.closeSync(file);
   }
-  fs.writeFileSync(path.join(dir, 'config.json'), `${JSON.stringify(config(shape), null, 2)}\n`);
+  fs.writeFileSync(path.join(dir, 'config.json'), `${JSON.stringify(json, null, 2)}\n`);
 }
 
 function writeAll(file, bytes) {

@@ -4,10 +4,12 @@ import { policyOf } from '../../dist/elastic/elastify.js';
 import { routerPlaces } from '../../dist/elastic/policy.js';
 import { trainingSelector } from '../../dist/elastic/rows.js';
 import { Graph, gatherRows, linear, linearAdd, Program } from '../../dist/graph/index.js';
-import { Session } from '../../dist/infer/cache.js';
+import { defaultCacheBytes, KeyValueCache } from '../../dist/infer/cache.js';
 import { ElasticModel } from '../../dist/infer/model.js';
 import { loadNetwork } from '../../dist/infer/network.js';
 import { compilePrefill } from '../../dist/infer/programs.js';
+import { Scheduler } from '../../dist/infer/scheduler.js';
+import { Generation, Sequence } from '../../dist/infer/sequence.js';
 import { feedForwardBlock } from '../../dist/model/blocks.js';
 import { decoder, finalNorm } from '../../dist/model/decoder.js';
 import { selectEverything } from '../../dist/model/select.js';
@@ -55,7 +57,7 @@ async function runProduct({ program, feeds, copies }, batchMs) {
 // ---- inference ----
 
 let network;
-let session;
+let scheduler;
 
 function stepFeeds(ids, start) {
   return {
@@ -64,14 +66,29 @@ function stepFeeds(ids, start) {
       ids: Int32Array.from(ids),
       positions: range(start, ids.length),
       offsets: Int32Array.of(0, ids.length),
+      slots: Int32Array.of(0),
       last: Int32Array.of(ids.length - 1),
     },
   };
 }
 
-async function generateStep(ids, start) {
-  const { dims, feeds } = stepFeeds(ids, start);
-  return session.program(dense).run({ dims, feeds: { ...feeds, sampling: greedy } });
+// The tokens of a prompt and those after it, run as `generate` runs them: milliseconds of each part.
+async function timeText(prompt, next) {
+  const { signal } = new AbortController();
+  const sequence = new Sequence(scheduler, dense);
+  await sequence.admit(prompt.length + next.length, signal);
+  sequence.ids.push(...prompt, ...next);
+  const options = { temperature: 0, topK: 0, topP: 1, seed: 0, given: prompt.length, signal };
+  const generation = new Generation(network, sequence, options);
+  const times = [performance.now()];
+  for (let rows = prompt.length; rows <= sequence.ids.length; rows++) {
+    await generation.read(rows);
+    if (rows === prompt.length) times.push(performance.now());
+  }
+  times.push(performance.now());
+  sequence.leave();
+  sequence.release();
+  return { prefill: times[1] - times[0], decode: times[2] - times[1] };
 }
 
 // ---- routing ----
@@ -174,10 +191,15 @@ await serve({
 
   async load({ dir, threads, dtype }) {
     network = await loadNetwork(dir, { dtype, threads, maxContext: 1024 });
-    session = new Session(network);
+    scheduler = new Scheduler(network);
     return { ...facts(), settings: `${dtype} weights, KV cache, next token sampled natively` };
   },
   async logits({ prompt, next }) {
+    const cache = new KeyValueCache(network, 1, defaultCacheBytes(network, 1));
+    const keys = cache.open(dense);
+    await cache.reserve(keys, prompt.length + next.length);
+    cache.bind(keys);
+    cache.sync();
     const graph = new Graph();
     const rows = graph.dim('rows', prompt.length);
     const weights = bindWeights(graph, network.weights);
@@ -185,31 +207,20 @@ await serve({
       ids: graph.feed('ids', 'i32', [rows]),
       positions: graph.feed('positions', 'i32', [rows]),
       offsets: graph.feed('offsets', 'i32', [2]),
-      caches: session.bind(graph),
+      caches: cache.caches(graph, graph.feed('slots', 'i32', [1])),
     };
     const x = decoder(graph, network.spec, weights, inputs);
     graph.output('logits', linear(finalNorm(network.spec, weights, x, graph.feed('last', 'i32', [1])), weights.head));
     const program = Program.compile(graph, network.engine);
-    session.reset();
     const prefill = (await program.run(stepFeeds(prompt, 0))).outputs.logits;
     let last;
     for (const [i, id] of next.entries()) last = (await program.run(stepFeeds([id], prompt.length + i))).outputs.logits;
     program.dispose();
+    cache.dispose();
     return { prefill: encode(prefill), decode: encode(last) };
   },
-  async prefill({ prompt }) {
-    session.reset();
-    const start = performance.now();
-    await generateStep(prompt, 0);
-    return { ms: performance.now() - start };
-  },
-  async decode({ prompt, next }) {
-    session.reset();
-    await generateStep(prompt, 0);
-    const start = performance.now();
-    for (const [i, id] of next.entries()) await generateStep([id], prompt.length + i);
-    return { ms: (performance.now() - start) / next.length };
-  },
+  prefill: async ({ prompt }) => ({ ms: (await timeText(prompt, [])).prefill }),
+  decode: async ({ prompt, next }) => ({ ms: (await timeText(prompt, next)).decode / next.length }),
 
   // Whole model and feed-forward layers alone, dense and with every layer routed.
   async routed({ dir, threads, rows }) {

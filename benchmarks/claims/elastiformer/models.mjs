@@ -76,7 +76,7 @@ const MODELS = {
     }
     return {
       dir,
-      title: 'a model trained on GSM8K here (1.5 M parameters)',
+      title: '12 layers trained for 300 steps on GSM8K here (1.4 M parameters)',
       train,
       heldOut: heldOut.slice(0, 150),
       other: otherDomain(),
@@ -92,23 +92,24 @@ function otherDomain() {
   return existsSync(file) ? joined(paragraphs(readFileSync(file, 'utf8'), 50), 1200).slice(0, 400) : null;
 }
 
+/** Of many layers for what it has learnt: one that has layers to spare. */
 const gsm8kModel = {
   model: {
     model_type: 'llama',
-    hidden_size: 128,
-    intermediate_size: 352,
-    num_hidden_layers: 6,
-    num_attention_heads: 8,
-    num_key_value_heads: 4,
+    hidden_size: 96,
+    intermediate_size: 256,
+    num_hidden_layers: 12,
+    num_attention_heads: 6,
+    num_key_value_heads: 3,
     max_position_embeddings: 512,
     tie_word_embeddings: true,
   },
   tokenizer: { vocabSize: 2048 },
   sequenceLength: 256,
   batchTokens: 2048,
-  steps: 1200,
-  optimizer: { lr: 4e-3, weightDecay: 0.1, warmup: 60 },
+  steps: 300,
+  optimizer: { lr: 4e-3, weightDecay: 0.1, warmup: 30 },
   seed: 5,
-  saveEvery: 200,
+  saveEvery: 100,
   keep: 1,
 };

@@ -31,16 +31,28 @@ function atParity(cell) {
   return { value: most((r) => r.value <= PARITY), sure: most((r) => r.high <= PARITY) };
 }
 
-/** @returns {{ markdown: string, claims: object[] }} */
+/**
+ * @param results what was measured: cells that were not are absent, and so are the claims about them
+ * @returns {{ markdown: string, claims: object[] }}
+ */
 export function reportOf({ settings, machine, models }) {
   const claims = models.flatMap((model) => claimsOf(model));
+  const cells = models.flatMap(({ places, domains }) => [
+    ...Object.values(places).map(Object.keys),
+    Object.keys(domains),
+  ]);
+  const missing = models.length * 12 - cells.flat().length;
   const markdown = [
     "# ElastiFormer's claims, measured again",
     '',
     `Every cell trains routers (and corrections) of one model for ${settings.steps} steps of 2048 tokens, and is measured on`,
     `held-out texts of at most ${settings.length} tokens. Perplexities are compared on the same sequences; intervals are 95 %`,
-    'bootstraps over sequences. FLOPs are counted by the kernels. These models have 0.3 to 1.7 million parameters and far less',
+    'bootstraps over sequences. FLOPs are counted by the kernels. Dropping leaves out whole sub-layers of those that the cell',
+    'routes, at the same FLOPs. These models have 0.3 to 1.7 million parameters and far less',
     'redundancy than those of the paper (arXiv 2411.15281): what does not hold here may hold there.',
+    ...(missing > 0
+      ? ['', `Not measured yet: ${missing} of ${models.length * 12} cells; claims about them are left out.`]
+      : []),
     '',
     `Machine: ${machine.cpu}, ${machine.availableParallelism} cores. One command: \`npm run claims:elastiformer\`.`,
     '',
@@ -58,15 +70,21 @@ function claimsOf({ name, places, domains }) {
   const add = (claim, paper, measured, held) => claims.push({ model: name, claim, paper, measured, held });
   for (const [place, cells] of Object.entries(places)) {
     if (place === 'all four') continue;
-    const [plain, lora] = [atParity(cells[0]), atParity(cells[1])];
+    const most = Object.values(cells).map(atParity);
+    if (most.length === 0) continue;
+    const [plain, lora] = most.map(({ value, sure }) => `${percent(value, 0)} (surely ${percent(sure, 0)})`);
     add(
       `compute of ${place} saved at no more than 1 % of perplexity`,
       '20 to 50 %',
-      `${percent(plain.value, 0)} (surely ${percent(plain.sure, 0)}); with LoRA of rank 1 ${percent(lora.value, 0)} (surely ${percent(lora.sure, 0)})`,
-      verdict(Math.max(plain.value, lora.value) >= 0.2, Math.max(plain.sure, lora.sure) >= 0.2),
+      `${plain}${lora ? `; with LoRA of rank 1 ${lora}` : ''}`,
+      verdict(
+        most.some(({ value }) => value >= 0.2),
+        most.some(({ sure }) => sure >= 0.2),
+      ),
     );
   }
   for (const [place, cells] of Object.entries(places)) {
+    if (!cells[0] || !cells[1]) continue;
     const pairs = points(cells[0]).flatMap(({ saved, budget, level }) => {
       const with1 = routedAt(cells[1], budget);
       return with1 ? [{ saved, without: level.kl, with: with1.kl }] : [];
@@ -83,7 +101,7 @@ function claimsOf({ name, places, domains }) {
   for (const method of ['random', 'drop']) {
     const what = method === 'random' ? 'random choice' : 'leaving out whole sub-layers';
     for (const [place, cells] of Object.entries(places)) {
-      const last = points(cells[0]).at(-1);
+      const last = cells[0] && points(cells[0]).at(-1);
       const advantage = last && baselineAt(cells[0], method, last.budget)?.routedAdvantage.kl;
       if (!advantage) continue;
       add(
@@ -94,14 +112,16 @@ function claimsOf({ name, places, domains }) {
       );
     }
   }
-  const { trainableShare, trainableParameters } = places['tokens into the FFN'][0].training;
-  add(
-    'routers are a tiny share of the parameters',
-    'down to 0.00006 %',
-    `${percent(trainableShare, 3)} (${trainableParameters}), one linear router a layer; a share of 1 / hidden of a router's layer, so larger in small models`,
-    'form only',
-  );
-  if (domains.other) {
+  const training = places['tokens into the FFN'][0]?.training;
+  if (training) {
+    add(
+      'routers are a tiny share of the parameters',
+      'down to 0.00006 %',
+      `${percent(training.trainableShare, 3)} (${training.trainableParameters}), one linear router a layer; a share of 1 / hidden of a router's layer, so larger in small models`,
+      'form only',
+    );
+  }
+  if (domains.own && domains.other) {
     const at = (domain) => domains[domain].levels.find((l) => l.method === 'routed' && l.budget === 0.8);
     const [own, other] = [at('own'), at('other')];
     const random = domains.own.levels.find((l) => l.method === 'random' && l.budget === 0.8);
@@ -127,8 +147,8 @@ function tables({ title, places }) {
     '| place | saved of its compute | FLOPs | perplexity | KL | with LoRA: perplexity | KL | random: KL | dropping: KL |',
     '| --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ...Object.entries(places).flatMap(([place, cells]) =>
-      points(cells[0]).map(({ saved, budget, level }) => {
-        const lora = routedAt(cells[1], budget);
+      (cells[0] ? points(cells[0]) : []).map(({ saved, budget, level }) => {
+        const lora = cells[1] && routedAt(cells[1], budget);
         const kl = (method) => {
           const found = baselineAt(cells[0], method, budget);
           return found ? nats(found.kl.value) : '';

@@ -1,48 +1,14 @@
 // ElastiFormer's claims, measured again on small models: `npm run claims:elastiformer`.
-import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { parseArgs } from 'node:util';
 import { distill, elastify, evaluate, loadModel } from '../../../dist/index.js';
 import { machineFacts } from '../../harness/machine.mjs';
+import { cellsIn, readOptions } from '../cells.mjs';
 import { findModels, MODEL_NAMES } from './models.mjs';
 import { reportOf } from './report.mjs';
 
-const HELP = `npm run claims:elastiformer -- [options]
-
-  --models LIST   ${MODEL_NAMES.join(', ')} (default: all that are at hand)
-  --steps N       steps of 2048 tokens that every cell trains (default: 100)
-  --quick         2 steps, few tokens: checks that everything runs; writes no results
-  --fresh         measure cells again that an earlier run finished
-  --help
-
-Cells are kept in benchmarks/.cache as they finish; a run that was stopped goes on where it was.`;
-
-const { values: options } = parseArgs({
-  options: {
-    models: { type: 'string' },
-    steps: { type: 'string', default: '100' },
-    quick: { type: 'boolean', default: false },
-    fresh: { type: 'boolean', default: false },
-    help: { type: 'boolean', default: false },
-  },
-});
-if (options.help) {
-  console.log(HELP);
-  process.exit(0);
-}
-const names = options.models?.split(',') ?? MODEL_NAMES;
-const unknown = names.find((name) => !MODEL_NAMES.includes(name));
-const steps = options.quick ? 2 : Number(options.steps);
-if (unknown !== undefined || !(Number.isInteger(steps) && steps > 0)) {
-  console.error(
-    `claims: ${unknown === undefined ? '--steps must be a positive integer' : `no model ${unknown}`}\n\n${HELP}`,
-  );
-  process.exit(2);
-}
-
-const cache = join(import.meta.dirname, '../../.cache/claims-elastiformer');
-mkdirSync(cache, { recursive: true });
+const { options, names, steps, cache } = readOptions('elastiformer', MODEL_NAMES);
+const cell = cellsIn(cache, options);
 const say = (line) => process.stderr.write(`${line}\n`);
 
 const ALL = ['q', 'k', 'v', 'o', 'gate', 'up', 'down'];
@@ -64,15 +30,6 @@ const PLACES = {
 };
 /** Shares of the component's compute that are saved. */
 const SAVED = [0.1, 0.2, 0.35, 0.5];
-
-/** A value that is computed once for these inputs. */
-async function cell(key, compute) {
-  const file = join(cache, `${createHash('sha256').update(JSON.stringify(key)).digest('hex').slice(0, 24)}.json`);
-  if (existsSync(file) && !options.fresh && !options.quick) return JSON.parse(readFileSync(file, 'utf8'));
-  const value = await compute();
-  if (!options.quick) writeFileSync(file, JSON.stringify(value));
-  return value;
-}
 
 async function withModel(dir, use) {
   const model = await loadModel(dir);
@@ -101,7 +58,6 @@ async function train(model, recipe, texts, name) {
     { kind: 'elastiformer', ...recipe },
     { out: plan },
   );
-  const start = performance.now();
   const losses = [];
   await distill({
     plan,
@@ -117,10 +73,10 @@ async function train(model, recipe, texts, name) {
     },
   });
   rmSync(plan, { recursive: true, force: true });
-  return { dir: out, trainableParameters, trainableShare, seconds: (performance.now() - start) / 1000, losses };
+  return { dir: out, trainableParameters, trainableShare, losses };
 }
 
-const SETTINGS = { version: 1, steps, length: 256, limit: options.quick ? 512 : 8_000 };
+const SETTINGS = { version: 2, steps, length: 256, limit: options.quick ? 512 : 8_000 };
 
 /** Quality at budgets; those that the model does not reach are left out. */
 async function measure(loaded, model, budgets, baselines) {
@@ -184,12 +140,16 @@ for (const model of models) {
   for (const place of Object.keys(PLACES)) {
     entry.places[place] = {};
     for (const rank of [0, 1]) {
-      entry.places[place][rank] = await placeCell(model, place, rank);
+      const cell = await placeCell(model, place, rank);
+      if (!cell) continue;
+      entry.places[place][rank] = cell;
       progress(`${model.name}: ${place}${rank ? `, LoRA of rank ${rank}` : ''}`);
     }
   }
   for (const domain of model.other ? ['own', 'other'] : ['own']) {
-    entry.domains[domain] = await domainCell(model, domain);
+    const cell = await domainCell(model, domain);
+    if (!cell) continue;
+    entry.domains[domain] = cell;
     progress(`${model.name}: routers trained on ${domain === 'own' ? 'its own' : 'other'} texts`);
   }
   results.models.push(entry);
