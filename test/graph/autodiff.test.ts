@@ -228,7 +228,9 @@ describe('errors', () => {
   test('an op without gradient says so, only when one reaches it', () => {
     const g = new Graph();
     const x = g.feed('x', 'f32', [2, 4]);
-    const cache = { lengths: g.state(fakeTensor('i32', [1], true)), k: state(g, 1, 8, 4), v: state(g, 1, 8, 4) };
+    const [lengths, slots] = [[1], [1]].map((shape) => g.state(fakeTensor('i32', shape, true)));
+    const pages = g.state(fakeTensor('i32', [1, 1], true));
+    const cache = { lengths, slots, pages, k: state(g, 1, 8, 4), v: state(g, 1, 8, 4) };
     const y = attentionCached(x, g.feed('o', 'i32', [2]), cache, { heads: 1, kvHeads: 1, scale: 1 });
     const w = state(g, 2, 4);
     const z = linear(y, w);

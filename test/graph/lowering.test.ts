@@ -96,9 +96,9 @@ describe('what is left out', () => {
     accumulate(sums, scale(g.feed('x', 'f32', [4]), 3), 4);
     expect(decode(lower(g)).steps.map((step) => [step.op, ...step.attrs])).toEqual([
       ['scale', 2],
-      ['accumulate', 0],
+      ['accumulate', 0, 4],
       ['scale', 3],
-      ['accumulate', 4],
+      ['accumulate', 4, 4],
     ]);
   });
 
