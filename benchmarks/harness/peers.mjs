@@ -18,7 +18,7 @@ export function findPeers() {
   const python = findPython();
   // Keeping freed memory spares torch's eager mode page faults on every large temporary.
   const keep = { MALLOC_MMAP_THRESHOLD_: '1073741824', MALLOC_TRIM_THRESHOLD_: '8589934592' };
-  const npmInstall = 'npm ci --prefix benchmarks';
+  const npmInstall = 'npm install --prefix benchmarks';
   return {
     'onnxruntime-node': npmPeer('onnxruntime-node')
       ? { file: 'onnxruntime.mjs', options: {} }

@@ -1,4 +1,4 @@
-// The benchmark model: GPT-2 small's shape, with the names and layouts of its Hugging Face checkpoints.
+// The benchmark model: GPT-2 small's shape with twice its context, and the names and layouts of its Hugging Face checkpoints.
 
 export const SEED = 20240613;
 
@@ -9,7 +9,7 @@ export const SHAPE = Object.freeze({
   headDim: 64,
   ffn: 3072,
   vocab: 50257,
-  context: 1024,
+  context: 2048,
   eps: 1e-5,
 });
 

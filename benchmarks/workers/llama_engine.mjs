@@ -43,10 +43,11 @@ await serve({
     };
   },
   /** As ours_engine.mjs. */
-  async generate({ together }) {
+  async generate({ together, alone }) {
+    const chosen = together ? texts : texts.slice(0, alone);
     const start = performance.now();
-    const ids = together ? await Promise.all(texts.map((text, i) => generate(sequences[i], text))) : [];
-    if (!together) for (const [i, text] of texts.entries()) ids.push(await generate(sequences[i], text));
-    return { ms: (performance.now() - start) / (texts.length * maxTokens), ids };
+    const ids = together ? await Promise.all(chosen.map((text, i) => generate(sequences[i], text))) : [];
+    if (!together) for (const [i, text] of chosen.entries()) ids.push(await generate(sequences[i], text));
+    return { ms: (performance.now() - start) / (chosen.length * maxTokens), ids };
   },
 });

@@ -1,4 +1,5 @@
-// elastiform's generation engine: many texts of the benchmark model at once, or one after the other, and what keys take.
+// elastiform's generation engine: many texts of the benchmark model at once, or one after the other, and a long text whose
+// attention runs in all layers, in half of them or in none.
 import { policyOf } from '../../dist/elastic/elastify.js';
 import { routerPlaces } from '../../dist/elastic/policy.js';
 import { ElasticModel } from '../../dist/infer/model.js';
@@ -10,6 +11,7 @@ let model;
 let texts;
 let maxTokens;
 let budgets;
+let states; // of the long text, at each budget
 
 const generate = async (prompt) => [...(await model.generate(prompt, { maxTokens }).ids)];
 
@@ -30,32 +32,42 @@ await serve({
     budgets = {
       full: 'full',
       half: { spec: { tokenCapacity: { attn: all.map((_, layer) => layer % 2), mlp: all } } },
+      no: { spec: { tokenCapacity: { attn: all.map(() => 0), mlp: all } } },
     };
     [texts, maxTokens] = [prompts, tokens];
     const { version, isa, threads: used } = loadAddon().info();
     return { version, isa, threads: used, settings: 'f32 weights, f32 keys and values' };
   },
-  /** Milliseconds per token generated, prompts included. `together`: all texts at once. */
-  async generate({ together }) {
+  /** Milliseconds per token generated, prompts included. `together`: all texts at once; else the first `alone` one by one. */
+  async generate({ together, alone }) {
+    const chosen = together ? texts : texts.slice(0, alone);
     const start = performance.now();
-    const ids = together ? await Promise.all(texts.map(generate)) : [];
-    if (!together) for (const text of texts) ids.push(await generate(text));
-    return { ms: (performance.now() - start) / (texts.length * maxTokens), ids };
+    const ids = together ? await Promise.all(chosen.map(generate)) : [];
+    if (!together) for (const text of chosen) ids.push(await generate(text));
+    return { ms: (performance.now() - start) / (chosen.length * maxTokens), ids };
   },
-  /** Bytes of the keys and values of a text, with all layers' attention and with half of it. */
-  async bytes({ prompt }) {
-    const used = {};
+  /** Reads a text at every budget and keeps it; bytes of its keys and values, and of nobody's before. */
+  async keep({ prompt }) {
+    states = {};
+    const bytes = { nobody: model.load().kvCacheUsed };
     for (const [name, budget] of Object.entries(budgets)) {
-      const state = await model.prefill(prompt, { budget });
-      used[name] = model.load().kvCacheUsed;
-      state.dispose();
+      const before = model.load().kvCacheUsed;
+      states[name] = await model.prefill(prompt, { budget });
+      bytes[name] = model.load().kvCacheUsed - before;
     }
-    return { ...used, left: model.load().kvCacheUsed };
+    return bytes;
   },
-  /** Milliseconds per token after a long prompt, at a budget. */
-  async decode({ prompt, budget, tokens }) {
-    const stream = model.generate(prompt, { maxTokens: tokens + 1, budget: budgets[budget] });
-    const { compute } = await stream.usage;
+  /** Milliseconds that reading a text takes. */
+  async read({ prompt, budget }) {
+    const start = performance.now();
+    (await model.prefill(prompt, { budget: budgets[budget] })).dispose();
+    return { ms: performance.now() - start };
+  },
+  /** Milliseconds per token after the kept text. */
+  async decode({ budget, tokens }) {
+    const state = states[budget].fork();
+    const { compute } = await state.generate([1], { maxTokens: tokens + 1 }).usage;
+    state.dispose();
     return { ms: compute.ms.decode / tokens };
   },
 });
