@@ -116,7 +116,9 @@ const context = {
 
 const started = new Date().toISOString();
 const machine = machineFacts();
-const cpu = machine.cpu
+// Virtual machines call many a processor by one name.
+const cpu = [machine.cpu, machine.cpuFamilyModel ?? '']
+  .join(' ')
   .toLowerCase()
   .replaceAll(/[^a-z0-9]+/g, '-')
   .replaceAll(/^-|-$/g, '');
