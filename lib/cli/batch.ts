@@ -9,7 +9,7 @@ import { Progress } from './progress.js';
 import { parseBudget } from './shared.js';
 
 const optionKeys: readonly string[] = [
-  ...['budget', 'maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'speculative', 'deadlineMs'],
+  ...['budget', 'adapter', 'maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'speculative', 'deadlineMs'],
 ];
 
 /** A line with a prompt: a text or ids, and options that come before those of the command line. */

@@ -16,7 +16,12 @@ export const generateCommand: Command = {
     batch: {
       type: 'string',
       value: 'FILE.jsonl',
-      help: 'lines {"prompt": TEXT or "ids": [...], "budget", "maxTokens", "temperature", "seed", ...} to continue together; prints a line for each, in order',
+      help: 'lines {"prompt": TEXT or "ids": [...], "budget", "adapter", "maxTokens", "temperature", "seed", ...} to continue together; prints a line for each, in order',
+    },
+    adapters: {
+      type: 'string',
+      value: 'NAME=DIR,...',
+      help: 'LoRA adapters in PEFT format, of which each line of --batch may name one',
     },
     budget: {
       type: 'string',
@@ -57,7 +62,7 @@ export const generateCommand: Command = {
       throw new UsageError('[cli] give one of --prompt, --ids and --batch');
     const prompt = ids === undefined ? (flags.string('prompt') ?? '') : parseIds(ids);
     const drafts = draftFlags(flags);
-    await using model = await loadModel(positionals[0], loadOptions(context));
+    await using model = await loadModel(positionals[0], { ...loadOptions(context), ...adaptersFlag(flags) });
     const optionsAt = (budget = options.budget): GenerateOptions => ({
       ...options,
       ...(drafts && { speculative: { ...drafts, draft: drafts.draft ?? defaultDraft(model, budget) } }),
@@ -127,4 +132,15 @@ function generateOptions(flags: FlagReader): GenerateOptions {
     stop: stop === undefined ? undefined : [stop],
   };
   return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
+}
+
+function adaptersFlag(flags: FlagReader): { adapters?: Record<string, string> } {
+  const text = flags.string('adapters');
+  if (text === undefined) return {};
+  const entries = text.split(',').map((entry) => {
+    const [, name, dir] = /^([^=]+)=(.+)$/.exec(entry) ?? [];
+    if (!name) throw new UsageError(`[cli] --adapters must be NAME=DIR, separated by commas, got '${text}'`);
+    return [name, dir];
+  });
+  return { adapters: Object.fromEntries(entries) };
 }

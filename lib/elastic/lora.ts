@@ -1,8 +1,17 @@
 // LoRA: low-rank corrections of a model's projections, as parameters, as nodes of a graph, and as modules of an adapter.
-import type { Graph } from '../graph/graph.js';
+import type { Graph, Node } from '../graph/graph.js';
+import { type Dim, embedding, segmentBroadcast } from '../graph/index.js';
 import type { LoraMatrices } from '../io/peft.js';
 import type { TensorPlan } from '../io/slices.js';
-import { type LowRank, type Projection, placeOf, type Selector, type UnitPart, unitAxis } from '../model/select.js';
+import {
+  type LowRank,
+  type Projection,
+  placeOf,
+  projections,
+  type Selector,
+  type UnitPart,
+  unitAxis,
+} from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { moduleOf, storedModules } from '../model/weights.js';
 import { InvalidDataError } from '../native/errors.js';
@@ -178,6 +187,74 @@ export class LoraTensors implements Disposable {
   }
 }
 
+/**
+ * Adapters of which each sequence has one or none, in one run. The ranks of all lie side by side in the matrices of a
+ * projection, and a mask keeps those of the sequence's own: what the others would add is a product with zeros, so a sequence
+ * gets the bits that it gets beside others with its adapter, or alone.
+ */
+export class AdapterTensors implements Disposable {
+  readonly names: readonly string[];
+  readonly #stacked: LoraTensors;
+  /** By projection, the rank that each adapter has there; 0: none. */
+  readonly #ranks = new Map<string, readonly number[]>();
+
+  constructor(adapters: ReadonlyMap<string, Lora>) {
+    this.names = [...adapters.keys()];
+    const all = [...adapters.values()];
+    const stacked = new Map<string, LoraMatrices>();
+    for (const id of new Set(all.flatMap((lora) => [...lora.keys()]))) {
+      this.#ranks.set(
+        id,
+        all.map((lora) => lora.get(id)?.rank ?? 0),
+      );
+      stacked.set(
+        id,
+        all
+          .flatMap((lora) => lora.get(id) ?? [])
+          .reduce((before, own) => beside(before, own, { start: 0, outputs: own.b.length / own.rank }), nothing),
+      );
+    }
+    this.#stacked = new LoraTensors(stacked);
+  }
+
+  /** What all of them together are to a layer. */
+  ofLayer(layer: number): NonNullable<ElasticPolicy['lora']>[] {
+    return projections.flatMap((projection) => {
+      const ranks = this.#ranks.get(loraId(layer, projection));
+      return ranks ? [{ rank: ranks.reduce((a, b) => a + b), targets: [projection], layers: [layer] }] : [];
+    });
+  }
+
+  /** @param chosen of each sequence, i32 [S]: 0 for none, else one more than its adapter's place among the names */
+  patch(graph: Graph, chosen: Node, offsets: Node, rows: Dim | number): Patch {
+    const stacked = this.#stacked.patch(graph);
+    const masks = new Map<string, Node>();
+    const maskOf = (ranks: readonly number[]): Node => {
+      const known = masks.get(ranks.join());
+      if (known) return known;
+      const owners = ranks.flatMap((rank, index) => new Array<number>(rank).fill(index + 1));
+      const table = [0, ...ranks.map((_, index) => index + 1)].flatMap((own) =>
+        owners.map((owner) => +(owner === own)),
+      );
+      const ofSequences = embedding(graph.constant(table, [ranks.length + 1, owners.length]), chosen);
+      const mask = segmentBroadcast(ofSequences, offsets, rows);
+      masks.set(ranks.join(), mask);
+      return mask;
+    };
+    return (layer, projection, part): LowRank | null => {
+      const matrices = stacked(layer, projection, part);
+      return matrices && { ...matrices, mask: maskOf(this.#ranks.get(loraId(layer, projection))!) };
+    };
+  }
+
+  dispose(): void {
+    this.#stacked.dispose();
+  }
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
 /** The selector with corrections; null: none. */
 export function patched<S extends Selector>(selector: S, patch: Patch | null): S {
   return patch ? { ...selector, patch } : selector;
@@ -192,22 +269,30 @@ export function loraModules(spec: ModelSpec, lora: Lora): Map<string, LoraMatric
   for (const [id, stored] of storedModules(spec)) {
     const own = lora.get(id);
     if (!own) continue;
-    const { module, moduleOutputs, outputs, start } = stored;
-    const before = modules.get(module) ?? { rank: 0, a: new Float32Array(0), b: new Float32Array(0) };
-    const rank = before.rank + own.rank;
-    const a = new Float32Array(before.a.length + own.a.length);
-    a.set(before.a);
-    a.set(own.a, before.a.length);
-    const b = new Float32Array(moduleOutputs * rank);
-    for (let row = 0; row < moduleOutputs; row++) {
-      b.set(before.b.subarray(row * before.rank, (row + 1) * before.rank), row * rank);
-    }
-    for (let row = 0; row < outputs; row++) {
-      b.set(own.b.subarray(row * own.rank, (row + 1) * own.rank), (start + row) * rank + before.rank);
-    }
-    modules.set(module, { rank, a, b });
+    const { module, moduleOutputs, start } = stored;
+    modules.set(module, beside(modules.get(module) ?? nothing, own, { start, outputs: moduleOutputs }));
   }
   return modules;
+}
+
+const nothing: LoraMatrices = { rank: 0, a: new Float32Array(0), b: new Float32Array(0) };
+
+/** The ranks of both corrections side by side; those of `own` add to the outputs from `start` on, of so many. */
+function beside(
+  before: LoraMatrices,
+  own: LoraMatrices,
+  { start, outputs }: { start: number; outputs: number },
+): LoraMatrices {
+  const rank = before.rank + own.rank;
+  const a = new Float32Array(before.a.length + own.a.length);
+  a.set(before.a);
+  a.set(own.a, before.a.length);
+  const b = new Float32Array(outputs * rank);
+  for (let row = 0; row < outputs; row++)
+    b.set(before.b.subarray(row * before.rank, (row + 1) * before.rank), row * rank);
+  for (let row = 0; row < own.b.length / own.rank; row++)
+    b.set(own.b.subarray(row * own.rank, (row + 1) * own.rank), (start + row) * rank + before.rank);
+  return { rank, a, b };
 }
 
 /**

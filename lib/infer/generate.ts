@@ -3,7 +3,7 @@ import type { Budget, OperatingPoint } from '../elastic/budget.js';
 import { forwardFlops } from '../model/flops.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import type { ComputeMeter } from './compute.js';
-import { defaultBudget, type Network, resolveFor } from './network.js';
+import { adapterNumber, defaultBudget, type Network, resolveFor } from './network.js';
 import { checkNumber, checkOptions, naturalNumber, positiveInteger } from './options.js';
 import { seedLimit } from './random.js';
 import type { SampledToken, Scheduler } from './scheduler.js';
@@ -23,8 +23,11 @@ import type {
 
 const defaultMaxTokens = 256;
 const optionNames = [
-  ...['maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'budget', 'speculative', 'signal', 'deadlineMs'],
+  ...['maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'budget', 'adapter', 'speculative', 'signal'],
+  'deadlineMs',
 ];
+/** Those of a text that was read before. */
+const heldNames = ['budget', 'adapter'];
 /** Longest time of a timer, milliseconds, exclusive. */
 const timerLimit = 2 ** 31;
 
@@ -39,6 +42,7 @@ interface Request {
   readonly deadlineMs: number | undefined;
   readonly budget: Budget;
   readonly point: OperatingPoint;
+  readonly adapter: number;
   readonly draft: Draft | null;
 }
 
@@ -92,17 +96,18 @@ export async function prefill(
   prompt: string | readonly number[],
   options: PrefillOptions,
 ): Promise<Held & { usage: Usage }> {
-  checkOptions('prefill', options, ['budget', 'signal']);
+  checkOptions('prefill', options, ['budget', 'adapter', 'signal']);
   const { network, scheduler } = engine;
   const { budget = defaultBudget(network) } = options;
   checkSignal('prefill', options.signal);
   const ids = promptIds(network, prompt);
   requireRoom('prefill', network, ids.length);
   const point = resolveFor(network, budget, { length: ids.length });
+  const adapter = adapterNumber('prefill', network, options.adapter);
   const rows = ids.length - 1;
   scheduler.requireFits('prefill', point, rows);
   const signal = AbortSignal.any(signalsOf(engine, options));
-  const sequence = new Sequence(scheduler, point);
+  const sequence = new Sequence(scheduler, { point, adapter });
   const started = performance.now();
   try {
     await sequence.admit(rows, signal);
@@ -133,7 +138,7 @@ function check(
   options: GenerateOptions,
   held: Held | null,
 ): Request {
-  checkOptions('generate', options, held ? optionNames.filter((name) => name !== 'budget') : optionNames);
+  checkOptions('generate', options, held ? optionNames.filter((name) => !heldNames.includes(name)) : optionNames);
   const {
     maxTokens = defaultMaxTokens,
     temperature = 0,
@@ -176,6 +181,7 @@ function check(
     deadlineMs,
     budget,
     point,
+    adapter: adapterNumber('generate', network, options.adapter),
     draft: checkSpeculative(network, options.speculative, budget, point, resolve),
   };
 }
@@ -246,7 +252,7 @@ async function run(
   const signal = AbortSignal.any([...signals, deadline.signal]);
   // Lets the caller attach to the stream before the first chunk, whatever happens.
   await Promise.resolve();
-  const sequence = held?.sequence ?? new Sequence(scheduler, point);
+  const sequence = held?.sequence ?? new Sequence(scheduler, request);
   const cachedTokens = sequence.length;
   const given = sequence.ids.length + prompt.length;
   const generation = new Generation(network, sequence, { ...request, given, signal });

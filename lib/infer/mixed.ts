@@ -1,7 +1,7 @@
 // Sequences of one call packed into runs, each at its own budget, and what each of them cost.
 import { axisTraits, expertAxisOf, isExperts, ofSequences, routerId } from '../elastic/axes.js';
 import type { OperatingPoint } from '../elastic/budget.js';
-import { loraFlops } from '../elastic/cost.js';
+import { type Costed, loraFlops } from '../elastic/cost.js';
 import { type AttentionKeys, type Experts, keysOf, routerPlaces, rowAxisOf } from '../elastic/policy.js';
 import { type CachedKeys, cachedKeys, enteredOutput, expertRowsOutput, thresholdFeed } from '../elastic/rows.js';
 import type { RunResult } from '../graph/index.js';
@@ -161,7 +161,7 @@ interface Continued {
  * @param continued of a program with caches; else logits are those of all rows
  */
 export function sequenceCounters(
-  { spec, policy, lora }: Network,
+  { spec, policy, lora, adapters }: Network,
   { offsets }: Pick<PackedBatch, 'offsets'>,
   joint: Decisions,
   { counters, outputs }: Pick<RunResult, 'counters' | 'outputs'>,
@@ -196,8 +196,12 @@ export function sequenceCounters(
         return { rows: count, flops: place === 'mlp' ? count : uses.reduce((sum, use, e) => sum + cost(use, e), 0) };
       }
       const shares = { layer, place: place as Place, tokens: n / length, experts: 1, units };
-      const corrections = policy?.lora && lora && !joint.full ? loraFlops(spec, policy, shares, length) : 0;
       if (place === undefined || part !== '') return { rows: n, flops: n };
+      const trained = policy?.lora && lora && !joint.full ? [policy.lora] : [];
+      // Without a policy all rows enter, and nothing else of it is asked for.
+      const corrections = [...trained, ...(adapters?.ofLayer(layer) ?? [])]
+        .map((lora) => loraFlops(spec, { ...policy, lora } as Costed, shares, length))
+        .reduce((sum, flops) => sum + flops, 0);
       const decides = own !== null && axisTraits[axis!].places[0] === place;
       const router = decides ? 2 * (ofSequences(axis!) ? 1 : length) * spec.hidden : 0;
       if (experts.length > 0) {

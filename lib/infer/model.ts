@@ -14,9 +14,10 @@ import { Encoder } from './encoder.js';
 import { type EncoderNetwork, loadEncoder } from './encoder_network.js';
 import { type Engine, generate, prefill, promptIds } from './generate.js';
 import { decisionFeeds, jointDecisions, packedBatch, packRuns, type Sequence, sequenceCounters } from './mixed.js';
-import { defaultBudget, loadNetwork, type Network, readModelConfig, resolveFor } from './network.js';
+import { adapterNumber, defaultBudget, loadNetwork, type Network, readModelConfig, resolveFor } from './network.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import {
+  adapterFeeds,
   budgetDims,
   budgetSelector,
   compileCountedScore,
@@ -54,13 +55,17 @@ const scoredSegments = 64;
 export interface CallOptions {
   /** Default 'full'. */
   budget?: Budget;
+  /** Name of one of the `adapters` that the model was loaded with. Default none. */
+  adapter?: string;
   signal?: AbortSignal;
 }
 
 /** Options of `score`. */
-export interface ScoreOptions extends Omit<CallOptions, 'budget'> {
+export interface ScoreOptions extends Omit<CallOptions, 'budget' | 'adapter'> {
   /** One for all texts, or one for each. Default 'full'. */
   budget?: Budget | readonly Budget[];
+  /** The same: names, or undefined for none. */
+  adapter?: string | readonly (string | undefined)[];
 }
 
 /**
@@ -160,14 +165,17 @@ export class ElasticModel implements AsyncDisposable {
   async score(inputs: readonly (string | readonly number[])[], options: ScoreOptions = {}): Promise<ScoreResult[]> {
     this.#alive('score');
     const { network, programs } = this.#decoder('score');
-    checkOptions('score', options, ['budget', 'signal']);
-    const { budget = defaultBudget(network), signal } = options;
-    const requested = Array.isArray(budget) ? (budget as readonly Budget[]) : inputs.map(() => budget as Budget);
-    if (requested.length !== inputs.length) {
+    checkOptions('score', options, ['budget', 'adapter', 'signal']);
+    const { budget = defaultBudget(network), adapter, signal } = options;
+    const ofEach = <T>(name: string, value: T | readonly T[]): readonly T[] => {
+      const all = Array.isArray(value) ? (value as readonly T[]) : inputs.map(() => value as T);
+      if (all.length === inputs.length) return all;
       throw new InvalidArgumentError(
-        `[score] budget must be one budget or one for each of the ${inputs.length} texts, got ${requested.length}`,
+        `[score] ${name} must be one ${name} or one for each of the ${inputs.length} texts, got ${all.length}`,
       );
-    }
+    };
+    const requested = ofEach<Budget>('budget', budget);
+    const adapters = ofEach('adapter', adapter).map((name) => adapterNumber('score', network, name));
     const sequences = inputs.map((input, i) => this.#sequence('score', input, requested[i]));
     const limits = { rows: network.maxContext, segments: scoredSegments };
     const results = new Array<ScoreResult>(inputs.length);
@@ -176,12 +184,21 @@ export class ElasticModel implements AsyncDisposable {
       const batch = packedBatch(members);
       const joint = jointDecisions(network, members);
       const program = programs.get('score', joint, () =>
-        compileCountedScore(network, limits, (graph, _, segments) => budgetSelector(graph, network, joint, segments)),
+        compileCountedScore(network, limits, (graph, rows, segments) =>
+          budgetSelector(graph, network, joint, segments, { rows }),
+        ),
       );
       const rows = batch.ids.length;
       // What the last token of a text gives the first of the next one is not read.
       const targets = Int32Array.from(batch.ids, (_, i) => batch.ids[i + 1] ?? -1);
-      const feeds = { ...batch, ...decisionFeeds(network, joint, members), targets, weight: new Float32Array(rows) };
+      const decided = {
+        ...decisionFeeds(network, joint, members),
+        ...adapterFeeds(
+          network,
+          run.map((i) => adapters[i]),
+        ),
+      };
+      const feeds = { ...batch, ...decided, targets, weight: new Float32Array(rows) };
       const started = performance.now();
       const dims = { ...packedDims(batch), ...budgetDims(network, joint) };
       const result = await program.run({ dims, feeds, signal });
@@ -228,7 +245,7 @@ export class ElasticModel implements AsyncDisposable {
   }
 
   /** Features that an encoder computes of every token, special ones included: f32 [tokens, hidden], row by row. */
-  async features(input: TextInput, options: Omit<CallOptions, 'budget'> = {}): Promise<Float32Array> {
+  async features(input: TextInput, options: Pick<CallOptions, 'signal'> = {}): Promise<Float32Array> {
     const encoder = this.#encoder('features');
     checkOptions('features', options, ['signal']);
     return encoder.features(input, options.signal);
@@ -312,11 +329,12 @@ export class ElasticModel implements AsyncDisposable {
   #forward(api: Api, input: TextInput, options: CallOptions) {
     this.#alive(api);
     const { network } = this.#decoder(api);
-    checkOptions(api, options, ['budget', 'signal']);
+    checkOptions(api, options, ['budget', 'adapter', 'signal']);
+    const adapter = adapterNumber(api, network, options.adapter);
     const { ids, point } = this.#sequence(api, input, options.budget ?? defaultBudget(network));
     const batch = packedBatch([{ ids, point }]);
     const dims = { ...packedDims(batch), ...budgetDims(network, point) };
-    const feeds = { ...batch, ...thresholdFeeds(point.thresholds, 1) };
+    const feeds = { ...batch, ...thresholdFeeds(point.thresholds, 1), ...adapterFeeds(network, [adapter]) };
     const run = (more: Record<string, TypedArray>): Promise<RunResult> =>
       this.#program(api, point).run({ dims, feeds: { ...feeds, ...more }, signal: options.signal });
     return { ids, point, run };
@@ -326,7 +344,9 @@ export class ElasticModel implements AsyncDisposable {
     const { network, programs } = this.#decoder(api);
     const limits: PackedLimits = { rows: network.maxContext, segments: 1 };
     return programs.get(api, point, () =>
-      compilers[api](network, limits, (graph, _rows, segments) => budgetSelector(graph, network, point, segments)),
+      compilers[api](network, limits, (graph, rows, segments) =>
+        budgetSelector(graph, network, point, segments, { rows }),
+      ),
     );
   }
 
@@ -381,6 +401,7 @@ function infoOf(network: Network | EncoderNetwork): ModelInfo {
     elastic: policy !== null,
     calibrated: policy?.calibration != null || policy?.nested !== undefined,
     routerParameters: policy ? routerParameters(policy) : 0,
+    adapters: isEncoder(network) ? [] : (network.adapters?.names ?? []),
     levels: policy?.levels ?? [],
   };
 }

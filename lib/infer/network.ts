@@ -2,7 +2,7 @@
 import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { type Budget, type BudgetContext, budgetText, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
-import { LoraTensors, loraOfModules } from '../elastic/lora.js';
+import { AdapterTensors, type Lora, LoraTensors, loraOfModules } from '../elastic/lora.js';
 import type { ElasticPolicy } from '../elastic/policy.js';
 import { type MeasuredOn, Profiles } from '../elastic/profile.js';
 import { decidingRows } from '../elastic/rows.js';
@@ -56,6 +56,8 @@ export interface Network {
   /** Corrections of projections, and whether the full budget has them, too: not those it was trained with. */
   readonly lora: LoraTensors | null;
   readonly loraAtFull: boolean;
+  /** Of which each call may choose one. */
+  readonly adapters: AdapterTensors | null;
   readonly tokenizer: Tokenizer | null;
   /** What a text without a beginning starts from. */
   readonly startId: number | null;
@@ -130,15 +132,25 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
       owned.push(weight, bias);
       routers.set(id, { weight, bias });
     }
-    const { adapter } = options;
-    if (adapter !== undefined && elastic?.lora && resolve(adapter) !== resolve(dir, adapterDirectory)) {
+    const { adapter, adapters: named = {} } = options;
+    const [other] = [adapter, ...Object.values(named)].filter((from) => from !== undefined);
+    if (
+      other !== undefined &&
+      elastic?.lora &&
+      (other !== adapter || resolve(other) !== resolve(dir, adapterDirectory))
+    ) {
       throw new InvalidArgumentError(
-        `[loadModel] ${dir} has corrections of its own; merge ${adapter} into its base before it is made elastic`,
+        `[loadModel] ${dir} has corrections of its own; merge ${other} into its base before it is made elastic`,
       );
     }
-    const matrices = adapter === undefined ? elastic?.lora : loraOfModules(spec, await readPeft(adapter), adapter);
+    const read = async (from: string) => loraOfModules(spec, await readPeft(from), from);
+    const matrices = adapter === undefined ? elastic?.lora : await read(adapter);
     const lora = matrices ? new LoraTensors(matrices) : null;
     if (lora) owned.push(lora);
+    const byName = new Map<string, Lora>();
+    for (const [name, from] of Object.entries(named)) byName.set(name, await read(from));
+    const adapters = byName.size > 0 ? new AdapterTensors(byName) : null;
+    if (adapters) owned.push(adapters);
 
     progress(2);
     const tokenizer = existsSync(join(dir, 'tokenizer.json')) ? await loadTokenizer(dir) : null;
@@ -161,6 +173,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
       routers,
       lora,
       loraAtFull: adapter !== undefined,
+      adapters,
       tokenizer,
       ...ids,
       profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256),
@@ -201,6 +214,7 @@ export async function readModelConfig(dir: string, options: LoadOptions): Promis
   checkOptions('loadModel', options, [
     'dtype',
     'adapter',
+    'adapters',
     'maxLevel',
     'device',
     'activations',
@@ -212,13 +226,23 @@ export async function readModelConfig(dir: string, options: LoadOptions): Promis
     'onProgress',
     'signal',
   ]);
-  const { dtype, threads, onProgress, signal } = options;
+  const { dtype, threads, adapter, adapters, onProgress, signal } = options;
   if (dtype !== undefined && !dtypes.includes(dtype)) {
     throw new InvalidArgumentError(`[loadModel] dtype must be one of ${dtypes.join(', ')}, got ${String(dtype)}`);
   }
   checkNumber('loadModel', 'threads', threads, positiveInteger, 'a positive integer');
   for (const name of ['maxContext', 'maxSequences', 'maxBatchTokens', 'kvCacheBytes'] as const)
     checkNumber('loadModel', name, options[name], positiveInteger, 'a positive integer');
+  if (adapters !== undefined && !isTextByName(adapters)) {
+    throw new InvalidArgumentError(
+      '[loadModel] adapters must be an object with the directory of each adapter by its name',
+    );
+  }
+  if (adapter !== undefined && adapters !== undefined) {
+    throw new InvalidArgumentError(
+      '[loadModel] give adapter, which every call has, or adapters, of which each chooses one, not both',
+    );
+  }
   const phases = ['config', 'weights', 'tokenizer'];
   const progress = (done: number): void => {
     signal?.throwIfAborted();
@@ -229,6 +253,21 @@ export async function readModelConfig(dir: string, options: LoadOptions): Promis
   if (!existsSync(dir)) throw new InvalidFileError(`[loadModel] ${dir} does not exist; expected a model directory`);
   const configPath = join(dir, 'config.json');
   return { config: await readJson(configPath), configPath, progress };
+}
+
+const isTextByName = (value: unknown): boolean =>
+  typeof value === 'object' && value !== null && Object.values(value).every((text) => typeof text === 'string');
+
+/**
+ * The number of an adapter by its name: 0 for none, else one more than its place.
+ * Throws InvalidArgumentError for one that was not loaded.
+ */
+export function adapterNumber(api: string, { adapters }: Network, name: string | undefined): number {
+  if (name === undefined) return 0;
+  const place = adapters?.names.indexOf(name) ?? -1;
+  if (place >= 0) return place + 1;
+  const names = adapters ? `it has ${adapters.names.join(', ')}` : 'it was loaded without adapters';
+  throw new InvalidArgumentError(`[${api}] the model has no adapter '${name}'; ${names}`);
 }
 
 /** Throws InvalidArgumentError for a context longer than the model's positions. */

@@ -134,7 +134,7 @@ async function timeLevel(
   for (const length of lengths) {
     const [prefill, decode]: [number[], number[]] = [[], []];
     for (let run = 0; run <= timedRuns; run++) {
-      const sequence = new Sequence(scheduler, point);
+      const sequence = new Sequence(scheduler, { point, adapter: 0 });
       try {
         await sequence.admit(length + decoded, signal);
         for (let at = 0; at < length + decoded; at++) sequence.ids.push(ids[at % ids.length]);

@@ -13,21 +13,38 @@ import type { Network } from './network.js';
 /**
  * The selector of a model at a budget: feeds `threshold.<router id>` where it is finite, and has `budgetDims`; where sequences
  * go on in several runs also `decidedFeed`, and its outputs.
+ *
+ * @param rows of sequences that may have adapters: feeds those of `adapterFeeds`
  */
 export function budgetSelector(
   graph: Graph,
   network: Network,
   { full, thresholds }: Decisions,
-  segments: Dim | number,
-  { resumed = false }: { resumed?: boolean } = {},
+  segments: Dim,
+  { resumed = false, rows }: { resumed?: boolean; rows?: Dim } = {},
 ): Selector {
-  const { spec, policy, most, routers, lora, loraAtFull } = network;
+  const { spec, policy, most, routers, lora, loraAtFull, adapters } = network;
   const selector = full
     ? selectEverything
     : inferenceSelector(graph, policy!, routerNodes(graph, routers), segments, thresholds, { resumed });
-  const corrected = patched(selector, full && !loraAtFull ? null : (lora?.patch(graph) ?? null));
+  const chosen = () => graph.feed('adapters', 'i32', [segments]);
+  const patch =
+    adapters && rows
+      ? adapters.patch(graph, chosen(), offsetsFeed(graph, segments), rows)
+      : full && !loraAtFull
+        ? null
+        : (lora?.patch(graph) ?? null);
+  const corrected = patched(selector, patch);
   return policy?.nested ? { ...corrected, width: nestedWidth(graph, policy.nested, spec.ffn, most.widths) } : corrected;
 }
+
+/** i32 [segments + 1] */
+const offsetsFeed = (graph: Graph, segments: Dim): Node =>
+  graph.feed('offsets', 'i32', [graph.dim('offsets', segments.bound + 1)]);
+
+/** The adapter of every sequence of a run (`adapterNumber`). */
+export const adapterFeeds = ({ adapters }: Network, numbers: readonly number[]): Record<string, Int32Array> =>
+  adapters ? { adapters: Int32Array.from(numbers) } : {};
 
 /** Dims of a program with `budgetSelector`: widths of nested feed-forwards. */
 export const budgetDims = ({ spec, policy }: Network, { widths }: Decisions): Record<string, number> =>
@@ -92,7 +109,7 @@ export interface StepLimits {
  * Appends rows of several sequences to their caches and samples a token after some of them.
  * Dims: rows, segments, offsets (segments + 1), sampled, and `budgetDims`.
  * Feeds: ids, positions i32 [rows], offsets i32 [segments + 1], slots i32 [segments], last i32 [sampled] (rows), sampling
- * f32 [sampled, 4]; those of `budgetSelector`, and of what was decided about sequences (`decidedFeeds`). Outputs: token i32 [sampled], logprob f32 [sampled].
+ * f32 [sampled, 4]; those of `budgetSelector` with adapters, and of what was decided about sequences (`decidedFeeds`). Outputs: token i32 [sampled], logprob f32 [sampled].
  *
  * @param recorded what routers choose becomes outputs, too (`sequenceCounters`, `appendedRows`)
  */
@@ -111,10 +128,10 @@ export function compileStep(
   const inputs = {
     ids: graph.feed('ids', 'i32', [rows]),
     positions: graph.feed('positions', 'i32', [rows]),
-    offsets: graph.feed('offsets', 'i32', [graph.dim('offsets', limits.sequences + 1)]),
+    offsets: offsetsFeed(graph, segments),
     caches: cache.caches(graph, graph.feed('slots', 'i32', [segments])),
   };
-  const chosen = budgetSelector(graph, network, decisions, segments, { resumed: true });
+  const chosen = budgetSelector(graph, network, decisions, segments, { resumed: true, rows });
   const selector = recorded ? recordedExperts(graph, recordedSelector(graph, chosen)) : chosen;
   const x = decoder(graph, network.spec, weights, inputs, selector);
   const sampling = graph.feed('sampling', 'f32', [sampled, 4]);
@@ -162,7 +179,7 @@ function packed(network: Network, limits: PackedLimits, select: SelectorFactory)
   const inputs = {
     ids: graph.feed('ids', 'i32', [rows]),
     positions: graph.feed('positions', 'i32', [rows]),
-    offsets: graph.feed('offsets', 'i32', [graph.dim('offsets', limits.segments + 1)]),
+    offsets: offsetsFeed(graph, segments),
   };
   const x = decoder(graph, network.spec, weights, inputs, select(graph, rows, segments));
   return { graph, rows, segments, weights, x };

@@ -16,7 +16,15 @@ import {
   sequenceCounters,
 } from './mixed.js';
 import type { Network } from './network.js';
-import { budgetDims, compileStep, maxDraftTokens, ProgramCache, packedDims, type StepLimits } from './programs.js';
+import {
+  adapterFeeds,
+  budgetDims,
+  compileStep,
+  maxDraftTokens,
+  ProgramCache,
+  packedDims,
+  type StepLimits,
+} from './programs.js';
 import type { ModelLoad } from './types.js';
 
 export interface SampledToken {
@@ -29,6 +37,8 @@ export interface SampledToken {
 export interface Work {
   readonly keys: SequenceKeys;
   readonly point: OperatingPoint;
+  /** Its number (`adapterNumber`). */
+  readonly adapter: number;
   readonly ids: Int32Array;
   /** Position of the first of them in its text. */
   readonly start: number;
@@ -254,6 +264,10 @@ export class Scheduler {
         ...batch,
         ...decisionFeeds(network, joint, works),
         ...decidedFeeds(network, joint, decided),
+        ...adapterFeeds(
+          network,
+          works.map(({ adapter }) => adapter),
+        ),
         positions: Int32Array.from(positions),
         slots: Int32Array.from(works, ({ keys }) => this.#slots.get(keys)!),
         last: Int32Array.from(last),

@@ -8,9 +8,10 @@ import type { Done, SampledToken, Scheduler, Work } from './scheduler.js';
 
 const samplingStream = 0x5a;
 
-/** A text at a budget, and its rows in the caches. */
+/** A text at a budget, with an adapter or none, and its rows in the caches. */
 export class Sequence {
   readonly point: OperatingPoint;
+  readonly #adapter: number;
   /** Its tokens: those with rows in the caches, and after them those that have yet to be run. */
   readonly ids: number[];
   readonly #scheduler: Scheduler;
@@ -18,8 +19,9 @@ export class Sequence {
   #length: number;
 
   /** @param from begins with the text and the rows of this one */
-  constructor(scheduler: Scheduler, point: OperatingPoint, from?: Sequence) {
+  constructor(scheduler: Scheduler, { point, adapter }: { point: OperatingPoint; adapter: number }, from?: Sequence) {
     this.point = point;
+    this.#adapter = adapter;
     this.ids = from ? [...from.ids] : [];
     this.#scheduler = scheduler;
     this.#keys = from ? scheduler.cache.fork(from.#keys) : scheduler.cache.open(point);
@@ -32,7 +34,7 @@ export class Sequence {
   }
 
   fork(): Sequence {
-    return new Sequence(this.#scheduler, this.point, this);
+    return new Sequence(this.#scheduler, { point: this.point, adapter: this.#adapter }, this);
   }
 
   /** Waits for its turn to run, with memory for `rows` rows in all. Errors: those of `Scheduler.admit`. */
@@ -45,8 +47,11 @@ export class Sequence {
     this.#scheduler.leave(this.#keys);
   }
 
-  async append(work: Omit<Work, 'keys' | 'start'>): Promise<Done> {
-    const done = await this.#scheduler.run({ ...work, keys: this.#keys, start: this.#length });
+  async append(work: Omit<Work, 'keys' | 'start' | 'adapter'>): Promise<Done> {
+    const done = await this.#scheduler.run({
+      ...work,
+      ...{ keys: this.#keys, adapter: this.#adapter, start: this.#length },
+    });
     this.#length += work.ids.length;
     return done;
   }

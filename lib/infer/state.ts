@@ -31,10 +31,13 @@ export class SequenceState implements Disposable {
    * Continues the text with `more`, a text or token ids, maybe empty, and generates what comes then, at the text's budget. Both
    * are part of it afterwards, up to where generation ended. A text is continued as it is: nothing such as BOS is put before it.
    *
-   * @throws InvalidArgumentError: as `ElasticModel.generate`; it is generating; an option `budget`.
+   * @throws InvalidArgumentError: as `ElasticModel.generate`; it is generating; an option `budget` or `adapter`.
    * @throws DisposedError when it or its model was disposed.
    */
-  generate(more: string | readonly number[], options: Omit<GenerateOptions, 'budget'> = {}): GenerateStream {
+  generate(
+    more: string | readonly number[],
+    options: Omit<GenerateOptions, 'budget' | 'adapter'> = {},
+  ): GenerateStream {
     this.#requireIdle('generate');
     const ended = () => {
       this.#generating = false;

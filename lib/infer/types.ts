@@ -87,6 +87,8 @@ export interface SpeculativeOptions {
 export interface GenerateOptions extends Sampling {
   /** Default 'full', or the `maxLevel` that the model was loaded up to. */
   budget?: Budget;
+  /** Name of one of the `adapters` that the model was loaded with. Default none. */
+  adapter?: string;
   /** The same tokens in less time where drafts are good. Default off. */
   speculative?: false | SpeculativeOptions;
   /** Ends generation; `finishReason` is then 'abort', and what was generated stays. */
@@ -99,6 +101,8 @@ export interface GenerateOptions extends Sampling {
 export interface PrefillOptions {
   /** Of all that continues the text, too. Default as of `generate`. */
   budget?: Budget;
+  /** The same. */
+  adapter?: string;
   /** Ends reading; the promise then rejects with the signal's reason. */
   signal?: AbortSignal;
 }
@@ -140,6 +144,11 @@ export interface LoadOptions {
    * takes none.
    */
   adapter?: string;
+  /**
+   * PEFT directories by names, of which each call may choose one (`adapter` of `generate`, `prefill`, `score`, `logits` and
+   * `trace`); calls with different ones run together. Not with `adapter`, nor for a model with corrections of its own.
+   */
+  adapters?: Readonly<Record<string, string>>;
   /**
    * Name of a level of a nested model: only the units that it runs are read, and budgets above it are refused. It is then the
    * default budget. The narrowest level that will be asked for most saves most.
@@ -202,6 +211,8 @@ export interface ModelInfo {
   /** Routers are trained and calibrated: budgets below 1 run. */
   calibrated: boolean;
   routerParameters: number;
+  /** Names of the adapters that calls may choose. */
+  adapters: readonly string[];
   /** Named budgets, `full` first. */
   levels: readonly Level[];
 }

@@ -102,8 +102,11 @@ function leave(
   selection: RowSelection | null,
 ): Node {
   units?.push(y);
-  const to = { rows: selection?.rows, gate: selection?.gate?.(selection.rows) };
-  return post ? addRows(residual, norm(spec, product(y, out), post), to) : productAdd(residual, y, out, to);
+  const at = selection?.rows ?? null;
+  const to = { rows: at, gate: selection?.gate?.(selection.rows) };
+  return post
+    ? addRows(residual, norm(spec, product(y, out, { at }), post), to)
+    : productAdd(residual, y, out, { ...to, at });
 }
 
 /**
@@ -137,10 +140,10 @@ export function attentionBlock(
     return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
   };
   const headNorm = (y: Node, weights?: Affine<Node>) => (weights ? norm(spec, y, weights) : y);
-  const queries = (from: ProductRows, at: Node | null, part?: UnitPart) =>
-    turn(headNorm(product(x, of('q', part), from), weights.qNorm), at);
-  const keys = (from: ProductRows, at: Node | null, offsets: Node, part?: UnitPart): LayerKeys => {
-    const k = turn(headNorm(product(x, of('k', part), from), weights.kNorm), at);
+  const queries = (from: ProductRows, part?: UnitPart) =>
+    turn(headNorm(product(x, of('q', part), from), weights.qNorm), from.at);
+  const keys = (from: ProductRows, offsets: Node, part?: UnitPart): LayerKeys => {
+    const k = turn(headNorm(product(x, of('k', part), from), weights.kNorm), from.at);
     const plain = product(x, of('v', part), from);
     const v = spec.vNorm
       ? rmsNorm(plain, graph.constant(new Array<number>(headDim).fill(1), [headDim]), { eps: spec.eps })
@@ -163,10 +166,10 @@ export function attentionBlock(
   };
   const keep = selection?.allKeys ?? false;
   const keysOfLayer = (part?: UnitPart) =>
-    keep ? keys({}, null, context.offsets, part) : keys({ rows: gather }, entered.rows, entered.offsets, part);
+    keep ? keys({ at: null }, context.offsets, part) : keys({ rows: gather, at: entered.rows }, entered.offsets, part);
 
   if (!experts) {
-    const q = queries({ rows: gather }, entered.rows);
+    const q = queries({ rows: gather, at: entered.rows });
     const own = spec.keysOf === null ? keysOfLayer() : sharedKeys(context, layer, spec.keysOf);
     context.keys.set(layer, own);
     const ofAllRows = own.offsets === context.offsets;
@@ -185,10 +188,10 @@ export function attentionBlock(
   return addExperts(context, residual, experts, selection, weights.o, weights.postNorm1, {
     out: (part) => of('o', part),
     units(part, { rows, offsets, ownKeys }, at) {
-      const from = { rows: gather ? at : rows, among: { gather, rows } };
-      const q = queries(from, at, part);
+      const from = { rows: gather ? at : rows, among: { gather, rows }, at };
+      const q = queries(from, part);
       const shape = { heads: heads / count, kvHeads: 1 };
-      if (ownKeys) return attend(q, keys(from, at, offsets, part), shape);
+      if (ownKeys) return attend(q, keys(from, offsets, part), shape);
       return attend(q, shared[Math.floor((part.index * kvHeads) / count)], shape, { rows: keep ? at : rows, offsets });
     },
   });
@@ -230,10 +233,13 @@ export function feedForwardBlock(
       `[model] the feed-forward of layer ${layer} cannot be cut: which of its units act depends on all of them`,
     );
   }
-  if (!experts) return leave(context, residual, hidden({ rows: gather }), of(down, 'down'), postNorm2, selection);
+  if (!experts) {
+    const y = hidden({ rows: gather, at: selection?.rows ?? null });
+    return leave(context, residual, y, of(down, 'down'), postNorm2, selection);
+  }
   return addExperts(context, residual, experts, selection, down, postNorm2, {
     out: (part) => of(down, 'down', part),
-    units: (part, { rows }, at) => hidden({ rows: gather ? at : rows, among: { gather, rows } }, part),
+    units: (part, { rows }, at) => hidden({ rows: gather ? at : rows, among: { gather, rows }, at }, part),
   });
 }
 
@@ -271,7 +277,7 @@ function addExperts(
       const at = entered ? gatherIds(entered, expert.rows) : expert.rows;
       const token = post ? undefined : selection?.gate?.(at);
       const gate = token && expert.gate ? gatedActivation(token, expert.gate, 'none') : (token ?? expert.gate);
-      y = productAdd(y, units(part, expert, at), out(part), { rows: post ? expert.rows : at, gate });
+      y = productAdd(y, units(part, expert, at), out(part), { rows: post ? expert.rows : at, gate, at });
     }
   });
   if (output.bias) y = graph.tag(`${graph.currentTag}.bias`, () => addBias(y, output, post ? null : selection));

@@ -1,6 +1,15 @@
 // Products with the matrices of a layer, whole or in parts of their units, each with its low-rank correction if it has one.
 import type { Graph, Node } from '../graph/graph.js';
-import { type Act, gatherRows, linear, linearAdd, linearGated, type Patch, type Size } from '../graph/index.js';
+import {
+  type Act,
+  gatedActivation,
+  gatherRows,
+  linear,
+  linearAdd,
+  linearGated,
+  type Patch,
+  type Size,
+} from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type LowRank, type Projection, type Selector, type UnitPart, unitAxis } from './select.js';
 import type { Affine } from './weights.js';
@@ -44,20 +53,23 @@ export interface ProductRows {
   rows?: Node | null;
   /** They are the rows `rows` among the rows `gather` of x (null: among all), for which other parts are computed, too. */
   among?: { readonly gather: Node | null; readonly rows: Node };
+  /** Where they are in the residual stream, i32 [R]; null: they are all its rows. */
+  at: Node | null;
 }
 
 // x[rows] a^T, with b; what all parts of a projection share is computed once.
-function patchOf(x: Node, patch: LowRank | null, { rows, among }: ProductRows): Patch | null {
+function patchOf(x: Node, patch: LowRank | null, { rows, among, at }: ProductRows): Patch | null {
   if (!patch) return null;
-  const { a, b } = patch;
-  return { u: among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows }), b };
+  const { a, b, mask } = patch;
+  const u = among ? gatherRows(linear(x, a, { rows: among.gather }), among.rows) : linear(x, a, { rows });
+  return { u: mask ? gatedActivation(at ? gatherRows(mask, at) : mask, u, 'none') : u, b };
 }
 
 /** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]; `width`: only so many outputs, a prefix. */
 export function product(
   x: Node,
   { weight, bias, patch }: Matrix,
-  { act = 'none', width, ...of }: ProductRows & { act?: Act; width?: Size } = {},
+  { act = 'none', width, ...of }: ProductRows & { act?: Act; width?: Size },
 ): Node {
   return linear(x, weight, { bias, rows: of.rows, act, width, patch: patchOf(x, patch, of) });
 }
@@ -75,12 +87,12 @@ export function productGated(
   });
 }
 
-/** `residual` with `gate[r] (x[r] w^T + bias)` added to row `rows[r]`: f32 [N, D]. */
+/** `sum` with `gate[r] (x[r] w^T + bias)` added to row `rows[r]`: f32 [N, D]. `at`: where these rows are in the residual stream. */
 export function productAdd(
-  residual: Node,
+  sum: Node,
   x: Node,
   { weight, bias, patch }: Matrix,
-  { rows, gate }: { rows?: Node | null; gate?: Node | null } = {},
+  { rows, gate, at }: { rows?: Node | null; gate?: Node | null; at: Node | null },
 ): Node {
-  return linearAdd(residual, x, weight, { bias, rows, gate, patch: patchOf(x, patch, {}) });
+  return linearAdd(sum, x, weight, { bias, rows, gate, patch: patchOf(x, patch, { at }) });
 }

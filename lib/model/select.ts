@@ -69,6 +69,8 @@ export interface UnitPart {
 export interface LowRank {
   readonly a: Node;
   readonly b: Node;
+  /** Which ranks count for each row of the residual stream, 1 or 0: f32 [N, r]. Absent: all. */
+  readonly mask?: Node;
 }
 
 /** What a selector sees of the sub-layer it decides about. */

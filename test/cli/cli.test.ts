@@ -203,6 +203,22 @@ describe('from a plain model to text at a budget', () => {
     expect(json(evaluated).levels).toMatchObject([{ method: 'full' }, { method: 'routed', budget: 0.6 }]);
   });
 
+  it('generate --batch: lines with adapters of their own', async () => {
+    const [base, adapter] = ['llama-gqa', 'peft-llama'].map((name) => join(import.meta.dirname, '../golden', name));
+    const file = join(work, 'adapted.jsonl');
+    const line = { ids: [5, 6, 7], maxTokens: 40, temperature: 2, seed: 1 };
+    writeFileSync(file, [line, { ...line, adapter: 'peft' }].map((line) => JSON.stringify(line)).join('\n'));
+    const flags = ['--batch', file, '--adapters', `peft=${adapter}`, '--json'];
+    const { results } = json(await run('generate', base, ...flags)) as { results: { ids: number[] }[] };
+    const sampling = ['--max-tokens', '40', '--temperature', '2', '--seed', '1'];
+    const single = ['generate', base, '--ids', '5,6,7', ...sampling, '--json'];
+    expect(results[0].ids).toEqual(json(await run(...single)).ids);
+    expect(results[1].ids).toEqual(json(await run(...single, '--adapter', adapter)).ids);
+    expect(results[1].ids).not.toEqual(results[0].ids);
+    const bad = await run('generate', base, '--batch', file, '--adapters', adapter);
+    expect(bad).toMatchObject({ code: 2, stderr: expect.stringContaining('--adapters must be NAME=DIR') });
+  });
+
   it('generate --batch: lines with budgets of their own, together, in order', async () => {
     const file = join(work, 'prompts.jsonl');
     const write = (...lines: unknown[]) =>

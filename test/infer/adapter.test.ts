@@ -43,6 +43,37 @@ describe.each(pairs)('$adapter', ({ base, adapter }) => {
     expect(largestDifference(await logitsOf(base, vectors), vectors.logits)).toBeGreaterThan(1e-2);
   });
 
+  it('may be one of several, of which each text has its own or none', async () => {
+    const { modules, rank } = { modules: await readPeft(adapter), rank: 3 };
+    const opposite = join(root, `opposite-${spec.family}`);
+    const negated = new Map([...modules].map(([id, { b, ...m }]) => [id, { ...m, b: b.map((value) => -value) }]));
+    await writePeft(opposite, negated, { base, rank, transposed: spec.family === 'gpt2' });
+    const { ids, offsets, logits } = vectors;
+    const text = [...ids.slice(offsets[0], offsets[1])];
+    await using plain = await loadModel(base);
+    await using model = await loadModel(base, { adapters: { peft: adapter, opposite } });
+    expect(model.info.adapters).toEqual(['peft', 'opposite']);
+    const own = await model.logits(text, { adapter: 'peft' });
+    expect(largestDifference(own, logits.slice(0, own.length))).toBeLessThan(1e-4);
+    expect(await model.logits(text)).toEqual(await plain.logits(text));
+
+    const names = [undefined, 'peft', 'opposite', 'peft'];
+    const together = await model.score([text, text, text, text.slice(2)], { adapter: names });
+    expect(together[0].logprobs).toEqual((await plain.score([text]))[0].logprobs);
+    expect(largestDifference(together[1].logprobs.slice(1), together[2].logprobs.slice(1))).toBeGreaterThan(1e-2);
+    for (const [i, { tokens, logprobs }] of together.entries()) {
+      const [alone] = await model.score([[...tokens]], { adapter: names[i] });
+      expect(logprobs).toEqual(alone.logprobs);
+    }
+    await expect(model.score([text], { adapter: names })).rejects.toThrow(
+      /adapter must be one adapter or one for each/,
+    );
+    expect(() => model.generate(text, { adapter: 'other' })).toThrow("no adapter 'other'; it has peft, opposite");
+    expect(() => plain.generate(text, { adapter: 'peft' })).toThrow('it was loaded without adapters');
+    await expect(loadModel(base, { adapter, adapters: { adapter } })).rejects.toThrow(/give adapter, .* not both/);
+    await expect(loadModel(base, { adapters: [1] as never })).rejects.toThrow(/adapters must be an object/);
+  });
+
   it('merges into a stock checkpoint', async () => {
     const out = join(root, `merged-${spec.family}`);
     const result = await mergeAdapter(base, { adapter, out });
