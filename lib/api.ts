@@ -33,6 +33,8 @@ export type {
   RouterTuningRecipe,
   TrainCapacity,
 } from './elastic/elastify.js';
+export { writeExits } from './elastic/elastify.js';
+export type { Exit, ExitHead, ExitRule, ExitRuleName, ExitSetting } from './elastic/exits.js';
 export type { FfnWidth } from './elastic/nested.js';
 export type { AttentionKeys, GateMode, Level, QualityValue, Range } from './elastic/policy.js';
 export {

@@ -16,6 +16,8 @@ export const pretrain: typeof import('./distill/pretrain.js').pretrain = async (
   (await import('./distill/pretrain.js')).pretrain(...args);
 export const elastify: typeof import('./distill/rank.js').elastify = async (...args) =>
   (await import('./distill/rank.js')).elastify(...args);
+export const writeExits: typeof import('./elastic/elastify.js').writeExits = async (...args) =>
+  (await import('./elastic/elastify.js')).writeExits(...args);
 export const writeProfile: typeof import('./elastic/profile.js').writeProfile = async (...args) =>
   (await import('./elastic/profile.js')).writeProfile(...args);
 export const evaluate: typeof import('./infer/evaluate.js').evaluate = async (...args) =>

@@ -1,5 +1,6 @@
 // The axes along which a model is elastic, what tells them apart, and the shares that are set on them.
 import type { Place } from '../model/select.js';
+import type { ExitSetting } from './exits.js';
 import type { FfnWidth } from './nested.js';
 
 /** Experts: parts of a sub-layer of which every token uses some. */
@@ -118,6 +119,8 @@ export interface ElasticSpec {
   blockShare?: Capacity;
   /** Width of the nested feed-forwards: a share of their units, rounded to the alignment, or a number of units. */
   ffnWidth?: FfnWidth;
+  /** When a text leaves at an exit of an encoder, before all layers have run. */
+  exit?: ExitSetting;
 }
 
 export const specKeys: readonly string[] = [
@@ -125,6 +128,7 @@ export const specKeys: readonly string[] = [
   'sequenceCapacity',
   ...expertAxes.map((axis) => axisTraits[axis].setting),
   'ffnWidth',
+  'exit',
 ];
 
 /** The settings of a spec that are shares of what routers choose from, by axis, and back. */

@@ -11,7 +11,8 @@ export function modelCard(policy: ElasticPolicy): string {
     return layers > 0 ? [`${axisTraits[axis].title} of ${layers} of ${policy.layers} layers`] : [];
   });
   const corrections = policy.lora && `, corrections of rank ${policy.lora.rank} for ${policy.lora.targets.join(', ')}`;
-  const { nested } = policy;
+  const { nested, exits } = policy;
+  const fastest = policy.levels.findLast(({ spec }) => spec.exit)?.name;
   const parts = [
     ...(routers.length > 0 ? [`routers for ${routers.join(', ')}`] : []),
     ...(nested
@@ -19,8 +20,11 @@ export function modelCard(policy: ElasticPolicy): string {
           `feed-forwards of ${nested.layers.length} of ${policy.layers} layers that run at any width, a prefix of their units`,
         ]
       : []),
+    ...(exits ? [`exits after ${exits.length} of ${policy.layers} layers, at which texts leave that are decided`] : []),
   ];
-  const runs = policy.calibration !== null || nested !== undefined;
+  const runs = policy.calibration !== null || nested !== undefined || policy.levels.length > 1;
+  const classify = `const [{ label, compute }] = await model.classify('A joy.', { ${fastest ? `budget: '${fastest}'` : 'exit: true'} });`;
+  const generate = `const stream = model.generate('Once', { budget: ${policy.calibration ? '0.7' : nested ? '0.8' : "'full'"} });`;
   return `${[
     ...head(policy.base, `${name}, elastic`),
     `The checkpoint of ${name}, unchanged, with ${parts.join('; ')}${corrections ?? ''}. What a call costs is chosen at the call; at the full budget the model is ${name} to the bit.`,
@@ -29,8 +33,10 @@ export function modelCard(policy: ElasticPolicy): string {
     ...untrained(policy),
     ...['', '## Use', '', '```js', "import { loadModel } from 'elastiform';", ''],
     ...["await using model = await loadModel('.'); // this directory"],
-    `const stream = model.generate('Once', { budget: ${policy.calibration ? '0.7' : nested ? '0.8' : "'full'"} });`,
-    ...['console.log(await stream.text, (await stream.usage).compute.ratio);', '```', ''],
+    ...(exits
+      ? [classify, 'console.log(label, compute.ratio, compute.exitLayer);']
+      : [generate, 'console.log(await stream.text, (await stream.usage).compute.ratio);']),
+    ...['```', ''],
     ...['Tools that know nothing of elastic models load it as the checkpoint it was made from.', ''],
     ...['## Origin', '', `- base: ${name}${revision ? `, revision ${revision}` : ''}`],
     `- licence of the base: ${license ?? 'not known'}`,

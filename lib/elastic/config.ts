@@ -1,6 +1,7 @@
 // elastic_config.json: a policy as the file has it, and back, with everything checked.
 import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
 import type { Projection } from '../model/select.js';
+import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
 import {
   type Axis,
@@ -15,6 +16,16 @@ import {
   specOfAxes,
   targets,
 } from './axes.js';
+import {
+  type Exit,
+  type ExitRuleName,
+  type ExitSetting,
+  exitId,
+  exitRules,
+  exitsProblem,
+  settingProblem,
+  thresholdProblem,
+} from './exits.js';
 import { alignedWidth, type FfnWidth, type Nested, nestedTrainings, unitScores, widthProblem } from './nested.js';
 import {
   type AttentionKeys,
@@ -22,6 +33,7 @@ import {
   cutRule,
   type ElasticPolicy,
   type Experts,
+  encoderConflict,
   type GateMode,
   gateModes,
   type Level,
@@ -95,6 +107,11 @@ export function policyToJson(policy: ElasticPolicy): Json {
         ...(nested.trained && { trained: nested.trained }),
       },
     }),
+    ...(policy.exits && {
+      exits: policy.exits.map(({ afterLayer, rule, threshold }) => ({
+        ...{ after_layer: afterLayer, head: exitId(afterLayer), rule, threshold },
+      })),
+    }),
     ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
     routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
       id,
@@ -126,7 +143,7 @@ export function policyToJson(policy: ElasticPolicy): Json {
  * calibration comes back with an empty `quantiles`.
  * `warnings` receives one line per unknown key. Errors: InvalidDataError naming the file and the key.
  */
-export function policyFromJson(json: unknown, file: string, model: ModelSizes, warnings: string[]): ElasticPolicy {
+export function policyFromJson(json: unknown, file: string, model: ModelSpec, warnings: string[]): ElasticPolicy {
   const read = new Reader(file, warnings);
   const root = read.object(json, '');
   const version = root.elastic_version;
@@ -143,6 +160,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     'sequences',
     ...expertAxes,
     'ffn',
+    'exits',
     'lora',
     'routers',
     'calibration',
@@ -282,6 +300,8 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     if (entry.trained !== undefined) nested.trained = among('trained', nestedTrainings);
   }
 
+  const exits = root.exits === undefined ? undefined : exitsAt(read, root.exits, model);
+
   let lora: ElasticPolicy['lora'];
   if (root.lora !== undefined) {
     const entry = read.object(root.lora, 'lora');
@@ -310,6 +330,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
     ...(Object.keys(sequences).length > 0 && { sequences }),
     ...experts,
     ...(nested && { nested }),
+    ...(exits && { exits }),
     ...(lora && { lora }),
     capacity,
     calibration: null,
@@ -317,7 +338,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
   };
   const conflict = nestedConflict(policy);
   if (conflict) read.fail('ffn.layers', conflict, nested!.layers);
-  const routing = routingConflict(policy);
+  const routing = routingConflict(policy) ?? encoderConflict(policy, model);
   if (routing) throw new InvalidDataError(`[elastic] ${file}: ${routing}`);
 
   const routers = routerPlaces(policy);
@@ -386,6 +407,29 @@ export function policyFromJson(json: unknown, file: string, model: ModelSizes, w
   return policy;
 }
 
+function exitsAt(read: Reader, json: unknown, model: ModelSpec): Exit[] {
+  const problem = exitsProblem(model);
+  if (problem) read.fail('exits', problem, json);
+  if (!Array.isArray(json) || json.length === 0) read.fail('exits', 'a list of heads', json);
+  let before = -1;
+  return (json as unknown[]).map((item, i) => {
+    const key = `exits[${i}]`;
+    const entry = read.object(item, key);
+    read.known(entry, `${key}.`, ['after_layer', 'head', 'rule', 'threshold']);
+    const afterLayer = entry.after_layer as number;
+    if (!Number.isInteger(afterLayer) || afterLayer <= before || afterLayer >= model.layers - 1) {
+      read.fail(`${key}.after_layer`, `ascending layer ids below ${model.layers - 1}, the last layer`, afterLayer);
+    }
+    before = afterLayer;
+    if (entry.head !== exitId(afterLayer)) read.fail(`${key}.head`, JSON.stringify(exitId(afterLayer)), entry.head);
+    const rule = entry.rule as ExitRuleName;
+    if (!exitRules.includes(rule)) read.fail(`${key}.rule`, `one of ${exitRules.join(', ')}`, rule);
+    const bad = thresholdProblem(rule, entry.threshold);
+    if (bad) read.fail(`${key}.threshold`, bad, entry.threshold);
+    return { afterLayer, rule, threshold: entry.threshold as number };
+  });
+}
+
 function searchedAt(read: Reader, json: unknown, nested: Nested, ffn: number): number[][] {
   if (!Array.isArray(json) || json.length === 0) read.fail('ffn.searched', 'a list of widths', json);
   let before = 0;
@@ -436,6 +480,12 @@ function readLevels(read: Reader, policy: ElasticPolicy, { ffn }: ModelSizes, js
       const problem = policy.nested ? widthProblem(width, policy.nested, ffn) : 'must be absent: no layer is nested';
       if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.ffnWidth ${problem}`);
       spec.ffnWidth = width as FfnWidth;
+    }
+    const exit = specJson.exit;
+    if (exit !== undefined) {
+      const problem = settingProblem(exit, policy.exits);
+      if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.exit must be ${problem}`);
+      spec.exit = exit as ExitSetting;
     }
     if (name === 'full' && Object.keys(spec).length > 0) read.fail(`${key}.spec`, "{}: 'full' has no settings", spec);
     const result: Level = { name, spec };

@@ -5,16 +5,27 @@ import { basename, join, resolve } from 'node:path';
 import { FileSystemError, inFileSystem, readJson, replaceDirectory } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { copyCheckpoint } from '../io/slices.js';
+import { readSpec } from '../model/directory.js';
 import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { loadWeights, storedUnits } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
+import { type ExitHead, exitId } from './exits.js';
 import { planLength, standardLevels } from './levels.js';
 import { loraParameters } from './lora.js';
 import type { Nested } from './nested.js';
 import { type ElasticPolicy, type Router, type Routing, routerParameters, routerPlaces } from './policy.js';
 import { provenanceOf } from './provenance.js';
-import { fail, nestedPolicy, type PartialPolicy, policyOf, type Recipe } from './recipes.js';
-import { baseFiles, copyCompanions, elasticConfigFile, hashFiles, weightsSha256, writeElastic } from './store.js';
+import { fail, type PartialPolicy, plainPolicy, policyOf, type Recipe } from './recipes.js';
+import {
+  baseFiles,
+  checkReadable,
+  copyCompanions,
+  elasticConfigFile,
+  hashFiles,
+  readElastic,
+  weightsSha256,
+  writeElastic,
+} from './store.js';
 
 export * from './recipes.js';
 
@@ -130,10 +141,50 @@ async function writePermuted(model: string, out: string, spec: ModelSpec, orders
  * Errors: InvalidFileError for a bad checkpoint, FileSystemError from the disk.
  */
 export async function writeNested(dir: string, spec: ModelSpec, nested: Nested, license?: string): Promise<void> {
-  const policy = nestedPolicy(spec, nested);
+  const policy = plainPolicy(spec, { nested });
   const base = { ...(await baseOf(dir, baseFiles(dir))), ...(license && { license }) };
   const levels = standardLevels(spec, policy, null, planLength);
   await writeElastic(dir, dir, { ...policy, levels, base }, new Map(), null);
+}
+
+/**
+ * Gives a classifier exits: writes the checkpoint in `base` with these heads to `out`, an elastic directory as `writeElastic`
+ * describes it. Of a base that is elastic already its nested feed-forwards stay, and levels that leave at no exit; earlier exits are replaced.
+ *
+ * @param exits in the order of their layers
+ * @throws InvalidArgumentError for heads of other shapes or values that are not finite, InvalidDataError for what a reader would
+ * refuse, such as a layer that the model lacks; InvalidFileError for a bad checkpoint, FileSystemError from the disk.
+ */
+export async function writeExits(out: string, base: string, exits: readonly ExitHead[]): Promise<void> {
+  const spec = await readSpec(base);
+  const classes = spec.encoder?.labels.length ?? 0;
+  for (const { afterLayer, weight, bias } of exits) {
+    const shapes: [string, Float32Array, number[]][] = [
+      ['weight', weight, [classes, spec.hidden]],
+      ['bias', bias, [classes]],
+    ];
+    for (const [name, data, shape] of shapes) {
+      const numbers = shape.reduce((a, b) => a * b, 1);
+      if (data.length === numbers && data.every(Number.isFinite)) continue;
+      const what = `must be ${numbers} finite numbers, [${shape}], got ${data.length}`;
+      throw new InvalidArgumentError(`[elastic] ${exitId(afterLayer)}.${name} ${what}`);
+    }
+  }
+  const elastic = await readElastic(base);
+  const old = elastic?.policy ?? {
+    ...plainPolicy(spec, {}),
+    base: await baseOf(base, baseFiles(base)),
+  };
+  const policy: ElasticPolicy = {
+    ...old,
+    exits: exits.map(({ afterLayer, rule, threshold }) => ({ afterLayer, rule, threshold })),
+    levels: old.levels.filter(({ spec }) => spec.exit === undefined),
+  };
+  await checkReadable(base, policy);
+  const heads = new Map<string, Router>(
+    exits.map(({ afterLayer, weight, bias }) => [exitId(afterLayer), { weight, bias }]),
+  );
+  await writeElastic(out, base, policy, heads, null);
 }
 
 /** What a policy says of its backbone: the checkpoint in `dir`. */

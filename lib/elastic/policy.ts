@@ -18,6 +18,7 @@ import {
   rowAxes,
   type Target,
 } from './axes.js';
+import { type Exit, exitId } from './exits.js';
 import type { Nested } from './nested.js';
 import type { Provenance } from './provenance.js';
 
@@ -134,6 +135,8 @@ export interface ElasticPolicy {
   blocks?: Experts;
   /** Layers whose feed-forward runs at any width. */
   nested?: Nested;
+  /** Heads after inner layers of an encoder at which texts may leave, ascending. */
+  exits?: readonly Exit[];
   /** Corrections of projections by matrices of a rank, which every budget below full has. */
   lora?: { rank: number; targets: readonly Projection[]; layers: readonly number[] };
   /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
@@ -220,6 +223,21 @@ export function routerPlaces(policy: Routing): RouterPlace[] {
         outputs: isExperts(axis) ? policy[axis]!.count : 1,
       })),
   ).flat();
+}
+
+/** Everything of a policy that has a weight [outputs, hidden] and a bias: routers in the order of execution, heads of exits. */
+export const headIds = (policy: Routing & Pick<ElasticPolicy, 'exits'>): string[] => [
+  ...routerPlaces(policy).map(({ id }) => id),
+  ...(policy.exits ?? []).map(({ afterLayer }) => exitId(afterLayer)),
+];
+
+/** What encoders cannot have, or null. */
+export function encoderConflict(
+  policy: Routing & Pick<ElasticPolicy, 'lora'>,
+  { encoder, type }: ModelSpec,
+): string | null {
+  if (!encoder || (routerPlaces(policy).length === 0 && !policy.lora)) return null;
+  return `${type} is an encoder: it has exits and nested feed-forwards, and no ${policy.lora ? 'lora' : 'routers'}`;
 }
 
 /** Weights and biases of all routers. */

@@ -3,7 +3,7 @@ import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../g
 import { type Place, type Projection, places, projections } from '../model/select.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type ExpertAxis, type Granularity, granularities, sequenceAxis, type Target, targets } from './axes.js';
-import { type Nested, nestedOf, type UnitScores, unitScores } from './nested.js';
+import { nestedOf, type UnitScores, unitScores } from './nested.js';
 import {
   type AttentionKeys,
   attentionKeys,
@@ -166,11 +166,15 @@ function matformerPolicy(
   const own = layersOf(layers, spec.layers, fail);
   const targets = spec.gated ? (['gate', 'up', 'down'] as const) : (['up', 'down'] as const);
   const nested = nestedOf({ granularities, alignment, layers: own, scores: rank }, spec.ffn, 'elastify');
-  return { ...nestedPolicy(spec, nested), ...(lora && { lora: loraOf({ targets, ...lora }, spec, fail) }) };
+  return { ...plainPolicy(spec, { nested }), ...(lora && { lora: loraOf({ targets, ...lora }, spec, fail) }) };
 }
 
-export const nestedPolicy = ({ hidden, layers }: ModelSizes, nested: Nested): PartialPolicy => ({
-  ...{ version: 1, hidden, layers, gate: 'straight-through', tokens: {}, nested, capacity: {} },
+/** A policy without routers. */
+export const plainPolicy = (
+  { hidden, layers }: Pick<ModelSizes, 'hidden' | 'layers'>,
+  parts: Pick<PartialPolicy, 'nested' | 'exits'>,
+): PartialPolicy => ({
+  ...{ version: 1, hidden, layers, gate: 'straight-through', tokens: {}, ...parts, capacity: {} },
   ...{ calibration: null, levels: [{ name: 'full', spec: {} }] },
 });
 

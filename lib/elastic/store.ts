@@ -3,16 +3,18 @@
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync } from 'node:fs';
 import { copyFile, link, mkdir, realpath, rename, rm, stat } from 'node:fs/promises';
-import { basename, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { FileSystemError, inFileSystem, readJson, sha256File, writeFileAtomic } from '../io/files.js';
 import { adapterConfigFile, adapterWeightsFile, readPeft, writePeft } from '../io/peft.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
-import { type ModelSpec, specFromConfig } from '../model/spec.js';
+import { readSpec } from '../model/directory.js';
+import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
 import { modelCard } from './card.js';
 import { policyFromJson, policyToJson } from './config.js';
+import { exitId } from './exits.js';
 import { type Lora, loraModules, loraOfModules } from './lora.js';
-import { type ElasticPolicy, hasQuantiles, type Level, type Router, routerPlaces } from './policy.js';
+import { type ElasticPolicy, hasQuantiles, headIds, type Level, type Router, routerPlaces } from './policy.js';
 
 export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';
@@ -29,19 +31,23 @@ const companions = new Set([
   ...[
     'added_tokens.json',
     'vocab.json',
+    'vocab.txt',
     'merges.txt',
     'tokenizer.model',
     'chat_template.jinja',
     'LICENSE',
     'LICENSE.txt',
   ],
+  ...['modules.json', 'sentence_bert_config.json', 'config_sentence_transformers.json'],
 ]);
+/** Of a directory of sentence-transformers. */
+const poolingFile = /^\w+_Pooling\/config\.json$/;
 
-/** Routers and policy of an elastic directory. */
+/** Routers, heads of exits and policy of an elastic directory. */
 export interface Elastic {
   dir: string;
   policy: ElasticPolicy;
-  /** By router id. */
+  /** By the ids of routers and exits. */
   routers: ReadonlyMap<string, Router>;
   /** Trained corrections of projections; null when there are none. */
   lora: Lora | null;
@@ -57,7 +63,11 @@ export function baseFiles(dir: string): string[] {
   } catch (cause) {
     throw new InvalidFileError(`[elastic] ${dir} is not a readable directory`, { cause });
   }
-  const files = names.filter((name) => companions.has(name) || weightsFile.test(name)).sort();
+  const pooling = names.map((name) => `${name}/config.json`).filter((name) => poolingFile.test(name));
+  const files = [
+    ...names.filter((name) => companions.has(name) || weightsFile.test(name)),
+    ...pooling.filter((name) => existsSync(join(dir, name))),
+  ].sort();
   if (!files.includes('config.json')) throw new InvalidFileError(`[elastic] ${dir} has no config.json`);
   if (!files.some((name) => name.endsWith('.safetensors')))
     throw new InvalidFileError(`[elastic] ${dir} has no model.safetensors and no shards of one`);
@@ -67,7 +77,10 @@ export function baseFiles(dir: string): string[] {
 /** Copies what a checkpoint has besides weights. */
 export async function copyCompanions(from: string, out: string): Promise<void> {
   for (const name of baseFiles(from).filter((file) => !weightsFile.test(file))) {
-    await inFileSystem('copy', join(from, name), () => copyFile(join(from, name), join(out, name)));
+    await inFileSystem('copy', join(from, name), async () => {
+      await mkdir(dirname(join(out, name)), { recursive: true });
+      await copyFile(join(from, name), join(out, name));
+    });
   }
 }
 
@@ -117,7 +130,7 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
       );
     }
   }
-  const spec = specFromConfig(await readJson(join(dir, 'config.json')), join(dir, 'config.json'));
+  const spec = await readSpec(dir);
   const policy = policyFromJson(await readJson(configPath), configPath, spec, warnings);
   if (policy.base.weightsSha256 !== weightsSha256(files)) {
     throw new InvalidDataError(`[elastic] ${configPath}: base.weights_sha256 is not that of the weights beside it`);
@@ -130,7 +143,7 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
     dir,
     warnings,
     lora: await readLora(dir, policy, spec, files),
-    ...readRouters(join(dir, routerFile), policy),
+    ...readRouters(join(dir, routerFile), policy, spec),
   };
 }
 
@@ -144,7 +157,11 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
   if (version !== 1) bad(`manifest_version must be 1, got ${JSON.stringify(version)}`);
   if (typeof files !== 'object' || files === null) bad('files must be an object');
   for (const [name, hash] of Object.entries(files as object)) {
-    if (!adapterFiles.includes(name) && (basename(name) !== name || name === '..' || name === '.'))
+    if (
+      !adapterFiles.includes(name) &&
+      !poolingFile.test(name) &&
+      (basename(name) !== name || name === '..' || name === '.')
+    )
       bad(`${JSON.stringify(name)} is not a plain file name`);
     if (typeof hash !== 'string' || !/^[0-9a-f]{64}$/.test(hash)) bad(`the hash of ${name} is not a SHA-256`);
   }
@@ -168,7 +185,11 @@ async function readLora(
   return loraOfModules(spec, await readPeft(path), path);
 }
 
-function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPolicy; routers: Map<string, Router> } {
+function readRouters(
+  file: string,
+  policy: ElasticPolicy,
+  { encoder }: ModelSpec,
+): { policy: ElasticPolicy; routers: Map<string, Router> } {
   const routers = new Map<string, Router>();
   const { calibration } = policy;
   const quantiles = new Map<string, Float32Array>();
@@ -198,8 +219,15 @@ function readRouters(file: string, policy: ElasticPolicy): { policy: ElasticPoli
     }
     quantiles.set(id, table);
   }
+  for (const { afterLayer } of policy.exits ?? []) {
+    const id = exitId(afterLayer);
+    const classes = encoder!.labels.length;
+    const bias = load(`${id}.bias`, [classes]);
+    routers.set(id, { weight: load(`${id}.weight`, [classes, policy.hidden]), bias });
+  }
   const extra = opened.names().find((name) => !expected.has(name));
-  if (extra !== undefined) throw new InvalidDataError(`[elastic] ${file}: tensor ${extra} belongs to no router`);
+  if (extra !== undefined)
+    throw new InvalidDataError(`[elastic] ${file}: tensor ${extra} belongs to no router and no exit`);
   return { policy: calibration ? { ...policy, calibration: { ...calibration, quantiles } } : policy, routers };
 }
 
@@ -225,19 +253,22 @@ export async function writeElastic(
     for (const name of names) await takeOver(join(base, name), join(out, name));
   }
   const tensors: Record<string, TensorData> = {};
-  for (const { id, axis, outputs } of routerPlaces(policy)) {
+  for (const id of headIds(policy)) {
     const { weight, bias } = routers.get(id)!;
-    tensors[`${id}.weight`] = { dtype: 'f32', shape: [outputs, policy.hidden], data: weight };
-    tensors[`${id}.bias`] = { dtype: 'f32', shape: [outputs], data: bias };
-    if (policy.calibration && hasQuantiles(policy, axis)) {
-      const { capacities, points, quantiles } = policy.calibration;
+    tensors[`${id}.weight`] = { dtype: 'f32', shape: [bias.length, policy.hidden], data: weight };
+    tensors[`${id}.bias`] = { dtype: 'f32', shape: [bias.length], data: bias };
+  }
+  if (policy.calibration) {
+    const { capacities, points, quantiles } = policy.calibration;
+    for (const { id, axis } of routerPlaces(policy)) {
+      if (!hasQuantiles(policy, axis)) continue;
       tensors[`${id}.quantiles`] = { dtype: 'f32', shape: [capacities.length, points], data: quantiles.get(id)! };
     }
   }
   await writeSafetensors(join(out, routerFile), tensors);
   const adapter = join(out, adapterDirectory);
   if (lora) {
-    const spec = specFromConfig(await readJson(join(base, 'config.json')), join(base, 'config.json'));
+    const spec = await readSpec(base);
     const { name } = policy.base;
     const { rank } = policy.lora!;
     await writePeft(adapter, loraModules(spec, lora), { base: name, rank, transposed: spec.family === 'gpt2' });
@@ -267,11 +298,14 @@ export async function writeLevels(
   if (!elastic) throw new InvalidArgumentError(`[elastic] ${dir} is not an elastic directory`);
   const { nested } = elastic.policy;
   const policy = { ...elastic.policy, levels, ...(nested && searched && { nested: { ...nested, searched } }) };
-  // What could not be read again must not be written.
-  const configPath = join(dir, 'config.json');
-  const spec = specFromConfig(await readJson(configPath), configPath);
-  policyFromJson(JSON.parse(JSON.stringify(policyToJson(policy))), join(dir, elasticConfigFile), spec, []);
+  await checkReadable(dir, policy);
   await writeElastic(dir, dir, policy, elastic.routers, elastic.lora);
+}
+
+/** What could not be read again must not be written. */
+export async function checkReadable(dir: string, policy: ElasticPolicy): Promise<void> {
+  const json = JSON.parse(JSON.stringify(policyToJson(policy)));
+  policyFromJson(json, join(dir, elasticConfigFile), await readSpec(dir), []);
 }
 
 async function takeOver(from: string, to: string): Promise<void> {
@@ -279,6 +313,7 @@ async function takeOver(from: string, to: string): Promise<void> {
   // Under a temporary name first: a file that is there already is replaced in one step.
   const partial = `${to}.partial`;
   try {
+    await mkdir(dirname(to), { recursive: true });
     await rm(partial, { force: true });
     if (
       await stat(to).then(
