@@ -1,8 +1,11 @@
 // `elastiform inspect`: what is in a model directory.
 import { axes, axisTraits, meanCapacity, specByAxis } from '../elastic/axes.js';
+import { exitText } from '../elastic/exits.js';
 import { meanWidth } from '../elastic/nested.js';
-import { routedLayers } from '../elastic/policy.js';
+import { type ElasticPolicy, routedLayers } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
+import type { Network } from '../infer/network.js';
+import type { ModelInfo } from '../infer/types.js';
 import { Checkpoint } from '../io/safetensors.js';
 import type { Command } from './command.js';
 import { columns } from './progress.js';
@@ -21,8 +24,8 @@ export const inspect: Command = {
     using checkpoint = Checkpoint.open(dir);
     const stored = [...new Set(checkpoint.names().map((name) => checkpoint.info(name).dtype))].sort();
     const parameters = `${info.parameters.toLocaleString('en-US')} stored as ${stored.join(', ')}`;
-    if (!('policy' in loaded)) {
-      const { pooling, normalize, tokenizer } = loaded;
+    if (!('routers' in loaded)) {
+      const { pooling, normalize, tokenizer, policy } = loaded;
       if (json)
         printJson({ ...info, dir, stored, tokenizer: tokenizer && { vocab: tokenizer.vocabSize }, pooling, normalize });
       else {
@@ -35,8 +38,10 @@ export const inspect: Command = {
             ['vocabulary', `${info.vocab}${tokenizer ? '' : ', no tokenizer.json'}`],
             ['context', `${info.maxContext} of ${info.maxPositions} positions`],
             ['vectors', `${pooling} of the features${normalize ? ', normalised' : ''}`],
+            ['elastic', ['no', ...elasticParts(policy)].slice(policy ? 1 : 0).join(', ')],
           ]).replaceAll(/(?<=\S) {2,}/g, '  '),
         );
+        print(levelTable(info, loaded));
       }
       return 0;
     }
@@ -56,12 +61,7 @@ export const inspect: Command = {
     const { policy } = network;
     const routers = info.routerParameters > 0;
     const state = !info.elastic ? 'no' : policy!.calibration || !routers ? 'yes' : 'yes, routers not trained yet';
-    const parts = [
-      ...(routers ? [`${info.routerParameters} router parameters`] : []),
-      ...(policy?.nested
-        ? [`feed-forwards nested at ${policy.nested.granularities.map((s) => percent(s)).join(', ')}`]
-        : []),
-    ];
+    const parts = [...(routers ? [`${info.routerParameters} router parameters`] : []), ...elasticParts(policy)];
     print(
       columns([
         ['architecture', `${info.architecture}: ${info.layers} layers, hidden ${info.hidden}, FFN ${info.ffn}`],
@@ -75,26 +75,35 @@ export const inspect: Command = {
         ['elastic', [state, ...parts].join(', ')],
       ]).replaceAll(/(?<=\S) {2,}/g, '  '),
     );
-    if (info.levels.length > 0) {
-      const routed = axes.filter((axis) => policy && routedLayers(policy, axis).length > 0);
-      print('\n');
-      print(
-        columns([
-          [
-            'level',
-            'FLOPs',
-            ...routed.map((axis) => axisTraits[axis].column),
-            ...(policy?.nested ? ['FFN width'] : []),
-          ],
-          ...info.levels.map((level) => [
-            level.name,
-            level.flopsRatio === undefined ? '' : percent(level.flopsRatio),
-            ...routed.map((axis) => percent(meanCapacity(specByAxis(level.spec)[axis] ?? 1))),
-            ...(policy?.nested ? [percent(meanWidth(level.spec, policy.nested, network.spec))] : []),
-          ]),
-        ]),
-      );
-    }
+    print(levelTable(info, network));
     return 0;
   },
 };
+
+/** What is elastic besides routers. */
+function elasticParts(policy: ElasticPolicy | null): string[] {
+  const { nested, exits } = policy ?? {};
+  return [
+    ...(nested ? [`feed-forwards nested at ${nested.granularities.map((s) => percent(s)).join(', ')}`] : []),
+    ...(exits ? [`exits after layers ${exits.map(({ afterLayer }) => afterLayer).join(', ')}`] : []),
+  ];
+}
+
+/** The levels of a model, after an empty line; nothing where there are none. */
+function levelTable({ levels }: ModelInfo, { policy, spec }: Pick<Network, 'policy' | 'spec'>): string {
+  if (!policy || levels.length === 0) return '';
+  const routed = axes.filter((axis) => routedLayers(policy, axis).length > 0);
+  const title = [
+    ...['level', 'FLOPs', ...routed.map((axis) => axisTraits[axis].column)],
+    ...(policy.nested ? ['FFN width'] : []),
+    ...(policy.exits ? ['exits'] : []),
+  ];
+  const rows = levels.map((level) => [
+    level.name,
+    level.flopsRatio === undefined ? '' : percent(level.flopsRatio),
+    ...routed.map((axis) => percent(meanCapacity(specByAxis(level.spec)[axis] ?? 1))),
+    ...(policy.nested ? [percent(meanWidth(level.spec, policy.nested, spec))] : []),
+    ...(policy.exits ? [level.spec.exit ? exitText(level.spec.exit) : 'none'] : []),
+  ]);
+  return `\n${columns([title, ...rows])}`;
+}

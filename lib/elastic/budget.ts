@@ -16,11 +16,13 @@ import {
   targets,
 } from './axes.js';
 import { flopsRatio } from './cost.js';
+import { type ExitSetting, settingProblem } from './exits.js';
 import { type AxisShares, axisCapacities, isFull, leastRatio, planLength, solve, specOf } from './levels.js';
 import { type FfnWidth, granularityWidths, layerWidths, type Nested, widthProblem } from './nested.js';
 import {
   type Calibration,
   type ElasticPolicy,
+  type Level,
   qualityMetric,
   routedLayers,
   routerCapacities,
@@ -73,11 +75,16 @@ export interface OperatingPoint {
   capacity: Record<Axis, number>;
   /** Units of every layer's feed-forward that run, [layers]; null: all of them. */
   widths: readonly number[] | null;
-  /** No routing, all units: the plain backbone runs. */
+  /** When texts leave at exits; null: all layers run. */
+  exit: ExitSetting | null;
+  /** No routing, all units, no exits: the plain backbone runs. */
   full: boolean;
   /** What decides at every router (`thresholds` of policy.ts); empty when full. */
   thresholds: ReadonlyMap<string, number>;
-  /** Expected FLOPs over those of the full model, at the length the budget was resolved for. */
+  /**
+   * Expected FLOPs over those of the full model, at the length the budget was resolved for; of a level with exits as they were
+   * measured, of other settings with exits as if no text left.
+   */
   flopsRatio: number;
   /** How the budget was resolved, for a person. */
   why: string;
@@ -105,12 +112,13 @@ export function resolveBudget(
       const names = ['full', ...(policy?.levels ?? []).map((l) => l.name).filter((name) => name !== 'full')];
       throw new InvalidArgumentError(`[budget] no level is named '${budget}'; there are ${names.join(', ')}`);
     }
-    return explicit(level.spec, spec, policy, at, level.name);
+    return levelPoint(level, spec, policy!, at);
   }
   if (typeof budget === 'number') {
     if (!(budget > 0 && budget < 1))
       throw new InvalidArgumentError(`[budget] a budget must be in (0, 1], got ${budget}`);
     const elastic = needRouters(policy, budget);
+    if (elastic.exits) return withinRatio(budget, levelPoints(spec, elastic, at));
     const calibration = elastic.nested ? elastic.calibration : needCalibration(elastic);
     const solved = solve(spec, elastic, calibration, budget, at);
     if (!solved) {
@@ -152,9 +160,29 @@ function levelPoints(spec: ModelSpec, policy: ElasticPolicy, length: number): Le
   const others = policy.levels.filter(({ name }) => name !== 'full');
   const points = others.map((level) => ({
     ...{ name: level.name, spec: level.spec },
-    point: explicit(level.spec, spec, policy, length, level.name),
+    point: levelPoint(level, spec, policy, length),
   }));
   return [full, ...points].sort((a, b) => b.point.flopsRatio - a.point.flopsRatio);
+}
+
+/** The point of a level; what exits save is known by measurement alone. */
+function levelPoint(
+  { name, spec: settings, flopsRatio }: Level,
+  spec: ModelSpec,
+  policy: ElasticPolicy,
+  length: number,
+) {
+  const point = explicit(settings, spec, policy, length, name);
+  return settings.exit && flopsRatio !== undefined ? { ...point, flopsRatio } : point;
+}
+
+function withinRatio(ratio: number, levels: readonly LevelPoint[]): OperatingPoint {
+  const chosen = levels.find(({ point }) => point.flopsRatio <= ratio);
+  if (chosen) return chosen.point;
+  const least = levels.at(-1)!;
+  throw new InvalidArgumentError(
+    `[budget] budget ${ratio} cannot be reached: the cheapest level, ${least.name}, takes ${least.point.flopsRatio.toFixed(3)} of the FLOPs; more levels come from \`elastiform calibrate\``,
+  );
 }
 
 function withinLatency(
@@ -206,7 +234,7 @@ function withQuality(least: number, points: readonly LevelPoint[], levels: Elast
   });
   if (measured.length === 1) {
     throw new InvalidArgumentError(
-      '[budget] the quality of no level was measured yet; measure it: elastiform eval DIR --data FILE --record',
+      '[budget] the quality of no level was measured yet; measure it: elastiform eval DIR --data FILE --record, or of exits elastiform calibrate',
     );
   }
   // Full is among them, and the costliest comes first.
@@ -221,6 +249,7 @@ function fullPoint(level: string | null): OperatingPoint {
     spec: {},
     capacity: perAxis(() => 1),
     widths: null,
+    exit: null,
     full: true,
     thresholds: new Map(),
     flopsRatio: 1,
@@ -275,8 +304,10 @@ function explicit(
     shares[axis] = value;
   }
   const widths = widthsOf(wanted.ffnWidth, spec, policy);
-  if (Object.keys(shares).length === 0 && !widths) return fullPoint(level);
-  return pointOf(shares, widths, spec, needRouters(policy, { spec: wanted }), length, level);
+  const problem = wanted.exit === undefined ? null : settingProblem(wanted.exit, policy?.exits);
+  if (problem) throw new InvalidArgumentError(`[budget] exit must be ${problem}`);
+  if (Object.keys(shares).length === 0 && !widths && !wanted.exit) return fullPoint(level);
+  return pointOf(shares, widths, spec, needRouters(policy, { spec: wanted }), length, level, wanted.exit);
 }
 
 function widthsOf(width: unknown, { layers, ffn }: ModelSpec, policy: ElasticPolicy | null): number[] | null {
@@ -298,6 +329,7 @@ function pointOf(
   policy: ElasticPolicy,
   length: number,
   level: string | null,
+  exit: ExitSetting | null = null,
 ): OperatingPoint {
   const capacities = routerCapacities(policy, shares);
   const mean = (axis: Axis) => meanCapacity(shares[axis] ?? 1);
@@ -308,11 +340,13 @@ function pointOf(
     return `${(mean(axis) * 100).toFixed(1)} % ${axisTraits[axis].of}${below}`;
   });
   if (widths) notes.push(widthNote(widths, policy.nested!, spec.ffn));
+  if (exit) notes.push('texts leave at exits');
   return {
     level,
-    spec: specOf(spec, policy, shares, widths),
+    spec: { ...specOf(spec, policy, shares, widths), ...(exit && { exit }) },
     capacity: perAxis(mean),
     widths,
+    exit,
     full: false,
     thresholds:
       Object.keys(shares).length > 0

@@ -68,6 +68,12 @@ export function settingProblem(setting: unknown, exits: readonly Exit[] | undefi
   return `of a minLayer that is a layer's id, got ${shown(minLayer)}`;
 }
 
+/** As the command line takes it: `entropy:0.3`, `patience:2:3`, which uses exits from layer 3 on; `own` for what the model has. */
+export const exitText = (setting: ExitSetting): string =>
+  setting === true
+    ? 'own'
+    : [setting.rule, setting.threshold, ...(setting.minLayer === undefined ? [] : [setting.minLayer])].join(':');
+
 const shown = (value: unknown): string => (typeof value === 'number' ? String(value) : JSON.stringify(value));
 
 /** Exits at which a text can leave at a setting without a problem, and those before them whose heads it takes to decide. */

@@ -127,6 +127,11 @@ export function widthLadder(nested: Nested, layers: number, ffn: number): number
   );
 }
 
+/** Whether vectors at these widths, [layers] units, are for comparison with those of the full model: it was trained at all of them. */
+export const sharesSpace = (widths: readonly number[], nested: Nested, ffn: number): boolean =>
+  nested.trained !== undefined &&
+  nested.layers.every((layer) => granularityWidths(nested, ffn).includes(widths[layer]));
+
 const widthDim = (layer: number): string => `ffn.${layer}`;
 
 /**

@@ -1,76 +1,77 @@
 // Encoders at work: classes and vectors of texts packed end to end, features and scores of one text.
 import { createHash } from 'node:crypto';
-import { type Dim, Graph, type Node, Program, type RunResult } from '../graph/index.js';
-import type { EncodedInput } from '../io/tokenizer.js';
-import { encoder, headLogits, type Pooling, pool, poolings } from '../model/encoder.js';
-import { bindEncoder, type EncoderNodes } from '../model/encoder_weights.js';
-import { encoderFlops } from '../model/flops.js';
+import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
+import { decideExit, type Exit, type ExitState, settingProblem, usableExits } from '../elastic/exits.js';
+import { sharesSpace } from '../elastic/nested.js';
+import { poolings } from '../model/encoder.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { ComputeMeter, requireNumbers } from './compute.js';
+import { requireNumbers } from './compute.js';
 import type { EncoderNetwork } from './encoder_network.js';
+import { EncoderPrograms, type End, packedTexts, type StageRun } from './encoder_programs.js';
+import { compacted, encodeRow, type Row } from './encoder_rows.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import type { ClassifyOptions, ClassifyResult, ComputeReport, EmbedOptions, EmbedResult, TextInput } from './types.js';
 
-/** Rows of a run of several texts, or of one text that is longer: memory is planned for as many. */
-const packedRows = 4096;
-/** Texts of a run. */
-const packedTexts = 256;
 const defaultBatch = 64;
+/** Tokens of the texts that shares of FLOPs are for, where the context holds as many. */
+const budgetTokens = 128;
 
-/** What comes after the layers of a program. */
-type End = 'classes' | 'tokens' | 'features' | Pooling;
-const ofTexts = (end: End): boolean => end !== 'tokens' && end !== 'features';
-
-/** A text of a call, and where it stands in it. */
-interface Row extends EncodedInput {
-  readonly index: number;
-}
-
-interface Run {
-  readonly end: End;
-  readonly rows: readonly Row[];
+/** What one text took. */
+interface Spent {
+  flops: number;
+  readonly layersRun: { attn: Float32Array; mlp: Float32Array };
+  /** Of the runs that it was in. */
+  ms: number;
+  /** Tokens of the first of them. */
   readonly tokens: number;
-  readonly result: RunResult;
-  readonly ms: number;
 }
 
 /** Calls of one loaded encoder; made by `ElasticModel`. */
 export class Encoder implements Disposable {
   readonly network: EncoderNetwork;
-  readonly #programs = new Map<End, Program>();
+  readonly #programs: EncoderPrograms;
+  #warned = false;
 
   constructor(network: EncoderNetwork) {
     this.network = network;
+    this.#programs = new EncoderPrograms(network);
   }
 
   async classify(inputs: readonly TextInput[], options: ClassifyOptions): Promise<ClassifyResult[]> {
-    checkOptions('classify', options, ['batch', 'signal']);
-    const { labels, scores, task } = this.network.spec.encoder;
+    checkOptions('classify', options, ['budget', 'exit', 'batch', 'signal']);
+    const { spec, policy, dir } = this.network;
+    const { labels, scores, task } = spec.encoder;
     if (task !== 'sequence-classification') {
-      const { dir, spec } = this.network;
       throw new InvalidArgumentError(
         `[classify] ${dir} has no classifier: it is a ${spec.type} model for ${task}; embed makes vectors of texts`,
       );
     }
+    const { budget = 'full', exit, signal } = options;
+    const problem = exit === undefined ? null : settingProblem(exit, policy?.exits);
+    if (problem) throw new InvalidArgumentError(`[classify] exit must be ${problem}`);
+    const point = this.#resolve('classify', budget);
+    const setting = exit ?? point.exit;
+    const exits = setting ? usableExits(setting, policy!.exits!) : [];
+    if (setting && exits.length === 0) this.#warnOfNoExit(setting);
+    const effective = { ...point.spec, ...(setting && { exit: setting }) };
     const results = new Array<ClassifyResult>(inputs.length);
-    for await (const run of this.#runs('classify', 'classes', inputs, options)) {
-      const { rows, result } = run;
-      const logits = result.outputs.classes as Float32Array;
-      requireNumbers('classify', logits);
-      const reports = this.#reports(run);
-      for (const [s, { index, truncated }] of rows.entries()) {
-        const own = logits.subarray(s * labels.length, (s + 1) * labels.length);
+    for (const rows of this.#batches('classify', 'classes', inputs, options)) {
+      for await (const { row, own, spent, layer } of this.#decided(rows, exits, point.widths, signal)) {
         const values = scoring[scores](own);
         const ranked = labels.map((label, i) => ({ label, score: values[i] })).sort((a, b) => b.score - a.score);
-        results[index] = { ...ranked[0], scores: ranked, truncated, compute: reports[s] };
+        const compute: ComputeReport = {
+          ...this.#report({ requested: budget, level: exit ? null : point.level, effective }, spent, 'classes', [row]),
+          ...(setting && { exitLayer: layer }),
+        };
+        results[row.index] = { ...ranked[0], scores: ranked, truncated: row.truncated, compute };
       }
     }
     return results;
   }
 
   async embed(inputs: readonly TextInput[], options: EmbedOptions): Promise<EmbedResult> {
-    checkOptions('embed', options, ['pooling', 'normalize', 'dims', 'batch', 'signal']);
-    const { spec } = this.network;
+    checkOptions('embed', options, ['budget', 'pooling', 'normalize', 'dims', 'batch', 'signal']);
+    const { spec, policy } = this.network;
     const { pooling = this.network.pooling, normalize = this.network.normalize, dims = spec.hidden } = options;
     if (!poolings.includes(pooling)) {
       throw new InvalidArgumentError(`[embed] pooling must be one of ${poolings.join(', ')}, got ${String(pooling)}`);
@@ -80,32 +81,38 @@ export class Encoder implements Disposable {
     }
     const within = (n: number) => positiveInteger(n) && n <= spec.hidden;
     checkNumber('embed', 'dims', dims, within, `an integer from 1 to ${spec.hidden}`);
+    const { budget = 'full', signal } = options;
+    const point = this.#resolve('embed', budget);
+    if (point.exit) throw new InvalidArgumentError('[embed] budget leaves at exits, and those are for classify');
+    const { widths } = point;
     const vectors = new Array<Float32Array>(inputs.length);
     const truncated = new Array<number>(inputs.length);
-    const meter = new ComputeMeter(spec);
-    const total = { flopsFull: 0, ms: 0 };
-    for await (const { rows, result, tokens, ms } of this.#runs('embed', pooling, inputs, options)) {
-      const pooled = result.outputs[pooling] as Float32Array;
-      requireNumbers('embed', pooled);
+    const total: Spent = { flops: 0, layersRun: this.#noLayers(), ms: 0, tokens: 0 };
+    let tokens = 0;
+    const all: Row[] = [];
+    for (const rows of this.#batches('embed', pooling, inputs, options)) {
+      const run = await this.#programs.run({ end: pooling }, rows, { widths, signal });
+      requireNumbers('embed', run.values);
       for (const [s, row] of rows.entries()) {
-        const vector = pooled.slice(s * spec.hidden, s * spec.hidden + dims);
+        const vector = run.values.slice(s * spec.hidden, s * spec.hidden + dims);
         vectors[row.index] = normalize ? normalized(vector) : vector;
         truncated[row.index] = row.truncated;
+        total.flops += run.flops[s];
       }
-      meter.add(result, tokens);
-      total.flopsFull += this.#flops(pooling, rows);
-      total.ms += ms;
+      all.push(...rows);
+      tokens += countTokens(rows);
+      total.ms += run.ms;
+      // The same of every run: all rows enter, at the widths of the call.
+      total.layersRun.attn.set(run.layersRun.attn);
+      total.layersRun.mlp.set(run.layersRun.mlp);
     }
-    const compute = report(meter.flops, total.flopsFull, meter.layersRun(), total.ms, meter.rows);
-    const space = [await this.network.fingerprint(), pooling, normalize, dims];
+    const asked = { requested: budget, level: point.level, effective: point.spec };
+    const compute = this.#report(asked, { ...total, tokens }, pooling, all);
+    const own = widths && !(policy?.nested && sharesSpace(widths, policy.nested, spec.ffn)) ? [widths] : [];
+    const space = [await this.network.fingerprint(), pooling, normalize, dims, ...own];
     const spaceId = createHash('sha256').update(space.join(' ')).digest('hex').slice(0, 16);
-    return {
-      vectors,
-      dims,
-      spaceId,
-      truncated,
-      usage: { inputTokens: meter.rows, cachedTokens: 0, outputTokens: 0, compute },
-    };
+    const usage = { inputTokens: tokens, cachedTokens: 0, outputTokens: 0, compute };
+    return { vectors, dims, spaceId, truncated, usage };
   }
 
   /** Features of every token of a text after the last layer: f32 [tokens, hidden]. */
@@ -124,8 +131,7 @@ export class Encoder implements Disposable {
   }
 
   dispose(): void {
-    for (const program of this.#programs.values()) program.dispose();
-    this.#programs.clear();
+    this.#programs.dispose();
     this.network.dispose();
   }
 
@@ -134,159 +140,132 @@ export class Encoder implements Disposable {
   }
 
   async #single(api: string, end: End, input: TextInput, signal?: AbortSignal): Promise<Float32Array> {
-    const row = this.#encode(api, input, 0);
-    const { result } = await this.#run(end, [row], signal);
-    const values = result.outputs[end] as Float32Array;
+    const row = encodeRow(this.network, api, input, 0);
+    const { values } = await this.#programs.run({ end }, [row], { widths: null, signal });
     requireNumbers(api, values);
     return values;
   }
 
-  /** Runs of as many texts as fit, in their order. */
-  async *#runs(
-    api: string,
-    end: End,
-    inputs: readonly TextInput[],
-    { batch = defaultBatch, signal }: ClassifyOptions,
-  ): AsyncGenerator<Run> {
-    if (!Array.isArray(inputs)) throw new InvalidArgumentError(`[${api}] texts must be a list, got ${typeof inputs}`);
-    const within = (n: number) => positiveInteger(n) && n <= packedTexts;
-    checkNumber(api, 'batch', batch, within, `an integer from 1 to ${packedTexts}`);
-    const limit = this.#limits(end).rows;
-    let open: Row[] = [];
-    let count = 0;
-    for (let i = 0; i <= inputs.length; i++) {
-      const row = i < inputs.length ? this.#encode(api, inputs[i], i) : null;
-      if (open.length > 0 && (!row || open.length === batch || count + row.ids.length > limit)) {
-        yield await this.#run(end, open, signal);
-        open = [];
-        count = 0;
-      }
-      if (row) {
-        open.push(row);
-        count += row.ids.length;
-      }
+  #resolve(api: string, budget: Budget): OperatingPoint {
+    const { spec, policy, maxContext, dir } = this.network;
+    if (typeof budget === 'object' && budget !== null && 'latencyMs' in budget) {
+      throw new InvalidArgumentError(`[${api}] budgets by time are for decoders, and ${dir} is an encoder`);
     }
-  }
-
-  #encode(api: string, input: TextInput, index: number): Row {
-    const { tokenizer, maxContext, spec, dir } = this.network;
-    const fail = (message: string) => new InvalidArgumentError(`[${api}] text ${index} ${message}`);
-    const isText = (value: unknown): value is string => typeof value === 'string';
-    if (Array.isArray(input) && input.length > 0 && !input.some(isText)) {
-      const ids = input as readonly number[];
-      const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= spec.vocab);
-      if (bad !== undefined) throw fail(`has token id ${bad}; the model's vocabulary ends at ${spec.vocab - 1}`);
-      if (ids.length > maxContext) throw fail(`has ${ids.length} tokens, more than the context of ${maxContext}`);
-      return { ids, types: ids.map(() => 0), truncated: 0, index };
+    if (!policy && budget !== 'full' && budget !== 1) {
+      throw new InvalidArgumentError(
+        `[${api}] ${dir} has the full budget alone: it has no exits and no nested feed-forwards, got ${JSON.stringify(budget)}`,
+      );
     }
-    const parts: readonly unknown[] = isText(input) ? [input] : input;
-    if (!Array.isArray(parts) || parts.length < 1 || parts.length > 2 || !parts.every(isText)) {
-      throw fail('must be a text or a pair of texts');
-    }
-    if (parts.includes('')) throw fail('is empty');
-    if (!tokenizer) throw new InvalidArgumentError(`[${api}] texts need a tokenizer, and ${dir} has no tokenizer.json`);
-    const [text, pair] = parts as string[];
-    const encoded = tokenizer.encodeInput(text, { ...(pair !== undefined && { pair }), maxTokens: maxContext });
-    const beyond = encoded.ids.find((id) => id >= spec.vocab);
-    if (beyond !== undefined) {
-      throw fail(`has token id ${beyond} of the tokenizer; the model's vocabulary ends at ${spec.vocab - 1}`);
-    }
-    if (encoded.ids.length === 0) throw fail('has no tokens');
-    return { ...encoded, index };
+    return resolveBudget(budget, spec, policy, { length: Math.min(maxContext, budgetTokens) });
   }
 
-  async #run(end: End, rows: readonly Row[], signal?: AbortSignal): Promise<Run> {
-    const { spec } = this.network;
-    const { tokenTypes } = spec.encoder;
-    const offsets = Int32Array.from({ length: rows.length + 1 });
-    for (const [s, { ids }] of rows.entries()) offsets[s + 1] = offsets[s] + ids.length;
-    const types = Int32Array.from(rows.flatMap(({ types }) => types));
-    const feeds = {
-      ids: Int32Array.from(rows.flatMap(({ ids }) => ids)),
-      positions: Int32Array.from(rows.flatMap(({ ids }) => [...ids.keys()])),
-      offsets,
-      // Models of one kind of tokens read pairs as that.
-      ...(tokenTypes > 0 && { types: tokenTypes > 1 ? types : types.fill(0) }),
-      ...(ofTexts(end) && {
-        token: offsets.slice(0, -1).map((first, s) => (end === 'last' ? offsets[s + 1] - 1 : first)),
-      }),
-    };
-    const tokens = feeds.ids.length;
-    const dims = { rows: tokens, segments: rows.length, offsets: rows.length + 1 };
-    const started = performance.now();
-    const result = await this.#program(end).run({ dims, feeds, signal });
-    return { end, rows, tokens, result, ms: performance.now() - started };
-  }
-
-  #limits(end: End): { rows: number; segments: number } {
-    const { maxContext } = this.network;
-    return ofTexts(end)
-      ? { rows: Math.max(maxContext, packedRows), segments: packedTexts }
-      : { rows: maxContext, segments: 1 };
-  }
-
-  #program(end: End): Program {
-    const known = this.#programs.get(end);
-    if (known) return known;
-    const { spec, weights, engine } = this.network;
-    const limits = this.#limits(end);
-    const graph = new Graph();
-    const [rows, segments] = [graph.dim('rows', limits.rows), graph.dim('segments', limits.segments)];
-    const boundaries = graph.dim('offsets', limits.segments + 1);
-    const feed = (name: string, size: Dim) => graph.feed(name, 'i32', [size]);
-    const nodes = bindEncoder(graph, weights);
-    const offsets = feed('offsets', boundaries);
-    const x = encoder(graph, spec, nodes, {
-      ids: feed('ids', rows),
-      positions: feed('positions', rows),
-      offsets,
-      ...(spec.encoder.tokenTypes > 0 && { types: feed('types', rows) }),
-    });
-    const token = ofTexts(end) ? feed('token', segments) : null;
-    graph.output(end, this.#end(graph, end, nodes, x, offsets, token));
-    const program = Program.compile(graph, engine);
-    this.#programs.set(end, program);
-    return program;
-  }
-
-  #end(graph: Graph, end: End, nodes: EncoderNodes, x: Node, offsets: Node, token: Node | null): Node {
-    const { spec } = this.network;
-    if (end === 'features') return x;
-    if (end === 'classes' || end === 'tokens') return headLogits(graph, spec, nodes, x, token);
-    return pool(graph, x, offsets, token!, end);
-  }
-
-  #flops(end: End, rows: readonly Row[]): number {
-    const last = end === 'classes' || end === 'tokens' ? 'head' : 'none';
-    return encoderFlops(
-      this.network.spec,
-      rows.map(({ ids }) => ids.length),
-      last,
+  #warnOfNoExit(setting: unknown): void {
+    if (this.#warned) return;
+    this.#warned = true;
+    process.emitWarning(
+      `no text can leave at an exit by ${JSON.stringify(setting)}: all layers run, as at the full budget`,
+      { type: 'ElastiformWarning', code: 'ExitsDisabled' },
     );
   }
 
-  /** What each text of a run cost: every row enters every sub-layer, so the formula divides what was counted. */
-  #reports({ end, rows, tokens, result, ms }: Run): ComputeReport[] {
-    const meter = new ComputeMeter(this.network.spec);
-    meter.add(result, tokens);
-    const costs = rows.map((row) => this.#flops(end, [row]));
-    const total = costs.reduce((sum, cost) => sum + cost, 0);
-    return costs.map((cost) => report(Math.round((meter.flops * cost) / total), cost, meter.layersRun(), ms, tokens));
+  /**
+   * The classes' scores before softmax of every row, `own` f32 [classes], with what it cost, as rows leave: at an exit after `layer`
+   * or after the last one. Rows that stay are packed anew for the next layers.
+   */
+  async *#decided(
+    rows: readonly Row[],
+    exits: readonly Exit[],
+    widths: readonly number[] | null,
+    signal?: AbortSignal,
+  ): AsyncGenerator<{ row: Row; own: Float32Array; spent: Spent; layer: number }> {
+    const { spec } = this.network;
+    const classes = spec.encoder.labels.length;
+    const tokens = countTokens(rows);
+    const spent = new Map(rows.map((row) => [row, { flops: 0, layersRun: this.#noLayers(), ms: 0, tokens }] as const));
+    const before = new Map<Row, ExitState>();
+    let staying = rows;
+    let residual: Float32Array | undefined;
+    let from = 0;
+    for (const exit of [...exits, null]) {
+      const to = exit ? exit.afterLayer + 1 : spec.layers;
+      const run = await this.#programs.run({ from, to, end: exit ? 'exit' : 'classes' }, staying, {
+        ...{ residual, widths, signal },
+      });
+      requireNumbers('classify', run.values);
+      const kept = new Set<Row>();
+      for (const [s, row] of staying.entries()) {
+        const own = run.values.subarray(s * classes, (s + 1) * classes);
+        addTo(spent.get(row)!, run, s);
+        const decision = exit && decideExit(exit, own, before.get(row) ?? null);
+        if (decision && !decision.leaves) {
+          before.set(row, decision);
+          kept.add(row);
+        } else yield { row, own, spent: spent.get(row)!, layer: to - 1 };
+      }
+      if (kept.size === 0) return;
+      residual = compacted(run.residual!, staying, kept, spec.hidden);
+      staying = staying.filter((row) => kept.has(row));
+      from = to;
+    }
+  }
+
+  #noLayers() {
+    const { layers } = this.network.spec;
+    return { attn: new Float32Array(layers), mlp: new Float32Array(layers) };
+  }
+
+  /** Rows of as many texts as fit one run, in their order. */
+  *#batches(
+    api: string,
+    end: End,
+    inputs: readonly TextInput[],
+    { batch = defaultBatch }: Pick<ClassifyOptions, 'batch'>,
+  ): Generator<Row[]> {
+    if (!Array.isArray(inputs)) throw new InvalidArgumentError(`[${api}] texts must be a list, got ${typeof inputs}`);
+    const within = (n: number) => positiveInteger(n) && n <= packedTexts;
+    checkNumber(api, 'batch', batch, within, `an integer from 1 to ${packedTexts}`);
+    const limit = this.#programs.limits(end).rows;
+    let open: Row[] = [];
+    let count = 0;
+    for (const [i, input] of inputs.entries()) {
+      const row = encodeRow(this.network, api, input, i);
+      if (open.length > 0 && (open.length === batch || count + row.ids.length > limit)) {
+        yield open;
+        open = [];
+        count = 0;
+      }
+      open.push(row);
+      count += row.ids.length;
+    }
+    if (open.length > 0) yield open;
+  }
+
+  #report(
+    asked: Pick<ComputeReport, 'requested' | 'level' | 'effective'>,
+    { flops, layersRun, ms, tokens }: Spent,
+    end: End,
+    rows: readonly Row[],
+  ): ComputeReport {
+    const flopsFull = rows.reduce((sum, row) => sum + this.#programs.flops(end, row), 0);
+    return {
+      ...asked,
+      layersRun,
+      ...{ flops, flopsFull, ratio: flopsFull > 0 ? flops / flopsFull : 1 },
+      ...{ ms: { queue: 0, prefill: ms, decode: 0, total: ms }, tokensPerSecond: ms > 0 ? (tokens / ms) * 1000 : null },
+    };
   }
 }
 
-/** @param tokens that the run of `ms` milliseconds read */
-const report = (
-  flops: number,
-  flopsFull: number,
-  layersRun: ComputeReport['layersRun'],
-  ms: number,
-  tokens: number,
-): ComputeReport => ({
-  ...{ requested: 'full', level: 'full', effective: {}, layersRun },
-  ...{ flops, flopsFull, ratio: flopsFull > 0 ? flops / flopsFull : 1 },
-  ...{ ms: { queue: 0, prefill: ms, decode: 0, total: ms }, tokensPerSecond: ms > 0 ? (tokens / ms) * 1000 : null },
-});
+const countTokens = (rows: readonly Row[]): number => rows.reduce((sum, { ids }) => sum + ids.length, 0);
+
+/** Adds what a run took of its row `s`. Every layer runs in one stage at most. */
+function addTo(spent: Spent, { flops, layersRun, ms }: StageRun, s: number): void {
+  spent.flops += flops[s];
+  spent.ms += ms;
+  for (const place of ['attn', 'mlp'] as const) {
+    for (const [layer, share] of layersRun[place].entries()) spent.layersRun[place][layer] += share;
+  }
+}
 
 const scoring = {
   softmax(logits: Float32Array): number[] {

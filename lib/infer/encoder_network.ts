@@ -2,16 +2,17 @@
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { elasticConfigFile } from '../elastic/store.js';
+import type { ElasticPolicy } from '../elastic/policy.js';
+import { readElastic } from '../elastic/store.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import { encoderSpecFromConfig } from '../model/encoder_spec.js';
 import { type EncoderTensors, loadEncoderWeights } from '../model/encoder_weights.js';
 import { readSentenceSettings, type SentenceSettings } from '../model/sentence_transformers.js';
 import type { EncoderSpec } from '../model/spec.js';
-import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
+import { InvalidArgumentError } from '../native/errors.js';
 import { Engine, loadAddon } from '../native/index.js';
-import { checkContext, type ModelStart } from './network.js';
+import { checkContext, type ModelStart, type RouterTensors, routerTensors } from './network.js';
 import type { LoadOptions } from './types.js';
 
 export interface EncoderNetwork extends Pick<SentenceSettings, 'pooling' | 'normalize'> {
@@ -19,6 +20,9 @@ export interface EncoderNetwork extends Pick<SentenceSettings, 'pooling' | 'norm
   readonly spec: EncoderSpec;
   readonly engine: Engine;
   readonly weights: EncoderTensors;
+  readonly policy: ElasticPolicy | null;
+  /** Heads of exits by their ids; empty for a plain model. */
+  readonly heads: ReadonlyMap<string, RouterTensors>;
   readonly weightBytes: number;
   readonly tokenizer: Tokenizer | null;
   /** Tokens of a text. */
@@ -29,7 +33,7 @@ export interface EncoderNetwork extends Pick<SentenceSettings, 'pooling' | 'norm
 }
 
 /**
- * Maps the directory of an encoder. Errors: InvalidFileError naming the file and what is wrong with it, InvalidArgumentError for
+ * Maps the directory of an encoder. Errors: InvalidFileError or InvalidDataError naming the file and what is wrong with it, InvalidArgumentError for
  * an option that encoders have not or a value out of range, AbortError.
  */
 export async function loadEncoder(
@@ -42,12 +46,10 @@ export async function loadEncoder(
       throw new InvalidArgumentError(`[loadModel] ${name} is for decoders, and ${dir} is an encoder`);
     }
   }
-  if (existsSync(join(dir, elasticConfigFile))) {
-    throw new InvalidFileError(`[loadModel] ${join(dir, elasticConfigFile)}: encoders have no elastic configuration`);
-  }
   const sentence = await readSentenceSettings(dir);
   const spec = encoderSpecFromConfig(config, configPath, sentence ? { task: 'feature-extraction' } : {});
   checkContext(spec, options);
+  const elastic = await readElastic(dir);
 
   progress(1);
   const owned: { dispose(): void }[] = [];
@@ -59,6 +61,9 @@ export async function loadEncoder(
     owned.push(checkpoint);
     const loaded = loadEncoderWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {});
     owned.push(loaded);
+    const heads = new Map(
+      [...(elastic?.routers ?? [])].map(([id, router]) => [id, routerTensors(router, spec.hidden, owned)]),
+    );
     progress(2);
     const tokenizer = existsSync(join(dir, 'tokenizer.json')) ? await loadTokenizer(dir) : null;
     progress(3);
@@ -70,6 +75,8 @@ export async function loadEncoder(
       spec,
       engine,
       weights: loaded.weights,
+      policy: elastic?.policy ?? null,
+      heads,
       weightBytes: loaded.bytes,
       tokenizer,
       maxContext: options.maxContext ?? Math.min(sentence?.maxTokens ?? spec.maxPositions, spec.maxPositions),

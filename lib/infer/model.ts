@@ -383,7 +383,7 @@ const textsOf = (inputs: string | readonly TextInput[]): readonly TextInput[] =>
 
 function infoOf(network: Network | EncoderNetwork): ModelInfo {
   const { spec } = network;
-  const policy = isEncoder(network) ? null : network.policy;
+  const { policy } = network;
   return {
     task: spec.encoder?.task ?? 'causal-lm',
     architecture: spec.type,
@@ -399,7 +399,7 @@ function infoOf(network: Network | EncoderNetwork): ModelInfo {
     parameters: isEncoder(network) ? encoderParameters(network.spec) : parameterPlan(spec).size,
     weightBytes: network.weightBytes,
     elastic: policy !== null,
-    calibrated: policy?.calibration != null || policy?.nested !== undefined,
+    calibrated: policy?.calibration != null || policy?.nested !== undefined || policy?.exits !== undefined,
     routerParameters: policy ? routerParameters(policy) : 0,
     adapters: isEncoder(network) ? [] : (network.adapters?.names ?? []),
     levels: policy?.levels ?? [],

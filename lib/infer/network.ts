@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { type Budget, type BudgetContext, budgetText, type OperatingPoint, resolveBudget } from '../elastic/budget.js';
 import { AdapterTensors, type Lora, LoraTensors, loraOfModules } from '../elastic/lora.js';
-import type { ElasticPolicy } from '../elastic/policy.js';
+import type { ElasticPolicy, Router } from '../elastic/policy.js';
 import { type MeasuredOn, Profiles } from '../elastic/profile.js';
 import { decidingRows } from '../elastic/rows.js';
 import { adapterDirectory, readElastic } from '../elastic/store.js';
@@ -25,10 +25,12 @@ const defaultContext = 4096;
 const defaultSequences = 32;
 const dtypes: readonly Dtype[] = ['f32', 'bf16', 'f16'];
 
+type Disposer = { dispose(): void };
+
 export interface RouterTensors {
-  /** f32 [1, hidden] */
+  /** f32 [outputs, hidden] */
   readonly weight: Tensor;
-  /** f32 [1] */
+  /** f32 [outputs] */
   readonly bias: Tensor;
 }
 
@@ -126,12 +128,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
     const loaded = loadWeights(spec, checkpoint, { dtype, ...(most.widths && { widths: most.widths }) });
     owned.push(loaded);
     const routers = new Map<string, RouterTensors>();
-    for (const [id, router] of elastic?.routers ?? []) {
-      const weight = Tensor.fromData('f32', [router.bias.length, spec.hidden], router.weight);
-      const bias = Tensor.fromData('f32', [router.bias.length], router.bias);
-      owned.push(weight, bias);
-      routers.set(id, { weight, bias });
-    }
+    for (const [id, router] of elastic?.routers ?? []) routers.set(id, routerTensors(router, spec.hidden, owned));
     const { adapter, adapters: named = {} } = options;
     const [other] = [adapter, ...Object.values(named)].filter((from) => from !== undefined);
     if (
@@ -186,6 +183,16 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
     dispose();
     throw error;
   }
+}
+
+/** What a router or the head of an exit computes with, disposed of with what is `owned`. */
+export function routerTensors({ weight, bias }: Router, hidden: number, owned: Disposer[]): RouterTensors {
+  const tensors = {
+    weight: Tensor.fromData('f32', [bias.length, hidden], weight),
+    bias: Tensor.fromData('f32', [bias.length], bias),
+  };
+  owned.push(tensors.weight, tensors.bias);
+  return tensors;
 }
 
 function limitsOf(options: LoadOptions, model: Pick<Network, 'spec' | 'policy' | 'maxContext'>): GenerationLimits {

@@ -2,12 +2,13 @@
 
 import type { ElasticSpec } from '../elastic/axes.js';
 import type { Budget } from '../elastic/budget.js';
+import type { ExitRule, ExitSetting } from '../elastic/exits.js';
 import type { Level } from '../elastic/policy.js';
 import type { Pooling } from '../model/encoder.js';
 import type { EncoderTask } from '../model/spec.js';
 import type { Activations, DeviceChoice } from '../native/index.js';
 
-export type { Budget, ElasticSpec, EncoderTask, Level, Pooling };
+export type { Budget, ElasticSpec, EncoderTask, ExitRule, ExitSetting, Level, Pooling };
 
 /** How weights are stored; arithmetic is f32. */
 export type Dtype = 'f32' | 'bf16' | 'f16';
@@ -28,6 +29,8 @@ export interface ComputeReport {
   ratio: number;
   /** Mean share of tokens that entered each sub-layer, times the share of its units that they used: [layers] each. */
   layersRun: { attn: Float32Array; mlp: Float32Array };
+  /** Of `classify` with exits: the layer after which the class was decided, the last one where no exit was taken. */
+  exitLayer?: number;
   /** Milliseconds; of a text scored together with others, those of the whole run. `queue`: waiting for a turn to begin. */
   ms: { queue: number; prefill: number; decode: number; total: number };
   /** Of speculative decoding only. */
@@ -206,9 +209,9 @@ export interface ModelInfo {
   parameters: number;
   /** Bytes of the weights that are loaded: of the slice with `maxLevel`. */
   weightBytes: number;
-  /** Routers are attached. */
+  /** Routers, nested feed-forwards or exits are attached. */
   elastic: boolean;
-  /** Routers are trained and calibrated: budgets below 1 run. */
+  /** Routers are trained and calibrated, or there are nested feed-forwards or exits: budgets below full run. */
   calibrated: boolean;
   routerParameters: number;
   /** Names of the adapters that calls may choose. */
@@ -246,6 +249,15 @@ export type TextInput = string | readonly [string, string] | readonly number[];
 
 /** Options of `classify`. */
 export interface ClassifyOptions {
+  /**
+   * Default 'full'. A share of FLOPs: the costliest level within it where the model has exits, else widths of nested feed-forwards.
+   */
+  budget?: Budget;
+  /**
+   * When texts leave before the last layer, over what the budget says; default as that, at the full budget never. A setting by which none
+   * can leave is warned of once.
+   */
+  exit?: ExitSetting;
   /** Texts that run together at most; default 64. Results do not depend on it. */
   batch?: number;
   signal?: AbortSignal;
@@ -264,7 +276,7 @@ export interface ClassifyResult {
 }
 
 /** Options of `embed`. */
-export interface EmbedOptions extends ClassifyOptions {
+export interface EmbedOptions extends Omit<ClassifyOptions, 'exit'> {
   /** Default: as the directory says in the layout of sentence-transformers, else 'mean'. */
   pooling?: Pooling;
   /** Vectors have the length 1. Default: as the directory says, else false. */
@@ -278,7 +290,10 @@ export interface EmbedResult {
   /** f32 [dims], one for each text. */
   vectors: Float32Array[];
   dims: number;
-  /** Vectors with equal ids can be compared: they come from the same weights and tokenizer in the same way. */
+  /**
+   * Vectors with equal ids can be compared: they come from the same weights and tokenizer in the same way, at widths that were
+   * trained together or at the same ones.
+   */
   spaceId: string;
   /** Tokens that were left out of each text. */
   truncated: readonly number[];

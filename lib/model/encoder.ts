@@ -7,6 +7,7 @@ import { subLayerTag } from './decoder.js';
 import type { EncoderNodes } from './encoder_weights.js';
 import { type Place, type Selector, selectEverything } from './select.js';
 import type { EncoderSpec } from './spec.js';
+import type { Affine } from './weights.js';
 
 export interface EncoderInputs {
   /** Token ids of all sequences end to end, i32 [N]. */
@@ -24,6 +25,45 @@ export interface EncoderOptions {
   readonly residuals?: Node[];
 }
 
+/** Embeddings of every token, normalised: f32 [N, D]. Counted under `embed`. */
+export function encoderEmbeddings(
+  graph: Graph,
+  spec: EncoderSpec,
+  weights: EncoderNodes,
+  { ids, positions, types }: Omit<EncoderInputs, 'offsets'>,
+): Node {
+  return graph.tag('embed', () => {
+    const tokens = embed(spec, weights, ids, positions);
+    return norm(spec, types ? add(tokens, embedding(weights.tokenTypes!, types)) : tokens, weights.embedNorm);
+  });
+}
+
+/**
+ * The residual stream x [N, D] after the layers `from` up to `to`, that one left out. Work is counted under `L{layer}.attn`,
+ * `L{layer}.mlp`.
+ */
+export function encoderLayers(
+  graph: Graph,
+  spec: EncoderSpec,
+  weights: EncoderNodes,
+  x: Node,
+  { positions, offsets }: Pick<EncoderInputs, 'positions' | 'offsets'>,
+  selector: Selector = selectEverything,
+  { from = 0, to = spec.layers, residuals = [] }: EncoderOptions & { from?: number; to?: number } = {},
+): Node {
+  const context: BlockContext = { graph, spec, positions, offsets, selector, keys: new Map() };
+  let y = x;
+  for (const [i, layer] of weights.layers.slice(from, to).entries()) {
+    const run = (place: Place, build: () => Node) => {
+      if (selector.runs(from + i, place)) y = graph.tag(subLayerTag(from + i, place), build);
+    };
+    run('attn', () => norm(spec, attentionBlock(context, from + i, y, layer), layer.norm1));
+    run('mlp', () => norm(spec, feedForwardBlock(context, from + i, y, layer), layer.norm2));
+    residuals.push(y);
+  }
+  return y;
+}
+
 /**
  * Builds an encoder. Work is counted under `embed`, `L{layer}.attn`, `L{layer}.mlp`.
  *
@@ -34,25 +74,13 @@ export function encoder(
   graph: Graph,
   spec: EncoderSpec,
   weights: EncoderNodes,
-  { ids, positions, types, offsets }: EncoderInputs,
+  inputs: EncoderInputs,
   selector: Selector = selectEverything,
   { residuals = [] }: EncoderOptions = {},
 ): Node {
-  const context: BlockContext = { graph, spec, positions, offsets, selector, keys: new Map() };
-  let x = graph.tag('embed', () => {
-    const tokens = embed(spec, weights, ids, positions);
-    return norm(spec, types ? add(tokens, embedding(weights.tokenTypes!, types)) : tokens, weights.embedNorm);
-  });
+  const x = encoderEmbeddings(graph, spec, weights, inputs);
   residuals.push(x);
-  weights.layers.forEach((layer, i) => {
-    const run = (place: Place, build: () => Node) => {
-      if (selector.runs(i, place)) x = graph.tag(subLayerTag(i, place), build);
-    };
-    run('attn', () => norm(spec, attentionBlock(context, i, x, layer), layer.norm1));
-    run('mlp', () => norm(spec, feedForwardBlock(context, i, x, layer), layer.norm2));
-    residuals.push(x);
-  });
-  return x;
+  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals });
 }
 
 /**
@@ -75,6 +103,15 @@ export function headLogits(
     const y = headAct === 'tanh' ? softcap(dense, 1) : dense;
     return linear(head.norm ? norm(spec, y, head.norm) : y, head.out.weight, { bias: head.out.bias });
   });
+}
+
+/**
+ * Scores before softmax of an exit's head, `weight tanh(h) + bias` of rows `tokens` i32 [S] of the residual stream x [N, D]
+ * (COST-EFF, arXiv 2210.15523): f32 [S, classes]. Counted under `exit`.
+ */
+export function exitLogits(graph: Graph, { weight, bias }: Affine<Node>, x: Node, tokens: Node): Node {
+  // tanh is a cap of 1.
+  return graph.tag('exit', () => linear(softcap(gatherRows(x, tokens), 1), weight, { bias }));
 }
 
 /** How one vector is made of the features of a text's tokens: their mean, the first one's, the last one's. */

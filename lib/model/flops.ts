@@ -81,7 +81,7 @@ export interface ForwardFlops {
 
 /**
  * FLOPs of a forward pass of the full model. One decoding step has one new row per segment: `lengths` all 1, `cached` the
- * contexts.
+ * contexts. Of an encoder every row sees all of its segment, and the head is that of classes, if there is one.
  *
  * @param lengths new rows of every segment
  * @param options.cached rows that came before in every segment; default none
@@ -97,23 +97,44 @@ export function forwardFlops(
     const layer = layerOf(spec, i);
     return { attn: attentionFlops(layer, lengths, cached), mlp: feedForwardFlops(layer, rows) };
   });
-  const head = headFlops(spec, headRows ?? rows);
+  const head = spec.encoder ? classifierFlops(spec as EncoderSpec, lengths.length) : headFlops(spec, headRows ?? rows);
   const streams = streamFlops(spec, rows);
   return { perLayer, streams, head, total: perLayer.reduce((sum, { attn, mlp }) => sum + attn + mlp, streams + head) };
+}
+
+/** FLOPs of the head of classes for so many sequences; 0 of an encoder without. */
+function classifierFlops({ hidden, encoder }: EncoderSpec, sequences: number): number {
+  return encoder.task === 'sequence-classification' ? 2 * sequences * hidden * (hidden + encoder.labels.length) : 0;
+}
+
+/** Layers of an encoder that run, `to` left out, and the units of every layer's feed-forward, [layers]; default all. */
+export interface EncoderPart {
+  readonly from?: number;
+  readonly to?: number;
+  readonly widths?: readonly number[] | null;
 }
 
 /**
  * FLOPs of an encoder over sequences of so many rows.
  *
- * @param end what comes after the layers: the head (of all rows for tokens, of one for classes), or nothing that counts
+ * @param end what comes after the layers: the head (of all rows for tokens, of one for classes), that of an exit, or nothing that
+ * counts
  */
-export function encoderFlops(spec: EncoderSpec, lengths: readonly number[], end: 'head' | 'none'): number {
+export function encoderFlops(
+  spec: EncoderSpec,
+  lengths: readonly number[],
+  end: 'head' | 'exit' | 'none',
+  { from = 0, to = spec.layers, widths = null }: EncoderPart = {},
+): number {
   const { hidden, encoder, vocab } = spec;
   const rows = lengths.reduce((sum, t) => sum + t, 0);
-  const layers = spec.perLayer.map((_, i) => layerOf(spec, i));
-  const dense = layers.reduce((sum, layer) => sum + attentionFlops(layer, lengths) + feedForwardFlops(layer, rows), 0);
+  let dense = 0;
+  for (let i = from; i < to; i++) {
+    const layer = layerOf(spec, i);
+    dense += attentionFlops(layer, lengths) + feedForwardFlops({ ...layer, ffn: widths?.[i] ?? layer.ffn }, rows);
+  }
   if (end === 'none') return dense;
+  if (end === 'exit') return dense + 2 * lengths.length * hidden * encoder.labels.length;
   const classifies = encoder.task === 'sequence-classification';
-  const [scored, scores] = classifies ? [lengths.length, encoder.labels.length] : [rows, vocab];
-  return dense + 2 * scored * hidden * (hidden + scores);
+  return dense + (classifies ? classifierFlops(spec, lengths.length) : 2 * rows * hidden * (hidden + vocab));
 }
