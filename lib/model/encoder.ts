@@ -23,6 +23,8 @@ export interface EncoderInputs {
 export interface EncoderOptions {
   /** Filled with the embeddings and the residual stream after each layer, f32 [N, D]. */
   readonly residuals?: Node[];
+  /** Run every layer again in the backward pass instead of keeping what it computed. */
+  readonly recompute?: boolean;
 }
 
 /** Embeddings of every token, normalised: f32 [N, D]. Counted under `embed`. */
@@ -49,7 +51,12 @@ export function encoderLayers(
   x: Node,
   { positions, offsets }: Pick<EncoderInputs, 'positions' | 'offsets'>,
   selector: Selector = selectEverything,
-  { from = 0, to = spec.layers, residuals = [] }: EncoderOptions & { from?: number; to?: number } = {},
+  {
+    from = 0,
+    to = spec.layers,
+    residuals = [],
+    recompute = false,
+  }: EncoderOptions & { from?: number; to?: number } = {},
 ): Node {
   const context: BlockContext = { graph, spec, positions, offsets, selector, keys: new Map() };
   let y = x;
@@ -57,9 +64,12 @@ export function encoderLayers(
     const run = (place: Place, build: () => Node) => {
       if (selector.runs(from + i, place)) y = graph.tag(subLayerTag(from + i, place), build);
     };
-    run('attn', () => norm(spec, attentionBlock(context, from + i, y, layer), layer.norm1));
-    run('mlp', () => norm(spec, feedForwardBlock(context, from + i, y, layer), layer.norm2));
-    residuals.push(y);
+    const block = () => {
+      run('attn', () => norm(spec, attentionBlock(context, from + i, y, layer), layer.norm1));
+      run('mlp', () => norm(spec, feedForwardBlock(context, from + i, y, layer), layer.norm2));
+      return y;
+    };
+    residuals.push(recompute ? graph.checkpoint(block) : block());
   }
   return y;
 }
@@ -76,11 +86,11 @@ export function encoder(
   weights: EncoderNodes,
   inputs: EncoderInputs,
   selector: Selector = selectEverything,
-  { residuals = [] }: EncoderOptions = {},
+  { residuals = [], recompute = false }: EncoderOptions = {},
 ): Node {
   const x = encoderEmbeddings(graph, spec, weights, inputs);
   residuals.push(x);
-  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals });
+  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals, recompute });
 }
 
 /**

@@ -11,6 +11,7 @@ import {
   type LoadedWeights,
   loadSlots,
   mapGroup,
+  planOf,
   type Slot,
 } from './weights.js';
 
@@ -146,14 +147,22 @@ export function loadEncoderWeights(
   return loadSlots(spec, checkpoint, (get) => assemble(spec, get), options);
 }
 
-/** Numbers that an encoder has. */
-export function encoderParameters(spec: EncoderSpec): number {
-  let count = 0;
-  assemble(spec, ({ shape }) => {
-    count += shape.reduce((product, n) => product * n, 1);
+/** Every weight of an encoder. */
+export function encoderSlots(spec: EncoderSpec): Slot[] {
+  const all: Slot[] = [];
+  assemble(spec, (slot) => {
+    all.push(slot);
+    return slot;
   });
-  return count;
+  return all;
 }
+
+/** Numbers that an encoder has. */
+export const encoderParameters = (spec: EncoderSpec): number => planOf(encoderSlots(spec)).size;
+
+/** The structure of an encoder's weights, each one given by `get` for its name in `planOf(encoderSlots(spec))`. */
+export const encoderByName = <T>(spec: EncoderSpec, get: (name: string) => T): EncoderWeights<T> =>
+  assemble(spec, ({ name }) => get(name));
 
 /** Binds weights to a graph: read-only tensors as weights, writable ones as state. Tied weights stay tied. */
 export function bindEncoder(graph: Graph, weights: EncoderTensors): EncoderNodes {

@@ -352,16 +352,12 @@ export function loadSlots<W extends { readonly embed: Tensor }>(
 ): LoadedWeights<W> {
   const used = new Set<string>();
   const byName = new Map<string, Tensor>();
-  const find = ({ name, aliases = [], ...file }: Slot['file']) =>
-    [name, ...aliases]
-      .flatMap((name) => [storedName(spec, { ...file, name }), name])
-      .find((candidate) => checkpoint.has(candidate));
   const dispose = () => {
     for (const tensor of byName.values()) tensor.dispose();
   };
   try {
     const weights = build((slot) => {
-      const name = find(slot.file);
+      const name = nameIn(checkpoint, spec, slot);
       if (name === undefined) {
         throw new InvalidFileError(
           `[weights] ${checkpoint.directory} has no tensor ${storedName(spec, slot.file)}, expected with shape [${slot.file.shape}]`,
@@ -381,6 +377,16 @@ export function loadSlots<W extends { readonly embed: Tensor }>(
     throw error;
   }
 }
+
+/** The name that a checkpoint has for a weight, if it has it. */
+export const nameIn = (
+  checkpoint: Checkpoint,
+  spec: Pick<ModelSpec, 'family'>,
+  { file: { name, aliases = [], ...file } }: Slot,
+): string | undefined =>
+  [name, ...aliases]
+    .flatMap((name) => [storedName(spec, { ...file, name }), name])
+    .find((candidate) => checkpoint.has(candidate));
 
 const dtypeBytes: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 
@@ -494,9 +500,12 @@ export function storedUnits(spec: ModelSpec): Map<string, { layer: number; axis:
   );
 }
 
-/** Where each weight of a spec, or each that `kept` keeps by its name, lies in its flat vector. */
-export function parameterPlan(spec: ModelSpec, kept: (name: string) => boolean = () => true): ParameterPlan {
-  const all = slots(spec).filter(({ name }) => kept(name));
+/** Where each weight of a decoder, or each that `kept` keeps by its name, lies in its flat vector. */
+export const parameterPlan = (spec: ModelSpec, kept: (name: string) => boolean = () => true): ParameterPlan =>
+  planOf(slots(spec).filter(({ name }) => kept(name)));
+
+/** Where each of some weights lies in their flat vector. */
+export function planOf(all: readonly Pick<Slot, 'name' | 'shape'>[]): ParameterPlan {
   const ordered = [...all.filter((slot) => slot.shape.length > 1), ...all.filter((slot) => slot.shape.length === 1)];
   let size = 0;
   let decayCount = 0;
@@ -520,8 +529,11 @@ export function weightsByName<T>(
 }
 
 /** Copies weights into a flat vector `[parameterPlan(spec).size]`, as f32. */
-export function flattenWeights(spec: ModelSpec, { byName }: LoadedWeights): Float32Array {
-  const plan = parameterPlan(spec);
+export const flattenWeights = (spec: ModelSpec, { byName }: LoadedWeights): Float32Array =>
+  flattened(parameterPlan(spec), byName);
+
+/** The values of a plan's weights as one vector `[plan.size]`, as f32. */
+export function flattened(plan: ParameterPlan, byName: ReadonlyMap<string, Tensor>): Float32Array {
   const flat = new Float32Array(plan.size);
   for (const { name, offset } of plan.parameters) flat.set(byName.get(name)!.readFloat(), offset);
   return flat;
@@ -539,15 +551,18 @@ export function initialWeights(spec: ModelSpec, normal: () => number): Float32Ar
   const flat = new Float32Array(plan.size);
   const init = new Map(slots(spec).map((slot) => [slot.name, slot.init]));
   for (const { name, offset, size } of plan.parameters) {
-    const values = flat.subarray(offset, offset + size);
-    const kind = init.get(name);
-    if (kind === 'one') values.fill(1);
-    else if (kind !== 'zero') {
-      const deviation = kind === 'residual' ? 0.02 / Math.sqrt(2 * spec.layers) : 0.02;
-      for (let i = 0; i < size; i++) values[i] = deviation * normal();
-    }
+    initialise(flat.subarray(offset, offset + size), init.get(name)!, spec.layers, normal);
   }
   return flat;
+}
+
+/** Fills zeros with a weight's initial values, as `initialWeights` says. */
+export function initialise(values: Float32Array, kind: Init, layers: number, normal: () => number): void {
+  if (kind === 'one') values.fill(1);
+  else if (kind !== 'zero') {
+    const deviation = kind === 'residual' ? 0.02 / Math.sqrt(2 * layers) : 0.02;
+    for (let i = 0; i < values.length; i++) values[i] = deviation * normal();
+  }
 }
 
 /**
@@ -555,14 +570,22 @@ export function initialWeights(spec: ModelSpec, normal: () => number): Float32Ar
  *
  * @param flat `[parameterPlan(spec).size]`
  */
-export function exportWeights(spec: ModelSpec, flat: Float32Array): Record<string, TensorData> {
-  const plan = parameterPlan(spec);
+export const exportWeights = (spec: ModelSpec, flat: Float32Array): Record<string, TensorData> =>
+  exportSlots(spec, slots(spec), flat);
+
+/** The same of the weights of any structure, `flat` being `[planOf(all).size]`. */
+export function exportSlots(
+  spec: Pick<ModelSpec, 'family'>,
+  all: readonly Slot[],
+  flat: Float32Array,
+): Record<string, TensorData> {
+  const plan = planOf(all);
   if (flat.length !== plan.size) {
     throw new InvalidArgumentError(`[weights] the vector must have ${plan.size} elements, got ${flat.length}`);
   }
   const place = new Map(plan.parameters.map((parameter) => [parameter.name, parameter]));
   const tensors: Record<string, TensorData & { data: Float32Array }> = {};
-  for (const { name, shape, file } of slots(spec)) {
+  for (const { name, shape, file } of all) {
     const { offset, size } = place.get(name)!;
     const values = flat.subarray(offset, offset + size);
     const fileName = storedName(spec, file);

@@ -133,6 +133,39 @@ VARIANTS = {
 }
 
 
+# Heads whose training loss has golden gradients: those of classes, of a score, and of tokens with a tied embedding.
+WITH_GRADIENTS = ["bert-classes", "roberta-classes", "distilbert-score", "bert-mlm"]
+
+
+def targets_of(name, number, ids, width):
+    """What case `number` is trained towards: a class, a score, or a token for every token."""
+    if name == "distilbert-score":
+        return torch.tensor([[number / 2 - 1.0]])
+    return (ids[0] * 7 + 3) % width if name == "bert-mlm" else torch.tensor([number % width])
+
+
+def loss_of(name, logits, targets):
+    """Cross-entropy or squared error, summed over cases or tokens, and how many there are."""
+    if name == "distilbert-score":
+        return ((logits - targets) ** 2).sum(), len(targets)
+    return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum"), len(targets)
+
+
+def gradients(name, model, cases, types_used):
+    """The mean loss over all cases, and its gradient by every parameter."""
+    model.zero_grad()
+    total, count = 0.0, 0
+    for number, case in enumerate(cases):
+        ids = torch.tensor([case["ids"]])
+        logits = model(input_ids=ids, **(dict(token_type_ids=torch.tensor([case["types"]])) if types_used else {})).logits
+        loss, rows = loss_of(name, logits, targets_of(name, number, ids, logits.shape[-1]))
+        total, count = total + loss, count + rows
+    loss = total / count
+    loss.backward()
+    grads = {f"grad.{key}": value.grad for key, value in model.named_parameters() if value.grad is not None}
+    return dict(loss=loss.detach().reshape(1), **grads)
+
+
 def sentence_transformers(directory):
     """Mean pooling and normalisation, in the layout of sentence-transformers."""
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
@@ -187,4 +220,6 @@ if __name__ == "__main__":
         rows = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
         (directory / "cases.json").write_text(f"[\n{rows}\n]\n")
         store_vectors(directory / "encoder.safetensors", tensors)
+        if name in WITH_GRADIENTS:
+            store_vectors(directory / "gradients.safetensors", gradients(name, model, cases, types_used))
         print(name, len(tokenizer), [len(case["ids"]) for case in cases])
