@@ -23,6 +23,8 @@ export interface EncoderInputs {
 export interface EncoderOptions {
   /** Filled with the embeddings and the residual stream after each layer, f32 [N, D]. */
   readonly residuals?: Node[];
+  /** What the next layer reads in place of the residual stream after `layer`, f32 [N, D]. */
+  readonly after?: (layer: number, x: Node) => Node;
   /** Run every layer again in the backward pass instead of keeping what it computed. */
   readonly recompute?: boolean;
 }
@@ -35,7 +37,9 @@ export function encoderEmbeddings(
   { ids, positions, types }: Omit<EncoderInputs, 'offsets'>,
 ): Node {
   return graph.tag('embed', () => {
-    const tokens = embed(spec, weights, ids, positions);
+    const tokens = weights.embedUp
+      ? add(linear(embedding(weights.embed, ids), weights.embedUp.weight), embedding(weights.positions, positions))
+      : embed(spec, weights, ids, positions);
     return norm(spec, types ? add(tokens, embedding(weights.tokenTypes!, types)) : tokens, weights.embedNorm);
   });
 }
@@ -56,6 +60,7 @@ export function encoderLayers(
     to = spec.layers,
     residuals = [],
     recompute = false,
+    after,
   }: EncoderOptions & { from?: number; to?: number } = {},
 ): Node {
   const context: BlockContext = { graph, spec, positions, offsets, selector, keys: new Map() };
@@ -70,6 +75,7 @@ export function encoderLayers(
       return y;
     };
     residuals.push(recompute ? graph.checkpoint(block) : block());
+    if (after && from + i + 1 < spec.layers) y = after(from + i, y);
   }
   return y;
 }
@@ -86,11 +92,11 @@ export function encoder(
   weights: EncoderNodes,
   inputs: EncoderInputs,
   selector: Selector = selectEverything,
-  { residuals = [], recompute = false }: EncoderOptions = {},
+  { residuals = [], recompute = false, after }: EncoderOptions = {},
 ): Node {
   const x = encoderEmbeddings(graph, spec, weights, inputs);
   residuals.push(x);
-  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals, recompute });
+  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals, recompute, after });
 }
 
 /**

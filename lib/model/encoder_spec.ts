@@ -60,10 +60,22 @@ export function encoderSpecFromConfig(json: unknown, file: string, options: { ta
     throw config.error('max_position_embeddings', `must be above ${firstPosition}, where positions begin`, table);
   }
   const task = options.task ?? taskOf(config);
+  const slim = config.has(slimKey) ? slimOf(config.section(slimKey), { layers, heads, ffn, hidden }) : null;
+  if (slim?.rank && task === 'masked-lm') {
+    throw config.error(slimKey, 'must have no embedding_rank: scores of tokens need whole embeddings', slim.rank);
+  }
   const classifies = task === 'sequence-classification';
   const classifierAct = distil ? 'relu' : 'tanh';
+  const traits = transformerTraits(hidden, heads, layers, ffn);
   return {
-    ...transformerTraits(hidden, heads, layers, ffn),
+    ...traits,
+    ...(slim && {
+      ffn: Math.max(...slim.ffn),
+      perLayer: traits.perLayer.map((layer, i) => ({
+        ...layer,
+        ...{ ffn: slim.ffn[i], heads: slim.heads[i], kvHeads: slim.heads[i] },
+      })),
+    }),
     family,
     type,
     vocab: config.int('vocab_size', family === 'roberta' ? 50265 : 30522),
@@ -74,12 +86,43 @@ export function encoderSpecFromConfig(json: unknown, file: string, options: { ta
     tied: config.boolean('tie_word_embeddings', true),
     encoder: {
       task,
+      embeddingRank: slim?.rank ?? null,
       tokenTypes: distil ? 0 : config.int('type_vocab_size', 2),
       firstPosition,
       headAct: classifies ? classifierAct : family === 'roberta' ? 'gelu' : act,
       ...(classifies ? classesOf(config) : { labels: [], scores: 'none' }),
     },
   };
+}
+
+/**
+ * The key of config.json for encoders whose layers have been slimmed, which other readers refuse: `attention_heads` and
+ * `intermediate_sizes` of every layer, `embedding_rank` where embeddings are a product. `num_attention_heads` stays: a head has
+ * `hidden_size / num_attention_heads` features.
+ */
+export const slimKey = 'slim';
+
+/** What is left of every layer, [layers], and the rank of the embeddings; null: they are whole. */
+export interface Slim {
+  readonly heads: readonly number[];
+  readonly ffn: readonly number[];
+  readonly rank: number | null;
+}
+
+export const slimToJson = ({ heads, ffn, rank }: Slim): object => ({
+  ...{ attention_heads: heads, intermediate_sizes: ffn },
+  ...(rank !== null && { embedding_rank: rank }),
+});
+
+function slimOf(config: Config, most: { layers: number; heads: number; ffn: number; hidden: number }): Slim {
+  const counts = (name: string, limit: number): number[] => {
+    const list = config.value(name);
+    const fits = (n: unknown) => Number.isInteger(n) && (n as number) >= 1 && (n as number) <= limit;
+    if (Array.isArray(list) && list.length === most.layers && list.every(fits)) return list;
+    throw config.error(name, `must be a list of ${most.layers} integers from 1 to ${limit}`, list);
+  };
+  const rank = config.has('embedding_rank') ? config.int('embedding_rank', 1, 1, most.hidden) : null;
+  return { heads: counts('attention_heads', most.heads), ffn: counts('intermediate_sizes', most.ffn), rank };
 }
 
 function taskOf(config: Config): EncoderTask {

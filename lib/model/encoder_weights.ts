@@ -2,7 +2,7 @@
 import type { Graph, Node } from '../graph/graph.js';
 import type { Checkpoint } from '../io/safetensors.js';
 import type { Tensor } from '../native/index.js';
-import type { EncoderSpec } from './spec.js';
+import { type EncoderSpec, layerOf } from './spec.js';
 import {
   type Affine,
   bindTensor,
@@ -27,8 +27,10 @@ export interface EncoderHead<T> {
 
 /** Everything an encoder computes with. `norm1` and `norm2` of a layer come after its sub-layers. */
 export interface EncoderWeights<T> {
-  /** `[vocab, hidden]` */
+  /** `[vocab, hidden]`, or `[vocab, rank]` */
   readonly embed: T;
+  /** `[hidden, rank]` where embeddings have one. */
+  readonly embedUp?: Affine<T>;
   /** `[maxPositions, hidden]` */
   readonly positions: T;
   /** `[tokenTypes, hidden]` */
@@ -69,7 +71,8 @@ type EncoderFamily = keyof typeof TOKEN_HEADS;
 
 /** Builds the structure of an encoder's weights from its slots. */
 function assemble<T>(spec: EncoderSpec, get: Get<T>): EncoderWeights<T> {
-  const { hidden, ffn, vocab, maxPositions, encoder } = spec;
+  const { hidden, vocab, maxPositions, encoder } = spec;
+  const width = encoder.embeddingRank ?? hidden;
   const family = spec.family as EncoderFamily;
   const slot = (name: string, shape: number[], init: Slot['init'], file: string, storage: Partial<Slot['file']> = {}) =>
     get({ name, shape, init, file: { name: file, shape, transposed: false, start: 0, column: 0, ...storage } });
@@ -82,18 +85,23 @@ function assemble<T>(spec: EncoderSpec, get: Get<T>): EncoderWeights<T> {
     weight: slot(`${name}.weight`, [hidden], 'one', `${file}.weight`, { head, aliases: [`${file}.gamma`] }),
     bias: slot(`${name}.bias`, [hidden], 'zero', `${file}.bias`, { head, aliases: [`${file}.beta`] }),
   });
-  const table = (name: string, file: string, rows: number, first = 0): T =>
-    slot(name, [rows, hidden], 'normal', `embeddings.${file}.weight`, { shape: [first + rows, hidden], start: first });
+  const table = (name: string, file: string, rows: number, first = 0, features = hidden): T =>
+    slot(name, [rows, features], 'normal', `embeddings.${file}.weight`, {
+      shape: [first + rows, features],
+      start: first,
+    });
 
   const [stem, modules] =
     family === 'distilbert' ? ['transformer.layer', DISTILBERT_LAYER] : ['encoder.layer', BERT_LAYER];
   const layer = (i: number): LayerWeights<T> => {
     const at = (part: keyof typeof modules) => [`layers.${i}.${part}`, `${stem}.${i}.${modules[part]}`] as const;
+    const { heads, headDim, ffn } = layerOf(spec, i);
+    const inner = heads * headDim;
     return {
-      q: matrix(...at('q'), hidden, hidden),
-      k: matrix(...at('k'), hidden, hidden),
-      v: matrix(...at('v'), hidden, hidden),
-      o: matrix(...at('o'), hidden, hidden),
+      q: matrix(...at('q'), inner, hidden),
+      k: matrix(...at('k'), inner, hidden),
+      v: matrix(...at('v'), inner, hidden),
+      o: matrix(...at('o'), hidden, inner),
       norm1: norm(...at('norm1')),
       up: matrix(...at('up'), ffn, hidden),
       down: matrix(...at('down'), hidden, ffn),
@@ -101,7 +109,7 @@ function assemble<T>(spec: EncoderSpec, get: Get<T>): EncoderWeights<T> {
     };
   };
 
-  const embed = table('embed', 'word_embeddings', vocab);
+  const embed = table('embed', 'word_embeddings', vocab, 0, width);
   const tokenHead = ({ dense, norm: normFile, out }: (typeof TOKEN_HEADS)[EncoderFamily]): EncoderHead<T> => {
     // Where there is a matrix of the head's own, its bias is the one beside it.
     const [tied, own] = [`${out}.bias`, `${out}.decoder.bias`];
@@ -123,6 +131,11 @@ function assemble<T>(spec: EncoderSpec, get: Get<T>): EncoderWeights<T> {
   });
   return {
     embed,
+    ...(encoder.embeddingRank !== null && {
+      embedUp: {
+        weight: slot('embedUp.weight', [hidden, width], 'normal', 'embeddings.word_embeddings_up.weight'),
+      },
+    }),
     positions: table('positions', 'position_embeddings', maxPositions, encoder.firstPosition),
     ...(encoder.tokenTypes > 0 && { tokenTypes: table('tokenTypes', 'token_type_embeddings', encoder.tokenTypes) }),
     embedNorm: norm('embedNorm', 'embeddings.LayerNorm'),
@@ -173,6 +186,6 @@ export function bindEncoder(graph: Graph, weights: EncoderTensors): EncoderNodes
     positions: bind(positions),
     ...(tokenTypes && { tokenTypes: bind(tokenTypes) }),
     layers: layers.map((layer) => mapGroup(layer, bind) as LayerWeights<Node>),
-    ...(mapGroup(groups, bind) as Pick<EncoderNodes, 'embedNorm' | 'head'>),
+    ...(mapGroup(groups, bind) as Pick<EncoderNodes, 'embedUp' | 'embedNorm' | 'head'>),
   };
 }

@@ -128,7 +128,7 @@ export function encoderFlops(
 ): number {
   const { hidden, encoder, vocab } = spec;
   const rows = lengths.reduce((sum, t) => sum + t, 0);
-  let dense = 0;
+  let dense = from === 0 ? 2 * rows * (encoder.embeddingRank ?? 0) * hidden : 0;
   for (let i = from; i < to; i++) {
     const layer = layerOf(spec, i);
     dense += attentionFlops(layer, lengths) + feedForwardFlops({ ...layer, ffn: widths?.[i] ?? layer.ffn }, rows);

@@ -11,6 +11,9 @@ export type Family = 'llama' | 'gpt2' | 'bert' | 'roberta' | 'distilbert';
 export interface LayerSpec {
   /** Units of the feed-forward part. */
   readonly ffn: number;
+  /** Where layers have different numbers of heads (slim encoders): theirs in place of the model's. */
+  readonly heads?: number;
+  readonly kvHeads?: number;
   /** Keys that a query sees at most: its own and those right before it; 0: all before it. */
   readonly window: number;
   /** Rotary positions: radians per position of each pair of features, scaling included; null: none. */
@@ -39,6 +42,8 @@ export type EncoderTask = 'masked-lm' | 'sequence-classification' | 'feature-ext
 /** What an encoder has that decoders have not; its rows see all rows of their sequence. */
 export interface EncoderTraits {
   readonly task: EncoderTask;
+  /** Features of the stored embeddings of tokens, which a product makes the model's; null: they are the model's. */
+  readonly embeddingRank: number | null;
   /** Kinds that a token can be of (of the first text, of the second), each with an embedding; 0: none. */
   readonly tokenTypes: number;
   /** Rows of the table of positions before that of the first one. */
