@@ -6,6 +6,7 @@
 
 // What TypeScript and the API reference read; index.ts is what runs.
 export { type CacheTeacherOptions, cacheTeacher } from './distill/cache.js';
+export type { Metric } from './distill/classifier.js';
 export type { DataSource } from './distill/data.js';
 export { type DistillConfig, distill } from './distill/distill.js';
 export {
@@ -16,6 +17,8 @@ export {
   type TrainResult,
   type WarningCode,
 } from './distill/events.js';
+export type { ExampleFields, ExampleSource } from './distill/examples.js';
+export { type ExampleConfig, type FinetuneConfig, type FinetuneResult, finetune } from './distill/finetune.js';
 export type { LossTerm } from './distill/objectives.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { type ElastifyOptions, elastify } from './distill/rank.js';

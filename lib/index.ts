@@ -14,6 +14,8 @@ export const distill: typeof import('./distill/distill.js').distill = async (...
   (await import('./distill/distill.js')).distill(...args);
 export const pretrain: typeof import('./distill/pretrain.js').pretrain = async (...args) =>
   (await import('./distill/pretrain.js')).pretrain(...args);
+export const finetune: typeof import('./distill/finetune.js').finetune = async (...args) =>
+  (await import('./distill/finetune.js')).finetune(...args);
 export const elastify: typeof import('./distill/rank.js').elastify = async (...args) =>
   (await import('./distill/rank.js')).elastify(...args);
 export const writeExits: typeof import('./elastic/elastify.js').writeExits = async (...args) =>

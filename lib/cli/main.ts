@@ -57,6 +57,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'train a small model from scratch',
     load: async () => (await import('./pretrain.js')).pretrainCommand,
   },
+  finetune: {
+    summary: 'train an encoder on labelled texts',
+    load: async () => (await import('./finetune.js')).finetuneCommand,
+  },
 };
 
 async function main(args: readonly string[]): Promise<number> {

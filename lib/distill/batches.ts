@@ -1,7 +1,15 @@
 // Batches in programs: the feeds and dims every training program takes, and the texts a config asks for.
 import type { Graph } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { type Batch, type DataSource, readDocuments, type Sequences, splitHeldOut, type TokenData } from './data.js';
+import {
+  type Batch,
+  type DataSource,
+  readDocuments,
+  type Sequences,
+  splitHeldOut,
+  type TokenData,
+  type TrainingData,
+} from './data.js';
 
 /** Declares dims and feeds of a batch: `ids`, `positions` i32 [rows], `offsets` i32 [segments + 1]. */
 export function batchInputs(graph: Graph, batchTokens: number) {
@@ -17,7 +25,7 @@ export function batchInputs(graph: Graph, batchTokens: number) {
 }
 
 /** Values of those dims and feeds. */
-export function batchRun(batch: Sequences) {
+export function batchRun(batch: Omit<Sequences, 'targets'>) {
   const segments = batch.offsets.length - 1;
   return {
     dims: { rows: batch.ids.length, segments, ends: segments + 1 },
@@ -26,7 +34,7 @@ export function batchRun(batch: Sequences) {
 }
 
 /** Every batch of the data once, in the order of the documents. */
-export function* wholeEpoch(data: TokenData, rows: number): Generator<Batch> {
+export function* wholeEpoch<B>(data: TrainingData<B>, rows: number): Generator<B> {
   for (let cursor = { epoch: 0, segment: 0 }; cursor.epoch === 0; ) {
     const next = data.next(cursor, rows, null);
     yield next.batch;

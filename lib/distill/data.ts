@@ -99,12 +99,17 @@ export function splitHeldOut(
     if (cut === 0 || cut === text.length) throw new InvalidDataError('[data] one short document cannot be split');
     return { train: [text.slice(0, cut)], heldOut: [text.slice(cut)] };
   }
-  const count = Math.min(Math.max(Math.round(documents.length * share), 1), documents.length - 1);
-  const held = new Set(new Random(seed, 'held-out').permutation(documents.length).subarray(0, count));
-  return {
-    train: documents.filter((_, i) => !held.has(i)),
-    heldOut: documents.filter((_, i) => held.has(i)),
-  };
+  return splitRows(documents, share, seed);
+}
+
+/** The same of at least two rows of any kind. */
+export function splitRows<T>(rows: readonly T[], share: number, seed: number): { train: T[]; heldOut: T[] } {
+  if (!(share > 0 && share < 1))
+    throw new InvalidArgumentError(`[data] held-out share must be in (0, 1), got ${share}`);
+  if (rows.length < 2) throw new InvalidDataError('[data] one row cannot be split: give more, or evalData');
+  const count = Math.min(Math.max(Math.round(rows.length * share), 1), rows.length - 1);
+  const held = new Set(new Random(seed, 'held-out').permutation(rows.length).subarray(0, count));
+  return { train: rows.filter((_, i) => !held.has(i)), heldOut: rows.filter((_, i) => held.has(i)) };
 }
 
 /** Sequences packed end to end, ready to feed. */
@@ -132,8 +137,19 @@ export interface Cursor {
   segment: number;
 }
 
+/** What the training loop draws batches from. */
+export interface TrainingData<B> {
+  /** Rows that a batch must be able to hold. */
+  readonly sequenceLength: number;
+  /** Identifies the data for a resumed run. */
+  sha256(): string;
+  /** The next batch of at most `rows` rows, in the epoch's shuffled order; a null seed keeps the order of the data. */
+  next(cursor: Cursor, rows: number, seed: number | null): { batch: B; cursor: Cursor };
+  batchesPerEpoch(epoch: number, rows: number, seed: number | null): number;
+}
+
 /** Tokenised documents, cut into segments of at most `sequenceLength` tokens. */
-export class TokenData {
+export class TokenData implements TrainingData<Batch> {
   private order: { epoch: number; seed: number; order: Uint32Array } | null = null;
 
   private constructor(

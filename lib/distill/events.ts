@@ -4,7 +4,13 @@ import { ElastiformError } from '../native/errors.js';
 import type { DeviceChoice } from '../native/index.js';
 
 /** What a warning of a training run is about. */
-export type WarningCode = 'nan-grad' | 'router-collapse' | 'capacity-off-target' | 'data-repeat';
+export type WarningCode =
+  | 'nan-grad'
+  | 'router-collapse'
+  | 'capacity-off-target'
+  | 'data-repeat'
+  | 'bad-rows'
+  | 'truncated';
 
 /** What a training run reports through `onEvent`; rates are per second, memory in bytes of the process. */
 export type TrainEvent =
@@ -28,13 +34,13 @@ export type TrainEvent =
 
 /** AdamW (arXiv 1711.05101) and its learning rate over the steps. */
 export interface OptimizerConfig {
-  /** Largest learning rate; default 0.02 for routers, 0.001 in pretraining. */
+  /** Largest learning rate; default 0.02 for routers, 0.001 in pretraining, 5e-5 in fine-tuning (from scratch 5e-4). */
   lr?: number;
   /** Default [0.9, 0.95]. */
   betas?: readonly [number, number];
   /** Default 1e-8. */
   eps?: number;
-  /** Default 0 in distillation, 0.1 in pretraining. */
+  /** Default 0 in distillation, 0.1 in pretraining, 0.01 in fine-tuning. */
   weightDecay?: number;
   /** Largest global norm of the gradient; 0 turns clipping off. Default 1. */
   gradClip?: number;

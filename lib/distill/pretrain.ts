@@ -1,15 +1,13 @@
 // Pretraining: trains a small decoder from scratch, or a model's weights further, on text and writes its directory.
 import { existsSync } from 'node:fs';
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { type MatformerRecipe, policyOf, writeNested } from '../elastic/elastify.js';
 import { type Nested, nestedWidth } from '../elastic/nested.js';
 import { provenanceOf } from '../elastic/provenance.js';
 import { readElastic } from '../elastic/store.js';
 import { crossEntropy, dot, Graph, Program } from '../graph/index.js';
-import { editJson, jsonWithFloats, readJsonText, writeFileAtomic } from '../io/files.js';
-import { rounded } from '../io/rounding.js';
-import { Checkpoint, type TensorData, writeSafetensors } from '../io/safetensors.js';
+import { jsonWithFloats, readJsonText } from '../io/files.js';
+import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import { floatFields } from '../model/config.js';
 import { decoder, finalNorm } from '../model/decoder.js';
@@ -31,6 +29,7 @@ import { batchInputs, batchRun, trainingTexts, wholeEpoch } from './batches.js';
 import { trainBpe, writeBpe } from './bpe.js';
 import { newestCheckpoint } from './checkpoints.js';
 import { type Batch, type DataSource, TokenData } from './data.js';
+import { copyTokenizer, writeCheckpoint } from './directory.js';
 import type { TrainConfig, TrainResult } from './events.js';
 import { Random } from './random.js';
 import { Trainable } from './trainable.js';
@@ -70,7 +69,6 @@ const ownKeys = [
   ...['model', 'tokenizer', 'from', 'train', 'nested', 'sample'],
   ...['out', 'data', 'evalData', 'heldOut', 'saveAs'],
 ];
-const tokenizerFiles = ['tokenizer.json', 'tokenizer_config.json'];
 
 /**
  * Trains a decoder with cross-entropy on the next token and writes config.json, model.safetensors and the tokenizer; of nested
@@ -173,7 +171,7 @@ export async function pretrain(config: PretrainConfig): Promise<TrainResult> {
         if (trained) whole.set(trained, offset);
       }
       const text = start?.configText ?? jsonWithFloats(modelConfig, floatFields);
-      await writeModel(config.out, spec, text, whole, config.saveAs ?? 'f32');
+      await writeCheckpoint(config.out, text, exportWeights(spec, whole), config.saveAs ?? 'f32');
       if (nested) await writeNested(config.out, spec, { ...nested, trained: part }, start?.license);
     }
     return { dir: config.out, step: result.step, stopped: result.stopped, ...(result.best && { best: result.best }) };
@@ -185,14 +183,9 @@ async function prepareTokenizer(config: PretrainConfig, texts: readonly string[]
   const { out } = config;
   const tokenizer = config.from ?? config.tokenizer;
   const resumes = config.resume !== false && (await newestCheckpoint(out)) !== null;
-  if (!resumes || !existsSync(join(out, tokenizerFiles[0]))) {
+  if (!resumes || !existsSync(join(out, 'tokenizer.json'))) {
     if (typeof tokenizer === 'string') {
-      // Loading checks the files before they are copied.
-      await loadTokenizer(tokenizer);
-      for (const name of tokenizerFiles) {
-        if (existsSync(join(tokenizer, name)))
-          await writeFileAtomic(join(out, name), await readFile(join(tokenizer, name)));
-      }
+      await copyTokenizer(tokenizer, out);
     } else {
       if (typeof tokenizer !== 'object' || tokenizer === null) {
         throw new InvalidArgumentError('[pretrain] tokenizer must be a directory or {vocabSize}');
@@ -355,24 +348,4 @@ export function lossRun(batch: Batch, weight: number, widths: Readonly<Record<st
       weight: Float32Array.from(batch.targets, (target) => (target >= 0 ? weight : 0)),
     },
   };
-}
-
-async function writeModel(
-  out: string,
-  spec: ModelSpec,
-  config: string,
-  flat: Float32Array,
-  saveAs: 'f32' | 'bf16',
-): Promise<void> {
-  const stored = Object.fromEntries(
-    Object.entries(exportWeights(spec, flat)).map(([name, { shape, data }]): [string, TensorData] => [
-      name,
-      { dtype: saveAs, shape, data: rounded(data as Float32Array, saveAs) },
-    ]),
-  );
-  await writeSafetensors(join(out, 'model.safetensors'), stored, { format: 'pt' });
-  const dtype = saveAs === 'f32' ? 'float32' : 'bfloat16';
-  // transformers 5 renamed the field.
-  const text = editJson(config, (json) => ({ ...json, ['dtype' in json ? 'dtype' : 'torch_dtype']: dtype }));
-  await writeFileAtomic(join(out, 'config.json'), `${text}\n`);
 }

@@ -12,7 +12,7 @@ import {
   saveCheckpoint,
   type TrainerState,
 } from './checkpoints.js';
-import type { Batch, TokenData } from './data.js';
+import type { Batch, TrainingData } from './data.js';
 import { DivergedError, type TrainConfig, type TrainEvent, type WarningCode } from './events.js';
 import type { Trainable } from './trainable.js';
 
@@ -20,21 +20,21 @@ import type { Trainable } from './trainable.js';
 const mostSkipped = 10;
 
 /** What one method of training brings to the loop. */
-export interface Task {
-  api: 'distill' | 'pretrain';
+export interface Task<B extends Pick<Batch, 'ids'> = Batch> {
+  api: 'distill' | 'pretrain' | 'finetune' | 'costEff';
   engine: Engine;
   trainable: Trainable;
-  data: TokenData;
+  data: TrainingData<B>;
   /** Whatever else decides the bits of the run. */
   identity: Record<string, unknown>;
-  /** Rows of a batch that carry loss. */
-  lossRows(batch: Batch): number;
+  /** Rows of a batch that carry loss, or texts. */
+  lossRows(batch: B): number;
   /**
    * Adds the gradient of a micro-batch to `trainable.grads`. Every loss row weighs 1/total, so that the terms of a
    * step's micro-batches (`loss` among them) add up to the step's.
    */
   micro(
-    batch: Batch,
+    batch: B,
     at: { step: number; index: number; total: number; signal?: AbortSignal },
   ): Promise<Record<string, number>>;
   /** Measures the held-out data; the metric is better when lower. */
@@ -142,7 +142,7 @@ export function checkConfig(api: string, config: TrainConfig, own: readonly stri
 /** Fills in defaults; `defaults` are those of the kind of training. */
 export function resolveConfig(
   config: TrainConfig,
-  data: TokenData,
+  data: Omit<TrainingData<unknown>, 'sha256'>,
   defaults: { batchTokens: number; lr: number; weightDecay: number },
 ): ResolvedConfig {
   const seed = config.seed ?? 0;
@@ -216,8 +216,8 @@ export async function withLock<T>(out: string, use: () => Promise<T>): Promise<T
  * The caller holds the lock of `out`. A step whose loss or gradient is not finite is skipped with a warning.
  * Errors: DivergedError after 10 skipped steps in a row; InvalidDataError from a checkpoint that does not fit.
  */
-export async function train(
-  task: Task,
+export async function train<B extends Pick<Batch, 'ids'>>(
+  task: Task<B>,
   config: ResolvedConfig,
   out: string,
   hooks: Pick<TrainConfig, 'onEvent' | 'signal'>,
@@ -287,7 +287,7 @@ export async function train(
     const started = { time: performance.now(), step: state.step };
     let since = { time: performance.now(), tokens: 0 };
     while (state.step < steps && stopped === 'done' && !wantStop) {
-      const batches: Batch[] = [];
+      const batches: B[] = [];
       let { cursor } = state;
       for (let i = 0; i < config.gradAccumulation; i++) {
         const next = data.next(cursor, config.batchTokens, seed);

@@ -388,6 +388,14 @@ export const nameIn = (
     .flatMap((name) => [storedName(spec, { ...file, name }), name])
     .find((candidate) => checkpoint.has(candidate));
 
+/** A weight's values in a checkpoint, as f32; null where it is not. Errors: InvalidFileError for a wrong shape or element type. */
+export function storedValues(checkpoint: Checkpoint, spec: Pick<ModelSpec, 'family'>, slot: Slot): Float32Array | null {
+  const name = nameIn(checkpoint, spec, slot);
+  if (name === undefined) return null;
+  using tensor = storedView(checkpoint, name, slot);
+  return tensor.readFloat();
+}
+
 const dtypeBytes: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 
 const unitsOf = /^layers\.(\d+)\.(gate|up|down)\.(weight|bias)$/;
