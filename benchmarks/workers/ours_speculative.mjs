@@ -24,6 +24,27 @@ function weigh({ weights, spec }, width, rest) {
   }
 }
 
+/** Milliseconds per token after the first, and acceptance, of texts decoded with each of these options in turns. */
+async function decode(options, batchMs) {
+  const { prompt, maxTokens } = setting;
+  const sums = options.map(() => ({ ms: 0, acceptance: null }));
+  const start = performance.now();
+  let turns = 0;
+  do {
+    for (const [i, speculative] of options.entries()) {
+      const stream = model.generate(prompt, { maxTokens, ...(speculative && { speculative }) });
+      const ids = (await stream.ids).join();
+      firstIds ??= ids;
+      if (ids !== firstIds) throw new Error('drafts change the text');
+      const { compute } = await stream.usage;
+      sums[i].ms += compute.ms.decode / (maxTokens - 1);
+      sums[i].acceptance = compute.speculative?.acceptance ?? null;
+    }
+    turns++;
+  } while (performance.now() - start < batchMs);
+  return sums.map(({ ms, acceptance }) => ({ ms: ms / turns, acceptance }));
+}
+
 await serve({
   /** `width`: share of the units in the good draft, whose others weigh `rest`. The useless draft is embeddings alone. */
   async load({ dir, threads, width, rest, prompt, length }) {
@@ -49,24 +70,16 @@ await serve({
     const { version, isa, threads: used } = loadAddon().info();
     return { version, isa, threads: used, draftRatio: model.resolve(drafts.good).flopsRatio };
   },
-  /** Milliseconds per token after the first. `count`: tokens drafted, 'auto', or null for plain decoding. */
-  async decode({ draft, count, batchMs }) {
-    const { prompt, maxTokens } = setting;
-    const speculative = count === null ? false : { draft: drafts[draft], tokens: count };
-    const start = performance.now();
-    let ms = 0;
-    let calls = 0;
-    let acceptance = null;
-    do {
-      const stream = model.generate(prompt, { maxTokens, speculative });
-      const ids = (await stream.ids).join();
-      firstIds ??= ids;
-      if (ids !== firstIds) throw new Error('drafts change the text');
-      const { compute } = await stream.usage;
-      ms += compute.ms.decode / (maxTokens - 1);
-      acceptance = compute.speculative?.acceptance ?? null;
-      calls++;
-    } while (performance.now() - start < batchMs);
-    return { ms: ms / calls, calls, acceptance };
+  /** Milliseconds per token after the first, of plain decoding. */
+  async plain({ batchMs }) {
+    return { ms: (await decode([null], batchMs))[0].ms };
+  },
+  /**
+   * Time of decoding with drafts over that of plain decoding, of texts that take turns: the machine's speed drifts more than they
+   * differ. `count`: tokens drafted or 'auto'.
+   */
+  async ratio({ draft, count, batchMs }) {
+    const [plain, drafted] = await decode([null, { draft: drafts[draft], tokens: count }], batchMs);
+    return { ms: drafted.ms / plain.ms, acceptance: drafted.acceptance };
   },
 });
