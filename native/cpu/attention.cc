@@ -37,7 +37,7 @@ void checkStatistics(const char* op, const TensorView& lse, int64_t heads) {
 }
 
 // The rows that are queries: those of segment s are [offsets[s], offsets[s + 1]) of q, and row i of q stands at row
-// rows[i] of the new keys (null: at row i).
+// rows[i] of the new keys (null: at row i, or, of another sequence, nowhere).
 struct Queries {
   const int32_t *offsets, *rows;
 
@@ -46,7 +46,18 @@ struct Queries {
 
 // `offsets`: of the `keys` new rows, checked.
 Queries checkedQueries(const char* op, const TensorView& rows, const TensorView& rowOffsets, const TensorView& q,
-                       int64_t keys, const int32_t* offsets) {
+                       int64_t keys, const int32_t* offsets, bool causal) {
+  if (rowOffsets && !rows && !causal) {
+    const int64_t segments = checkOffsets(op, rowOffsets, q.dim(0), "row_offsets");
+    const Queries queries{rowOffsets.i32(), nullptr};
+    for (int64_t s = 0; s < segments; ++s) {
+      if (queries.count(s) > 0 && offsets[s] == offsets[s + 1]) {
+        fail(ErrorCode::InvalidData, "[%s] offsets: segment %lld has %lld queries and no keys", op,
+             static_cast<long long>(s), static_cast<long long>(queries.count(s)));
+      }
+    }
+    return queries;
+  }
   if (!rows != !rowOffsets) {
     fail(ErrorCode::InvalidProgram, "[%s] rows and row_offsets must be given together, got %s alone", op,
          rows ? "rows" : "row_offsets");
@@ -202,7 +213,8 @@ void attention(const KernelArgs& args) {
   checkStatistics(op, args.out[1], h.heads);
   const int64_t segments = checkOffsets(op, args.in[3], args.in[1].dim(0));
   const int32_t* offsets = args.in[3].i32();
-  const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1].dim(0), offsets);
+  const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1].dim(0), offsets,
+                                         scoring.causal);
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
   attend(args, h, args.in[0].f32(), queries, offsets, segments, scoring, args.out[0].f32(),
          args.out[1] ? args.out[1].f32() : nullptr, [&](int64_t s) {
@@ -219,7 +231,8 @@ void attentionGrad(const KernelArgs& args) {
   checkStatistics(op, args.in[5], h.heads);
   const int64_t segments = checkOffsets(op, args.in[6], args.in[2].dim(0));
   const int32_t* offsets = args.in[6].i32();
-  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[1], args.in[2].dim(0), offsets);
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[1], args.in[2].dim(0), offsets,
+                                         scoring.causal);
   const VectorOps& vector = vectorOps();
   double pairs = 0;
   int64_t longest = 0;
@@ -279,7 +292,7 @@ void attentionCached(const KernelArgs& args) {
     slots.checkLength(s, offsets[s + 1] - offsets[s], 0);
     slots.checkPages(s, 0, slots.length(s));
   }
-  const Queries queries = checkedQueries(op, args.in[7], args.in[8], q, added, offsets);
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], q, added, offsets, true);
   attend(args, h, q.f32(), queries, offsets, segments, scoring, args.out[0].f32(), nullptr, [&](int64_t s) {
     const int64_t cached = slots.length(s) - (offsets[s + 1] - offsets[s]);
     return Keys{poolK.f32(), poolV.f32(), slots.pagesOf(s), slots.pageRows, cached};

@@ -98,6 +98,9 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
       if (row < least || row >= high) state.report(Fault::Segment, t.rowsInput, i, least, high, row);
     }
   }
+  for (int i = tid; t.k && !g.rows && i < segments; i += kPlanThreads) {
+    if (g.queries(i) > 0 && g.added(i) == 0) state.report(Fault::NoKeys, t.offsetsInput, i, 0, 0, g.queries(i));
+  }
   syncThreads();
   if (state.faulted()) return;
 
@@ -711,20 +714,21 @@ Planning plan(const Launch& launch, const AttentionHeads& h, const Operand& k, i
               int rowsInput, const Scoring& scoring) {
   const Operand &q = launch.in[qInput], &offsets = launch.in[offsetsInput];
   const Operand &rows = launch.in[rowsInput], &rowOffsets = launch.in[rowsInput + 1];
-  if (!rows != !rowOffsets) {
+  const bool cross = rowOffsets && !rows && !scoring.causal;  // queries of other sequences
+  if (!rows != !rowOffsets && !cross) {
     fail(ErrorCode::InvalidProgram, "[%s] rows and row_offsets must be given together, got %s alone", launch.op,
          rows ? "rows" : "row_offsets");
   }
-  if (k && !rows && q.bound[0] != k.bound[0]) {
+  if (k && !rowOffsets && q.bound[0] != k.bound[0]) {
     fail(ErrorCode::InvalidProgram, "[%s] without rows q and k must have as many rows, got %lld and %lld", launch.op,
          static_cast<long long>(q.bound[0]), static_cast<long long>(k.bound[0]));
   }
   if (k) checkOffsets(launch, offsetsInput, k, 0);
   if (k && rows) checkRows(launch, rowsInput, k, 0);
-  if (rows) checkOffsets(launch, rowsInput + 1, q, 0);
+  if (rowOffsets) checkOffsets(launch, rowsInput + 1, q, 0);
   Planning p{};
   p.segments.offsets = offsets;
-  p.segments.starts = rows ? ints(rowOffsets) : ints(offsets);
+  p.segments.starts = rowOffsets ? ints(rowOffsets) : ints(offsets);
   p.segments.rows = ints(rows);
   p.segments.causal = scoring.causal;
   p.segments.window = scoring.window;
@@ -732,7 +736,7 @@ Planning plan(const Launch& launch, const AttentionHeads& h, const Operand& k, i
   p.k = k;
   p.offsetsInput = offsetsInput;
   p.rowsInput = rowsInput;
-  p.startsInput = rows ? rowsInput + 1 : offsetsInput;
+  p.startsInput = rowOffsets ? rowsInput + 1 : offsetsInput;
   p.group = h.group;
   p.kvHeads = h.kvHeads;
   p.plan = launch.scratch<AttentionPlan>(1);

@@ -113,6 +113,7 @@ std::string faultMessage(const char* op, const std::string& operand, const Fault
     case Fault::Copy: return text("[%s] %s[%.0f] must be copied to once, and not from, got %.0f", r.index, r.got);
     case Fault::Page:
       return text("[%s] %s: that of row %.0f of slot %.0f must be in [0, %.0f), got %.0f", r.low, r.index, r.high, r.got);
+    case Fault::NoKeys: return text("[%s] %s: segment %.0f has %.0f queries and no keys", r.index, r.got);
     case Fault::None: break;
   }
   return text("[%s] %s: no fault");

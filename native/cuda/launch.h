@@ -67,6 +67,7 @@ enum class Fault : int32_t {
   Slot,        // another segment's, too
   Copy,        // a page that is copied to twice, or from, too
   Page,        // of row `low` of slot `index`: not in [0, high)
+  NoKeys,      // a segment has queries and no keys
 };
 
 // The first fault of a run; the data type of all values is double, which holds every index exactly.

@@ -918,6 +918,16 @@ void testAttention() {
   allThrow(nullptr, &allStarts, q, y, lse, ErrorCode::InvalidProgram, "row_offsets alone");
   allThrow(nullptr, nullptr, q1, y1, lse1, ErrorCode::InvalidProgram, "fewer queries than rows");
   Op{"attention", {&q1, &k, &v, &two, &second, &secondStarts}, {&y1, nullptr}, {2, 1, 1, 1, 0, 0}}.run();
+  // Queries of other sequences: only in full attention, and only where there are keys.
+  Op{"attention", {&q1, &k, &v, &two, nullptr, &firstStarts}, {&y1, nullptr}, {2, 1, 0, 1, 0, 0}}.run();
+  Value keyless = ints({0, 2, 2}), tooMany = ints({0, 1, 2});
+  for (Value* starts : {&secondStarts, &tooMany}) {
+    Op{"attention", {&q1, &k, &v, starts == &tooMany ? &two : &keyless, nullptr, starts}, {&y1, nullptr}, {2, 1, 0, 1, 0, 0}}
+        .throws(ErrorCode::InvalidData, starts == &tooMany ? "row_offsets" : "no keys");
+    Op{"attention_grad", {&y1, &q1, &k, &v, &y1, &lse1, starts == &tooMany ? &two : &keyless, nullptr, starts},
+       {&q1, &k, &v}, {2, 1, 0, 1, 0, 0}}
+        .throws(ErrorCode::InvalidData, starts == &tooMany ? "row_offsets" : "no keys");
+  }
 
   Value none = ints({});
   Op{"attention", {&q, &k, &v, &none}, {&y, nullptr}, {2, 1, 1, 1, 0, 0}}.throws(ErrorCode::InvalidProgram, "no offsets");

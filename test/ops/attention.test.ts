@@ -108,6 +108,32 @@ cases(
   ),
 );
 
+cases(
+  'cross-attention',
+  [
+    { keys: [5], queries: [3], heads: 2, kvHeads: 2, dh: 4 },
+    { keys: [3, 1, 7], queries: [1, 9, 0], heads: 4, kvHeads: 2, dh: 6 },
+    { keys: [130, 2], queries: [2, 5], heads: 1, kvHeads: 1, dh: 3 },
+  ].map(({ keys, queries, heads, kvHeads, dh }): Case => {
+    const [n, r] = [keys, queries].map((lengths) => lengths.reduce((a, b) => a + b));
+    const make = inputs(n + r);
+    return {
+      name: `${queries} queries of segments of ${keys} keys, ${heads}/${kvHeads} heads of ${dh}`,
+      inputs: {
+        q: make.f32(['R', r], heads * dh),
+        k: make.f32(['N', n], kvHeads * dh),
+        v: make.f32(['N', n], kvHeads * dh),
+        offsets: make.i32(offsetsOf(keys), ['O', keys.length + 1]),
+        starts: make.i32(offsetsOf(queries), ['O', keys.length + 1]),
+      },
+      build: ({ q, k, v, offsets, starts }) => ({
+        y: attention(q, k, v, offsets, { heads, kvHeads, causal: false, scale: 1 / Math.sqrt(dh), queries: starts }),
+      }),
+      wrt: ['q', 'k', 'v'],
+    };
+  }),
+);
+
 cases('attention', [
   {
     name: 'large scores',

@@ -41,19 +41,31 @@ export interface HeadOptions {
 
 export interface AttentionOptions extends HeadOptions {
   causal: boolean;
+  /**
+   * Cross-attention: the rows of q are of other sequences, i32 [segments + 1] of them, and see all keys of the segment of the
+   * same number. Not causal.
+   */
+  queries?: Node;
 }
 
 /**
  * Softmax attention of every query over the rows of its own segment (causal: up to the row it stands at): q f32
  * [R, heads * dh], k and v f32 [N, kvHeads * dh], offsets i32 [segments + 1] of the N rows. R is N unless `selected`
- * says which rows are queries. What a query gets does not depend on the others, to the bit. Returns f32 of q's shape.
+ * says which rows are queries, or `queries` how many of other sequences. What a query gets does not depend on the others, to the
+ * bit. Returns f32 of q's shape.
  *
  * @throws InvalidArgumentError when shapes and heads do not fit; InvalidData at run when a selected row lies outside
- * its segment.
+ * its segment, or a segment has queries of another sequence and no keys.
  */
 export function attention(q: Node, k: Node, v: Node, offsets: Node, options: AttentionOptions): Node {
   const { heads, kvHeads, causal, scale, window = 0, softcap = 0 } = options;
-  const [rows, rowOffsets] = checkOptions('attention', q, k.shape[1], options, k);
+  if (options.queries && (causal || options.selected)) {
+    throw new InvalidArgumentError(
+      '[attention] queries of other sequences must see all keys: neither causal nor selected',
+    );
+  }
+  const [rows, selected] = checkOptions('attention', q, k.shape[1], options, options.queries ? undefined : k);
+  const rowOffsets = options.queries ?? selected;
   const inputs = [q, k, v, offsets, rows, rowOffsets];
   const attributes = [heads, kvHeads, causal ? 1 : 0, scale, window, softcap];
   return attentionOp.apply(inputs, attributes, { bind: { H: heads } })[0]!;
