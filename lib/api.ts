@@ -76,6 +76,7 @@ export type { SequenceState } from './infer/state.js';
 export type { Measured } from './infer/statistics.js';
 export type { ElasticTrace } from './infer/trace.js';
 export type {
+  BeamSampling,
   ClassifyOptions,
   ClassifyResult,
   ComputeReport,

@@ -10,6 +10,7 @@ import { parseBudget } from './shared.js';
 
 const optionKeys: readonly string[] = [
   ...['budget', 'adapter', 'maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'speculative', 'deadlineMs'],
+  ...['beams', 'lengthPenalty', 'earlyStopping'],
 ];
 
 /** A line with a prompt: a text or ids, and options that come before those of the command line. */
@@ -62,14 +63,14 @@ export async function generateBatch(
 }
 
 /** All that a generation gave, as --json prints it. */
-export async function generated({ network }: ElasticModel, stream: GenerateStream) {
+export async function generated({ loaded }: ElasticModel, stream: GenerateStream) {
   const [text, ids, finishReason, usage] = await Promise.all([
     stream.text,
     stream.ids,
     stream.finishReason,
     stream.usage,
   ]);
-  return { text: network.tokenizer ? text : null, ids, finishReason, usage };
+  return { text: loaded.tokenizer ? text : null, ids, finishReason, usage };
 }
 
 async function readLines(file: string): Promise<Line[]> {

@@ -11,7 +11,12 @@ export const generateCommand: Command = {
   summary: 'Generate text after a prompt, at a budget. The text goes to stdout as it comes.',
   positionals: '<model>',
   flags: {
-    prompt: { type: 'string', short: 'p', value: 'TEXT', help: 'text to continue (default: empty, a new text)' },
+    prompt: {
+      type: 'string',
+      short: 'p',
+      value: 'TEXT',
+      help: 'text to continue, or source of an encoder-decoder model (default: empty, a new text)',
+    },
     ids: { type: 'string', value: '1,2,...', help: 'token ids to continue instead of a text' },
     batch: {
       type: 'string',
@@ -44,6 +49,16 @@ export const generateCommand: Command = {
       help: 'tokens drafted at a time; auto: as many as save time, none if none do (default: auto)',
     },
     'max-tokens': { type: 'string', value: 'N', help: 'tokens to generate at most (default: 256)' },
+    beams: {
+      type: 'string',
+      value: 'N',
+      help: 'of an encoder-decoder model, texts that are searched side by side (default: as its directory says)',
+    },
+    'length-penalty': {
+      type: 'string',
+      value: 'P',
+      help: 'with beams, above 0 favours longer texts (default: likewise)',
+    },
     temperature: { type: 'string', value: 'T', help: '0 is greedy (default: 0)' },
     'top-k': { type: 'string', value: 'K', help: 'sample among the K most likely tokens (default: off)' },
     'top-p': { type: 'string', value: 'P', help: 'sample among the tokens that hold probability P (default: off)' },
@@ -52,7 +67,7 @@ export const generateCommand: Command = {
     ...loadFlags,
   },
   example:
-    'elastiform generate runs/tiny --prompt "Call me" --budget 0.6 --max-tokens 100\n  elastiform generate runs/tiny --prompt "Call me" --speculative --draft p60 --draft-tokens 4\n  elastiform generate runs/tiny --batch prompts.jsonl --max-tokens 100 > texts.jsonl',
+    'elastiform generate runs/tiny --prompt "Call me" --budget 0.6 --max-tokens 100\n  elastiform generate runs/tiny --prompt "Call me" --speculative --draft p60 --draft-tokens 4\n  elastiform generate runs/tiny --batch prompts.jsonl --max-tokens 100 > texts.jsonl\n  elastiform generate models/opus-mt --prompt "How are you?" --beams 4',
   async run(context) {
     const { flags, positionals, json, print, printJson } = context;
     const options = { ...generateOptions(flags), signal: context.signal };
@@ -70,7 +85,7 @@ export const generateCommand: Command = {
     if (batch !== undefined) return await generateBatch(context, model, batch, optionsAt);
     const stream = model.generate(prompt, optionsAt());
     if (!json) {
-      const hasText = model.network.tokenizer !== null;
+      const hasText = model.loaded.tokenizer !== null;
       for await (const chunk of stream) print(hasText ? chunk.text : `${chunk.token} `);
       print('\n');
     }
@@ -125,6 +140,8 @@ function generateOptions(flags: FlagReader): GenerateOptions {
   const options: GenerateOptions = {
     budget: budget === undefined ? undefined : parseBudget(budget),
     maxTokens: flags.integer('max-tokens', { min: 1 }),
+    beams: flags.integer('beams', { min: 1 }),
+    lengthPenalty: flags.number('length-penalty'),
     temperature: flags.number('temperature', { min: 0 }),
     topK: flags.integer('top-k', { min: 0 }),
     topP: flags.number('top-p', { min: 0, max: 1 }),

@@ -24,6 +24,45 @@ export const inspect: Command = {
     using checkpoint = Checkpoint.open(dir);
     const stored = [...new Set(checkpoint.names().map((name) => checkpoint.info(name).dtype))].sort();
     const parameters = `${info.parameters.toLocaleString('en-US')} stored as ${stored.join(', ')}`;
+    if ('settings' in loaded) {
+      const { spec, settings, sourceTokenizer, tokenizer } = loaded;
+      const { encoder, decoder } = spec;
+      const vocabOf = (side: typeof tokenizer) => side && { vocab: side.vocabSize };
+      if (json) {
+        const tokenizers = { source: vocabOf(sourceTokenizer), target: vocabOf(tokenizer) };
+        const { beams, lengthPenalty, earlyStopping } = settings;
+        printJson({
+          ...info,
+          dir,
+          stored,
+          encoderLayers: encoder.layers,
+          tokenizers,
+          beams,
+          lengthPenalty,
+          earlyStopping,
+        });
+        return 0;
+      }
+      const side = ({ layers, ffn, heads, headDim }: typeof decoder) =>
+        `${layers} layers, FFN ${ffn}, ${heads} heads of ${headDim}`;
+      const how = [
+        sourceTokenizer ? '' : ', no tokenizer.json',
+        tokenizer !== sourceTokenizer ? ', targets with a tokenizer of their own' : '',
+      ];
+      print(
+        columns([
+          ['architecture', `${info.architecture}, hidden ${info.hidden}`],
+          ['task', info.task],
+          ['encoder', side(encoder)],
+          ['decoder', `${side(decoder)}, and as many that read the source`],
+          ['parameters', parameters],
+          ['vocabulary', `${info.vocab}${how.join('')}`],
+          ['context', `${info.maxContext} of ${info.maxPositions} positions, for sources and for targets`],
+          ['search', settings.beams > 1 ? `${settings.beams} beams` : 'greedy'],
+        ]).replaceAll(/(?<=\S) {2,}/g, '  '),
+      );
+      return 0;
+    }
     if (!('routers' in loaded)) {
       const { pooling, normalize, tokenizer, policy } = loaded;
       if (json)

@@ -9,7 +9,6 @@ import { seedLimit } from './random.js';
 import type { SampledToken, Scheduler } from './scheduler.js';
 import { Generation, Sequence } from './sequence.js';
 import { checkSpeculative, type Draft, Speculation } from './speculate.js';
-import { StopFilter } from './stops.js';
 import { startStream } from './stream.js';
 import type {
   ComputeReport,
@@ -20,6 +19,7 @@ import type {
   PrefillOptions,
   Usage,
 } from './types.js';
+import { Writer } from './writer.js';
 
 const defaultMaxTokens = 256;
 const optionNames = [
@@ -31,15 +31,19 @@ const heldNames = ['budget', 'adapter'];
 /** Longest time of a timer, milliseconds, exclusive. */
 const timerLimit = 2 ** 31;
 
-interface Request {
-  readonly prompt: Int32Array;
-  readonly maxTokens: number;
+/** How tokens are chosen, and what ends a text besides their number; checked, with defaults. */
+export interface CheckedSampling {
   readonly temperature: number;
   readonly topK: number;
   readonly topP: number;
   readonly stop: readonly string[];
   readonly seed: number;
   readonly deadlineMs: number | undefined;
+}
+
+interface Request extends CheckedSampling {
+  readonly prompt: Int32Array;
+  readonly maxTokens: number;
   readonly budget: Budget;
   readonly point: OperatingPoint;
   readonly adapter: number;
@@ -139,28 +143,8 @@ function check(
   held: Held | null,
 ): Request {
   checkOptions('generate', options, held ? optionNames.filter((name) => !heldNames.includes(name)) : optionNames);
-  const {
-    maxTokens = defaultMaxTokens,
-    temperature = 0,
-    topK = 0,
-    topP = 1,
-    stop = [],
-    budget = held?.budget ?? defaultBudget(network),
-    deadlineMs,
-  } = options;
-  checkNumber('generate', 'maxTokens', maxTokens, positiveInteger, 'a positive integer');
-  checkNumber('generate', 'temperature', temperature, (t) => Number.isFinite(t) && t >= 0, 'zero or more');
-  checkNumber('generate', 'topK', topK, naturalNumber, 'an integer of zero or more');
-  checkNumber('generate', 'topP', topP, (p) => p > 0 && p <= 1, 'in (0, 1]');
-  checkNumber('generate', 'seed', options.seed, (s) => naturalNumber(s) && s < seedLimit, 'an integer in [0, 2^32)');
-  checkNumber('generate', 'deadlineMs', deadlineMs, (ms) => ms > 0 && ms < timerLimit, 'milliseconds in (0, 2^31)');
-  if (!Array.isArray(stop) || stop.some((s) => typeof s !== 'string' || s === '')) {
-    throw new InvalidArgumentError('[generate] stop must be a list of texts that are not empty');
-  }
-  if (stop.length > 0 && !network.tokenizer) {
-    throw new InvalidArgumentError('[generate] stop needs a tokenizer, and this model has no tokenizer.json');
-  }
-  checkSignal('generate', options.signal);
+  const { maxTokens = defaultMaxTokens, budget = held?.budget ?? defaultBudget(network) } = options;
+  const sampling = checkSampling(network, options);
   const ids = held ? moreIds(network, prompt) : promptIds(network, prompt);
   const given = (held?.sequence.ids.length ?? 0) + ids.length;
   // The last token generated needs no row of its own.
@@ -173,16 +157,37 @@ function check(
   return {
     prompt: ids,
     maxTokens: most,
-    temperature,
-    topK: Math.min(topK, network.spec.vocab),
-    topP,
-    stop,
-    seed: options.seed ?? Math.floor(Math.random() * seedLimit),
-    deadlineMs,
+    ...sampling,
     budget,
     point,
     adapter: adapterNumber('generate', network, options.adapter),
     draft: checkSpeculative(network, options.speculative, budget, point, resolve),
+  };
+}
+
+/** Throws InvalidArgumentError for values out of range. */
+export function checkSampling(
+  { spec, tokenizer }: { spec: { readonly vocab: number }; tokenizer: object | null },
+  options: GenerateOptions,
+): CheckedSampling {
+  const { temperature = 0, topK = 0, topP = 1, stop = [], deadlineMs, seed } = options;
+  checkNumber('generate', 'maxTokens', options.maxTokens, positiveInteger, 'a positive integer');
+  checkNumber('generate', 'temperature', temperature, (t) => Number.isFinite(t) && t >= 0, 'zero or more');
+  checkNumber('generate', 'topK', topK, naturalNumber, 'an integer of zero or more');
+  checkNumber('generate', 'topP', topP, (p) => p > 0 && p <= 1, 'in (0, 1]');
+  checkNumber('generate', 'seed', seed, (s) => naturalNumber(s) && s < seedLimit, 'an integer in [0, 2^32)');
+  checkNumber('generate', 'deadlineMs', deadlineMs, (ms) => ms > 0 && ms < timerLimit, 'milliseconds in (0, 2^31)');
+  if (!Array.isArray(stop) || stop.some((s) => typeof s !== 'string' || s === '')) {
+    throw new InvalidArgumentError('[generate] stop must be a list of texts that are not empty');
+  }
+  if (stop.length > 0 && !tokenizer) {
+    throw new InvalidArgumentError('[generate] stop needs a tokenizer, and this model has no tokenizer.json');
+  }
+  checkSignal('generate', options.signal);
+  return {
+    ...{ temperature, topP, stop, deadlineMs },
+    topK: Math.min(topK, spec.vocab),
+    seed: seed ?? Math.floor(Math.random() * seedLimit),
   };
 }
 
@@ -266,19 +271,15 @@ async function run(
       await sequence.admit(given + maxTokens - 1, signal);
       admitted = performance.now();
       sequence.ids.push(...prompt);
-      const decoded = tokenizer?.stream([...sequence.ids]);
-      const filter = new StopFilter(request.stop);
+      const decoded = tokenizer?.stream([...sequence.ids]) ?? null;
+      const writer = new Writer({ decoded, stop: request.stop, endIds, maxTokens, emit });
       // Whether generation goes on after a token.
-      const take = ({ token, logprob }: SampledToken): boolean => {
+      const take = (next: SampledToken): boolean => {
         sampled++;
-        sequence.ids.push(token);
-        const ended = endIds.has(token);
-        const last = ended || sampled === maxTokens;
-        const piece = ended ? '' : (decoded?.push(token) ?? '');
-        const { text, stopped } = filter.push(last ? piece + (decoded?.end() ?? '') : piece);
-        emit({ text: last && !stopped ? text + filter.end() : text, token, logprob });
-        if (ended || stopped) reason = 'stop';
-        return !(last || stopped);
+        sequence.ids.push(next.token);
+        const more = writer.take(next);
+        if (writer.stopped) reason = 'stop';
+        return more;
       };
       let next = [(await generation.read(given))!];
       prefilled = performance.now();

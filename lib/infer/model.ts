@@ -5,7 +5,8 @@ import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
 import { encoderParameters } from '../model/encoder_weights.js';
 import { forwardFlops } from '../model/flops.js';
-import { isEncoderConfig } from '../model/spec.js';
+import { seq2seqParameters } from '../model/seq2seq_weights.js';
+import { isEncoderConfig, isSeq2SeqConfig, type ModelSpec } from '../model/spec.js';
 import { parameterPlan } from '../model/weights.js';
 import { DisposedError, InvalidArgumentError } from '../native/errors.js';
 import type { TypedArray } from '../native/index.js';
@@ -28,6 +29,8 @@ import {
   packedDims,
 } from './programs.js';
 import { Scheduler } from './scheduler.js';
+import { Seq2Seq } from './seq2seq.js';
+import { loadSeq2Seq, type Seq2SeqNetwork } from './seq2seq_network.js';
 import { SequenceState } from './state.js';
 import { choosesTokens, type ElasticTrace, traceOf } from './trace.js';
 import type {
@@ -69,7 +72,7 @@ export interface ScoreOptions extends Omit<CallOptions, 'budget' | 'adapter'> {
 }
 
 /**
- * Loads a Hugging Face directory (Llama, Qwen or Gemma family, GPT-2, or an encoder: BERT, RoBERTa, DistilBERT) or one that `elastify` or `distill` wrote. Weights are mapped
+ * Loads a Hugging Face directory (Llama, Qwen or Gemma family, GPT-2, an encoder: BERT, RoBERTa, DistilBERT, or an encoder-decoder model: BART, mBART, Marian) or one that `elastify` or `distill` wrote. Weights are mapped
  * and shared by all budgets. Dispose of the model when done, or declare it with `await using`.
  *
  * @throws InvalidFileError, InvalidDataError: a file is missing, corrupt or of an unknown kind; the message names it.
@@ -77,7 +80,7 @@ export interface ScoreOptions extends Omit<CallOptions, 'budget' | 'adapter'> {
  */
 export async function loadModel(dir: string, options: LoadOptions = {}): Promise<ElasticModel> {
   const start = await readModelConfig(dir, options);
-  const load = isEncoderConfig(start.config) ? loadEncoder : loadNetwork;
+  const load = isEncoderConfig(start.config) ? loadEncoder : isSeq2SeqConfig(start.config) ? loadSeq2Seq : loadNetwork;
   return new ElasticModel(await load(dir, options, start));
 }
 
@@ -92,18 +95,20 @@ interface Decoder {
 export class ElasticModel implements AsyncDisposable {
   /** What the model is. */
   readonly info: ModelInfo;
-  readonly #model: Decoder | Encoder;
+  readonly #model: Decoder | Encoder | Seq2Seq;
   readonly #closed = new AbortController();
 
   /** @internal Made by `loadModel`. */
-  constructor(network: Network | EncoderNetwork) {
-    this.#model = isEncoder(network)
-      ? new Encoder(network)
-      : {
-          network,
-          generation: { network, scheduler: new Scheduler(network), closed: this.#closed.signal },
-          programs: new ProgramCache(network),
-        };
+  constructor(network: AnyNetwork) {
+    if (isSeq2Seq(network)) this.#model = new Seq2Seq(network, this.#closed.signal);
+    else if (isEncoder(network)) this.#model = new Encoder(network);
+    else {
+      this.#model = {
+        network,
+        generation: { network, scheduler: new Scheduler(network), closed: this.#closed.signal },
+        programs: new ProgramCache(network),
+      };
+    }
     this.info = infoOf(network);
   }
 
@@ -112,8 +117,8 @@ export class ElasticModel implements AsyncDisposable {
     return this.#decoder('model').network;
   }
 
-  /** @internal What a decoder or an encoder is loaded as. */
-  get loaded(): Network | EncoderNetwork {
+  /** @internal What a model is loaded as. */
+  get loaded(): AnyNetwork {
     return this.#model.network;
   }
 
@@ -131,13 +136,15 @@ export class ElasticModel implements AsyncDisposable {
   }
 
   /**
-   * Generates text after `prompt`, a text or token ids; an empty one starts a new text. Begins at once, or when others have
+   * Generates text after `prompt`, a text or token ids; an empty one starts a new text. An encoder-decoder model writes a text of
+   * its own for `prompt`, its source, by beam search where its directory says so; its chunks come then at the end. Begins at once, or when others have
    * made room; generations at once share runs, each with the result that it has alone.
    * @throws InvalidArgumentError: unknown option, value out of range, token id past the vocabulary, prompt longer than
    * the context, more tokens than `kvCacheBytes` holds keys of.
    */
   generate(prompt: string | readonly number[], options: GenerateOptions = {}): GenerateStream {
     this.#alive('generate');
+    if (this.#model instanceof Seq2Seq) return this.#model.generate(prompt, options);
     return generate(this.#decoder('generate').generation, prompt, options);
   }
 
@@ -282,7 +289,7 @@ export class ElasticModel implements AsyncDisposable {
   async dispose(): Promise<void> {
     if (this.#closed.signal.aborted) return;
     this.#closed.abort(new DisposedError('[model] it was disposed'));
-    if (this.#model instanceof Encoder) this.#model.dispose();
+    if (this.#model instanceof Encoder || this.#model instanceof Seq2Seq) this.#model.dispose();
     else {
       this.#model.generation.scheduler.dispose();
       this.#model.programs.dispose();
@@ -300,6 +307,7 @@ export class ElasticModel implements AsyncDisposable {
   }
 
   #decoder(api: string): Decoder {
+    if (this.#model instanceof Seq2Seq) throw this.#notForSeq2Seq(api, this.#model);
     if (!(this.#model instanceof Encoder)) return this.#model;
     const { dir, spec } = this.#model.network;
     throw new InvalidArgumentError(
@@ -309,10 +317,17 @@ export class ElasticModel implements AsyncDisposable {
 
   #encoder(api: string): Encoder {
     this.#alive(api);
+    if (this.#model instanceof Seq2Seq) throw this.#notForSeq2Seq(api, this.#model);
     if (this.#model instanceof Encoder) return this.#model;
     const { dir, spec } = this.#model.network;
     throw new InvalidArgumentError(
       `[${api}] ${dir} is a decoder (${spec.type}, causal-lm), and this needs an encoder; decoders run generate and score`,
+    );
+  }
+
+  #notForSeq2Seq(api: string, { network: { dir, spec } }: Seq2Seq): InvalidArgumentError {
+    return new InvalidArgumentError(
+      `[${api}] ${dir} is an encoder-decoder model (${spec.type}, seq2seq-lm), which runs generate alone`,
     );
   }
 
@@ -375,29 +390,32 @@ export class ElasticModel implements AsyncDisposable {
   }
 }
 
+type AnyNetwork = Network | EncoderNetwork | Seq2SeqNetwork;
+
+const isSeq2Seq = (network: AnyNetwork): network is Seq2SeqNetwork => 'decoder' in network.spec;
 const isEncoder = (network: Network | EncoderNetwork): network is EncoderNetwork => network.spec.encoder !== null;
 
 /** A text alone is a list of one. */
 const textsOf = (inputs: string | readonly TextInput[]): readonly TextInput[] =>
   typeof inputs === 'string' ? [inputs] : inputs;
 
-function infoOf(network: Network | EncoderNetwork): ModelInfo {
+function infoOf(network: AnyNetwork): ModelInfo {
+  const { maxContext, weightBytes } = network;
+  if (isSeq2Seq(network)) {
+    const { spec } = network;
+    const plain = { labels: [], elastic: false, calibrated: false, routerParameters: 0, levels: [], adapters: [] };
+    return {
+      ...sizesOf(spec.decoder),
+      ...{ task: 'seq2seq-lm', maxContext, weightBytes, parameters: seq2seqParameters(spec), ...plain },
+    };
+  }
   const { spec } = network;
   const { policy } = network;
   return {
-    task: spec.encoder?.task ?? 'causal-lm',
-    architecture: spec.type,
-    layers: spec.layers,
-    hidden: spec.hidden,
-    ffn: spec.ffn,
-    heads: spec.heads,
-    kvHeads: spec.kvHeads,
+    ...sizesOf(spec),
+    ...{ task: spec.encoder?.task ?? 'causal-lm', maxContext, weightBytes },
     labels: spec.encoder?.labels ?? [],
-    vocab: spec.vocab,
-    maxPositions: spec.maxPositions,
-    maxContext: network.maxContext,
     parameters: isEncoder(network) ? encoderParameters(network.spec) : parameterPlan(spec).size,
-    weightBytes: network.weightBytes,
     elastic: policy !== null,
     calibrated: policy?.calibration != null || policy?.nested !== undefined || policy?.exits !== undefined,
     routerParameters: policy ? routerParameters(policy) : 0,
@@ -405,3 +423,7 @@ function infoOf(network: Network | EncoderNetwork): ModelInfo {
     levels: policy?.levels ?? [],
   };
 }
+
+const sizesOf = ({ type, layers, hidden, ffn, heads, kvHeads, vocab, maxPositions }: ModelSpec) => ({
+  ...{ architecture: type, layers, hidden, ffn, heads, kvHeads, vocab, maxPositions },
+});

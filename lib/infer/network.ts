@@ -21,8 +21,8 @@ import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import type { Dtype, LoadOptions } from './types.js';
 
 /** Contexts are no longer than this unless asked for: a cache holds all of one. */
-const defaultContext = 4096;
-const defaultSequences = 32;
+export const defaultContext = 4096;
+export const defaultSequences = 32;
 const dtypes: readonly Dtype[] = ['f32', 'bf16', 'f16'];
 
 type Disposer = { dispose(): void };

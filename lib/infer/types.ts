@@ -78,6 +78,19 @@ export interface Sampling {
   seed?: number;
 }
 
+/** How encoder-decoder models search for the likeliest text. Defaults as the directory's generation_config.json says. */
+export interface BeamSampling {
+  /** Texts that are continued side by side; 1 is greedy. With a temperature it must be 1. */
+  beams?: number;
+  /** Log-probabilities of texts are divided by their number of tokens to this power: above 0 favours longer ones. */
+  lengthPenalty?: number;
+  /**
+   * When to stop: as soon as as many texts have ended as there are beams (true), when none that goes on is better already (false),
+   * or when none can become better ('never').
+   */
+  earlyStopping?: boolean | 'never';
+}
+
 /** Tokens are drafted at a cheaper budget and verified together at the call's own; see docs/speculative.md. */
 export interface SpeculativeOptions {
   /** Must cost less than the call's budget. */
@@ -86,8 +99,8 @@ export interface SpeculativeOptions {
   tokens?: number | 'auto';
 }
 
-/** Options of `generate`. */
-export interface GenerateOptions extends Sampling {
+/** Options of `generate`. Those of beam search are for encoder-decoder models, those of budgets and drafts for decoders. */
+export interface GenerateOptions extends Sampling, BeamSampling {
   /** Default 'full', or the `maxLevel` that the model was loaded up to. */
   budget?: Budget;
   /** Name of one of the `adapters` that the model was loaded with. Default none. */
@@ -185,9 +198,10 @@ export interface LoadOptions {
 
 /** What a model is: its sizes, and what is elastic about it. */
 export interface ModelInfo {
-  task: 'causal-lm' | EncoderTask;
+  task: 'causal-lm' | 'seq2seq-lm' | EncoderTask;
   /** Family of the configuration, such as `llama`. */
   architecture: string;
+  /** Of an encoder-decoder model, those of the decoder. */
   layers: number;
   /** Features of the residual stream. */
   hidden: number;

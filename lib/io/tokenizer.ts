@@ -68,7 +68,7 @@ interface Backend {
   get_added_tokens_decoder(): Map<number, { special: boolean }>;
 }
 
-const MODEL_TYPES = ['BPE', 'Unigram', 'WordPiece'];
+const MODEL_TYPES = ['BPE', 'Unigram', 'WordPiece', 'WordLevel'];
 const MAX_ID = 1 << 24;
 // Tokens of context that decide how the next one decodes.
 const CONTEXT = 8;
@@ -76,10 +76,11 @@ const CONTEXT = 8;
 /**
  * Loads `tokenizer.json`, and `tokenizer_config.json` when it is there.
  *
+ * @param name of another file in place of tokenizer.json
  * @throws InvalidFileError naming the file that is missing or corrupt.
  */
-export async function loadTokenizer(directory: string): Promise<Tokenizer> {
-  const path = join(directory, 'tokenizer.json');
+export async function loadTokenizer(directory: string, name = 'tokenizer.json'): Promise<Tokenizer> {
+  const path = join(directory, name);
   const configPath = join(directory, 'tokenizer_config.json');
   const json = await readJson(path);
   const config = existsSync(configPath) ? await readJson(configPath) : {};
@@ -230,9 +231,14 @@ function build(path: string, json: unknown, config: Record<string, unknown>): Ba
   const vocab = model.vocab;
   const valid = Array.isArray(vocab) ? vocab.length < MAX_ID : isObject(vocab) && Object.values(vocab).every(isId);
   if (!valid) throw fail(`model.vocab does not map tokens to ids below ${MAX_ID}`);
+  // A word that is no token and a word of pieces that no token continues with are both unknown.
+  const known =
+    model.type === 'WordLevel'
+      ? { ...model, type: 'WordPiece', continuing_subword_prefix: '\0', max_input_chars_per_word: MAX_ID }
+      : model;
   const parts = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null };
   try {
-    return new HuggingFaceTokenizer({ ...parts, ...json, added_tokens: added }, config);
+    return new HuggingFaceTokenizer({ ...parts, ...json, model: known, added_tokens: added }, config);
   } catch (error) {
     throw fail(`cannot be loaded: ${(error as Error).message}`, error);
   }

@@ -14,6 +14,7 @@ import {
   gaussianTopk,
   type HeadOptions,
   layerNorm,
+  linear,
   linearAdd,
   type Routed,
   rmsNorm,
@@ -24,6 +25,7 @@ import {
 import { InvalidArgumentError } from '../native/errors.js';
 import { type Matrix, matrix, type ProductRows, product, productAdd, productGated, weightPart } from './products.js';
 import type { EnteredRows, ExpertSelection, Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
+import type { CrossWeights } from './seq2seq_weights.js';
 import { layerOf, type ModelSpec } from './spec.js';
 import type { Affine, DecoderNodes, LayerWeights } from './weights.js';
 
@@ -195,6 +197,27 @@ export function attentionBlock(
       return attend(q, shared[Math.floor((part.index * kvHeads) / count)], shape, { rows: keep ? at : rows, offsets });
     },
   });
+}
+
+/** Keys and values of sources: f32 [N, kvHeads * headDim] and their segments, or in a cache, for targets of one new row each. */
+export type CrossKeys = { readonly k: Node; readonly v: Node; readonly offsets: Node } | { readonly cache: Cache };
+
+/** `residual + o(attention(q, k, v))` of the normalised rows of targets and the keys and values of their sources. */
+export function crossAttentionBlock(
+  { spec, offsets }: BlockContext,
+  residual: Node,
+  weights: CrossWeights<Node>,
+  keys: CrossKeys,
+): Node {
+  const { heads, kvHeads, scoreScale: scale } = spec;
+  const x = spec.normPlace === 'pre' ? norm(spec, residual, weights.norm) : residual;
+  const q = linear(x, weights.q.weight, { bias: weights.q.bias });
+  // The last row that a cache holds sees all of them.
+  const y =
+    'cache' in keys
+      ? attentionCached(q, offsets, keys.cache, { heads, kvHeads, scale })
+      : attention(q, keys.k, keys.v, keys.offsets, { heads, kvHeads, scale, causal: false, queries: offsets });
+  return linearAdd(residual, y, weights.o.weight, { bias: weights.o.bias });
 }
 
 function sharedKeys({ keys }: BlockContext, layer: number, owner: number): LayerKeys {

@@ -1,5 +1,6 @@
 // The compute of the full model by formula, counted as the kernels count it: a multiply and an add are two.
 import type { Place } from './select.js';
+import type { Seq2SeqSpec } from './seq2seq_spec.js';
 import { type EncoderSpec, type LayerSpec, layerOf, type ModelSpec } from './spec.js';
 
 /** Keys that a query with `keys` up to its own sees through a window; 0: all. */
@@ -137,4 +138,16 @@ export function encoderFlops(
   if (end === 'exit') return dense + 2 * lengths.length * hidden * encoder.labels.length;
   const classifies = encoder.task === 'sequence-classification';
   return dense + (classifies ? classifierFlops(spec, lengths.length) : 2 * rows * hidden * (hidden + vocab));
+}
+
+/** FLOPs of reading a source of so many tokens, with the keys and values that the layers of the decoder see of it. */
+export function sourceFlops({ encoder, decoder }: Seq2SeqSpec, tokens: number): number {
+  return encoderFlops(encoder, [tokens], 'none') + decoder.layers * keyValueFlops(decoder, tokens);
+}
+
+/** FLOPs of one token of a target after so many, its logits included, for a source of so many tokens. */
+export function targetFlops({ decoder }: Seq2SeqSpec, before: number, source: number): number {
+  const { hidden, heads, headDim, layers } = decoder;
+  const cross = 2 * hidden * headDim * heads * 2 + 4 * headDim * heads * source;
+  return forwardFlops(decoder, [1], { cached: [before] }).total + layers * cross;
 }

@@ -5,7 +5,7 @@ import { gemma3nSettings, normalQuantile } from './gemma3n.js';
 import { type LayerType, rotaryFrequencies, rotaryFrequenciesByType, typesOfLayers } from './rope.js';
 
 /** Names and layouts of the weights. */
-export type Family = 'llama' | 'gpt2' | 'bert' | 'roberta' | 'distilbert';
+export type Family = 'llama' | 'gpt2' | 'bert' | 'roberta' | 'distilbert' | 'bart';
 
 /** What layers of one model may have different. */
 export interface LayerSpec {
@@ -138,6 +138,7 @@ export function configWithWidths(
 
 const ACTS: Readonly<Record<string, Act>> = {
   silu: 'silu',
+  swish: 'silu',
   gelu: 'gelu',
   gelu_new: 'gelu_tanh',
   gelu_pytorch_tanh: 'gelu_tanh',
@@ -187,6 +188,13 @@ export const encoderTypes = ['bert', 'roberta', 'xlm-roberta', 'distilbert'] as 
 export const isEncoderConfig = (json: unknown): boolean =>
   encoderTypes.some((type) => type === (json as { model_type?: unknown } | null)?.model_type);
 
+/** `model_type` of encoder-decoder models (seq2seq_spec.ts). */
+export const seq2seqTypes = ['bart', 'mbart', 'marian'] as const;
+
+/** Whether a parsed config.json is an encoder-decoder model's. */
+export const isSeq2SeqConfig = (json: unknown): boolean =>
+  seq2seqTypes.some((type) => type === (json as { model_type?: unknown } | null)?.model_type);
+
 /**
  * Reads a decoder's parsed config.json. Fields that are absent have the defaults of transformers.
  *
@@ -199,6 +207,13 @@ export function specFromConfig(json: unknown, file: string): ModelSpec {
     throw config.error(
       'model_type',
       'must be that of a decoder: encoders classify and embed texts',
+      config.value('model_type'),
+    );
+  }
+  if (isSeq2SeqConfig(json)) {
+    throw config.error(
+      'model_type',
+      'must be that of a decoder: encoder-decoder models write texts for a source, with generate',
       config.value('model_type'),
     );
   }

@@ -117,6 +117,7 @@ const PREFIX = {
   bert: 'bert.',
   roberta: 'roberta.',
   distilbert: 'distilbert.',
+  bart: 'model.',
 } as const;
 
 /** A tensor's name in the checkpoint of a model with a head. */

@@ -78,6 +78,15 @@ test('semantic-search ranks texts by their vectors, and tells classes where ther
   }
 });
 
+test('write-for-source writes for all sources, and beams cost more', () => {
+  const output = run('write-for-source.mjs', join(root, 'test/golden/seq2seq/marian'), '5,9,14,2', '7,2');
+  expect(output).toContain('marian, 3 layers of the decoder');
+  const costs = numbers(output, /^beams [14]: [\d,]+ -> [\d,]+ \(\d+ tokens, ([\d.]+) million/gm);
+  expect(costs).toHaveLength(4);
+  expect(costs[2]).toBeGreaterThan(costs[0]);
+  expect(costs[3]).toBeGreaterThan(costs[1]);
+});
+
 test('stream-and-abort ends early both ways', () => {
   const output = run('stream-and-abort.mjs');
   expect(output).toContain('left after 10 tokens: abort');

@@ -21,6 +21,20 @@ export const encoderDirectory = (name: string): string => join(goldenDirectory, 
 export const readCases = (name: string): { texts: string[]; ids: number[]; types: number[]; truncated: number }[] =>
   JSON.parse(readFileSync(join(encoderDirectory(name), 'cases.json'), 'utf8'));
 
+/** Encoder-decoder models, and the directory of one. */
+export const seq2seqNames: readonly string[] = readdirSync(join(goldenDirectory, 'seq2seq'));
+export const seq2seqDirectory = (name: string): string => join(goldenDirectory, 'seq2seq', name);
+
+/** Sources and targets, and what `generate` of transformers writes for them. */
+export interface Seq2SeqCases {
+  sources: number[][];
+  targets: number[][];
+  special: Record<string, number | null>;
+  generations: { source: number; settings: Record<string, unknown>; ids: number[]; score: number | null }[];
+}
+export const readSeq2SeqCases = (name: string): Seq2SeqCases =>
+  JSON.parse(readFileSync(join(seq2seqDirectory(name), 'cases.json'), 'utf8'));
+
 export const readSpec = (directory: string): ModelSpec => {
   const path = join(directory, 'config.json');
   return specFromConfig(JSON.parse(readFileSync(path, 'utf8')), path);

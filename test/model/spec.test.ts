@@ -256,7 +256,10 @@ describe('specFromConfig', () => {
     [{ ...llama, head_dim: 7 }, 'head_dim must be even'],
     [{ ...llama, rms_norm_eps: -1 }, 'rms_norm_eps must be a positive number, got -1'],
     [{ ...llama, rms_norm_eps: 'x' }, 'rms_norm_eps must be a positive number'],
-    [{ ...llama, hidden_act: 'quick_gelu' }, 'hidden_act must be one of silu, gelu, gelu_new, gelu_pytorch_tanh, relu'],
+    [
+      { ...llama, hidden_act: 'quick_gelu' },
+      'hidden_act must be one of silu, swish, gelu, gelu_new, gelu_pytorch_tanh, relu',
+    ],
     [{ ...llama, hidden_act: 'toString' }, 'hidden_act must be one of'],
     [{ ...llama, attention_bias: 1 }, 'attention_bias must be true or false'],
     [{ ...llama, rope_theta: 0 }, 'rope_theta must be a positive number'],

@@ -1,0 +1,146 @@
+// An encoder-decoder model assembled from blocks: from a source to its features, and from these and a target to logits.
+import type { Graph, Node } from '../graph/graph.js';
+import { type Cache, cacheAppend, linear } from '../graph/index.js';
+import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForwardBlock, norm } from './blocks.js';
+import type { DecoderInputs } from './decoder.js';
+import type { EncoderInputs } from './encoder.js';
+import { selectEverything } from './select.js';
+import type { Seq2SeqSpec } from './seq2seq_spec.js';
+import type { CrossWeights, Seq2SeqNodes, StackWeights } from './seq2seq_weights.js';
+import type { ModelSpec } from './spec.js';
+import type { Affine, LayerWeights } from './weights.js';
+
+/** Tags that work is counted under: sub-layers of the decoder as in any, those of the encoder with E. */
+export const seq2seqTag = (stack: 'encoder' | 'decoder', layer: number, place: 'attn' | 'cross' | 'mlp'): string =>
+  `${stack === 'encoder' ? 'E' : 'L'}${layer}.${place}`;
+
+/** What the decoder reads of its sources: their features, or keys and values that were made of them, by layer. */
+export type Source =
+  | {
+      /** f32 [N, D], all sources end to end. */
+      readonly features: Node;
+      /** i32 [S + 1] */
+      readonly offsets: Node;
+    }
+  | { readonly caches: (layer: number) => Cache };
+
+/** Features of sources, f32 [N, D]. Work is counted under `embed`, `E{layer}.attn`, `E{layer}.mlp`. */
+export function encodeSource(
+  graph: Graph,
+  spec: Seq2SeqSpec,
+  weights: Seq2SeqNodes,
+  inputs: Pick<EncoderInputs, 'ids' | 'positions' | 'offsets'>,
+): Node {
+  const { encoder } = weights;
+  const context = contextOf(graph, spec.encoder, inputs);
+  let x = start(graph, spec.encoder, weights.embed, encoder, inputs);
+  encoder.layers.forEach((layer, i) => {
+    x = selfAttention(context, 'encoder', i, x, layer);
+    x = feedForward(context, 'encoder', i, x, layer);
+  });
+  return encoder.finalNorm ? graph.tag('embed', () => norm(spec.encoder, x, encoder.finalNorm!)) : x;
+}
+
+/** Appends the keys and values that every layer of the decoder sees of sources with such features; counted under `L{layer}.cross`. */
+export function cacheSource(
+  graph: Graph,
+  weights: Seq2SeqNodes,
+  { features, offsets }: { features: Node; offsets: Node },
+  caches: (layer: number) => Cache,
+): void {
+  weights.decoder.layers.forEach(({ cross }, i) => {
+    graph.tag(seq2seqTag('decoder', i, 'cross'), () => {
+      const { k, v } = crossKeys(cross, features);
+      cacheAppend(k, v, offsets, caches(i));
+    });
+  });
+}
+
+const crossKeys = ({ k, v }: Pick<CrossWeights<Node>, 'k' | 'v'>, features: Node) => ({
+  k: linear(features, k.weight, { bias: k.bias }),
+  v: linear(features, v.weight, { bias: v.bias }),
+});
+
+/**
+ * What the last layer of the decoder gives, f32 [N, D]. Work is counted under `embed`, `L{layer}.attn`, `L{layer}.cross`,
+ * `L{layer}.mlp`.
+ *
+ * @param inputs.caches of self-attention, to continue targets from earlier runs
+ * @param source segment s of the targets reads source s; from caches only targets of one new row each
+ */
+export function decodeTarget(
+  graph: Graph,
+  spec: Seq2SeqSpec,
+  weights: Seq2SeqNodes,
+  inputs: DecoderInputs,
+  source: Source,
+): Node {
+  const { decoder } = weights;
+  const context = contextOf(graph, spec.decoder, inputs);
+  let x = start(graph, spec.decoder, weights.embed, decoder, inputs);
+  decoder.layers.forEach((layer, i) => {
+    x = selfAttention(context, 'decoder', i, x, layer, inputs.caches);
+    x = graph.tag(seq2seqTag('decoder', i, 'cross'), () => {
+      const keys =
+        'caches' in source
+          ? { cache: source.caches(i) }
+          : { ...crossKeys(layer.cross, source.features), offsets: source.offsets };
+      return leave(spec.decoder, crossAttentionBlock(context, x, layer.cross, keys), layer.cross.norm);
+    });
+    x = feedForward(context, 'decoder', i, x, layer);
+  });
+  return decoder.finalNorm ? graph.tag('head', () => norm(spec.decoder, x, decoder.finalNorm!)) : x;
+}
+
+/** Logits of all rows of what `decodeTarget` gives: f32 [N, vocab]. Counted under `head`. */
+export function targetLogits(graph: Graph, { head }: Seq2SeqNodes, x: Node): Node {
+  return graph.tag('head', () => linear(x, head.weight, { bias: head.bias }));
+}
+
+const contextOf = (
+  graph: Graph,
+  spec: ModelSpec,
+  { positions, offsets }: Pick<DecoderInputs, 'positions' | 'offsets'>,
+): BlockContext => ({ graph, spec, positions, offsets, selector: selectEverything, keys: new Map() });
+
+function start(
+  graph: Graph,
+  spec: ModelSpec,
+  table: Node,
+  { positions, embedNorm }: StackWeights<Node, unknown>,
+  inputs: Pick<DecoderInputs, 'ids' | 'positions'>,
+): Node {
+  return graph.tag('embed', () => {
+    const x = embed(spec, { embed: table, positions }, inputs.ids, inputs.positions);
+    return embedNorm ? norm(spec, x, embedNorm) : x;
+  });
+}
+
+// Where norms come after sub-layers, they are of the residual stream.
+const leave = (spec: ModelSpec, x: Node, after: Affine<Node>): Node =>
+  spec.normPlace === 'post' ? norm(spec, x, after) : x;
+
+function selfAttention(
+  context: BlockContext,
+  stack: 'encoder' | 'decoder',
+  i: number,
+  x: Node,
+  layer: LayerWeights<Node>,
+  caches?: DecoderInputs['caches'],
+): Node {
+  return context.graph.tag(seq2seqTag(stack, i, 'attn'), () =>
+    leave(context.spec, attentionBlock(context, i, x, layer, caches && ((parts) => caches(i, parts))), layer.norm1),
+  );
+}
+
+function feedForward(
+  context: BlockContext,
+  stack: 'encoder' | 'decoder',
+  i: number,
+  x: Node,
+  layer: LayerWeights<Node>,
+): Node {
+  return context.graph.tag(seq2seqTag(stack, i, 'mlp'), () =>
+    leave(context.spec, feedForwardBlock(context, i, x, layer), layer.norm2),
+  );
+}
