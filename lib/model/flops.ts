@@ -132,7 +132,8 @@ export function encoderFlops(
   let dense = from === 0 ? 2 * rows * (encoder.embeddingRank ?? 0) * hidden : 0;
   for (let i = from; i < to; i++) {
     const layer = layerOf(spec, i);
-    dense += attentionFlops(layer, lengths) + feedForwardFlops({ ...layer, ffn: widths?.[i] ?? layer.ffn }, rows);
+    const { gated, ffn } = layer;
+    dense += attentionFlops(layer, lengths) + feedForwardFlops({ hidden, gated, ffn: widths?.[i] ?? ffn }, rows);
   }
   if (end === 'none') return dense;
   if (end === 'exit') return dense + 2 * lengths.length * hidden * encoder.labels.length;

@@ -112,11 +112,18 @@ export interface ModelSpec {
 /** A model whose rows see all rows of their sequence. */
 export type EncoderSpec = ModelSpec & { readonly encoder: EncoderTraits };
 
+// FLOPs are computed for every text: a spec is spread once a layer.
+const layersOf = new WeakMap<ModelSpec, (ModelSpec & LayerSpec)[]>();
+
 /** A model as one layer of it is. */
-export const layerOf = (spec: ModelSpec, layer: number): ModelSpec & LayerSpec => ({
-  ...spec,
-  ...spec.perLayer[layer],
-});
+export function layerOf(spec: ModelSpec, layer: number): ModelSpec & LayerSpec {
+  let layers = layersOf.get(spec);
+  if (!layers) {
+    layers = spec.perLayer.map((own) => ({ ...spec, ...own }));
+    layersOf.set(spec, layers);
+  }
+  return layers[layer];
+}
 
 /**
  * The content of a config.json for the same model with other widths of feed-forwards, [layers]: one width in the architecture's own
