@@ -60,7 +60,8 @@ async function measure(loaded, model, { target, granularity, rank }) {
   const { tokens, sequences, levels } = await evaluate(loaded, {
     data: model.heldOut,
     calibration: model.train.slice(0, 20),
-    budgets: ['full', even, divided],
+    // Corrections of a small model may cost more than skipping saves: then there is nothing to divide.
+    budgets: ['full', even, ...(divided < 1 ? [divided] : [])],
     baselines: rank > 0 ? [] : ['random', 'drop'],
     sequenceLength: SETTINGS.length,
     limit: SETTINGS.limit,
