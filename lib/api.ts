@@ -7,6 +7,13 @@
 // What TypeScript and the API reference read; index.ts is what runs.
 export { type CacheTeacherOptions, cacheTeacher } from './distill/cache.js';
 export type { Metric } from './distill/classifier.js';
+export {
+  type CostEffConfig,
+  type CostEffModel,
+  type CostEffResult,
+  costEff,
+  type StageConfig,
+} from './distill/cost_eff.js';
 export type { DataSource } from './distill/data.js';
 export { type DistillConfig, distill } from './distill/distill.js';
 export {
@@ -19,6 +26,7 @@ export {
 } from './distill/events.js';
 export type { ExampleFields, ExampleSource } from './distill/examples.js';
 export { type ExampleConfig, type FinetuneConfig, type FinetuneResult, finetune } from './distill/finetune.js';
+export type { Allocation } from './distill/importance.js';
 export type { LossTerm } from './distill/objectives.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { type ElastifyOptions, elastify } from './distill/rank.js';

@@ -10,6 +10,8 @@ export { agreementChart, levelsCsv, lineChart, qualityChart, reportHtml } from '
 
 export const cacheTeacher: typeof import('./distill/cache.js').cacheTeacher = async (...args) =>
   (await import('./distill/cache.js')).cacheTeacher(...args);
+export const costEff: typeof import('./distill/cost_eff.js').costEff = async (...args) =>
+  (await import('./distill/cost_eff.js')).costEff(...args);
 export const distill: typeof import('./distill/distill.js').distill = async (...args) =>
   (await import('./distill/distill.js')).distill(...args);
 export const pretrain: typeof import('./distill/pretrain.js').pretrain = async (...args) =>

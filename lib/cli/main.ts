@@ -61,6 +61,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'train an encoder on labelled texts',
     load: async () => (await import('./finetune.js')).finetuneCommand,
   },
+  'cost-eff': {
+    summary: 'give a classifier exits and make it slim',
+    load: async () => (await import('./cost-eff.js')).costEffCommand,
+  },
 };
 
 async function main(args: readonly string[]): Promise<number> {

@@ -137,6 +137,9 @@ export function trainingReporter(label: string): TrainingReporter {
         const [name, values] = Object.entries(event.levels).at(-1) ?? ['', {}];
         const [metric, value] = Object.entries(values)[0] ?? ['', 0];
         quality = `${name} ${metric} ${value.toFixed(4)}`;
+      } else if (event.type === 'stage') {
+        progress.finish();
+        process.stderr.write(`stage ${event.index} of ${event.of}: ${event.name}\n`);
       } else if (event.type === 'measure') {
         progress.update({ done: event.done, total: event.total, facts: [`measuring ${event.what}`] });
       } else if (event.type === 'warn') {

@@ -42,6 +42,16 @@ export function* wholeEpoch<B>(data: TrainingData<B>, rows: number): Generator<B
   }
 }
 
+/** The first batches of the data, shuffled by seed 0. */
+export function* firstShare<B>(data: TrainingData<B>, rows: number, count: number): Generator<B> {
+  let cursor = { epoch: 0, segment: 0 };
+  for (let i = 0; i < count; i++) {
+    const next = data.next(cursor, rows, 0);
+    yield next.batch;
+    cursor = next.cursor;
+  }
+}
+
 /** Shuffled batches of the data until they hold `tokens`, or all of it. */
 export function firstBatches(data: TokenData, rows: number, tokens: number, seed: number): Batch[] {
   const batches: Batch[] = [];

@@ -27,8 +27,10 @@ export type TrainEvent =
       etaSeconds: number;
     }
   | { type: 'eval'; step: number; levels: Record<string, Record<string, number>>; best: boolean }
-  /** Before and after training: how much of a measurement is done. */
-  | { type: 'measure'; what: 'sensitivity' | 'allocation'; done: number; total: number }
+  /** Before and after training, or between stages: how much of a measurement is done. */
+  | { type: 'measure'; what: 'sensitivity' | 'allocation' | 'importance'; done: number; total: number }
+  /** A stage of several begins, the first being 1; one that is done already ends at once. */
+  | { type: 'stage'; name: string; index: number; of: number }
   | { type: 'save'; step: number; dir: string }
   | { type: 'warn'; code: WarningCode; message: string };
 

@@ -273,6 +273,10 @@ export class ExampleData implements TrainingData<ExampleBatch> {
   get count(): number {
     return this.targets.length;
   }
+  /** Tokens of every example. */
+  get lengths(): readonly number[] {
+    return this.#types.map(({ length }) => length);
+  }
 
   sha256(): string {
     return createHash('sha256').update(this.#tokens.sha256()).update(this.targets).digest('hex');
