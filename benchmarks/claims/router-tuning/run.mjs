@@ -78,20 +78,29 @@ async function measure(loaded, model, { target, granularity, rank }) {
   };
 }
 
-const cellOf = (model, cell) =>
-  kept({ SETTINGS, model: model.name, cell }, async () => {
-    const name = `${model.name}-${cell.target}-${cell.granularity}-${cell.rank}-${cell.loss}`;
-    const { dir, ...training } = await train(model, cell, name);
-    const loaded = await loadModel(dir);
-    try {
-      const measured = await measure(loaded, model, cell);
-      const speed = options.time ? await measureSpeed(loaded, model, cell, { quick: options.quick }) : null;
-      return { ...cell, training, ...measured, speed };
-    } finally {
-      await loaded.dispose();
-      rmSync(dir, { recursive: true, force: true });
-    }
-  });
+/** What `use` makes of a model that is trained for it. */
+async function trained(model, cell, use) {
+  const name = `${model.name}-${cell.target}-${cell.granularity}-${cell.rank}-${cell.loss}`;
+  const { dir, ...training } = await train(model, cell, name);
+  const loaded = await loadModel(dir);
+  try {
+    return await use(loaded, training);
+  } finally {
+    await loaded.dispose();
+    rmSync(dir, { recursive: true, force: true });
+  }
+}
+
+async function cellOf(model, cell) {
+  const key = { SETTINGS, model: model.name, cell };
+  const quality = await kept(key, () =>
+    trained(model, cell, async (loaded, training) => ({ ...cell, training, ...(await measure(loaded, model, cell)) })),
+  );
+  const timed = options.time && cell.rank === 0 && cell.loss === 'kl';
+  const { quick } = options;
+  const measured = () => trained(model, cell, (loaded) => measureSpeed(loaded, model, cell, { quick }));
+  return quality && { ...quality, speed: timed ? await kept({ ...key, speed: true }, measured) : null };
+}
 
 const models = await findModels(names, cache, say);
 const results = { settings: SETTINGS, machine: machineFacts(), models: [] };
@@ -99,7 +108,7 @@ let done = 0;
 for (const model of models) {
   const entry = { name: model.name, title: model.title, cells: [] };
   for (const cell of CELLS) {
-    const value = await cellOf(model, { ...cell, timed: options.time });
+    const value = await cellOf(model, cell);
     if (!value) continue;
     entry.cells.push(value);
     say(
