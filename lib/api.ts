@@ -25,6 +25,12 @@ export {
   type WarningCode,
 } from './distill/events.js';
 export type { ExampleFields, ExampleSource } from './distill/examples.js';
+export {
+  type CalibrateConfig,
+  type CalibratedLevel,
+  type CalibrateResult,
+  calibrateExits,
+} from './distill/exit_levels.js';
 export { type ExampleConfig, type FinetuneConfig, type FinetuneResult, finetune } from './distill/finetune.js';
 export type { Allocation } from './distill/importance.js';
 export type { LossTerm } from './distill/objectives.js';

@@ -20,6 +20,8 @@ export const finetune: typeof import('./distill/finetune.js').finetune = async (
   (await import('./distill/finetune.js')).finetune(...args);
 export const elastify: typeof import('./distill/rank.js').elastify = async (...args) =>
   (await import('./distill/rank.js')).elastify(...args);
+export const calibrateExits: typeof import('./distill/exit_levels.js').calibrateExits = async (...args) =>
+  (await import('./distill/exit_levels.js')).calibrateExits(...args);
 export const writeExits: typeof import('./elastic/elastify.js').writeExits = async (...args) =>
   (await import('./elastic/elastify.js')).writeExits(...args);
 export const writeProfile: typeof import('./elastic/profile.js').writeProfile = async (...args) =>

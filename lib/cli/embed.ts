@@ -2,12 +2,14 @@
 import { poolings } from '../model/encoder.js';
 import type { Command } from './command.js';
 import { rowFlags, runRows } from './rows.js';
+import { parseLevel } from './shared.js';
 
 export const embedCommand: Command = {
   name: 'embed',
   summary: 'Make one vector of every text or pair of texts with an encoder. One line of JSON a text.',
   positionals: '<model> [text...]',
   flags: {
+    budget: { type: 'string', short: 'b', value: 'SHARE|LEVEL', help: 'what a text may cost (default: full)' },
     pooling: {
       type: 'string',
       value: poolings.join('|'),
@@ -23,7 +25,9 @@ export const embedCommand: Command = {
     const { flags, signal } = context;
     const pooling = flags.choice('pooling', poolings);
     const dims = flags.integer('dims', { min: 1 });
+    const budget = flags.string('budget');
     const asked = {
+      ...(budget !== undefined && { budget: parseLevel(budget) }),
       ...(pooling && { pooling }),
       ...(dims && { dims }),
       ...(flags.boolean('normalize') && { normalize: true }),
@@ -34,8 +38,10 @@ export const embedCommand: Command = {
         ...(batch && { batch }),
         signal,
       });
-      const flops = usage.compute.flops / inputs.length;
-      return vectors.map((vector, i) => ({ line: { vector: [...vector], spaceId }, truncated: truncated[i], flops }));
+      const [flops, flopsFull] = [usage.compute.flops, usage.compute.flopsFull].map((n) => n / inputs.length);
+      return vectors.map((vector, i) => ({
+        ...{ line: { vector: [...vector], spaceId }, truncated: truncated[i], flops, flopsFull },
+      }));
     });
   },
 };

@@ -72,7 +72,11 @@ export function exampleOptions(flags: FlagReader, config: ConfigFile | null): Re
 }
 
 /** The files of a flag, or those of the configuration file, with the flags that say where texts and labels are. */
-function exampleSource(flags: FlagReader, flag: 'data' | 'eval-data', config: ConfigFile | null): object | undefined {
+export function exampleSource(
+  flags: FlagReader,
+  flag: 'data' | 'eval-data',
+  config: ConfigFile | null,
+): object | undefined {
   const files = flags.list(flag);
   const fields = {
     field: flags.string('field'),

@@ -29,6 +29,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'make vectors of texts with an encoder',
     load: async () => (await import('./embed.js')).embedCommand,
   },
+  calibrate: {
+    summary: 'choose thresholds of exits by what they cost or keep',
+    load: async () => (await import('./calibrate.js')).calibrateCommand,
+  },
   report: {
     summary: 'write a page of quality, compute, time, routers and texts',
     load: async () => (await import('./report.js')).reportCommand,

@@ -37,7 +37,9 @@ export interface RowResult {
   /** Fields of the row's line of JSON. */
   readonly line: object;
   readonly truncated: number;
+  /** What it cost, and what it would cost at the full budget. */
   readonly flops: number;
+  readonly flopsFull: number;
 }
 
 /** Rows that are read before they are run. */
@@ -75,7 +77,7 @@ export async function runRows(
   await using model = await loadModel(directory, { ...loadOptions(context), ...(maxContext && { maxContext }) });
 
   const bad: { line: number; reason: string }[] = [];
-  const summary = { rows: 0, bad: 0, truncated: 0, flops: 0 };
+  const summary = { rows: 0, bad: 0, truncated: 0, flops: 0, flopsFull: 0 };
   const collected: object[] = [];
   const progress = new Progress(label);
   const size = data === undefined ? 0 : sizeOf(data);
@@ -90,12 +92,13 @@ export async function runRows(
       if (rows.length === 0) return;
       const inputs = rows.map(({ input }) => input);
       const results = await run(model, inputs, batch);
-      for (const [i, { line, truncated, flops }] of results.entries()) {
+      for (const [i, { line, truncated, flops, flopsFull }] of results.entries()) {
         const row = { line: rows[i].number, ...line, truncated };
         if (json && out === undefined) collected.push(row);
         else await write(`${JSON.stringify(row)}\n`);
         summary.truncated += truncated > 0 ? 1 : 0;
         summary.flops += flops;
+        summary.flopsFull += flopsFull;
       }
       summary.rows += rows.length;
     };
@@ -123,6 +126,7 @@ export async function runRows(
     printJson({
       model: directory,
       ...summary,
+      ratio: summary.flopsFull > 0 ? summary.flops / summary.flopsFull : 1,
       badRows: bad,
       ...(out === undefined ? { results: collected } : { out }),
     });

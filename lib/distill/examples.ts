@@ -186,7 +186,7 @@ export function labelsOf(examples: readonly Example[]): string[] {
 export type Target = { readonly kind: 'classes'; readonly labels: readonly string[] } | { readonly kind: 'number' };
 
 /** The target of a label, or why it has none. */
-function targetOf(label: string, target: Target): number | string {
+export function targetOf(label: string, target: Target): number | string {
   if (target.kind === 'number') {
     const value = Number(label);
     return Number.isFinite(value) ? value : `has the label '${label}', which is no number`;

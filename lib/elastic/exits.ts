@@ -97,22 +97,41 @@ export interface ExitState {
   readonly agreed: number;
 }
 
-/** Whether a text leaves, by the scores [classes] of an exit's head and what was before it; null at the first one. */
-export function decideExit(
-  { rule, threshold }: Exit,
+/**
+ * The number that a rule compares with its threshold, from the scores [classes] of an exit's head and what was before it; null at
+ * the first one.
+ */
+export function measureExit(
+  rule: ExitRuleName,
   scores: Float32Array,
   before: ExitState | null,
-): ExitState & { leaves: boolean } {
+): ExitState & { value: number } {
   const largest = Math.max(...scores);
   const best = scores.indexOf(largest);
   const agreed = before?.best === best ? before.agreed + 1 : 0;
-  const state = (leaves: boolean) => ({ best, agreed, leaves });
-  if (rule === 'patience') return state(agreed >= threshold);
+  const measured = (value: number) => ({ best, agreed, value });
+  if (rule === 'patience') return measured(agreed);
   // Logarithms of p, of which none is minus infinity: p ln p is 0, not NaN, where p underflows.
   const total = Math.log(scores.reduce((sum, score) => sum + Math.exp(score - largest), 0));
   const logs = Array.from(scores, (score) => score - largest - total);
-  if (rule === 'entropy') return state(-logs.reduce((sum, log) => sum + Math.exp(log) * log, 0) < threshold);
-  if (rule === 'maxprob') return state(Math.exp(logs[best]) > threshold);
+  if (rule === 'entropy') return measured(-logs.reduce((sum, log) => sum + Math.exp(log) * log, 0));
+  if (rule === 'maxprob') return measured(Math.exp(logs[best]));
   const second = Math.max(...logs.filter((_, i) => i !== best));
-  return state(Math.exp(logs[best]) - Math.exp(second) > threshold);
+  return measured(Math.exp(logs[best]) - Math.exp(second));
+}
+
+/** Whether a text leaves at a value of `measureExit`. */
+export function leavesAt({ rule, threshold }: Pick<Exit, 'rule' | 'threshold'>, value: number): boolean {
+  if (rule === 'entropy') return value < threshold;
+  return rule === 'patience' ? value >= threshold : value > threshold;
+}
+
+/** What a text is in after an exit, and whether it leaves there. */
+export function decideExit(
+  exit: Exit,
+  scores: Float32Array,
+  before: ExitState | null,
+): ExitState & { leaves: boolean } {
+  const { value, ...state } = measureExit(exit.rule, scores, before);
+  return { ...state, leaves: leavesAt(exit, value) };
 }

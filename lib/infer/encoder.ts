@@ -209,6 +209,28 @@ export class Encoder implements Disposable {
     }
   }
 
+  /** @internal Scores before softmax of every exit's head, then of the classifier, for texts of which none leaves, [classes] each. */
+  async *exitScores(
+    inputs: readonly TextInput[],
+    { signal }: Pick<ClassifyOptions, 'signal'>,
+  ): AsyncGenerator<{ index: number; tokens: number; truncated: number; scores: Float32Array[] }[]> {
+    const { spec, policy } = this.network;
+    const classes = spec.encoder.labels.length;
+    const ends = [...(policy?.exits ?? []).map(({ afterLayer }) => afterLayer + 1), spec.layers];
+    for (const rows of this.#batches('calibrate', 'classes', inputs, {})) {
+      const scores: Float32Array[][] = rows.map(() => []);
+      let residual: Float32Array | undefined;
+      for (const [e, to] of ends.entries()) {
+        const stage = { from: e === 0 ? 0 : ends[e - 1], to, end: to < spec.layers ? 'exit' : 'classes' } as const;
+        const run = await this.#programs.run(stage, rows, { residual, widths: null, signal });
+        requireNumbers('calibrate', run.values);
+        for (const [s, own] of scores.entries()) own.push(run.values.slice(s * classes, (s + 1) * classes));
+        residual = run.residual ?? undefined;
+      }
+      yield rows.map(({ index, ids, truncated }, s) => ({ index, tokens: ids.length, truncated, scores: scores[s] }));
+    }
+  }
+
   #noLayers() {
     const { layers } = this.network.spec;
     return { attn: new Float32Array(layers), mlp: new Float32Array(layers) };

@@ -160,6 +160,11 @@ export class ElasticModel implements AsyncDisposable {
     return new SequenceState(generation, held, usage);
   }
 
+  /** @internal What an encoder's calls are made of. */
+  get encoder(): Encoder {
+    return this.#encoder('calibrate');
+  }
+
   /** What the model is generating now, and the memory that takes. */
   load(): ModelLoad {
     return this.#decoder('load').generation.scheduler.load;

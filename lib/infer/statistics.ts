@@ -40,6 +40,15 @@ export function bootstrap(sequences: readonly Sums[], statistic: (total: Sums) =
   };
 }
 
+/** A share of n draws with its 95 % Wilson interval, which is right for shares near 1, too. */
+export function shareOf(hits: number, n: number): Measured {
+  const z = 1.959964;
+  const value = hits / n;
+  const [center, spread] = [value + z ** 2 / (2 * n), z * Math.sqrt((value * (1 - value)) / n + (z / (2 * n)) ** 2)];
+  const scale = 1 + z ** 2 / n;
+  return { value, low: Math.max(0, (center - spread) / scale), high: Math.min(1, (center + spread) / scale) };
+}
+
 export function median(values: readonly number[]): number {
   const sorted = values.toSorted((a, b) => a - b);
   const middle = sorted.length >> 1;

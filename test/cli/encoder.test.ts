@@ -3,6 +3,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it, vi } from 'vitest';
 import { loadModel } from '../../lib/infer/model.js';
+import { exitClassifier } from '../infer/exits.js';
 import { encoderDirectory } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
 import { json, run, shipped } from './run.js';
@@ -37,8 +38,8 @@ describe('classify', () => {
   it('has what the API says of texts, as lines and as one object', async () => {
     const texts = ['The cat walks.', 'a dog'];
     await using model = await loadModel(classes);
-    const expected = (await model.classify(texts)).map(({ label, score, scores, truncated }, i) => ({
-      ...{ line: i + 1, label, score, truncated },
+    const expected = (await model.classify(texts)).map(({ label, score, scores, truncated, compute }, i) => ({
+      ...{ line: i + 1, label, score, truncated, compute: { flops: compute.flops, ratio: 1 } },
       scores: Object.fromEntries(scores.map(({ label, score }) => [label, score])),
     }));
     const [plain, object] = await Promise.all([
@@ -47,7 +48,7 @@ describe('classify', () => {
     ]);
     expect(plain).toMatchObject({ code: 0, stderr: '' });
     expect(lines(plain.stdout)).toEqual(expected);
-    expect(json(object)).toMatchObject({ rows: 2, bad: 0, truncated: 0, badRows: [], results: expected });
+    expect(json(object)).toMatchObject({ rows: 2, bad: 0, truncated: 0, badRows: [], ratio: 1, results: expected });
   });
 
   it('of a file stops at a bad row, or leaves it out and says so once', async () => {
@@ -115,6 +116,73 @@ it('inspect says what an encoder is for', async () => {
     ...{ pooling: 'mean', normalize: false, tokenizer: { vocab: 90 } },
   });
   expect((await run('inspect', minilm)).stdout).toContain('mean of the features, normalised');
+});
+
+describe('exits', () => {
+  const texts = Array.from(
+    { length: 80 },
+    (_, i) => `${['a cat', 'the lake', 'seldom'][i % 3]} ${'saw '.repeat(i % 7)}`,
+  );
+  const labelled = join(work, 'labelled.tsv');
+  writeFileSync(labelled, 'sentence\tlabel\na cat\tbad\n');
+  const make = async () => {
+    const dir = await exitClassifier();
+    await using model = await loadModel(dir);
+    const full = await model.classify(texts);
+    const table = full.map(({ label }, i) => `${texts[i]}\t${label}`);
+    writeFileSync(labelled, ['sentence\tlabel', ...table].join('\n'));
+    return dir;
+  };
+
+  it('are calibrated to levels, by which texts are told apart, row by row what they cost', async () => {
+    const dir = await make();
+    const calibrated = json(
+      await run('calibrate', dir, '--data', labelled, '--compute', '0.5,0.8', '--quality', '0.6', '--json'),
+    );
+    expect(calibrated).toMatchObject({ texts: 80, accuracy: { value: 1 }, bad: { count: 0 } });
+    const [inspected, table] = [await run('inspect', dir), await run('calibrate', dir, '--data', labelled)];
+    expect(inspected.stdout).toContain('exits after layers 0, 1, 2, 3');
+    expect(inspected.stdout).toMatch(/exit50 +\d+\.\d % +entropy:/);
+    // Default: a quality that 80 texts cannot show.
+    expect(table).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining('quality 0.98 cannot be shown on 80 texts'),
+    });
+    const file = join(work, 'texts.txt');
+    writeFileSync(file, texts.join('\n'));
+    const outcome = await run('classify', dir, '--data', file, '--budget', 'exit50', '--batch', '16');
+    await using model = await loadModel(dir);
+    const expected = await model.classify(texts, { budget: 'exit50' });
+    expect(lines(outcome.stdout).map(({ label, compute }) => ({ label, compute }))).toEqual(
+      expected.map(({ label, compute: { flops, ratio, exitLayer } }) => ({
+        label,
+        compute: { flops, ratio, exitLayer },
+      })),
+    );
+    const own = json(await run('classify', dir, ...texts.slice(0, 4), '--exit', 'patience:1:1', '--json'));
+    const { exitLayer } = (await model.classify(texts, { exit: { rule: 'patience', threshold: 1, minLayer: 1 } }))[0]
+      .compute;
+    expect(own.results).toMatchObject([{ compute: { exitLayer } }, {}, {}, {}]);
+    expect(own.ratio).toBe((own.flops as number) / (own.flopsFull as number));
+    const never = await run('classify', dir, 'a cat', '--exit', 'entropy:0');
+    expect(never.stderr).toContain('no text can leave at an exit');
+  });
+
+  it.each<[string[], string, number]>([
+    [['classify', classes, 'a', '--exit', 'entropy'], '--exit must be RULE:THRESHOLD', 2],
+    [['classify', classes, 'a', '--exit', 'luck:1'], '--exit must be RULE:THRESHOLD', 2],
+    [['classify', classes, 'a', '--exit', 'own'], 'exit must be absent: the model has no exits', 1],
+    [['classify', classes, 'a', '--budget', '2'], 'a budget must be in (0, 1], full or a level', 2],
+    [['embed', minilm, 'a', '--budget', 'half'], 'has the full budget alone', 1],
+    [['calibrate', classes, '--data', labelled], 'has no exits at all', 1],
+    [['calibrate', classes], 'data is missing: give --data', 2],
+    [['calibrate', classes, '--data', labelled, '--compute', '2'], '--compute must be shares in (0, 1)', 2],
+  ])('%j is one line', async (args, message, code) => {
+    const outcome = await run(...args);
+    expect(outcome).toMatchObject({ code, stdout: '' });
+    expect(outcome.stderr).toContain(message);
+    expect(outcome.stderr.match(/\n/g)).toHaveLength(1);
+  });
 });
 
 describe('what does not fit is one line', () => {
