@@ -72,6 +72,7 @@ export {
   evaluate,
   type Method,
 } from './infer/evaluate.js';
+export { type ExportSlimOptions, type ExportSlimResult, exportSlim } from './infer/export_slim.js';
 export { type ExtractOptions, type ExtractResult, extract, type Layout } from './infer/extract.js';
 export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/merge.js';
 export { type CallOptions, type ElasticModel, loadModel, type ScoreOptions } from './infer/model.js';

@@ -28,6 +28,8 @@ export const writeProfile: typeof import('./elastic/profile.js').writeProfile = 
   (await import('./elastic/profile.js')).writeProfile(...args);
 export const evaluate: typeof import('./infer/evaluate.js').evaluate = async (...args) =>
   (await import('./infer/evaluate.js')).evaluate(...args);
+export const exportSlim: typeof import('./infer/export_slim.js').exportSlim = async (...args) =>
+  (await import('./infer/export_slim.js')).exportSlim(...args);
 export const extract: typeof import('./infer/extract.js').extract = async (...args) =>
   (await import('./infer/extract.js')).extract(...args);
 export const mergeAdapter: typeof import('./infer/merge.js').mergeAdapter = async (...args) =>

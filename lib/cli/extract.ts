@@ -1,4 +1,5 @@
 // `elastiform extract`: a slice of a nested model as a checkpoint of its own.
+import { exportSlim, isSlim } from '../infer/export_slim.js';
 import { extract, layouts } from '../infer/extract.js';
 import { type Command, UsageError } from './command.js';
 import { Progress } from './progress.js';
@@ -6,7 +7,8 @@ import { parseLevel } from './shared.js';
 
 export const extractCommand: Command = {
   name: 'extract',
-  summary: 'Write a slice of a nested model as a stock checkpoint, streamed, and compare it with the slice.',
+  summary:
+    'Write a slice of a nested model, or a slim encoder, as a stock checkpoint, and compare it with what it was made of.',
   positionals: '<model>',
   flags: {
     level: { type: 'string', value: 'NAME|SHARE', help: 'level to extract, or the share of the FLOPs it may cost' },
@@ -19,14 +21,28 @@ export const extractCommand: Command = {
     'no-verify': { type: 'boolean', help: 'do not load the result to compare its logits' },
     out: { type: 'string', short: 'o', value: 'DIR', help: 'new directory to write (required)' },
   },
-  example: 'elastiform extract runs/nested --level ffn50 --layout uniform --out runs/half',
+  example:
+    'elastiform extract runs/nested --level ffn50 --layout uniform --out runs/half\n  elastiform extract runs/slim/model --out runs/stock',
   async run({ flags, positionals, json, print, printJson, signal }) {
     const out = flags.required('out', 'the directory to write');
     const level = flags.string('level');
     const widths = flags.numbers('width');
     const ffnWidth = widths?.length === 1 ? widths[0] : widths;
+    if (level === undefined && ffnWidth === undefined && (await isSlim(positionals[0]))) {
+      const result = await exportSlim(positionals[0], { out, verify: !flags.boolean('no-verify'), signal });
+      if (json) printJson(result);
+      else {
+        const { dir, parameters, slimParameters, ffn, padded, largestDifference } = result;
+        const compared =
+          largestDifference === null ? 'not compared' : `differ from the slim model's by ${largestDifference}`;
+        print(
+          `${dir}: feed-forwards of ${ffn} units, ${parameters.toLocaleString('en-US')} parameters (slim: ${slimParameters.toLocaleString('en-US')}), ${padded.heads} heads and ${padded.units} units of zeros; its logits ${compared}\n`,
+        );
+      }
+      return 0;
+    }
     if ((level === undefined) === (ffnWidth === undefined)) {
-      throw new UsageError('[cli] extract needs --level or --width, one of them');
+      throw new UsageError('[cli] extract needs --level or --width, one of them; a slim encoder needs neither');
     }
     const layout = flags.choice('layout', layouts);
     const progress = new Progress('extract');

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { elasticConfigFile } from '../elastic/store.js';
 import { Graph, type Node, Program } from '../graph/index.js';
 import { accuracy, confusion, f1, matthews, pearson } from '../infer/metrics.js';
+import { copyTokenizer, writeCheckpoint } from '../io/directory.js';
 import { jsonWithFloats, readJsonText } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { floatFields } from '../model/config.js';
@@ -15,7 +16,6 @@ import { exportSlots, initialise, planOf, storedValues } from '../model/weights.
 import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 import type { Engine } from '../native/index.js';
 import { batchInputs, batchRun, wholeEpoch } from './batches.js';
-import { copyTokenizer, writeCheckpoint } from './directory.js';
 import type { ExampleBatch, ExampleData, Target } from './examples.js';
 import { Random } from './random.js';
 import { classLoss, type ScoreLoss, squaredLoss } from './score_losses.js';

@@ -10,7 +10,7 @@ export async function probeLogits(
   await using model = await loadModel(dir, { ...options, device: 'cpu', signal });
   const { vocab, maxContext } = model.info;
   const ids = Array.from({ length: Math.min(32, maxContext) }, (_, i) => (i * 7919 + 1) % vocab);
-  return await model.logits(ids, { budget, signal });
+  return await model.logits(ids, { ...(budget !== undefined && { budget }), signal });
 }
 
 export const largestDifference = (a: Float32Array, b: Float32Array): number =>

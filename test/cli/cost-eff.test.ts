@@ -40,6 +40,15 @@ it('runs all stages and prints what came of it', async () => {
   expect(outcome.stdout).toMatch(/^slim +[\d,]+ +\d+\.\d +\d\.\d{4} +\d\.\d{4}$/m);
   const again = json(await run(...args, ...sizes, '--out', out, '--json'));
   expect(again).toMatchObject({ dir: out, stopped: 'done', slim: { heads: [2, 2], ffn: [10, 10], rank: 6 } });
+  const stock = join(work, 'stock');
+  const exported = await run('extract', join(out, 'model'), '--out', stock);
+  expect(exported.stdout).toMatch(
+    /feed-forwards of 10 units, [\d,]+ parameters \(slim: [\d,]+\), 2 heads and 0 units of zeros; its logits differ/,
+  );
+  const texts = ['the dog walks', 'the cat'];
+  const told = await Promise.all([join(out, 'model'), stock].map((dir) => run('classify', dir, ...texts)));
+  const labels = told.map(({ stdout }) => stdout.match(/"label":"\w+"/g));
+  expect(labels[1]).toEqual(labels[0]);
 });
 
 it('is interrupted and goes on', async () => {
@@ -62,7 +71,7 @@ describe('what does not fit is one line', () => {
     [['--heads', '9', '--ffn', '4'], 'target.heads must be an integer from 1 to 3, got 9', 1],
     [[...sizes, '--steps', '4'], "Unknown option '--steps'", 2],
   ])('%j', async (more, message, code) => {
-    const outcome = await run(...args, ...more, '--out', join(work, 'none'));
+    const outcome = await run(...args, ...more, '--out', join(work, `none-${code}-${message.length}`));
     expect(outcome).toMatchObject({ code, stdout: '' });
     expect(outcome.stderr).toContain(message);
     expect(outcome.stderr.match(/\n/g)).toHaveLength(1);

@@ -70,7 +70,7 @@ describe('what does not fit is one line', () => {
     [['--from', bert, ...flags, '--steps', '2', '--metric', 'loss'], '--metric must be one of accuracy, f1', 2],
     [['--from', bert, ...flags, '--bad-rows', 'skip'], 'exactly one of steps and epochs must be given', 1],
   ])('%j', async (args, message, code) => {
-    const outcome = await run('finetune', ...args, '--out', join(work, 'none'));
+    const outcome = await run('finetune', ...args, '--out', join(work, `none-${code}-${message.length}`));
     expect(outcome).toMatchObject({ code, stdout: '' });
     expect(outcome.stderr).toContain(message);
     expect(outcome.stderr.match(/\n/g)).toHaveLength(1);

@@ -1,5 +1,5 @@
 // COST-EFF: gradients in equilibrium, importance, what is kept, and the pipeline: its models, its report, resuming, bad settings.
-import { cpSync, existsSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { BadRows, ExampleData, readExamples } from '../../lib/distill/examples.js';
@@ -250,15 +250,23 @@ describe('pipeline', () => {
     for (const [name, model] of Object.entries({ assistant, model: slim })) {
       const elastic = (await readElastic(join(dir, name)))!;
       expect(elastic.policy.exits!.map(({ afterLayer }) => afterLayer)).toEqual([0, 1, 2]);
-      // The checkpoint alone: the classifier after all layers.
-      const plain = join(root, `plain-${name}`);
-      cpSync(join(dir, name), plain, { recursive: true });
-      for (const file of readdirSync(plain)) if (/elastic|manifest/.test(file)) rmSync(join(plain, file));
-      await using loaded = await loadModel(plain);
-      const told = await loaded.classify(heldOut.map(({ text }) => text));
-      const right = told.filter(({ label }, i) => label === heldOut[i].label).length;
-      expect(right / heldOut.length).toBeCloseTo(model!.quality.at(-1)!, 12);
-      expect(told[0].compute.flops).toBe(told[0].compute.flopsFull);
+      await using loaded = await loadModel(join(dir, name));
+      const share = async (options: object) => {
+        const told = await loaded.classify(
+          heldOut.map(({ text }) => text),
+          options,
+        );
+        return { told, right: told.filter(({ label }, i) => label === heldOut[i].label).length / heldOut.length };
+      };
+      const all = await share({});
+      expect(all.right).toBeCloseTo(model!.quality.at(-1)!, 12);
+      expect(all.told[0].compute.flops).toBe(all.told[0].compute.flopsFull);
+      // Whoever is as sure as can be leaves at the first exit.
+      for (const layer of [0, 1, 2]) {
+        const { told, right } = await share({ exit: { rule: 'maxprob', threshold: 0.01, minLayer: layer } });
+        expect(told.map(({ compute }) => compute.exitLayer)).toEqual(heldOut.map(() => layer));
+        expect(right).toBeCloseTo(model!.quality[layer], 12);
+      }
     }
     expect(JSON.parse(readFileSync(join(dir, 'report.json'), 'utf8'))).toEqual({ full, assistant, slim });
   });

@@ -60,6 +60,22 @@ describe('an elastic model', () => {
     expect(await a.ids).toEqual(await b.ids);
   });
 
+  test('texts at several budgets at once have the bits of each alone', async () => {
+    const { tokenizer } = model.network;
+    const prompts = ['The cat saw', 'The pig hid the owl by the wood. The', 'A', 'The dog'].map((text) =>
+      tokenizer!.encode(text),
+    );
+    const options = (i: number): GenerateOptions => ({ budget: (['full', 0.6, 0.8, 0.6] as const)[i], maxTokens: 5 });
+    const chunks = async (stream: AsyncIterable<GenerateChunk>) => {
+      const all: GenerateChunk[] = [];
+      for await (const chunk of stream) all.push(chunk);
+      return all;
+    };
+    const together = await Promise.all(prompts.map((ids, i) => chunks(model.generate(ids, options(i)))));
+    for (const [i, ids] of prompts.entries())
+      expect(together[i]).toEqual(await chunks(model.generate(ids, options(i))));
+  });
+
   test('less budget is less compute', async () => {
     const ratios: number[] = [];
     for (const budget of [1, 0.8, 0.6]) {

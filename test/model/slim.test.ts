@@ -2,14 +2,14 @@
 import { cpSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { loadModel, type TextInput } from '../../lib/index.js';
+import { exportSlim, loadModel, type TextInput } from '../../lib/index.js';
 import { Checkpoint, writeSafetensors } from '../../lib/io/safetensors.js';
 import { encoderSpecFromConfig, slimKey } from '../../lib/model/encoder_spec.js';
 import { encoderParameters, encoderSlots, loadEncoderWeights } from '../../lib/model/encoder_weights.js';
 import { encoderFlops } from '../../lib/model/flops.js';
 import { type FlatEncoder, keepParts, stockEncoder, weightsOf, withEmbeddingRank } from '../../lib/model/slim.js';
 import { exportSlots, flattened, planOf } from '../../lib/model/weights.js';
-import { InvalidFileError } from '../../lib/native/errors.js';
+import { InvalidArgumentError, InvalidFileError } from '../../lib/native/errors.js';
 import { temporaryDirectory } from '../temporary.js';
 import { encoderDirectory, largestDifference, readCases } from './golden.js';
 
@@ -107,9 +107,20 @@ describe.each(['bert-classes', 'roberta-classes', 'distilbert-score'])('%s', (na
     const stock = stockEncoder(slim);
     expect(JSON.parse(stock.config)).not.toHaveProperty(slimKey);
     expect(stock.spec.perLayer.map(({ ffn }) => ffn)).toEqual([12, 12]);
-    const [own, padded] = [await write(`${name}-own`, slim, name), await write(`${name}-stock`, stock, name)];
-    const [wanted, got] = [await logits(own), await logits(padded)];
+    const own = await write(`${name}-own`, slim, name);
+    const out = join(root, `${name}-stock`);
+    const { largestDifference: reported, ...result } = await exportSlim(own, { out });
+    expect(result).toEqual({
+      ...{ dir: out, parameters: encoderParameters(stock.spec), slimParameters: encoderParameters(slim.spec), ffn: 12 },
+      padded: { heads: 3, units: 3 },
+    });
+    expect(reported).toBeLessThan(1e-4);
+    const [wanted, got] = [await logits(own), await logits(out)];
     for (const [i, values] of got.entries()) expect(largestDifference(values, wanted[i])).toBeLessThan(1e-4);
+    await expect(exportSlim(out, { out: join(root, 'twice') })).rejects.toThrow(
+      "has no slim encoder: its config.json has no 'slim'",
+    );
+    await expect(exportSlim(own, { out })).rejects.toThrow(InvalidArgumentError);
   });
 });
 

@@ -2,10 +2,10 @@
 import { existsSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { editJson, writeFileAtomic } from '../io/files.js';
-import { rounded } from '../io/rounding.js';
-import { type TensorData, writeSafetensors } from '../io/safetensors.js';
-import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
+import { editJson, writeFileAtomic } from './files.js';
+import { rounded } from './rounding.js';
+import { type TensorData, writeSafetensors } from './safetensors.js';
+import { loadTokenizer, type Tokenizer } from './tokenizer.js';
 
 /**
  * Writes model.safetensors and config.json.
