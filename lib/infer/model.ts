@@ -72,7 +72,7 @@ export interface ScoreOptions extends Omit<CallOptions, 'budget' | 'adapter'> {
 }
 
 /**
- * Loads a Hugging Face directory (Llama, Qwen or Gemma family, GPT-2, an encoder: BERT, RoBERTa, DistilBERT, or an encoder-decoder model: BART, mBART, Marian) or one that `elastify` or `distill` wrote. Weights are mapped
+ * Loads a Hugging Face directory (Llama, Qwen or Gemma family, GPT-2, an encoder: BERT, RoBERTa, DistilBERT, or an encoder-decoder model: T5, BART, mBART, Marian) or one that `elastify` or `distill` wrote. Weights are mapped
  * and shared by all budgets. Dispose of the model when done, or declare it with `await using`.
  *
  * @throws InvalidFileError, InvalidDataError: a file is missing, corrupt or of an unknown kind; the message names it.
@@ -407,11 +407,20 @@ const textsOf = (inputs: string | readonly TextInput[]): readonly TextInput[] =>
 function infoOf(network: AnyNetwork): ModelInfo {
   const { maxContext, weightBytes } = network;
   if (isSeq2Seq(network)) {
-    const { spec } = network;
+    const {
+      spec,
+      weights: { embed, head },
+    } = network;
     const plain = { labels: [], elastic: false, calibrated: false, routerParameters: 0, levels: [], adapters: [] };
     return {
       ...sizesOf(spec.decoder),
-      ...{ task: 'seq2seq-lm', maxContext, weightBytes, parameters: seq2seqParameters(spec), ...plain },
+      ...{
+        task: 'seq2seq-lm',
+        maxContext,
+        weightBytes,
+        parameters: seq2seqParameters(spec, head.weight !== embed),
+        ...plain,
+      },
     };
   }
   const { spec } = network;

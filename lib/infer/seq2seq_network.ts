@@ -68,7 +68,7 @@ export async function loadSeq2Seq(
     Config.of(config, configPath),
     spec.decoder.vocab,
   );
-  const maxContext = options.maxContext ?? Math.min(spec.decoder.maxPositions, defaultContext);
+  const maxContext = options.maxContext ?? Math.min(spec.context, defaultContext);
   const maxSequences = options.maxSequences ?? Math.max(defaultSequences, settings.beams);
   const { layers, kvHeads, headDim } = spec.decoder;
   const rowBytes = 2 * layers * kvHeads * headDim * Float32Array.BYTES_PER_ELEMENT;

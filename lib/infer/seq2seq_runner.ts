@@ -351,7 +351,7 @@ export class Seq2SeqRunner implements Disposable {
         const own = keys.target.caches(graph, slots);
         const caches = (layer: number) => [own(layer)];
         const x = decodeTarget(graph, spec, nodes, { ...inputs, caches }, { caches: keys.source.caches(graph, slots) });
-        const logits = targetLogits(graph, nodes, x);
+        const logits = targetLogits(graph, spec, nodes, x);
         if (kind === 'logits') graph.output('logits', logits);
         else {
           const { ids, logprob } = sample(logits, graph.feed('sampling', 'f32', [rows, 4]));

@@ -40,6 +40,8 @@ export interface BlockContext {
   readonly selector: Selector;
   /** Filled with what the last product of every sub-layer that is not cut reads. */
   readonly units?: Node[];
+  /** Added to the scores of self-attention by distance, f32 [heads, 2 m + 1] (`HeadOptions.bias`). */
+  readonly bias?: Node;
   /** Keys and values that layers have computed, for those that use them too; by layer. */
   readonly keys: Map<number, LayerKeys>;
 }
@@ -161,7 +163,7 @@ export function attentionBlock(
     selected?: Routed,
   ) => {
     const { window, scoreScale, scoreSoftcap: softcap } = spec;
-    const options = { ...shape, scale: scoreScale, window, softcap, ...(selected && { selected }) };
+    const options = { ...shape, scale: scoreScale, window, softcap, bias: context.bias, ...(selected && { selected }) };
     return cache
       ? attentionCached(q, offsets, cache, options)
       : attention(q, k, v, offsets, { ...options, causal: spec.encoder === null });

@@ -1,6 +1,6 @@
 // An encoder-decoder model assembled from blocks: from a source to its features, and from these and a target to logits.
 import type { Graph, Node } from '../graph/graph.js';
-import { type Cache, cacheAppend, linear } from '../graph/index.js';
+import { type Cache, cacheAppend, linear, scale } from '../graph/index.js';
 import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForwardBlock, norm } from './blocks.js';
 import type { DecoderInputs } from './decoder.js';
 import type { EncoderInputs } from './encoder.js';
@@ -32,7 +32,7 @@ export function encodeSource(
   inputs: Pick<EncoderInputs, 'ids' | 'positions' | 'offsets'>,
 ): Node {
   const { encoder } = weights;
-  const context = contextOf(graph, spec.encoder, inputs);
+  const context = contextOf(graph, spec.encoder, encoder.bias, inputs);
   let x = start(graph, spec.encoder, weights.embed, encoder, inputs);
   encoder.layers.forEach((layer, i) => {
     x = selfAttention(context, 'encoder', i, x, layer);
@@ -76,7 +76,7 @@ export function decodeTarget(
   source: Source,
 ): Node {
   const { decoder } = weights;
-  const context = contextOf(graph, spec.decoder, inputs);
+  const context = contextOf(graph, spec.decoder, decoder.bias, inputs);
   let x = start(graph, spec.decoder, weights.embed, decoder, inputs);
   decoder.layers.forEach((layer, i) => {
     x = selfAttention(context, 'decoder', i, x, layer, inputs.caches);
@@ -93,15 +93,16 @@ export function decodeTarget(
 }
 
 /** Logits of all rows of what `decodeTarget` gives: f32 [N, vocab]. Counted under `head`. */
-export function targetLogits(graph: Graph, { head }: Seq2SeqNodes, x: Node): Node {
-  return graph.tag('head', () => linear(x, head.weight, { bias: head.bias }));
+export function targetLogits(graph: Graph, spec: Seq2SeqSpec, { head }: Seq2SeqNodes, x: Node): Node {
+  return graph.tag('head', () => linear(scale(x, spec.headScale), head.weight, { bias: head.bias }));
 }
 
 const contextOf = (
   graph: Graph,
   spec: ModelSpec,
+  bias: Node | undefined,
   { positions, offsets }: Pick<DecoderInputs, 'positions' | 'offsets'>,
-): BlockContext => ({ graph, spec, positions, offsets, selector: selectEverything, keys: new Map() });
+): BlockContext => ({ graph, spec, positions, offsets, bias, selector: selectEverything, keys: new Map() });
 
 function start(
   graph: Graph,

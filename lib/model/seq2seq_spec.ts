@@ -8,13 +8,19 @@ export interface Seq2SeqSpec {
   readonly type: (typeof seq2seqTypes)[number];
   readonly encoder: EncoderSpec;
   readonly decoder: ModelSpec;
-  /** Positions: a learned table that is added to the embeddings, or one of sines. */
-  readonly positions: 'learned' | 'sinusoidal';
+  /** Positions: a learned table that is added to the embeddings, or one of sines, or none, but distances in scores of attention. */
+  readonly positions: 'learned' | 'sinusoidal' | 'relative';
+  /** Of relative positions: how many kinds of distances there are, and from which on all are of one. */
+  readonly distances: { readonly buckets: number; readonly most: number };
+  /** Tokens that a side holds unless more is asked for. */
+  readonly context: number;
   /** Rows of the learned tables of positions before that of the first one. */
   readonly firstPosition: number;
   /** Embeddings are normalised before the first layer; what the last layer gives is normalised. */
   readonly embedNorm: boolean;
   readonly finalNorm: boolean;
+  /** Factor of what the head multiplies. */
+  readonly headScale: number;
 }
 
 /**
@@ -37,6 +43,7 @@ export function seq2seqSpecFromConfig(json: unknown, file: string): Seq2SeqSpec 
       );
     }
   }
+  if (type === 't5') return t5Spec(config);
   // Transformers 5 has one table for both sides and the head only where they are tied.
   config.mustBe('tie_word_embeddings', true);
   const marian = type === 'marian';
@@ -70,9 +77,66 @@ export function seq2seqSpecFromConfig(json: unknown, file: string): Seq2SeqSpec 
     encoder: { ...stack('encoder'), encoder: { ...sourceTraits, firstPosition } },
     decoder: { ...stack('decoder'), encoder: null },
     positions: marian ? 'sinusoidal' : 'learned',
+    distances: { buckets: 0, most: 0 },
+    context: traits.maxPositions,
+    headScale: 1,
     firstPosition,
     embedNorm: !marian,
     finalNorm: type === 'mbart',
+  };
+}
+
+/** What `feed_forward_proj` names, and whether it is gated; gated-gelu means the tanh form. */
+const FEED_FORWARDS = {
+  relu: { act: 'relu', gated: false },
+  gelu: { act: 'gelu', gated: false },
+  silu: { act: 'silu', gated: false },
+  'gated-relu': { act: 'relu', gated: true },
+  'gated-gelu': { act: 'gelu_tanh', gated: true },
+  'gated-silu': { act: 'silu', gated: true },
+} as const;
+
+const feedForwards = Object.keys(FEED_FORWARDS) as (keyof typeof FEED_FORWARDS)[];
+
+/** Tokens of a side of a model that has distances alone: nothing in it ends there. */
+const longestRelative = 32768;
+
+/** T5 (arXiv 1910.10683) and T5 1.1, which FLAN-T5 is. */
+function t5Spec(config: Config): Seq2SeqSpec {
+  const hidden = config.int('d_model', 512);
+  const heads = config.int('num_heads', 8);
+  const headDim = config.int('d_kv', 64);
+  const ffn = config.int('d_ff', 2048);
+  const feedForward = FEED_FORWARDS[config.choice('feed_forward_proj', feedForwards, 'relu')];
+  const buckets = config.int('relative_attention_num_buckets', 32, 4);
+  if (buckets % 4 !== 0) throw config.error('relative_attention_num_buckets', 'must be a multiple of 4', buckets);
+  const most = config.int('relative_attention_max_distance', 128, buckets, 1 << 16);
+  const layers = config.layers('num_layers', 6);
+  const stack = (count: number) => ({
+    ...transformerTraits(hidden, heads, count, ffn),
+    ...feedForward,
+    ...({ family: 't5', type: 't5', vocab: config.int('vocab_size', 32128), maxPositions: longestRelative } as const),
+    ...({
+      headDim,
+      scoreScale: 1,
+      norm: 'rms',
+      normPlace: 'pre',
+      eps: config.positive('layer_norm_epsilon', 1e-6),
+    } as const),
+    ...{ qkvBias: false, outBias: false, mlpBias: false, tied: true },
+  });
+  return {
+    type: 't5',
+    encoder: { ...stack(layers), encoder: { ...sourceTraits, firstPosition: 0 } },
+    decoder: { ...stack(config.layers('num_decoder_layers', layers)), encoder: null },
+    positions: 'relative',
+    distances: { buckets, most },
+    context: config.int('n_positions', 512, 1, longestRelative),
+    firstPosition: 0,
+    embedNorm: false,
+    finalNorm: true,
+    // Of T5 1.1 the flag says false, whatever its head is.
+    headScale: config.boolean('tie_word_embeddings', true) ? 1 / Math.sqrt(hidden) : 1,
   };
 }
 

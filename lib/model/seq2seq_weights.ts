@@ -32,7 +32,9 @@ export interface TargetLayerWeights<T> extends LayerWeights<T> {
 /** One stack of layers, and what is around it. */
 export interface StackWeights<T, L = LayerWeights<T>> {
   /** `[maxPositions, hidden]` */
-  readonly positions: T;
+  readonly positions?: T;
+  /** Of relative positions, f32 `[heads, 2 m + 1]`: added to scores of attention by distance, made of the stored table. */
+  readonly bias?: T;
   readonly embedNorm?: Affine<T>;
   readonly layers: readonly L[];
   readonly finalNorm?: Affine<T>;
@@ -51,51 +53,93 @@ export interface Seq2SeqWeights<T> {
 export type Seq2SeqTensors = Seq2SeqWeights<Tensor>;
 export type Seq2SeqNodes = Seq2SeqWeights<Node>;
 
-/** @param headBias whether the checkpoint has one */
-function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, headBias: boolean, sines: () => T): Seq2SeqWeights<T> {
-  const { hidden, vocab, maxPositions, tied } = spec.decoder;
+/** What is not stored as it is used. */
+interface Made<T> {
+  /** The head has a bias, and a matrix of its own. */
+  readonly headBias: boolean;
+  readonly ownHead: boolean;
+  /** Table of sines. */
+  sines(): T;
+  /** The table `[buckets, heads]` by distance; `both`: keys may come after their query. */
+  byDistance(table: T, both: boolean): T;
+}
+
+function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeights<T> {
+  const { hidden, vocab, maxPositions } = spec.decoder;
+  const t5 = spec.decoder.family === 't5';
+  const { gated, heads } = spec.decoder;
   const slot = (name: string, shape: number[], init: Slot['init'], file: string, storage: Partial<Slot['file']> = {}) =>
     get({ name, shape, init, file: { name: file, shape, transposed: false, start: 0, column: 0, ...storage } });
   const matrix = (name: string, file: string, out: number, input: number): Affine<T> => ({
     weight: slot(`${name}.weight`, [out, input], 'normal', `${file}.weight`),
-    bias: slot(`${name}.bias`, [out], 'zero', `${file}.bias`),
+    ...(!t5 && { bias: slot(`${name}.bias`, [out], 'zero', `${file}.bias`) }),
   });
   const norm = (name: string, file: string): Affine<T> => ({
     weight: slot(`${name}.weight`, [hidden], 'one', `${file}.weight`),
-    bias: slot(`${name}.bias`, [hidden], 'zero', `${file}.bias`),
+    ...(!t5 && { bias: slot(`${name}.bias`, [hidden], 'zero', `${file}.bias`) }),
   });
-  const attention = (name: string, file: string) => ({
-    q: matrix(`${name}.q`, `${file}.q_proj`, hidden, hidden),
-    k: matrix(`${name}.k`, `${file}.k_proj`, hidden, hidden),
-    v: matrix(`${name}.v`, `${file}.v_proj`, hidden, hidden),
-    o: matrix(`${name}.o`, `${file}.out_proj`, hidden, hidden),
-  });
-  const layer = (stack: string, i: number, { ffn }: ModelSpec): LayerWeights<T> => {
-    const [name, file] = [`${stack}.layers.${i}`, `${stack}.layers.${i}`];
+  const attention = (name: string, file: string, { heads, headDim }: ModelSpec) => {
+    const inner = heads * headDim;
+    const names = t5 ? ['q', 'k', 'v', 'o'] : ['q_proj', 'k_proj', 'v_proj', 'out_proj'];
+    return {
+      q: matrix(`${name}.q`, `${file}.${names[0]}`, inner, hidden),
+      k: matrix(`${name}.k`, `${file}.${names[1]}`, inner, hidden),
+      v: matrix(`${name}.v`, `${file}.${names[2]}`, inner, hidden),
+      o: matrix(`${name}.o`, `${file}.${names[3]}`, hidden, inner),
+    };
+  };
+  const layer = (stack: string, i: number, of: ModelSpec): LayerWeights<T> => {
+    const { ffn } = of;
+    const name = `${stack}.layers.${i}`;
+    if (t5) {
+      const at = (part: number) => `${stack}.block.${i}.layer.${part}`;
+      const last = at(stack === 'decoder' ? 2 : 1);
+      const wide = (name: string, file: string) => matrix(name, `${last}.DenseReluDense.${file}`, ffn, hidden);
+      return {
+        norm1: norm(`${name}.norm1`, `${at(0)}.layer_norm`),
+        ...attention(name, `${at(0)}.SelfAttention`, of),
+        norm2: norm(`${name}.norm2`, `${last}.layer_norm`),
+        ...(gated && { gate: wide(`${name}.gate`, 'wi_0') }),
+        up: wide(`${name}.up`, gated ? 'wi_1' : 'wi'),
+        down: matrix(`${name}.down`, `${last}.DenseReluDense.wo`, hidden, ffn),
+      };
+    }
+    const file = name;
     return {
       norm1: norm(`${name}.norm1`, `${file}.self_attn_layer_norm`),
-      ...attention(name, `${file}.self_attn`),
+      ...attention(name, `${file}.self_attn`, of),
       norm2: norm(`${name}.norm2`, `${file}.final_layer_norm`),
       up: matrix(`${name}.up`, `${file}.fc1`, ffn, hidden),
       down: matrix(`${name}.down`, `${file}.fc2`, hidden, ffn),
     };
   };
   const cross = (i: number): CrossWeights<T> => {
-    const [name, file] = [`decoder.layers.${i}.cross`, `decoder.layers.${i}.encoder_attn`];
-    return { norm: norm(`${name}.norm`, `${file}_layer_norm`), ...attention(name, file) };
+    const name = `decoder.layers.${i}.cross`;
+    const t5Layer = `decoder.block.${i}.layer.1`;
+    const file = t5 ? `${t5Layer}.EncDecAttention` : `decoder.layers.${i}.encoder_attn`;
+    return {
+      norm: norm(`${name}.norm`, t5 ? `${t5Layer}.layer_norm` : `${file}_layer_norm`),
+      ...attention(name, file, spec.decoder),
+    };
   };
-  const positions = (stack: string): T =>
-    spec.positions === 'sinusoidal'
-      ? sines()
-      : slot(`${stack}.positions`, [maxPositions, hidden], 'normal', `${stack}.embed_positions.weight`, {
-          shape: [spec.firstPosition + maxPositions, hidden],
-          start: spec.firstPosition,
-        });
+  const positions = (stack: 'encoder' | 'decoder'): Pick<StackWeights<T>, 'positions' | 'bias'> => {
+    if (spec.positions === 'sinusoidal') return { positions: made.sines() };
+    if (spec.positions === 'learned') {
+      const file = `${stack}.embed_positions.weight`;
+      const storage = { shape: [spec.firstPosition + maxPositions, hidden], start: spec.firstPosition };
+      return { positions: slot(`${stack}.positions`, [maxPositions, hidden], 'normal', file, storage) };
+    }
+    const file = `${stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight`;
+    const table = slot(`${stack}.relative`, [spec.distances.buckets, heads], 'normal', file);
+    return { bias: made.byDistance(table, stack === 'encoder') };
+  };
   const stack = <L>(name: 'encoder' | 'decoder', layerOf: (i: number) => L): StackWeights<T, L> => ({
-    positions: positions(name),
+    ...positions(name),
     ...(spec.embedNorm && { embedNorm: norm(`${name}.embedNorm`, `${name}.layernorm_embedding`) }),
     layers: Array.from({ length: spec[name].layers }, (_, i) => layerOf(i)),
-    ...(spec.finalNorm && { finalNorm: norm(`${name}.finalNorm`, `${name}.layer_norm`) }),
+    ...(spec.finalNorm && {
+      finalNorm: norm(`${name}.finalNorm`, `${name}.${t5 ? 'final_layer_norm' : 'layer_norm'}`),
+    }),
   });
   const embed = slot('embed', [vocab, hidden], 'normal', 'shared.weight', {
     aliases: ['encoder.embed_tokens.weight', 'decoder.embed_tokens.weight'],
@@ -105,8 +149,8 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, headBias: boolean, sines: (
     encoder: stack('encoder', (i) => layer('encoder', i, spec.encoder)),
     decoder: stack('decoder', (i) => ({ ...layer('decoder', i, spec.decoder), cross: cross(i) })),
     head: {
-      weight: tied ? embed : slot('head.weight', [vocab, hidden], 'normal', 'lm_head.weight', { head: true }),
-      ...(headBias && {
+      weight: made.ownHead ? slot('head.weight', [vocab, hidden], 'normal', 'lm_head.weight', { head: true }) : embed,
+      ...(made.headBias && {
         bias: slot('head.bias', [vocab], 'zero', 'final_logits_bias', { head: true, shape: [1, vocab] }),
       }),
     },
@@ -115,6 +159,7 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, headBias: boolean, sines: (
 
 /** Tied and computed tables that checkpoints may store all the same. */
 const REPEATED = /(^|\.)((encoder|decoder)\.embed_tokens|lm_head)\.weight$/;
+const UNREAD = /EncDecAttention\.relative_attention_bias\.weight$/;
 const SINES = /(^|\.)(encoder|decoder)\.embed_positions\.weight$/;
 
 /**
@@ -128,31 +173,69 @@ export function loadSeq2SeqWeights(
   checkpoint: Checkpoint,
   options: { dtype?: 'f32' | 'bf16' | 'f16' } = {},
 ): LoadedWeights<Seq2SeqTensors> {
-  const { maxPositions, hidden, tied } = spec.decoder;
-  let table: Tensor | null = null;
-  const sines = () => {
-    table ??= Tensor.fromData('f32', [maxPositions, hidden], sinusoidalPositions(maxPositions, hidden));
-    return table;
+  const { maxPositions, hidden, family } = spec.decoder;
+  const tables: Tensor[] = [];
+  const table = (shape: number[], data: Float32Array): Tensor => {
+    tables.push(Tensor.fromData('f32', shape, data));
+    return tables.at(-1)!;
   };
-  const headBias = checkpoint.has('final_logits_bias');
-  const loaded = loadSlots(spec.decoder, checkpoint, (get) => assemble(spec, get, headBias, sines), options);
-  const known = (name: string) =>
-    (tied && REPEATED.test(name)) || (spec.positions === 'sinusoidal' && SINES.test(name));
+  // A head of its own may be stored whatever the configuration says of T5; that of others is the embedding's copy.
+  const ownHead = family === 't5' && checkpoint.has('lm_head.weight');
+  const made: Made<Tensor> = {
+    headBias: checkpoint.has('final_logits_bias'),
+    ownHead,
+    sines: () => tables[0] ?? table([maxPositions, hidden], sinusoidalPositions(maxPositions, hidden)),
+    byDistance(stored, both) {
+      const [heads, columns] = [stored.shape[1], 2 * spec.distances.most + 1];
+      const values = stored.readFloat();
+      const byDistance = Float32Array.from({ length: heads * columns }, (_, i) => {
+        const distance = (i % columns) - spec.distances.most;
+        return values[distanceBucket(distance, spec.distances, both) * heads + Math.floor(i / columns)];
+      });
+      return table([heads, columns], byDistance);
+    },
+  };
   const dispose = () => {
-    loaded.dispose();
-    table?.dispose();
+    for (const made of tables) made.dispose();
   };
-  const unused = loaded.unused.filter((name) => !known(name));
-  return { ...loaded, unused, dispose, [Symbol.dispose]: dispose };
+  try {
+    const loaded = loadSlots(spec.decoder, checkpoint, (get) => assemble(spec, get, made), options);
+    const known = (name: string) =>
+      (!ownHead && REPEATED.test(name)) || UNREAD.test(name) || (spec.positions === 'sinusoidal' && SINES.test(name));
+    const disposeAll = () => {
+      loaded.dispose();
+      dispose();
+    };
+    const unused = loaded.unused.filter((name) => !known(name));
+    return { ...loaded, unused, dispose: disposeAll, [Symbol.dispose]: disposeAll };
+  } catch (error) {
+    dispose();
+    throw error;
+  }
 }
 
-/** Numbers that an encoder-decoder model has, those that are computed aside. */
-export function seq2seqParameters(spec: Seq2SeqSpec): number {
+/**
+ * The kind of a distance from a query to a key: half of the kinds are single distances, the others grow as powers up to `most`, and all
+ * behind are of the last one. `both`: half of all are for keys that come after. In f32, as transformers computes it.
+ */
+export function distanceBucket(distance: number, { buckets, most }: Seq2SeqSpec['distances'], both: boolean): number {
+  const count = both ? buckets / 2 : buckets;
+  const begin = both && distance > 0 ? count : 0;
+  const far = both ? Math.abs(distance) : Math.max(0, -distance);
+  const exact = Math.floor(count / 2);
+  if (far < exact) return begin + far;
+  const { fround } = Math;
+  const power = fround(fround(Math.log(fround(far / exact))) / fround(Math.log(most / exact)));
+  return begin + Math.min(count - 1, exact + Math.trunc(fround(power * (count - exact))));
+}
+
+/** Numbers that an encoder-decoder model has, those that are computed aside. `ownHead`: the head's matrix is not the embedding. */
+export function seq2seqParameters(spec: Seq2SeqSpec, ownHead = false): number {
   let count = 0;
   const get = ({ shape }: { shape: readonly number[] }) => {
     count += shape.reduce((product, n) => product * n, 1);
   };
-  assemble<void>(spec, get, false, () => {});
+  assemble<void>(spec, get, { headBias: false, ownHead, sines() {}, byDistance() {} });
   return count;
 }
 
@@ -177,8 +260,9 @@ export function sinusoidalPositions(positions: number, hidden: number): Float32A
 export function bindSeq2Seq(graph: Graph, weights: Seq2SeqTensors): Seq2SeqNodes {
   const bind = bindTensor(graph);
   const embed = bind(weights.embed);
-  const stack = <L extends LayerWeights<Tensor>>({ positions, layers, ...norms }: StackWeights<Tensor, L>) => ({
-    positions: bind(positions),
+  const stack = <L extends LayerWeights<Tensor>>({ positions, bias, layers, ...norms }: StackWeights<Tensor, L>) => ({
+    ...(positions && { positions: bind(positions) }),
+    ...(bias && { bias: bind(bias) }),
     layers: layers.map((layer) => mapGroup(layer, bind)),
     ...mapGroup(norms, bind),
   });

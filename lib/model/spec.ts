@@ -5,7 +5,7 @@ import { gemma3nSettings, normalQuantile } from './gemma3n.js';
 import { type LayerType, rotaryFrequencies, rotaryFrequenciesByType, typesOfLayers } from './rope.js';
 
 /** Names and layouts of the weights. */
-export type Family = 'llama' | 'gpt2' | 'bert' | 'roberta' | 'distilbert' | 'bart';
+export type Family = 'llama' | 'gpt2' | 'bert' | 'roberta' | 'distilbert' | 'bart' | 't5';
 
 /** What layers of one model may have different. */
 export interface LayerSpec {
@@ -196,7 +196,7 @@ export const isEncoderConfig = (json: unknown): boolean =>
   encoderTypes.some((type) => type === (json as { model_type?: unknown } | null)?.model_type);
 
 /** `model_type` of encoder-decoder models (seq2seq_spec.ts). */
-export const seq2seqTypes = ['bart', 'mbart', 'marian'] as const;
+export const seq2seqTypes = ['bart', 'mbart', 'marian', 't5'] as const;
 
 /** Whether a parsed config.json is an encoder-decoder model's. */
 export const isSeq2SeqConfig = (json: unknown): boolean =>

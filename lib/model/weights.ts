@@ -118,6 +118,7 @@ const PREFIX = {
   roberta: 'roberta.',
   distilbert: 'distilbert.',
   bart: 'model.',
+  t5: '',
 } as const;
 
 /** A tensor's name in the checkpoint of a model with a head. */

@@ -100,6 +100,26 @@ Scoring checkedScoring(const KernelArgs& args, const char* op, int i, bool causa
   return scoring;
 }
 
+// Added to scores by the distance from a query to a key: [heads, 2 reach + 1].
+struct Bias {
+  const float* values;  // or null
+  int64_t reach;
+
+  int64_t columns() const { return 2 * reach + 1; }
+  const float* of(int64_t head) const { return values ? values + head * columns() : nullptr; }
+};
+
+Bias checkedBias(const char* op, const TensorView& bias, int64_t heads, const Scoring& scoring, bool placed) {
+  if (!bias) return {nullptr, 0};
+  if (bias.dim(0) != heads || bias.dim(1) % 2 != 1 || scoring.softcap > 0 || !placed) {
+    fail(ErrorCode::InvalidProgram,
+         "[%s] bias must be [%lld, an odd number], without a softcap and for queries that have a place among the keys, got "
+         "[%lld, %lld]",
+         op, static_cast<long long>(heads), static_cast<long long>(bias.dim(0)), static_cast<long long>(bias.dim(1)));
+  }
+  return {bias.f32(), bias.dim(1) / 2};
+}
+
 // min(1, window) + ... + min(n, window)
 double windowedSum(int64_t n, int64_t window) {
   const double inside = static_cast<double>(std::min(n, window)), outside = static_cast<double>(n) - inside;
@@ -132,7 +152,7 @@ struct Keys {
 // What attention and attention_cached have in common. offsets: of the new key rows; keysOf(s): the keys of segment s.
 template <typename KeysOf>
 void attend(const KernelArgs& args, const Heads& h, const float* q, const Queries& queries, const int32_t* offsets,
-            int64_t segments, const Scoring& scoring, float* y, float* lse, const KeysOf& keysOf) {
+            int64_t segments, const Scoring& scoring, const Bias& bias, float* y, float* lse, const KeysOf& keysOf) {
   const VectorOps& vector = vectorOps();
   const int64_t queryWidth = h.heads * h.headDim;
   double* pairsOf = args.scratch<double>(segments);
@@ -197,6 +217,8 @@ void attend(const KernelArgs& args, const Heads& h, const float* q, const Querie
       block.window = scoring.window;
       block.scale = scoring.scale;
       block.softcap = scoring.softcap;
+      block.bias = bias.of(head * h.group);
+      block.biasReach = bias.reach;
       block.scratch = scratch + worker * scratchSize;
       vector.attention(block);
     }
@@ -215,8 +237,9 @@ void attention(const KernelArgs& args) {
   const int32_t* offsets = args.in[3].i32();
   const Queries queries = checkedQueries(op, args.in[4], args.in[5], args.in[0], args.in[1].dim(0), offsets,
                                          scoring.causal);
+  const Bias bias = checkedBias(op, args.in[6], h.heads, scoring, !args.in[5] || args.in[4]);
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
-  attend(args, h, args.in[0].f32(), queries, offsets, segments, scoring, args.out[0].f32(),
+  attend(args, h, args.in[0].f32(), queries, offsets, segments, scoring, bias, args.out[0].f32(),
          args.out[1] ? args.out[1].f32() : nullptr, [&](int64_t s) {
            static constexpr int32_t kFirstPage = 0;
            return Keys{k + offsets[s] * kvWidth, v + offsets[s] * kvWidth, &kFirstPage, INT64_MAX, 0};
@@ -233,6 +256,7 @@ void attentionGrad(const KernelArgs& args) {
   const int32_t* offsets = args.in[6].i32();
   const Queries queries = checkedQueries(op, args.in[7], args.in[8], args.in[1], args.in[2].dim(0), offsets,
                                          scoring.causal);
+  const Bias bias = checkedBias(op, args.in[9], h.heads, scoring, !args.in[8] || args.in[7]);
   const VectorOps& vector = vectorOps();
   double pairs = 0;
   int64_t longest = 0;
@@ -273,6 +297,8 @@ void attentionGrad(const KernelArgs& args) {
       block.window = scoring.window;
       block.scale = scoring.scale;
       block.softcap = scoring.softcap;
+      block.bias = bias.of(head * h.group);
+      block.biasReach = bias.reach;
       block.scratch = scratch + worker * scratchSize;
       vector.attentionGrad(block);
     }
@@ -293,7 +319,8 @@ void attentionCached(const KernelArgs& args) {
     slots.checkPages(s, 0, slots.length(s));
   }
   const Queries queries = checkedQueries(op, args.in[7], args.in[8], q, added, offsets, true);
-  attend(args, h, q.f32(), queries, offsets, segments, scoring, args.out[0].f32(), nullptr, [&](int64_t s) {
+  const Bias bias = checkedBias(op, args.in[9], h.heads, scoring, true);
+  attend(args, h, q.f32(), queries, offsets, segments, scoring, bias, args.out[0].f32(), nullptr, [&](int64_t s) {
     const int64_t cached = slots.length(s) - (offsets[s + 1] - offsets[s]);
     return Keys{poolK.f32(), poolV.f32(), slots.pagesOf(s), slots.pageRows, cached};
   });

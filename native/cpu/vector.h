@@ -35,6 +35,8 @@ struct AttentionBlock {
   bool causal;
   int64_t window;          // causal: of these keys, only so many, the last ones
   float scale, softcap;    // softcap c > 0: scores s become c tanh(s / c)
+  const float* bias = nullptr;  // [kvHeads x group, 2 biasReach + 1]: added to scores by distance; or null
+  int64_t biasReach = 0;
   float* scratch;  // attentionScratch(headDim, rows * kvHeads) floats
 };
 
@@ -49,6 +51,8 @@ struct AttentionGradBlock {
   bool causal;
   int64_t window;
   float scale, softcap;
+  const float* bias = nullptr;  // [group, 2 biasReach + 1], as in AttentionBlock
+  int64_t biasReach = 0;
   float* scratch;  // attentionGradScratch(headDim, positions * group) floats
 };
 

@@ -453,6 +453,16 @@ ELASTIFORM_INLINE Vec capped(Vec score, float cap, Vec* tanhOf) {
   return *tanhOf * splat(cap);
 }
 
+// scores[j] += bias[clamp(first + j - stand)], j from `low` to `end`: bias is that of distance 0 and goes `reach` to both sides.
+static void addBias(float* scores, int64_t low, int64_t end, int64_t first, int64_t stand, const float* bias,
+                    int64_t reach) {
+  const auto within = [&](int64_t key) { return key < low ? low : key > end ? end : key; };
+  const int64_t near = within(stand - reach - first), far = within(stand + reach - first);
+  for (int64_t j = low; j < near; ++j) scores[j] += bias[-reach];
+  for (int64_t j = near; j < far; ++j) scores[j] += bias[first + j - stand];
+  for (int64_t j = far; j < end; ++j) scores[j] += bias[reach];
+}
+
 // ---- attention: forward
 //
 // Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention". A row's result is
@@ -533,6 +543,11 @@ static void attentionTile(const AttentionBlock& t, const TileOfKeys& keys, int64
     const int64_t own = seenBy(r), end = (own + kLanes - 1) / kLanes * kLanes, hidden = hiddenFrom(r);
     const int64_t low = wholeVecs(hidden);
     Vec ignored;
+    if (t.bias) {
+      const int64_t at = t.firstRow + r, head = column / width * t.group + at % t.group;
+      addBias(row, low, end, first, lastKey(t, at / t.group), t.bias + head * (2 * t.biasReach + 1) + t.biasReach,
+              t.biasReach);
+    }
     if (t.softcap > 0) {
       for (int64_t j = low; j < end; j += kLanes) store(row + j, capped(load(row + j), t.softcap, &ignored));
     }
@@ -689,6 +704,10 @@ static void attentionGradBlock(const AttentionGradBlock& t) {
           const int64_t row = r0 + r + i, position = row / t.group;
           float *p = probs + (r + i) * kKeyTile, *s = ds + (r + i) * kKeyTile;
           const Vec lse = splat(t.lse[position * t.lseStride + row % t.group]), d = splat(delta[row]);
+          if (t.bias) {
+            addBias(p, low, low + seenVecs * kLanes, first, lastKey(t, position),
+                    t.bias + row % t.group * (2 * t.biasReach + 1) + t.biasReach, t.biasReach);
+          }
           for (int64_t j = low; j < low + seenVecs * kLanes; j += kLanes) {
             Vec score = load(p + j), slope = splat(1.0f);
             if (t.softcap > 0) {

@@ -173,7 +173,7 @@ struct Attend : Attention<float> {
 template <int kDimOf, bool kFewOf>
 struct AttendTile {
   static constexpr int kDim = kDimOf;  // head_dim, rounded up
-  static constexpr bool kFew = kFewOf;
+  static constexpr bool kFew = kFewOf, kBiased = false;
   static constexpr int kRows = kFew ? (kDim == 32 ? 16 : 8) : kDim <= 128 ? 64 : 32;
   static constexpr int kKeys = 32;
   static constexpr int kKeyWarps = kFew ? 4 : 1, kColumnWarps = kFew ? (kDim < 128 ? kDim / 32 : 4) : 1;
@@ -261,6 +261,11 @@ DEVICE void attendTile(const Attend& t, AttendShared<Tile>& s, int splits, int64
       UNROLL
       for (int j = 0; j < Tile::kScoreKeys; ++j) {
         score[i][j] *= t.scale;
+        if constexpr (Tile::kBiased) {
+          const int row = min(scoreRow + 4 * i, rows - 1);
+          score[i][j] += t.bias.at(kvHead * t.h.group + (firstRow + row) % t.h.group,
+                                   first + scoreKey + 8 * j - g.stand(segment, queryOf(row)));
+        }
         if (t.softcap > 0.0f) score[i][j] = t.softcap * tanhf(score[i][j] / t.softcap);
         if (!g.inSight(seen[i], first + scoreKey + 8 * j)) score[i][j] = -INFINITY;
         best[i] = fmaxf(best[i], score[i][j]);
@@ -418,6 +423,7 @@ using AttendGrad = AttentionGradient<float>;
 template <int kDimOf>
 struct QueryTile {
   static constexpr int kDim = kDimOf;
+  static constexpr bool kBiased = false;
   static constexpr int kRows = kDim <= 128 ? 64 : 32, kKeys = 32;
   static constexpr int kThreadRows = kRows / 16, kThreadKeys = kKeys / 8, kQuads = kDim / 32;
   static constexpr int kBlocks = kDim <= 64 ? 3 : 2;
@@ -432,14 +438,15 @@ struct QueryShared {
 };
 
 // P and dS of a thread's rows and keys, from S unscaled and dy V^T.
-template <int kRows, int kKeys, typename Visible>
+template <bool kBiased, int kRows, int kKeys, typename Visible, typename BiasAt>
 DEVICE void weightsAndGradients(float (&s)[kRows][kKeys], float (&dp)[kRows][kKeys], float scale, float softcap,
-                                const float* lse, const float* deltas, const Visible& visible) {
+                                const float* lse, const float* deltas, const Visible& visible, const BiasAt& biasAt) {
   UNROLL
   for (int i = 0; i < kRows; ++i) {
     UNROLL
     for (int j = 0; j < kKeys; ++j) {
       float score = s[i][j] * scale, slope = 1.0f;
+      if constexpr (kBiased) score += biasAt(i, j);
       if (softcap > 0.0f) {
         const float tanhOf = tanhf(score / softcap);
         score = softcap * tanhOf;
@@ -505,8 +512,14 @@ DEVICE void queryGradientTile(const AttendGrad& t, QueryShared<Tile>& s, int64_t
     float score[Tile::kThreadRows][Tile::kThreadKeys], dp[Tile::kThreadRows][Tile::kThreadKeys];
     rowProducts<Tile::kDim>(score, s.q + firstOfWarp * kStride, s.k + laneColumn() * kStride);
     rowProducts<Tile::kDim>(dp, s.dy + firstOfWarp * kStride, s.v + laneColumn() * kStride);
-    weightsAndGradients(score, dp, t.scale, t.softcap, s.lse + firstOfWarp, s.deltas + firstOfWarp,
-                        [&](int i, int j) { return g.inSight(seen[i], first + laneColumn() + 8 * j); });
+    weightsAndGradients<Tile::kBiased>(
+        score, dp, t.scale, t.softcap, s.lse + firstOfWarp, s.deltas + firstOfWarp,
+        [&](int i, int j) { return g.inSight(seen[i], first + laneColumn() + 8 * j); },
+        [&](int i, int j) {
+          const int row = min(firstOfWarp + 4 * i, rows - 1);
+          return t.bias.at(kvHead * t.h.group + (firstRow + row) % t.h.group,
+                           first + laneColumn() + 8 * j - g.stand(segment, queryOf(row)));
+        });
     UNROLL
     for (int i = 0; i < Tile::kThreadRows; ++i) {
       UNROLL
@@ -545,6 +558,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Tile::kBlocks) queryGradien
 template <int kDimOf>
 struct KeyTile {
   static constexpr int kDim = kDimOf;
+  static constexpr bool kBiased = false;
   static constexpr int kRows = 32, kKeys = kDim == 32 ? 64 : kDim == 256 ? 16 : 32;
   static constexpr int kThreadRows = kRows / 16, kThreadKeys = kKeys / 8;
   static constexpr int kColumnWarps = 64 / kKeys, kQuads = kDim / (32 * kColumnWarps);
@@ -605,8 +619,14 @@ DEVICE void keyGradientTile(const AttendGrad& t, KeyShared<Tile>& s, int64_t ite
     float score[Tile::kThreadRows][Tile::kThreadKeys], dp[Tile::kThreadRows][Tile::kThreadKeys];
     rowProducts<Tile::kDim>(score, s.q + scoreRow * kStride, s.k + laneColumn() * kStride);
     rowProducts<Tile::kDim>(dp, s.dy + scoreRow * kStride, s.v + laneColumn() * kStride);
-    weightsAndGradients(score, dp, t.scale, t.softcap, s.lse + scoreRow, s.deltas + scoreRow,
-                        [&](int i, int j) { return g.inSight(seen[i], laneColumn() + 8 * j); });
+    weightsAndGradients<Tile::kBiased>(
+        score, dp, t.scale, t.softcap, s.lse + scoreRow, s.deltas + scoreRow,
+        [&](int i, int j) { return g.inSight(seen[i], laneColumn() + 8 * j); },
+        [&](int i, int j) {
+          const int row = first + min(scoreRow + 4 * i, rows - 1);
+          return t.bias.at(kvHead * t.h.group + row % t.h.group,
+                           firstKey + laneColumn() + 8 * j - g.stand(segment, queryOf(row)));
+        });
     UNROLL
     for (int i = 0; i < Tile::kThreadRows; ++i) {
       UNROLL
@@ -708,6 +728,46 @@ Scoring checkedScoring(const Launch& launch, int i, bool causal) {
   return {causal, window > 0 ? window : INT32_MAX, scale, checkedSoftcap(launch.op, "softcap", launch.attr[i + 2])};
 }
 
+DistanceBias checkedBias(const Launch& launch, const Operand& bias, const AttentionHeads& h, const Scoring& scoring,
+                         bool placed) {
+  if (!bias) return {};
+  if (bias.bound[0] != h.heads || bias.bound[1] % 2 != 1 || scoring.softcap > 0 || !placed) {
+    fail(ErrorCode::InvalidProgram,
+         "[%s] bias must be [%d, an odd number], without a softcap and for queries that have a place among the keys, got "
+         "[%lld, %lld]",
+         launch.op, h.heads, static_cast<long long>(bias.bound[0]), static_cast<long long>(bias.bound[1]));
+  }
+  return {floats(bias), static_cast<int>(bias.bound[1] / 2)};
+}
+
+void convert(const Launch& launch, const Operand& from, const Operand& to) {
+  LAUNCH(convertKernel, launch.blocks(from.boundElements(), 4 * kCopyThreads), kCopyThreads, 0, launch.stream, from, to,
+         launch.state);
+}
+
+// The same op with its first operands in f32, and what it writes in bf16 again.
+template <int kInputs, int kOutputs>
+void inF32(const Launch& launch, std::initializer_list<int> inputs, std::initializer_list<int> outputs, Emitter emit) {
+  std::array<Operand, kInputs> in;
+  std::array<Operand, kOutputs> out;
+  std::copy_n(launch.in, kInputs, in.begin());
+  std::copy_n(launch.out, kOutputs, out.begin());
+  const auto widen = [&](Operand& x) {
+    x.data = launch.scratch<float>(x.boundElements());
+    x.dtype = DType::F32;
+  };
+  for (const int i : inputs) {
+    widen(in[i]);
+    convert(launch, launch.in[i], in[i]);
+  }
+  for (const int i : outputs) widen(out[i]);
+  Launch wide = launch;
+  wide.in = in.data();
+  wide.out = out.data();
+  emit(wide);
+  for (const int i : outputs) convert(launch, out[i], launch.out[i]);
+}
+
 // The segments of an op and its plan, of which the caller sets what concerns its kernels. k: absent where keys are in a
 // cache. Inputs: where q, offsets, and rows are, which row_offsets follows.
 Planning plan(const Launch& launch, const AttentionHeads& h, const Operand& k, int qInput, int offsetsInput,
@@ -753,8 +813,13 @@ bool aligned(std::initializer_list<const void*> addresses) {
 template <typename Tile>
 void launchAttend(const Launch& launch, const Attend& attend, int64_t rows, int64_t splits) {
   const int64_t items = mostTiles(attend.segments.offsets, rows, Tile::kRows) * attend.h.kvHeads * splits;
-  LAUNCH(attendKernel<Tile>, launch.blocks(items, 1), kAttentionThreads, sizeof(AttendShared<Tile>), launch.stream,
-         attend);
+  if (attend.bias.values) {
+    LAUNCH(attendKernel<WithBias<Tile>>, launch.blocks(items, 1), kAttentionThreads, sizeof(AttendShared<WithBias<Tile>>),
+           launch.stream, attend);
+  } else {
+    LAUNCH(attendKernel<Tile>, launch.blocks(items, 1), kAttentionThreads, sizeof(AttendShared<Tile>), launch.stream,
+           attend);
+  }
 }
 
 template <typename T>
@@ -823,6 +888,8 @@ void attention(const Launch& launch) {
   const AttentionHeads h = checkedHeads(launch, q, k.bound[1]);
   const Scoring scoring = checkedScoring(launch, 3, launch.intAttribute(2, "causal", 0, 1) != 0);
   checkStatistics(launch, lse, h);
+  const DistanceBias bias = checkedBias(launch, launch.in[6], h, scoring, !launch.in[5] || launch.in[4]);
+  if (bias.values && q.dtype == DType::BF16) return inF32<7, 2>(launch, {0, 1, 2}, {0}, attention);
   Planning planning = plan(launch, h, k, 0, 3, 4, scoring);
   planning.flopsPerPair = 4.0 * h.headDim * h.heads;
   if (q.dtype == DType::BF16) {
@@ -830,6 +897,7 @@ void attention(const Launch& launch) {
     return;
   }
   Attend attend{attentionOf<float>(launch, h, planning, scoring), kNoSplit, nullptr, nullptr};
+  attend.bias = bias;
   forHeadDim(h.headDim, [&](auto dim) {
     using Tile = AttendTile<dim.value, false>;
     planning.rows = Tile::kRows;
@@ -843,6 +911,8 @@ void attentionGrad(const Launch& launch) {
   const AttentionHeads h = checkedHeads(launch, q, k.bound[1]);
   const Scoring scoring = checkedScoring(launch, 3, launch.intAttribute(2, "causal", 0, 1) != 0);
   checkStatistics(launch, lse, h);
+  const DistanceBias bias = checkedBias(launch, launch.in[9], h, scoring, !launch.in[8] || launch.in[7]);
+  if (bias.values && q.dtype == DType::BF16) return inF32<10, 3>(launch, {0, 1, 2, 3, 4}, {0, 1, 2}, attentionGrad);
   Planning planning = plan(launch, h, k, 1, 6, 7, scoring);
   planning.flopsPerPair = 10.0 * h.headDim * h.heads;
   planning.keyTilesBefore = launch.scratch<int32_t>(offsets.bound[0]);
@@ -850,10 +920,9 @@ void attentionGrad(const Launch& launch) {
     attendGradMma(launch, planning, gradientOf<bf16>(launch, h, planning, scoring));
     return;
   }
-  const AttendGrad grad = gradientOf<float>(launch, h, planning, scoring);
-  forHeadDim(h.headDim, [&](auto dim) {
-    using Rows = QueryTile<dim.value>;
-    using Keys = KeyTile<dim.value>;
+  AttendGrad grad = gradientOf<float>(launch, h, planning, scoring);
+  grad.bias = bias;
+  const auto launchFor = [&]<typename Rows, typename Keys>() {
     planning.rows = Rows::kRows;
     planning.keys = Keys::kKeys;
     launchPlan(launch, planning);
@@ -863,6 +932,15 @@ void attentionGrad(const Launch& launch) {
     const int64_t keyItems = mostTiles(offsets, k.bound[0], Keys::kKeys) * h.kvHeads;
     LAUNCH(keyGradientKernel<Keys>, launch.blocks(keyItems, 1), kAttentionThreads, sizeof(KeyShared<Keys>),
            launch.stream, grad);
+  };
+  forHeadDim(h.headDim, [&](auto dim) {
+    using Rows = QueryTile<dim.value>;
+    using Keys = KeyTile<dim.value>;
+    if (bias.values) {
+      launchFor.template operator()<WithBias<Rows>, WithBias<Keys>>();
+    } else {
+      launchFor.template operator()<Rows, Keys>();
+    }
   });
 }
 
@@ -897,6 +975,7 @@ void attentionCached(const Launch& launch) {
   attend.y = floats(y);
   attend.scale = scoring.scale;
   attend.softcap = scoring.softcap;
+  attend.bias = checkedBias(launch, launch.in[9], h, scoring, true);
   attend.vectors = h.headDim % 4 == 0 && aligned({q.data, poolK.data, poolV.data, y.data});
   attend.splitKeys = kSplitKeys;
   attend.partSums = launch.scratch<float>(planning.parts * h.headDim);
@@ -904,22 +983,18 @@ void attentionCached(const Launch& launch) {
   attend.plan = planning.plan;
   attend.tilesBefore = planning.tilesBefore;
   attend.state = launch.state;
-  const auto convert = [&](const Operand& from, const Operand& to) {
-    LAUNCH(convertKernel, launch.blocks(from.boundElements(), 4 * kCopyThreads), kCopyThreads, 0, launch.stream, from,
-           to, launch.state);
-  };
   forHeadDim(h.headDim, [&](auto dim) {
     using Few = AttendTile<dim.value, true>;
     using Many = AttendTile<dim.value, false>;
     planning.rows = Many::kRows;
     planning.fewRows = Few::kRows;
     launchPlan(launch, planning);
-    if (narrow) convert(launch.in[0], q);
+    if (narrow) convert(launch, launch.in[0], q);
     launchAttend<Few>(launch, attend, rows, mostSplits);
     if (rows > kFewRows) launchAttend<Many>(launch, attend, rows, 1);
   });
   LAUNCH(joinSplitsKernel, launch.blocks(headRows * h.headDim, kCopyThreads), kCopyThreads, 0, launch.stream, attend);
-  if (narrow) convert(y, launch.out[0]);
+  if (narrow) convert(launch, y, launch.out[0]);
 }
 
 }  // namespace elastiform::ELASTIFORM_DEVICE

@@ -75,10 +75,10 @@ struct AttentionSegments {
   DEVICE int before(int s) const { return cache ? cache.length(s) - added(s) : 0; }
   DEVICE int start(int s) const { return ldGlobal(starts + s); }
   DEVICE int queries(int s) const { return start(s + 1) - start(s); }
+  // Where a query stands among the keys of its segment.
+  DEVICE int stand(int s, int query) const { return before(s) + (rows ? ldGlobal(rows + query) : query) - first(s); }
   // Keys that a query sees, but for those before its window: the first so many of its segment.
-  DEVICE int seen(int s, int query) const {
-    return causal ? before(s) + (rows ? ldGlobal(rows + query) : query) - first(s) + 1 : keys(s);
-  }
+  DEVICE int seen(int s, int query) const { return causal ? stand(s, query) + 1 : keys(s); }
   // Of these, those before its window; and whether a key is in sight.
   DEVICE int hidden(int seen) const { return max(seen - window, 0); }
   DEVICE bool inSight(int seen, int key) const {
@@ -183,6 +183,23 @@ inline int64_t mostTiles(const Operand& offsets, int64_t rows, int perTile) {
 
 // ---- What kernels get; T: of activations
 
+// Added to scores by the distance from a query to a key, [heads, 2 reach + 1]. In f32 alone: wider activations are converted.
+struct DistanceBias {
+  const float* values = nullptr;
+  int reach = 0;
+
+  DEVICE float at(int head, int distance) const {
+    return ldGlobal(values + int64_t{head} * (2 * reach + 1) + reach + min(max(distance, -reach), reach));
+  }
+};
+
+// A tile of kernels that add one, which takes registers.
+template <typename Tile>
+struct WithBias : Tile {
+  static constexpr bool kBiased = true;
+  static constexpr int kBlocks = Tile::kBlocks > 1 ? Tile::kBlocks - 1 : 1;
+};
+
 template <typename T>
 struct Attention {
   AttentionSegments segments;
@@ -191,6 +208,7 @@ struct Attention {
   T* y;
   float* lse;    // may be null
   float scale, softcap;  // softcap c > 0: scores s become c tanh(s / c)
+  DistanceBias bias;
   bool vectors;  // heads are a multiple of 16 bytes and start at one
   const AttentionPlan* plan;
   const int32_t* tilesBefore;
@@ -208,6 +226,7 @@ struct AttentionGradient {
   T *dq, *dk, *dv;
   float* deltas;  // [R, heads]: D
   float scale, softcap;
+  DistanceBias bias;
   bool vectors;
   const AttentionPlan* plan;
   const int32_t *tilesBefore, *keyTilesBefore;

@@ -70,11 +70,12 @@ const std::vector<OpDef>& opDefs() {
       // positions and attention
       {"rope", "x:f32[R,D] positions:i32[R] inv_freq:w[F] -> y:f32[R,D]", {"head_dim", "sign", "magnitude"}, 0, "x,y"},
       {"attention",
-       "q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q] lse?:f32[R,H]",
+       "q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] rows?:i32[R] row_offsets?:i32[O] "
+       "bias?:f32[H,E] -> y:f32[R,Q] lse?:f32[R,H]",
        {"heads", "kv_heads", "causal", "scale", "window", "softcap"}, -1, "q,k,v,y"},
       {"attention_grad",
        "dy:f32[R,Q] q:f32[R,Q] k:f32[N,C] v:f32[N,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] rows?:i32[R] "
-       "row_offsets?:i32[O] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]",
+       "row_offsets?:i32[O] bias?:f32[H,E] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]",
        {"heads", "kv_heads", "causal", "scale", "window", "softcap"}, -1, "dy,q,k,v,y,dq,dk,dv"},
       {"cache_append",
        "k:f32[N,C] v:f32[N,C] offsets:i32[O] slots:i32[S] lengths!:i32[Z] pages:i32[Z,B] pool_k!:f32[P,T,C] "
@@ -82,7 +83,7 @@ const std::vector<OpDef>& opDefs() {
        {}, -1, "k,v"},
       {"attention_cached",
        "q:f32[R,Q] offsets:i32[O] slots:i32[S] lengths:i32[Z] pages:i32[Z,B] pool_k:f32[P,T,C] pool_v:f32[P,T,C] "
-       "rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q]",
+       "rows?:i32[R] row_offsets?:i32[O] bias?:f32[H,E] -> y:f32[R,Q]",
        {"heads", "kv_heads", "scale", "window", "softcap"}, -1, "q,y"},
       {"page_copy", "from:i32[M] to:i32[M] pool_k!:f32[P,T,C] pool_v!:f32[P,T,C] ->", {}},
       // residual streams

@@ -78,11 +78,11 @@ std::vector<Encoded> corpus() {
     w.step("embedding", {table, ids}, {x});
     w.step("rope", {x, positions, frequencies}, {rotated}, {2, 1, 1});
     w.step("linear", {x, wk, -1, -1, -1, -1}, {key, -1}, {0});
-    w.step("attention", {rotated, key, key, offsets, -1, -1}, {full, lse}, {2, 1, 1, 0.7, 2, 5});
-    w.step("attention_grad", {x, rotated, key, key, full, lse, offsets, -1, -1},
+    w.step("attention", {rotated, key, key, offsets, -1, -1, -1}, {full, lse}, {2, 1, 1, 0.7, 2, 5});
+    w.step("attention_grad", {x, rotated, key, key, full, lse, offsets, -1, -1, -1},
            {w.output({r, q}), w.output({r, c}), w.output({r, c})}, {2, 1, 1, 0.7, 2, 5});
     w.step("cache_append", {key, key, offsets, slots, lengths, pages, k, values}, {});
-    w.step("attention_cached", {rotated, offsets, slots, lengths, pages, k, values, -1, -1}, {y}, {2, 1, 0.7, 2, 5});
+    w.step("attention_cached", {rotated, offsets, slots, lengths, pages, k, values, -1, -1, -1}, {y}, {2, 1, 0.7, 2, 5});
     const int logits = w.temp({s, v}), rows = w.feedIds({s}), picked = w.temp({s, q});
     w.step("gather_rows", {y, rows}, {picked});
     w.step("linear", {picked, head, -1, -1, -1, -1}, {logits, -1}, {0});
@@ -101,14 +101,16 @@ std::vector<Encoded> corpus() {
     const int values = w.bound(DType::F32, {4, 4, 2}, true);
     const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
     const int rowOffsets = w.tensor(TensorKind::Temp, DType::I32, {o});
-    const int queries = w.temp({r, q}), y = w.temp({r, q}), lse = w.temp({r, h});
+    const int queries = w.temp({r, q}), y = w.temp({r, q}), lse = w.temp({r, h}), bias = w.feed({h, w.constant(5)});
     w.step("route_threshold", {z, offsets, threshold}, {rows, rowOffsets});
     w.step("gather_rows", {x, rows}, {queries});
-    w.step("attention", {queries, key, key, offsets, rows, rowOffsets}, {y, lse}, {2, 1, 1, 0.7, 2, 5});
-    w.step("attention_grad", {queries, queries, key, key, y, lse, offsets, rows, rowOffsets},
-           {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7, 2, 5});
+    w.step("attention", {queries, key, key, offsets, rows, rowOffsets, bias}, {y, lse}, {2, 1, 1, 0.7, 2, 0});
+    w.step("attention", {queries, key, key, offsets, -1, rowOffsets, -1}, {w.output({r, q}), -1}, {2, 1, 0, 0.7, 0, 0});
+    w.step("attention_grad", {queries, queries, key, key, y, lse, offsets, rows, rowOffsets, bias},
+           {w.output({r, q}), w.output({n, c}), w.output({n, c})}, {2, 1, 1, 0.7, 2, 0});
     w.step("cache_append", {key, key, offsets, slots, lengths, pages, k, values}, {});
-    w.step("attention_cached", {queries, offsets, slots, lengths, pages, k, values, rows, rowOffsets}, {w.output({r, q})}, {2, 1, 0.7, 2, 5});
+    w.step("attention_cached", {queries, offsets, slots, lengths, pages, k, values, rows, rowOffsets, bias}, {w.output({r, q})},
+           {2, 1, 0.7, 2, 0});
     w.step("page_copy", {w.bound(DType::I32, {2}, true), w.bound(DType::I32, {2}, true), k, values}, {});
     w.step("topk_credit", {x, x, after, z, offsets, rowOffsets, weight}, {w.output({n, one})});
     const int pooled = w.temp({s, q}), held = w.feed({s, q}), kept = w.temp({s, q});

@@ -920,6 +920,16 @@ void testAttention() {
   Op{"attention", {&q1, &k, &v, &two, &second, &secondStarts}, {&y1, nullptr}, {2, 1, 1, 1, 0, 0}}.run();
   // Queries of other sequences: only in full attention, and only where there are keys.
   Op{"attention", {&q1, &k, &v, &two, nullptr, &firstStarts}, {&y1, nullptr}, {2, 1, 0, 1, 0, 0}}.run();
+  Value bias = noise({2, 5}), even = noise({2, 4}), wrongHeads = noise({3, 5});
+  Op{"attention", {&q, &k, &v, &two, nullptr, nullptr, &bias}, {&y, nullptr}, {2, 1, 1, 1, 0, 0}}.run();
+  for (Value* wrong : {&even, &wrongHeads}) {
+    Op{"attention", {&q, &k, &v, &two, nullptr, nullptr, wrong}, {&y, nullptr}, {2, 1, 1, 1, 0, 0}}.throws(
+        ErrorCode::InvalidProgram, "bias");
+  }
+  Op{"attention", {&q, &k, &v, &two, nullptr, nullptr, &bias}, {&y, nullptr}, {2, 1, 1, 1, 0, 3}}.throws(
+      ErrorCode::InvalidProgram, "bias");
+  Op{"attention", {&q1, &k, &v, &two, nullptr, &firstStarts, &bias}, {&y1, nullptr}, {2, 1, 0, 1, 0, 0}}.throws(
+      ErrorCode::InvalidProgram, "bias");
   Value keyless = ints({0, 2, 2}), tooMany = ints({0, 1, 2});
   for (Value* starts : {&secondStarts, &tooMany}) {
     Op{"attention", {&q1, &k, &v, starts == &tooMany ? &two : &keyless, nullptr, starts}, {&y1, nullptr}, {2, 1, 0, 1, 0, 0}}

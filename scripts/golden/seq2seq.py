@@ -13,7 +13,10 @@ from transformers import (
     MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from common import ROOT, build, store_model, store_vectors
 
@@ -22,11 +25,17 @@ SPECIAL = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_tok
 SIZES = dict(
     vocab_size=VOCAB, d_model=24, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2, decoder_attention_heads=3,
     encoder_ffn_dim=40, decoder_ffn_dim=32, max_position_embeddings=POSITIONS, init_std=0.15, **SPECIAL)
+# Distances of T5 that are far enough for all of its kinds: of 8 from 10 on all are one.
+T5 = dict(
+    vocab_size=VOCAB, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_heads=3, n_positions=POSITIONS,
+    relative_attention_num_buckets=8, relative_attention_max_distance=10, initializer_factor=1.0, **SPECIAL)
 VARIANTS = {
     "bart": (BartForConditionalGeneration, BartConfig, dict(SIZES, scale_embedding=False, activation_function="relu")),
     "mbart": (MBartForConditionalGeneration, MBartConfig, dict(SIZES, scale_embedding=True)),
     "marian": (MarianMTModel, MarianConfig, dict(
         SIZES, scale_embedding=True, activation_function="swish", share_encoder_decoder_embeddings=True)),
+    "t5": (T5ForConditionalGeneration, T5Config, T5),
+    "t5-gated": (T5ForConditionalGeneration, T5Config, dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
 }
 SOURCES = [[5, 9, 14, 2], [7, 2], [3, 20, 11, 8, 25, 4, 19, 6, 13, 21, 2]]
 TARGETS = [[2, 10, 4], [2, 3, 17, 5, 22, 9, 12, 2, 8], [2]]
@@ -61,6 +70,24 @@ def train(model, steps=500):
         optimizer.zero_grad()
 
 
+def flags(name):
+    """Transformers 5 always writes a tied head for T5."""
+    def edit(config):
+        if name == "t5-gated":
+            config["tie_word_embeddings"] = False
+    return edit
+
+
+def head_of(name, model, stored):
+    return {**stored, "lm_head.weight": model.lm_head.weight.detach().clone()} if name == "t5-gated" else stored
+
+
+def kinds():
+    """Of distances from -200 to 200, keys after their query and before, in T5's own sizes."""
+    distances = torch.arange(-200, 201)
+    return {f"kinds.{both}": T5Attention._relative_position_bucket(distances, bidirectional=both == "both") for both in ("both", "before")}
+
+
 def rows(values):
     return ",\n".join(json.dumps(value) for value in values)
 
@@ -69,10 +96,12 @@ if __name__ == "__main__":
     for seed, (name, (model_class, config_class, options)) in enumerate(VARIANTS.items()):
         directory = ROOT / "seq2seq" / name
         model = build(model_class, config_class(**options), 500 + seed)
+        if name == "t5-gated":  # as T5 1.1 is
+            model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(VOCAB, 24))
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_(0.0, 0.3)
         train(model)
-        store_model(directory, model)
+        store_model(directory, model, edit=flags(name), tensors=lambda stored, model=model, name=name: head_of(name, model, stored))
         tensors, written = {}, []
         for number, (source, target) in enumerate(zip(SOURCES, TARGETS)):
             ids = torch.tensor([source])
@@ -87,5 +116,7 @@ if __name__ == "__main__":
                 written.append(dict(source=number, settings=settings, ids=result.sequences[0].tolist()[1:], score=score))
         (directory / "cases.json").write_text(
             f'{{"sources": {SOURCES},\n"targets": {TARGETS},\n"special": {json.dumps(SPECIAL)},\n"generations": [\n{rows(written)}\n]}}\n')
+        if name == "t5":
+            tensors.update(kinds())
         store_vectors(directory / "seq2seq.safetensors", tensors)
         print(name, sorted([len(case["ids"]) for case in written]), sum(2 in case["ids"] for case in written), len(written))

@@ -68,6 +68,14 @@ describe.each(seq2seqNames)('%s', (name) => {
   });
 });
 
+it('a head of its own counts', async () => {
+  await using tied = await loadModel(seq2seqDirectory('t5'));
+  await using own = await loadModel(seq2seqDirectory('t5-gated'));
+  // A gate in each of four layers, and the head.
+  expect(own.info.parameters - tied.info.parameters).toBe(4 * 24 * 40 + 26 * 24);
+  expect(own.info.maxContext).toBe(20);
+});
+
 describe('sampling', () => {
   const { sources, special } = readSeq2SeqCases('bart');
 

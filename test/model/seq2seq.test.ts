@@ -8,6 +8,7 @@ import { decodeTarget, encodeSource, targetLogits } from '../../lib/model/seq2se
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../lib/model/seq2seq_spec.js';
 import {
   bindSeq2Seq,
+  distanceBucket,
   loadSeq2SeqWeights,
   type Seq2SeqTensors,
   seq2seqParameters,
@@ -57,7 +58,7 @@ async function forward(spec: Seq2SeqSpec, weights: Seq2SeqTensors, sources: numb
   const features = encodeSource(graph, spec, nodes, source.inputs);
   const x = decodeTarget(graph, spec, nodes, target.inputs, { features, offsets: source.inputs.offsets });
   graph.output('features', features);
-  graph.output('logits', targetLogits(graph, nodes, x));
+  graph.output('logits', targetLogits(graph, spec, nodes, x));
   using program = Program.compile(graph, engine);
   const { outputs } = await program.run({
     dims: { ...source.dims, ...target.dims },
@@ -102,13 +103,24 @@ describe.each(seq2seqNames)('%s', (name) => {
     const { positions, decoder, firstPosition } = spec;
     const tables = positions === 'learned' ? 2 * decoder.maxPositions * decoder.hidden : 0;
     expect(firstPosition).toBe(positions === 'learned' ? 2 : 0);
-    const head = decoder.tied ? 0 : decoder.vocab * decoder.hidden;
-    expect(seq2seqParameters(spec)).toBe(stored + tables + head);
+    expect(seq2seqParameters(spec)).toBe(stored + tables);
+    expect(seq2seqParameters(spec, true)).toBe(stored + tables + decoder.vocab * decoder.hidden);
   });
 
   it('is no decoder', () => {
     expect(() => specFromConfig(config, 'config.json')).toThrow(/must be that of a decoder: encoder-decoder models/);
   });
+});
+
+it('tells distances apart as T5 does', () => {
+  const golden = readVectors(join(seq2seqDirectory('t5'), 'seq2seq.safetensors'));
+  for (const [name, both] of [
+    ['kinds.both', true],
+    ['kinds.before', false],
+  ] as const) {
+    const kinds = Array.from({ length: 401 }, (_, i) => distanceBucket(i - 200, { buckets: 32, most: 128 }, both));
+    expect(kinds).toEqual([...golden[name]]);
+  }
 });
 
 describe('a configuration that is refused', () => {
@@ -119,6 +131,9 @@ describe('a configuration that is refused', () => {
     ['bart', { tie_word_embeddings: false }, /tie_word_embeddings must be true/],
     ['mbart', { activation_function: 'mish' }, /activation_function must be one of .*, got "mish"/],
     ['marian', { share_encoder_decoder_embeddings: false }, /share_encoder_decoder_embeddings must be true/],
+    ['t5', { feed_forward_proj: 'gated-mish' }, /feed_forward_proj must be one of relu, .*, got "gated-mish"/],
+    ['t5', { relative_attention_num_buckets: 6 }, /relative_attention_num_buckets must be a multiple of 4, got 6/],
+    ['t5', { relative_attention_max_distance: 7 }, /relative_attention_max_distance must be an integer from 8/],
     ['marian', { decoder_vocab_size: 9 }, /decoder_vocab_size must be vocab_size 26, got 9/],
   ])('%s with %o', (name, changed, message) => {
     const read = () => seq2seqSpecFromConfig({ ...readJson(name), ...changed }, 'dir/config.json');

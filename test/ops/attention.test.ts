@@ -109,6 +109,44 @@ cases(
 );
 
 cases(
+  'attention with a bias of distances',
+  [
+    { lengths: [1], heads: 1, kvHeads: 1, dh: 2, reach: 0 },
+    { lengths: [7, 0, 12], heads: 4, kvHeads: 2, dh: 6, reach: 4 },
+    { lengths: [9], heads: 3, kvHeads: 3, dh: 4, reach: 20 },
+    { lengths: [140, 3], heads: 2, kvHeads: 1, dh: 3, reach: 5 },
+  ].flatMap(({ lengths, heads, kvHeads, dh, reach }) =>
+    [true, false].flatMap((causal) =>
+      [false, true].map((some): Case => {
+        const n = lengths.reduce((a, b) => a + b);
+        const make = inputs(n);
+        const { z, threshold } = scored(lengths, picks[Object.keys(picks)[0]]);
+        return {
+          name: `of ${some ? 'selected rows of ' : ''}segments ${lengths}, ${heads}/${kvHeads} heads, reach ${reach}, ${causal ? 'causal' : 'full'}`,
+          inputs: {
+            q: make.f32(['N', n], heads * dh),
+            k: make.f32(['N', n], kvHeads * dh),
+            v: make.f32(['N', n], kvHeads * dh),
+            offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
+            bias: make.f32(heads, 2 * reach + 1),
+            z: make.values(z, ['N', n], 1),
+            threshold: make.values(threshold, ['S', lengths.length]),
+          },
+          build: ({ q, k, v, offsets, bias, z, threshold }) => {
+            const options = { heads, kvHeads, causal, scale: 1 / Math.sqrt(dh), bias };
+            if (!some) return { y: attention(q, k, v, offsets, options) };
+            const selected = routeThreshold(z, offsets, threshold);
+            const y = attention(gatherRows(q, selected.rows), k, v, offsets, { ...options, selected });
+            return { y: scatterAdd(stored(q), y, selected.rows) };
+          },
+          wrt: ['q', 'k', 'v'],
+        };
+      }),
+    ),
+  ),
+);
+
+cases(
   'cross-attention',
   [
     { keys: [5], queries: [3], heads: 2, kvHeads: 2, dh: 4 },
@@ -323,6 +361,25 @@ describe.each([8, 33, 64, 100, 130])('heads of %i', (dh) => {
       expect(row(alone, at), `row ${i}`).toEqual(row(every, i));
     });
   });
+});
+
+test('a bias that does not fit is refused when a graph is built', () => {
+  const g = new Graph();
+  const x = g.feed('x', 'f32', [4, 6]);
+  const offsets = g.feed('offsets', 'i32', [2]);
+  const bias = (...shape: number[]) => g.feed(`bias ${shape}`, 'f32', shape);
+  const options = { heads: 2, kvHeads: 2, causal: true, scale: 1 };
+  for (const wrong of [bias(2, 4), bias(3, 5)]) {
+    expect(() => attention(x, x, x, offsets, { ...options, bias: wrong })).toThrow(/must be \[2, an odd number\]/);
+  }
+  const fits = bias(2, 5);
+  expect(() => attention(x, x, x, offsets, { ...options, bias: fits, softcap: 3 })).toThrow(/without a softcap/);
+  const across = { ...options, causal: false, queries: offsets };
+  for (const wrong of [{ bias: fits }, { causal: true }]) {
+    expect(() => attention(x, x, x, offsets, { ...across, ...wrong })).toThrow(
+      /neither causal nor selected nor with a bias/,
+    );
+  }
 });
 
 test('bad offsets are InvalidData', async () => {

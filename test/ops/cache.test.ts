@@ -28,23 +28,27 @@ const layouts = [
 
 cases(
   'attention_cached',
-  layouts.map(([fresh, past, capacity, pageRows]): Case => {
-    const rows = fresh.reduce<number>((a, b) => a + b, 0);
-    const make = inputs(rows + capacity);
-    return {
-      name: `new ${fresh} after ${past} of ${capacity} in pages of ${pageRows}`,
-      inputs: {
-        q: make.f32(['R', rows], heads * dh),
-        k: make.f32(['R', rows], kvHeads * dh),
-        v: make.f32(['R', rows], kvHeads * dh),
-        offsets: make.i32(offsetsOf(fresh), ['O', fresh.length + 1]),
-        ...cacheInputs(make, { past, capacity, pageRows, width: kvHeads * dh }),
-      },
-      build: ({ q, k, v, offsets, ...cache }) => ({
-        y: appended(q, k, v, offsets, cacheOf(cache), { heads, kvHeads, scale: 0.4 }),
-      }),
-    };
-  }),
+  layouts.flatMap(([fresh, past, capacity, pageRows]) =>
+    [0, 3, 90].map((reach): Case => {
+      const rows = fresh.reduce<number>((a, b) => a + b, 0);
+      const make = inputs(rows + capacity);
+      const biased = reach > 0;
+      return {
+        name: `new ${fresh} after ${past} of ${capacity} in pages of ${pageRows}${biased ? `, a bias of reach ${reach}` : ''}`,
+        inputs: {
+          q: make.f32(['R', rows], heads * dh),
+          k: make.f32(['R', rows], kvHeads * dh),
+          v: make.f32(['R', rows], kvHeads * dh),
+          offsets: make.i32(offsetsOf(fresh), ['O', fresh.length + 1]),
+          ...cacheInputs(make, { past, capacity, pageRows, width: kvHeads * dh }),
+          ...(biased && { bias: make.f32(heads, 2 * reach + 1) }),
+        },
+        build: ({ q, k, v, offsets, bias, ...cache }) => ({
+          y: appended(q, k, v, offsets, cacheOf(cache), { heads, kvHeads, scale: 0.4, bias }),
+        }),
+      };
+    }),
+  ),
 );
 
 /** Whether row i of a segment is a query. */

@@ -175,14 +175,19 @@ function scores(
   i: number,
   from: number,
   to: number,
-  { scale, window, softcap }: { scale: number; window: number; softcap: number },
+  {
+    scale,
+    window,
+    softcap,
+    biasAt,
+  }: { scale: number; window: number; softcap: number; biasAt?: (j: number) => number },
 ) {
   const kv = Math.floor(h / (heads / kvHeads));
   const s: number[] = [];
   for (let j = from; j < to; ++j) {
     let sum = 0;
     for (let d = 0; d < dh; ++d) sum += q.data[(i * heads + h) * dh + d] * k.data[(j * kvHeads + kv) * dh + d];
-    const score = softcap > 0 ? softcap * Math.tanh((sum * scale) / softcap) : sum * scale;
+    const score = softcap > 0 ? softcap * Math.tanh((sum * scale) / softcap) : sum * scale + (biasAt?.(j) ?? 0);
     s.push(window > 0 && j < to - window ? Number.NEGATIVE_INFINITY : score);
   }
   const top = Math.max(...s);
@@ -190,6 +195,13 @@ function scores(
   const slope = s.map((v) => (softcap > 0 && Number.isFinite(v) ? 1 - (v / softcap) ** 2 : 1));
   return { kv, p: s.map((v) => Math.exp(v - lse)), lse, slope };
 }
+
+/** What is added to the score of a query of head `h` that stands at row `stand` and key row j. */
+const biasOf = (bias: Value | null, h: number, stand: number) => (j: number) => {
+  if (!bias) return 0;
+  const reach = (bias.shape[1] - 1) / 2;
+  return bias.data[h * bias.shape[1] + reach + Math.max(-reach, Math.min(reach, j - stand))];
+};
 
 function segments(offsets: Value): [number, number][] {
   return Array.from(offsets.data.slice(1), (end, s) => [offsets.data[s], end]);
@@ -495,7 +507,7 @@ export const references: Readonly<Record<string, Reference>> = {
     return [y];
   },
 
-  attention([q, k, v, offsets, rows, rowOffsets], [heads, kvHeads, causal, scale, window, softcap]) {
+  attention([q, k, v, offsets, rows, rowOffsets, bias], [heads, kvHeads, causal, scale, window, softcap]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const y = f64(q!.shape);
@@ -503,7 +515,10 @@ export const references: Readonly<Record<string, Reference>> = {
     for (const { from, to, standing } of queries(offsets!, rows, rowOffsets)) {
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const s = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, { scale, window, softcap });
+          const s = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, {
+            ...{ scale, window, softcap },
+            biasAt: biasOf(bias ?? null, h, row),
+          });
           lse.data[i * heads + h] = s.lse;
           s.p.forEach((p, j) => {
             for (let d = 0; d < dh; ++d) {
@@ -515,14 +530,14 @@ export const references: Readonly<Record<string, Reference>> = {
     }
     return [y, lse];
   },
-  attention_grad([dy, q, k, v, , , offsets, rows, rowOffsets], [heads, kvHeads, causal, scale, window, softcap]) {
+  attention_grad([dy, q, k, v, , , offsets, rows, rowOffsets, bias], [heads, kvHeads, causal, scale, window, softcap]) {
     const layout = headsOf(q!, heads, kvHeads);
     const { dh } = layout;
     const [dq, dk, dv] = [f64(q!.shape), f64(k!.shape), f64(v!.shape)];
     for (const { from, to, standing } of queries(offsets!, rows, rowOffsets)) {
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const options = { scale, window, softcap };
+          const options = { scale, window, softcap, biasAt: biasOf(bias ?? null, h, row) };
           const { p, kv, slope } = scores(q!, k!, layout, h, i, from, causal ? row + 1 : to, options);
           const at = (i * heads + h) * dh;
           const dp = p.map((_, j) => {
@@ -557,7 +572,7 @@ export const references: Readonly<Record<string, Reference>> = {
     return [];
   },
   attention_cached(
-    [q, offsets, slots, lengths, pages, poolK, poolV, rows, rowOffsets],
+    [q, offsets, slots, lengths, pages, poolK, poolV, rows, rowOffsets, bias],
     [heads, kvHeads, scale, window, softcap],
   ) {
     const layout = headsOf(q!, heads, kvHeads);
@@ -576,7 +591,10 @@ export const references: Readonly<Record<string, Reference>> = {
       });
       for (const { i, row } of standing) {
         for (let h = 0; h < heads; ++h) {
-          const { p, kv } = scores(q!, keys, layout, h, i, 0, held - (to - row) + 1, { scale, window, softcap });
+          const { p, kv } = scores(q!, keys, layout, h, i, 0, held - (to - row) + 1, {
+            ...{ scale, window, softcap },
+            biasAt: biasOf(bias ?? null, h, held - (to - row)),
+          });
           p.forEach((value, j) => {
             for (let d = 0; d < dh; ++d) {
               y.data[(i * heads + h) * dh + d] += value * values.data[(j * kvHeads + kv) * dh + d];

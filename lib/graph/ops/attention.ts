@@ -7,11 +7,12 @@ import type { Routed } from './routing.js';
 
 const attentionOp = defineOp(
   'attention',
-  'q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q] lse?:f32[R,H]',
+  'q:f32[R,Q] k:f32[N,C] v:f32[N,C] offsets:i32[O] rows?:i32[R] row_offsets?:i32[O] bias?:f32[H,E] -> y:f32[R,Q] ' +
+    'lse?:f32[R,H]',
   ['heads', 'kv_heads', 'causal', 'scale', 'window', 'softcap'],
   {
-    gradient({ inputs: [q, k, v, offsets, rows, rowOffsets], outputs: [y, lse], attrs, dy, add }) {
-      const [dq, dk, dv] = attentionGradOp.apply([dy, q, k, v, y, lse, offsets, rows, rowOffsets], attrs);
+    gradient({ inputs: [q, k, v, offsets, rows, rowOffsets, bias], outputs: [y, lse], attrs, dy, add }) {
+      const [dq, dk, dv] = attentionGradOp.apply([dy, q, k, v, y, lse, offsets, rows, rowOffsets, bias], attrs);
       add(0, dq!);
       add(1, dk!);
       add(2, dv!);
@@ -22,7 +23,7 @@ const attentionOp = defineOp(
 const attentionGradOp = defineOp(
   'attention_grad',
   'dy:f32[R,Q] q:f32[R,Q] k:f32[N,C] v:f32[N,C] y:f32[R,Q] lse:f32[R,H] offsets:i32[O] rows?:i32[R] ' +
-    'row_offsets?:i32[O] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]',
+    'row_offsets?:i32[O] bias?:f32[H,E] -> dq:f32[R,Q] dk:f32[N,C] dv:f32[N,C]',
   ['heads', 'kv_heads', 'causal', 'scale', 'window', 'softcap'],
 );
 
@@ -35,6 +36,11 @@ export interface HeadOptions {
   window?: number;
   /** c > 0: scores s become c tanh(s / c). Default 0: they do not. */
   softcap?: number;
+  /**
+   * Added to scaled scores by the distance from a query's row to a key's, f32 [heads, 2 m + 1]: distance d, at most m and at least
+   * -m, has column m + d. Not with `softcap`; it gets no gradient (T5, arXiv 1910.10683, section 2.1).
+   */
+  bias?: Node;
   /** The rows of k and v that are queries; row i of q stands at `selected.rows[i]`. Default: all of them. */
   selected?: Routed;
 }
@@ -59,14 +65,14 @@ export interface AttentionOptions extends HeadOptions {
  */
 export function attention(q: Node, k: Node, v: Node, offsets: Node, options: AttentionOptions): Node {
   const { heads, kvHeads, causal, scale, window = 0, softcap = 0 } = options;
-  if (options.queries && (causal || options.selected)) {
+  if (options.queries && (causal || options.selected || options.bias)) {
     throw new InvalidArgumentError(
-      '[attention] queries of other sequences must see all keys: neither causal nor selected',
+      '[attention] queries of other sequences must see all keys, and have no place among them: neither causal nor selected nor with a bias',
     );
   }
   const [rows, selected] = checkOptions('attention', q, k.shape[1], options, options.queries ? undefined : k);
   const rowOffsets = options.queries ?? selected;
-  const inputs = [q, k, v, offsets, rows, rowOffsets];
+  const inputs = [q, k, v, offsets, rows, rowOffsets, options.bias ?? null];
   const attributes = [heads, kvHeads, causal ? 1 : 0, scale, window, softcap];
   return attentionOp.apply(inputs, attributes, { bind: { H: heads } })[0]!;
 }
@@ -108,7 +114,7 @@ export function cacheAppend(k: Node, v: Node, offsets: Node, cache: Cache): void
 const attentionCachedOp = defineOp(
   'attention_cached',
   'q:f32[R,Q] offsets:i32[O] slots:i32[S] lengths:i32[Z] pages:i32[Z,B] pool_k:f32[P,T,C] pool_v:f32[P,T,C] ' +
-    'rows?:i32[R] row_offsets?:i32[O] -> y:f32[R,Q]',
+    'rows?:i32[R] row_offsets?:i32[O] bias?:f32[H,E] -> y:f32[R,Q]',
   ['heads', 'kv_heads', 'scale', 'window', 'softcap'],
 );
 
@@ -123,7 +129,18 @@ const attentionCachedOp = defineOp(
 export function attentionCached(q: Node, offsets: Node, cache: Cache, options: HeadOptions): Node {
   const { heads, kvHeads, scale, window = 0, softcap = 0 } = options;
   const [rows, rowOffsets] = checkOptions('attention_cached', q, cache.k.shape[2], options);
-  const inputs = [q, offsets, cache.slots, cache.lengths, cache.pages, cache.k, cache.v, rows, rowOffsets];
+  const inputs = [
+    q,
+    offsets,
+    cache.slots,
+    cache.lengths,
+    cache.pages,
+    cache.k,
+    cache.v,
+    rows,
+    rowOffsets,
+    options.bias ?? null,
+  ];
   return attentionCachedOp.apply(inputs, [heads, kvHeads, scale, window, softcap])[0]!;
 }
 
@@ -145,7 +162,7 @@ function checkOptions(
   op: string,
   q: Node,
   kWidth: Size,
-  { heads, kvHeads, selected }: HeadOptions,
+  { heads, kvHeads, selected, bias, softcap = 0 }: HeadOptions,
   k?: Node,
 ): (Node | null)[] {
   const qWidth = q.shape[1];
@@ -166,6 +183,12 @@ function checkOptions(
     throw new InvalidArgumentError(
       `[${op}] q and k must have the same rows unless some are selected, got q:${formatShape(q.shape)} ` +
         `k:${formatShape(k.shape)}`,
+    );
+  }
+  const columns = bias?.shape[1];
+  if (bias && (bias.shape[0] !== heads || typeof columns !== 'number' || columns % 2 !== 1 || softcap > 0)) {
+    throw new InvalidArgumentError(
+      `[${op}] a bias must be [${heads}, an odd number] and without a softcap, got ${formatShape(bias.shape)}`,
     );
   }
   return [selected?.rows ?? null, selected?.offsets ?? null];
