@@ -18,10 +18,22 @@ import { importing } from './suites/import.mjs';
 import { inference } from './suites/inference.mjs';
 import { nested } from './suites/nested.mjs';
 import { routed } from './suites/routed.mjs';
+import { seq2seq } from './suites/seq2seq.mjs';
 import { speculative } from './suites/speculative.mjs';
 import { training } from './suites/train.mjs';
 
-const SUITES = { encoder, engine, gemm, import: importing, inference, nested, routed, speculative, train: training };
+const SUITES = {
+  encoder,
+  engine,
+  gemm,
+  import: importing,
+  inference,
+  nested,
+  routed,
+  seq2seq,
+  speculative,
+  train: training,
+};
 const NAMES = Object.keys(SUITES);
 const FORMAT = 2; // of the results file
 const HELP = `npm run bench -- [options]
