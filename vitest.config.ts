@@ -19,7 +19,7 @@ export default defineConfig({
           include: [
             'test/{ops,graph,elastic}/**/*.test.ts',
             'test/kernels/kernels.test.ts',
-            'test/model/decoder.test.ts',
+            'test/model/{decoder,seq2seq}.test.ts',
             'test/distill/{golden,blocks}.test.ts',
             'test/infer/{generate,narrow,trace}.test.ts',
           ],

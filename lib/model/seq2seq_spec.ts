@@ -43,7 +43,7 @@ export function seq2seqSpecFromConfig(json: unknown, file: string): Seq2SeqSpec 
       );
     }
   }
-  if (type === 't5') return t5Spec(config);
+  if (type === 't5' || type === 'mt5') return t5Spec(config, type);
   // Transformers 5 has one table for both sides and the head only where they are tied.
   config.mustBe('tie_word_embeddings', true);
   const marian = type === 'marian';
@@ -101,21 +101,27 @@ const feedForwards = Object.keys(FEED_FORWARDS) as (keyof typeof FEED_FORWARDS)[
 /** Tokens of a side of a model that has distances alone: nothing in it ends there. */
 const longestRelative = 32768;
 
-/** T5 (arXiv 1910.10683) and T5 1.1, which FLAN-T5 is. */
-function t5Spec(config: Config): Seq2SeqSpec {
+/** T5 (arXiv 1910.10683) and T5 1.1, which FLAN-T5 is, and mT5 (arXiv 2010.11934), which is T5 1.1 of another size. */
+function t5Spec(config: Config, type: 't5' | 'mt5'): Seq2SeqSpec {
+  const mt5 = type === 'mt5';
   const hidden = config.int('d_model', 512);
-  const heads = config.int('num_heads', 8);
+  const heads = config.int('num_heads', mt5 ? 6 : 8);
   const headDim = config.int('d_kv', 64);
-  const ffn = config.int('d_ff', 2048);
-  const feedForward = FEED_FORWARDS[config.choice('feed_forward_proj', feedForwards, 'relu')];
+  const ffn = config.int('d_ff', mt5 ? 1024 : 2048);
+  const feedForward = FEED_FORWARDS[config.choice('feed_forward_proj', feedForwards, mt5 ? 'gated-gelu' : 'relu')];
   const buckets = config.int('relative_attention_num_buckets', 32, 4);
   if (buckets % 4 !== 0) throw config.error('relative_attention_num_buckets', 'must be a multiple of 4', buckets);
   const most = config.int('relative_attention_max_distance', 128, buckets, 1 << 16);
-  const layers = config.layers('num_layers', 6);
+  const layers = config.layers('num_layers', mt5 ? 8 : 6);
   const stack = (count: number) => ({
     ...transformerTraits(hidden, heads, count, ffn),
     ...feedForward,
-    ...({ family: 't5', type: 't5', vocab: config.int('vocab_size', 32128), maxPositions: longestRelative } as const),
+    ...({
+      family: 't5',
+      type,
+      vocab: config.int('vocab_size', mt5 ? 250112 : 32128),
+      maxPositions: longestRelative,
+    } as const),
     ...({
       headDim,
       scoreScale: 1,
@@ -126,7 +132,7 @@ function t5Spec(config: Config): Seq2SeqSpec {
     ...{ qkvBias: false, outBias: false, mlpBias: false, tied: true },
   });
   return {
-    type: 't5',
+    type,
     encoder: { ...stack(layers), encoder: { ...sourceTraits, firstPosition: 0 } },
     decoder: { ...stack(config.layers('num_decoder_layers', layers)), encoder: null },
     positions: 'relative',
@@ -136,7 +142,7 @@ function t5Spec(config: Config): Seq2SeqSpec {
     embedNorm: false,
     finalNorm: true,
     // Of T5 1.1 the flag says false, whatever its head is.
-    headScale: config.boolean('tie_word_embeddings', true) ? 1 / Math.sqrt(hidden) : 1,
+    headScale: !mt5 && config.boolean('tie_word_embeddings', true) ? 1 / Math.sqrt(hidden) : 1,
   };
 }
 

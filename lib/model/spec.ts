@@ -196,7 +196,7 @@ export const isEncoderConfig = (json: unknown): boolean =>
   encoderTypes.some((type) => type === (json as { model_type?: unknown } | null)?.model_type);
 
 /** `model_type` of encoder-decoder models (seq2seq_spec.ts). */
-export const seq2seqTypes = ['bart', 'mbart', 'marian', 't5'] as const;
+export const seq2seqTypes = ['bart', 'mbart', 'marian', 't5', 'mt5'] as const;
 
 /** Whether a parsed config.json is an encoder-decoder model's. */
 export const isSeq2SeqConfig = (json: unknown): boolean =>

@@ -13,6 +13,8 @@ from transformers import (
     MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -36,7 +38,10 @@ VARIANTS = {
         SIZES, scale_embedding=True, activation_function="swish", share_encoder_decoder_embeddings=True)),
     "t5": (T5ForConditionalGeneration, T5Config, T5),
     "t5-gated": (T5ForConditionalGeneration, T5Config, dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "mt5": (MT5ForConditionalGeneration, MT5Config, dict(T5, feed_forward_proj="gated-gelu")),
 }
+# As T5 1.1 and mT5 have it.
+OWN_HEAD = ("t5-gated", "mt5")
 SOURCES = [[5, 9, 14, 2], [7, 2], [3, 20, 11, 8, 25, 4, 19, 6, 13, 21, 2]]
 TARGETS = [[2, 10, 4], [2, 3, 17, 5, 22, 9, 12, 2, 8], [2]]
 # What a generation_config.json may say, and what generate is asked for.
@@ -73,13 +78,13 @@ def train(model, steps=500):
 def flags(name):
     """Transformers 5 always writes a tied head for T5."""
     def edit(config):
-        if name == "t5-gated":
+        if name in OWN_HEAD:
             config["tie_word_embeddings"] = False
     return edit
 
 
 def head_of(name, model, stored):
-    return {**stored, "lm_head.weight": model.lm_head.weight.detach().clone()} if name == "t5-gated" else stored
+    return {**stored, "lm_head.weight": model.lm_head.weight.detach().clone()} if name in OWN_HEAD else stored
 
 
 def kinds():
@@ -96,7 +101,7 @@ if __name__ == "__main__":
     for seed, (name, (model_class, config_class, options)) in enumerate(VARIANTS.items()):
         directory = ROOT / "seq2seq" / name
         model = build(model_class, config_class(**options), 500 + seed)
-        if name == "t5-gated":  # as T5 1.1 is
+        if name in OWN_HEAD:
             model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(VOCAB, 24))
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_(0.0, 0.3)
