@@ -4,6 +4,7 @@ import { granularities, targets } from '../elastic/axes.js';
 import { headGroups, type Recipe, type TrainCapacity } from '../elastic/elastify.js';
 import { unitScores } from '../elastic/nested.js';
 import { attentionKeys, gateModes } from '../elastic/policy.js';
+import { readSpec } from '../model/directory.js';
 import { projections } from '../model/select.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { ConfigFile, isMapping } from './config.js';
@@ -105,7 +106,7 @@ export const elastifyCommand: Command = {
       print(
         plan.trainableParameters > 0
           ? `${plan.dir}: ${plan.trainableParameters} trainable parameters, ${percent(plan.trainableShare, 4)} of the model. Train them: elastiform distill ${plan.dir} --data FILE --steps N --out DIR\n`
-          : `${plan.dir}: runs at any width. See what they are worth: elastiform eval ${plan.dir} --data FILE\n`,
+          : `${plan.dir}: runs at any width. ${(await readSpec(plan.dir)).encoder ? `Try one: elastiform embed ${plan.dir} TEXT --budget 0.8` : `See what they are worth: elastiform eval ${plan.dir} --data FILE`}\n`,
       );
     }
     return 0;

@@ -1,16 +1,29 @@
 // Makes a model elastic, with the units of its feed-forwards in order of importance where a recipe asks for it.
-import { join } from 'node:path';
 import { type ElasticPlan, elastify as elastifyPlan, type Recipe, type UnitOrders } from '../elastic/elastify.js';
 import type { Nested, UnitScores } from '../elastic/nested.js';
-import { crossEntropy, Graph, gatedActivation, gradients, type Node, Program, sumRows } from '../graph/index.js';
-import { readJson } from '../io/files.js';
+import {
+  crossEntropy,
+  type Dim,
+  Graph,
+  gatedActivation,
+  gradients,
+  type Node,
+  Program,
+  sumRows,
+} from '../graph/index.js';
+import type { EncoderNetwork } from '../infer/encoder_network.js';
+import { embeddingFeeds, encodeRow, type Row, rowOffsets } from '../infer/encoder_rows.js';
+import { loadModel } from '../infer/model.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer } from '../io/tokenizer.js';
 import { decoder, finalNorm } from '../model/decoder.js';
+import { readSpec } from '../model/directory.js';
+import { encoder } from '../model/encoder.js';
+import { bindEncoder, type EncoderTensors } from '../model/encoder_weights.js';
 import { selectEverything } from '../model/select.js';
-import { type ModelSpec, specFromConfig } from '../model/spec.js';
-import { bindWeights, type LoadedWeights, loadWeights } from '../model/weights.js';
-import { InvalidDataError } from '../native/errors.js';
+import type { ModelSpec } from '../model/spec.js';
+import { bindWeights, type DecoderTensors, type LoadedWeights, loadWeights } from '../model/weights.js';
+import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
 import { type DeviceChoice, Engine } from '../native/index.js';
 import { batchInputs, firstBatches } from './batches.js';
 import { type DataSource, readDocuments, TokenData } from './data.js';
@@ -62,8 +75,10 @@ async function rankUnits(
   calibration: DataSource,
   { calibrationTokens = 8192, device, onProgress, signal }: ElastifyOptions,
 ): Promise<UnitOrders> {
-  const configPath = join(dir, 'config.json');
-  const spec = specFromConfig(await readJson(configPath), configPath);
+  const spec = await readSpec(dir);
+  if (spec.encoder) {
+    return rankEncoderUnits(dir, { scores, layers }, calibration, { calibrationTokens, device, onProgress, signal });
+  }
   const tokenizer = await loadTokenizer(dir);
   const data = TokenData.tokenise(await readDocuments(calibration), tokenizer, Math.min(512, spec.maxPositions));
   using checkpoint = Checkpoint.open(dir);
@@ -81,14 +96,81 @@ async function rankUnits(
     }
   }
   return new Map(
-    layers.map((layer, i) => {
-      const importance = scores === 'taylor' ? sums[i] : contributions(sums[i], loaded, layer);
-      if (!importance.every(Number.isFinite)) {
-        throw new InvalidDataError(`[elastify] layer ${layer} computes NaN: check the weights of ${dir}`);
-      }
-      return [layer, Uint32Array.from(sums[i].keys()).sort((a, b) => importance[b] - importance[a] || a - b)];
-    }),
+    layers.map((layer, i) => [
+      layer,
+      orderOf(dir, layer, scores === 'taylor' ? sums[i] : contributions(sums[i], loaded.weights, layer)),
+    ]),
   );
+}
+
+/** Units, the most important first. */
+function orderOf(dir: string, layer: number, importance: Float64Array): Uint32Array {
+  if (!importance.every(Number.isFinite)) {
+    throw new InvalidDataError(`[elastify] layer ${layer} computes NaN: check the weights of ${dir}`);
+  }
+  return Uint32Array.from(importance.keys()).sort((a, b) => importance[b] - importance[a] || a - b);
+}
+
+/** The same of an encoder, which reads every line of the texts by itself. It has no loss, so units are ranked by activations. */
+async function rankEncoderUnits(
+  dir: string,
+  { scores, layers }: Pick<Nested, 'scores' | 'layers'>,
+  calibration: DataSource,
+  { calibrationTokens, device, onProgress, signal }: Omit<ElastifyOptions, 'out'> & { calibrationTokens: number },
+): Promise<UnitOrders> {
+  if (scores === 'taylor') {
+    throw new InvalidArgumentError(`[elastify] rank 'taylor' needs a loss, and ${dir} is an encoder: use 'activation'`);
+  }
+  const lines = (await readDocuments(calibration)).flatMap((text) => text.split(/\r?\n/));
+  await using model = await loadModel(dir, { ...(device && { device }), ...(signal && { signal }) });
+  const { network } = model.encoder;
+  const { spec, weights } = network;
+  const rows: Row[] = [];
+  let tokens = 0;
+  for (const line of lines) {
+    if (line.trim() === '') continue;
+    const row = encodeRow(network, 'elastify', line, rows.length);
+    rows.push(row);
+    tokens += row.ids.length;
+    if (tokens >= calibrationTokens) break;
+  }
+  using program = encoderSquaresProgram(network);
+  const sums = layers.map(() => new Float64Array(spec.ffn));
+  let [start, done] = [0, 0];
+  while (start < rows.length) {
+    await onProgress?.({ phase: 'ranking units', done: Math.min(done, tokens), total: tokens });
+    let end = start + 1;
+    let count = rows[start].ids.length;
+    while (end < rows.length && count + rows[end].ids.length <= batchTokens) count += rows[end++].ids.length;
+    const batch = rows.slice(start, end);
+    const feeds = { ...embeddingFeeds(batch, spec.encoder.tokenTypes), offsets: rowOffsets(batch) };
+    const { outputs } = await program.run({ dims: { rows: count, offsets: batch.length + 1 }, feeds, signal });
+    for (const [i, layer] of layers.entries()) {
+      const own = outputs[`layer ${layer}`] as Float32Array;
+      for (let unit = 0; unit < spec.ffn; unit++) sums[i][unit] += own[unit];
+    }
+    [start, done] = [end, done + count];
+  }
+  return new Map(layers.map((layer, i) => [layer, orderOf(dir, layer, contributions(sums[i], weights, layer))]));
+}
+
+/** Sums of squares over rows of all units of an encoder, f32 [ffn] each: outputs `layer 0`, `layer 1`, ... */
+function encoderSquaresProgram({ spec, weights, engine, maxContext }: EncoderNetwork): Program {
+  const graph = new Graph();
+  const rows = graph.dim('rows', Math.max(batchTokens, maxContext));
+  const feed = (name: string, size: Dim) => graph.feed(name, 'i32', [size]);
+  const inputs = {
+    ...{ ids: feed('ids', rows), positions: feed('positions', rows) },
+    ...(spec.encoder.tokenTypes > 0 && { types: feed('types', rows) }),
+    offsets: feed('offsets', graph.dim('offsets', batchTokens + 1)),
+  };
+  const units: Node[] = [];
+  encoder(graph, spec, bindEncoder(graph, weights), inputs, selectEverything, { units });
+  // Every layer's attention comes before its feed-forward.
+  for (const [layer, value] of units.filter((_, i) => i % 2 === 1).entries()) {
+    graph.output(`layer ${layer}`, sumRows(gatedActivation(value, value, 'none')));
+  }
+  return Program.compile(graph, engine);
 }
 
 /** Sums of squares over rows, of units or of units times their gradient, f32 [ffn] each: outputs `layer 0`, `layer 1`, ... */
@@ -114,7 +196,11 @@ function squaresProgram(spec: ModelSpec, loaded: LoadedWeights, engine: Engine, 
 }
 
 /** Square roots of sums of squares times the norms of the columns of a layer's down projection. */
-function contributions(squares: Float64Array, { weights }: LoadedWeights, layer: number): Float64Array {
+function contributions(
+  squares: Float64Array,
+  weights: Pick<DecoderTensors | EncoderTensors, 'layers'>,
+  layer: number,
+): Float64Array {
   const down = weights.layers[layer].down.weight;
   const norms = new Float64Array(squares.length);
   for (const [i, value] of down.readFloat().entries()) norms[i % norms.length] += value * value;

@@ -1,10 +1,16 @@
 // Model cards: of an elastic directory, written from its policy, and of a slice of one.
+
+import type { EncoderTask } from '../model/spec.js';
 import { axes, axisTraits } from './axes.js';
 import { planLength } from './levels.js';
 import { type ElasticPolicy, type QualityValue, qualityMetric, routedLayers, routerPlaces } from './policy.js';
 
-/** README.md of an elastic directory: where it comes from, its levels with cost and measured quality, how to load it. */
-export function modelCard(policy: ElasticPolicy): string {
+/**
+ * README.md of an elastic directory: where it comes from, its levels with cost and measured quality, how to load it.
+ *
+ * @param task of an encoder
+ */
+export function modelCard(policy: ElasticPolicy, task: EncoderTask | null = null): string {
   const { name, revision, license, weightsSha256 } = policy.base;
   const routers = axes.flatMap((axis) => {
     const layers = routedLayers(policy, axis).length;
@@ -23,7 +29,9 @@ export function modelCard(policy: ElasticPolicy): string {
     ...(exits ? [`exits after ${exits.length} of ${policy.layers} layers, at which texts leave that are decided`] : []),
   ];
   const runs = policy.calibration !== null || nested !== undefined || policy.levels.length > 1;
-  const classify = `const [{ label, compute }] = await model.classify('A joy.', { ${fastest ? `budget: '${fastest}'` : 'exit: true'} });`;
+  const chosen = fastest ? `budget: '${fastest}'` : exits ? 'exit: true' : 'budget: 0.8';
+  const classify = `const [{ label, compute }] = await model.classify('A joy.', { ${chosen} });`;
+  const embed = `const { vectors, spaceId, usage } = await model.embed(['How do I reset it?'], { ${chosen} });`;
   const generate = `const stream = model.generate('Once', { budget: ${policy.calibration ? '0.7' : nested ? '0.8' : "'full'"} });`;
   return `${[
     ...head(policy.base, `${name}, elastic`),
@@ -33,9 +41,11 @@ export function modelCard(policy: ElasticPolicy): string {
     ...untrained(policy),
     ...['', '## Use', '', '```js', "import { loadModel } from 'elastiform';", ''],
     ...["await using model = await loadModel('.'); // this directory"],
-    ...(exits
-      ? [classify, 'console.log(label, compute.ratio, compute.exitLayer);']
-      : [generate, 'console.log(await stream.text, (await stream.usage).compute.ratio);']),
+    ...(task === null
+      ? [generate, 'console.log(await stream.text, (await stream.usage).compute.ratio);']
+      : task === 'sequence-classification'
+        ? [classify, 'console.log(label, compute.ratio);']
+        : [embed, 'console.log(vectors[0], spaceId, usage.compute.ratio);']),
     ...['```', ''],
     ...['Tools that know nothing of elastic models load it as the checkpoint it was made from.', ''],
     ...['## Origin', '', `- base: ${name}${revision ? `, revision ${revision}` : ''}`],

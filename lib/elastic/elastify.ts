@@ -1,19 +1,27 @@
 // Makes a pretrained model elastic: attaches untrained routers by a recipe and writes the plan that distillation trains.
 import { existsSync } from 'node:fs';
 import { readdir, realpath } from 'node:fs/promises';
-import { basename, join, resolve } from 'node:path';
-import { FileSystemError, inFileSystem, readJson, replaceDirectory } from '../io/files.js';
+import { basename, resolve } from 'node:path';
+import { FileSystemError, inFileSystem, replaceDirectory } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { copyCheckpoint } from '../io/slices.js';
 import { readSpec } from '../model/directory.js';
-import { type ModelSpec, specFromConfig } from '../model/spec.js';
+import { encoderSlots, loadEncoderWeights } from '../model/encoder_weights.js';
+import type { EncoderSpec, ModelSpec } from '../model/spec.js';
 import { loadWeights, storedUnits } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type ExitHead, exitId } from './exits.js';
 import { planLength, standardLevels } from './levels.js';
 import { loraParameters } from './lora.js';
 import type { Nested } from './nested.js';
-import { type ElasticPolicy, type Router, type Routing, routerParameters, routerPlaces } from './policy.js';
+import {
+  type ElasticPolicy,
+  encoderConflict,
+  type Router,
+  type Routing,
+  routerParameters,
+  routerPlaces,
+} from './policy.js';
 import { provenanceOf } from './provenance.js';
 import { fail, type PartialPolicy, plainPolicy, policyOf, type Recipe } from './recipes.js';
 import {
@@ -97,8 +105,10 @@ export async function elastify(
   { out, order }: ElastifyOptions,
 ): Promise<ElasticPlan> {
   const names = baseFiles(model);
-  const spec = specFromConfig(await readJson(join(model, 'config.json')), join(model, 'config.json'));
+  const spec = await readSpec(model);
   const partial = policyOf(recipe, spec);
+  const conflict = encoderConflict(partial, spec);
+  if (conflict) fail(`${conflict}; nest its feed-forwards (matformer), or give it exits (writeExits)`);
   checkStreams(partial, spec);
   const backbone = countParameters(model, spec);
   if ((partial.nested || partial.blocks) && spec.perLayer.some(({ ffn }) => ffn !== spec.ffn)) {
@@ -127,7 +137,7 @@ export async function elastify(
 
 /** The same model with the units of its feed-forwards in another order. */
 async function writePermuted(model: string, out: string, spec: ModelSpec, orders: UnitOrders): Promise<void> {
-  const units = storedUnits(spec);
+  const units = spec.encoder ? storedUnits(spec, encoderSlots(spec as EncoderSpec)) : storedUnits(spec);
   await copyCheckpoint(model, out, (name) => {
     const { layer, axis } = units.get(name) ?? {};
     const kept = layer === undefined ? undefined : orders.get(layer);
@@ -204,7 +214,8 @@ async function baseOf(dir: string, names: readonly string[]): Promise<ElasticPol
 function countParameters(model: string, spec: ModelSpec): number {
   using checkpoint = Checkpoint.open(model);
   // Every weight is there with its shape: a broken checkpoint should fail here, not in training.
-  loadWeights(spec, checkpoint).dispose();
+  if (spec.encoder) loadEncoderWeights(spec as EncoderSpec, checkpoint).dispose();
+  else loadWeights(spec, checkpoint).dispose();
   return checkpoint.names().reduce((sum, name) => sum + checkpoint.info(name).shape.reduce((a, b) => a * b, 1), 0);
 }
 

@@ -274,7 +274,7 @@ export async function writeElastic(
     await writePeft(adapter, loraModules(spec, lora), { base: name, rank, transposed: spec.family === 'gpt2' });
   } else await rm(adapter, { recursive: true, force: true });
   await writeFileAtomic(join(out, elasticConfigFile), `${JSON.stringify(policyToJson(policy), null, 2)}\n`);
-  await writeFileAtomic(join(out, cardFile), modelCard(policy));
+  await writeFileAtomic(join(out, cardFile), modelCard(policy, (await readSpec(base)).encoder?.task ?? null));
   const written = [elasticConfigFile, routerFile, cardFile, ...(lora ? adapterFiles : [])];
   const { name, revision, license } = policy.base;
   const manifest = {

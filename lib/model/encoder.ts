@@ -25,6 +25,8 @@ export interface EncoderOptions {
   readonly residuals?: Node[];
   /** What the next layer reads in place of the residual stream after `layer`, f32 [N, D]. */
   readonly after?: (layer: number, x: Node) => Node;
+  /** Filled with what the last product of every sub-layer reads: values of its heads or units, f32 [N, heads * headDim or units]. */
+  readonly units?: Node[];
   /** Run every layer again in the backward pass instead of keeping what it computed. */
   readonly recompute?: boolean;
 }
@@ -61,9 +63,10 @@ export function encoderLayers(
     residuals = [],
     recompute = false,
     after,
+    units,
   }: EncoderOptions & { from?: number; to?: number } = {},
 ): Node {
-  const context: BlockContext = { graph, spec, positions, offsets, selector, keys: new Map() };
+  const context: BlockContext = { graph, spec, positions, offsets, selector, units, keys: new Map() };
   let y = x;
   for (const [i, layer] of weights.layers.slice(from, to).entries()) {
     const run = (place: Place, build: () => Node) => {
@@ -92,11 +95,11 @@ export function encoder(
   weights: EncoderNodes,
   inputs: EncoderInputs,
   selector: Selector = selectEverything,
-  { residuals = [], recompute = false, after }: EncoderOptions = {},
+  { residuals = [], ...options }: EncoderOptions = {},
 ): Node {
   const x = encoderEmbeddings(graph, spec, weights, inputs);
   residuals.push(x);
-  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals, recompute, after });
+  return encoderLayers(graph, spec, weights, x, inputs, selector, { residuals, ...options });
 }
 
 /**

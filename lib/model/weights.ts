@@ -497,10 +497,15 @@ export function storedModules(spec: ModelSpec): Map<string, StoredModule> {
 /**
  * The stored tensors that have the units of feed-forwards, by their names in files, with and without the prefix: the layer, and
  * the axis of what is stored that the units lie along.
+ *
+ * @param all weights of the model; default those of a decoder
  */
-export function storedUnits(spec: ModelSpec): Map<string, { layer: number; axis: 0 | 1 }> {
+export function storedUnits(
+  spec: ModelSpec,
+  all: readonly Pick<Slot, 'name' | 'file'>[] = slots(spec),
+): Map<string, { layer: number; axis: 0 | 1 }> {
   return new Map(
-    slots(spec).flatMap(({ name, file }) => {
+    all.flatMap(({ name, file }) => {
       const found = unitsOf.exec(name);
       if (!found || (found[2] === 'down' && found[3] === 'bias')) return [];
       const axis = (found[2] === 'down') === file.transposed || found[3] === 'bias' ? (0 as const) : (1 as const);

@@ -19,6 +19,8 @@ const lines = (text: string): Record<string, never>[] =>
     .split('\n')
     .map((line) => JSON.parse(line));
 
+const text = join(work, 'text.txt');
+writeFileSync(text, 'the cat');
 const rows = join(work, 'rows.jsonl');
 writeFileSync(
   rows,
@@ -109,6 +111,31 @@ it('embed has the vectors of the API', async () => {
   );
 });
 
+it('a nested encoder runs at any width', async () => {
+  const out = join(work, 'nested');
+  const plan = await run(
+    'elastify',
+    minilm,
+    '--nested',
+    '0.2,0.5,1',
+    '--rank',
+    'activation',
+    '--data',
+    text,
+    '--out',
+    out,
+  );
+  expect(plan).toMatchObject({
+    code: 0,
+    stdout: `${out}: runs at any width. Try one: elastiform embed ${out} TEXT --budget 0.8\n`,
+  });
+  const narrow = json(await run('embed', out, 'the cat', '--budget', 'ffn20', '--json'));
+  await using model = await loadModel(out);
+  const { vectors, usage } = await model.embed('the cat', { budget: 'ffn20' });
+  expect(narrow).toMatchObject({ ratio: usage.compute.ratio, results: [{ vector: [...vectors[0]] }] });
+  expect((await run('inspect', out)).stdout).toMatch(/nested at 20.*\n[\s\S]*ffn20 +\d+\.\d % +20/);
+});
+
 it('inspect says what an encoder is for', async () => {
   const outcome = await run('inspect', classes, '--json');
   expect(json(outcome)).toMatchObject({
@@ -186,12 +213,14 @@ describe('exits', () => {
 });
 
 describe('what does not fit is one line', () => {
-  const text = join(work, 'text.txt');
-  writeFileSync(text, 'the cat');
   it.concurrent.each<[string[], string, number]>([
     [['generate', classes], 'is an encoder (bert, sequence-classification), and this needs a decoder', 1],
     [['eval', classes, '--data', text], 'is an encoder (bert, sequence-classification), and this needs a decoder', 1],
-    [['elastify', classes, '--out', join(work, 'x')], 'model_type must be that of a decoder', 1],
+    [
+      ['elastify', classes, '--out', join(work, 'x')],
+      'is an encoder: it has exits and nested feed-forwards, and no routers',
+      1,
+    ],
     [['classify', shipped, 'a'], 'is a decoder (llama, causal-lm), and this needs an encoder', 1],
     [['classify', minilm, 'a'], 'has no classifier: it is a bert model for feature-extraction', 1],
     [['classify', classes], 'takes texts as arguments, or --data FILE', 2],
