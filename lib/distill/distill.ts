@@ -1,16 +1,16 @@
 // Self-distillation: trains the routers and corrections of a plan so that the model at a budget imitates its own full self.
 import { createHash } from 'node:crypto';
-import { join, resolve } from 'node:path';
+import { resolve } from 'node:path';
 import { type Axis, ofSequences, perAxis } from '../elastic/axes.js';
 import { policyToJson } from '../elastic/config.js';
 import { planLength, standardLevels } from '../elastic/levels.js';
 import type { Nested } from '../elastic/nested.js';
 import { type ElasticPolicy, routerPlaces } from '../elastic/policy.js';
 import { readElastic, writeElastic } from '../elastic/store.js';
-import { readJson } from '../io/files.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer } from '../io/tokenizer.js';
-import { specFromConfig } from '../model/spec.js';
+import { readSpec } from '../model/directory.js';
+import type { EncoderSpec } from '../model/spec.js';
 import { loadWeights } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type Activations, Engine } from '../native/index.js';
@@ -18,6 +18,7 @@ import { sensitivities, shapedCapacities } from './allocate.js';
 import { batchRun, firstBatches, trainingTexts, wholeEpoch } from './batches.js';
 import { calibrate } from './calibrate.js';
 import { type DataSource, TokenData } from './data.js';
+import { distillEncoder } from './encoder_widths.js';
 import type { TrainConfig, TrainResult } from './events.js';
 import { type LossTerm, lossFeeds, resolveLosses } from './objectives.js';
 import { startVector, trainablePlan, trainedLora, trainedRouters } from './plan.js';
@@ -100,6 +101,8 @@ const ownKeys = [
  * places, and divided among layers by how much the model suffers without them, which is measured first. After training the
  * same is measured again with the routers, at finer steps: this is the path that budgets lie on.
  *
+ * Of a nested encoder all weights are trained instead, so that the vectors of every granularity are those that the model had.
+ *
  * @throws InvalidArgumentError for a bad config, InvalidDataError and InvalidFileError for bad inputs, FileSystemError
  * when another process writes to `out`, DivergedError when training does not recover from NaN.
  */
@@ -125,14 +128,14 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
     );
   }
   const { policy } = elastic;
+  const spec = await readSpec(config.plan);
+  if (spec.encoder) return distillEncoder(config, elastic, spec as EncoderSpec);
   const routed = routerPlaces(policy).length > 0;
   if (!routed && !policy.lora) {
     throw new InvalidArgumentError(
       `[distill] ${config.plan} has neither routers nor corrections to train: nest it with corrections, elastify --lora RANK, or train its feed-forwards, pretrain --from ${config.plan} --train ffn`,
     );
   }
-  const configPath = join(config.plan, 'config.json');
-  const spec = specFromConfig(await readJson(configPath), configPath);
   const losses = resolveLosses(config.loss, spec);
   // Corrections are not of the whole model; routers are.
   const widths = Widths.of('distill', config.sample, policy.nested, spec, !routed);
