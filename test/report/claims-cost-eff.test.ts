@@ -27,7 +27,9 @@ const measured = {
     model('quarter', 1e6, [point(0, 160, 200), point(0.2, 150, 200, 200)]),
     model('half-classifier', 2e6, [point(0, 178, 400), point(0.2, 100, 400, 200)]),
   ],
-  time: [{ batch: 64, times: { full: [10, 12, 11], exits: [8, 8, 8] }, flops: { full: 100, exits: 60 } }],
+  time: [
+    { model: 'slim', batch: 64, times: { full: [10, 12, 11], exits: [8, 8, 8] }, flops: { full: 100, exits: 60 } },
+  ],
 };
 
 test('claims are reckoned from what was measured', () => {
@@ -42,7 +44,7 @@ test('claims are reckoned from what was measured', () => {
     ['importance by all exits is better than by the classifier, after all layers', '+0.00', 'not held'],
     ['importance by all exits is better than by the classifier, left at 0.2 nats', '+38.00', 'held'],
     // 27.3 % of the time of 40 % of the FLOPs.
-    ['exits save as much time as FLOPs at batch 64 (at least 85 % of it)', '27.3', 'not held'],
+    ['exits of the model slim save as much time as FLOPs at batch 64 (at least 85 % of it)', '27.3', 'not held'],
   ]);
   expect(summary.levels).toHaveLength(8);
   expect(markdown).toContain('| slim, half | 2.00 | 0.2 | 20.0 % | 88.00 % [');

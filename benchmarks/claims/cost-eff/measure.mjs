@@ -39,7 +39,7 @@ export async function sweep(dir, rows, { thresholds, length }, say) {
 const REPEATS = 7;
 
 /** Milliseconds of all texts with exits and without, in turns, batch by batch: at 1 and 64. Their saving beside that of FLOPs. */
-export async function timed(dir, rows, { length }) {
+export async function timed(name, dir, rows, { length }) {
   const model = await loadModel(dir, { maxContext: length });
   const exit = { rule: 'entropy', threshold: 0.2 };
   try {
@@ -66,7 +66,7 @@ export async function timed(dir, rows, { length }) {
           if (i > 0) times[name].push(one.ms);
         }
       }
-      result.push({ batch, texts: texts.length, threshold: exit.threshold, times, flops });
+      result.push({ model: name, batch, texts: texts.length, threshold: exit.threshold, times, flops });
     }
     return result;
   } finally {

@@ -168,11 +168,11 @@ function claimsOf({ full, assistant, models, time }) {
       );
     }
   }
-  for (const { batch, times, flops } of time ?? []) {
+  for (const { model, batch, times, flops } of time ?? []) {
     const counted = 1 - flops.exits / flops.full;
     const clock = 1 - median(times.exits) / median(times.full);
     add(
-      `exits save as much time as FLOPs at batch ${batch} (at least 85 % of it)`,
+      `exits of the model ${model} save as much time as FLOPs at batch ${batch} (at least 85 % of it)`,
       batch === 1 ? 'yes' : 'not measured',
       `${percent(clock)} of the time, ${percent(counted)} of the FLOPs: ${percent(clock / counted)} of it`,
       clock >= 0.85 * counted ? 'held' : 'not held',

@@ -147,7 +147,10 @@ if (measured.base) {
   );
   if (exits) measured.assistant = { points: exits };
   if (options.time)
-    measured.time = await kept({ SETTINGS, what: 'time' }, () => timed(join(first, 'model'), rows, SETTINGS));
+    measured.time = await kept({ SETTINGS, what: 'times' }, async () => [
+      ...(await timed('slim (half)', join(first, 'model'), rows, SETTINGS)),
+      ...(await timed('of full width', join(first, 'assistant'), rows, SETTINGS)),
+    ]);
 }
 
 const { markdown, claims, summary } = reportOf(measured);
