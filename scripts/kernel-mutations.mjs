@@ -659,6 +659,32 @@ export const mutations = [
     cases: 'hidden_distance',
   },
 
+  // Attention with a bias by distance, and to other sequences
+  {
+    what: 'attention: distances are from the first row of a tile',
+    file: 'native/cuda/attention.cu',
+    search: 'first + scoreKey + 8 * j - g.stand(segment, queryOf(row)));',
+    replace: 'first + scoreKey + 8 * j - g.stand(segment, queryOf(0)));',
+    ops: 'attention',
+    cases: 'with a bias of distances',
+  },
+  {
+    what: "attention's gradient by keys: distances are from the first key of a tile",
+    file: 'native/cuda/attention.cu',
+    search: 'firstKey + laneColumn() + 8 * j - g.stand(segment, queryOf(row)));',
+    replace: 'firstKey - g.stand(segment, queryOf(row)));',
+    ops: 'attention',
+    cases: 'with a bias of distances',
+  },
+  {
+    what: 'attention: queries of other sequences are counted as keys',
+    file: 'native/cuda/attention.cu',
+    search: 'p.segments.starts = rowOffsets ? ints(rowOffsets)',
+    replace: 'p.segments.starts = rows ? ints(rowOffsets)',
+    ops: 'attention',
+    cases: 'cross-attention',
+  },
+
   // Attention of bf16 activations
   {
     what: 'attention: a query sees the key behind its last',
