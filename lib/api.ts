@@ -6,16 +6,25 @@
 
 // What TypeScript and the API reference read; index.ts is what runs.
 export { type CacheTeacherOptions, cacheTeacher } from './distill/cache.js';
-export type { Metric } from './distill/classifier.js';
+export type { DataSource } from './distill/data.js';
+export { type DistillConfig, distill } from './distill/distill.js';
+export type { Metric } from './distill/encoder/classifier.js';
 export {
   type CostEffConfig,
   type CostEffModel,
   type CostEffResult,
   costEff,
   type StageConfig,
-} from './distill/cost_eff.js';
-export type { DataSource } from './distill/data.js';
-export { type DistillConfig, distill } from './distill/distill.js';
+} from './distill/encoder/cost_eff.js';
+export type { ExampleFields, ExampleSource } from './distill/encoder/examples.js';
+export {
+  type CalibrateConfig,
+  type CalibratedLevel,
+  type CalibrateResult,
+  calibrateExits,
+} from './distill/encoder/exit_levels.js';
+export { type ExampleConfig, type FinetuneConfig, type FinetuneResult, finetune } from './distill/encoder/finetune.js';
+export type { Allocation } from './distill/encoder/importance.js';
 export {
   DivergedError,
   type OptimizerConfig,
@@ -24,15 +33,6 @@ export {
   type TrainResult,
   type WarningCode,
 } from './distill/events.js';
-export type { ExampleFields, ExampleSource } from './distill/examples.js';
-export {
-  type CalibrateConfig,
-  type CalibratedLevel,
-  type CalibrateResult,
-  calibrateExits,
-} from './distill/exit_levels.js';
-export { type ExampleConfig, type FinetuneConfig, type FinetuneResult, finetune } from './distill/finetune.js';
-export type { Allocation } from './distill/importance.js';
 export type { LossTerm } from './distill/objectives.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { type ElastifyOptions, elastify } from './distill/rank.js';
@@ -64,6 +64,12 @@ export {
 } from './elastic/profile.js';
 export type { ExpertGate, ExpertRule } from './graph/ops/expert.js';
 export type { EvalDocument } from './infer/batches.js';
+export type { SequenceState } from './infer/engine/state.js';
+export { type ExtractOptions, type ExtractResult, extract, type Layout } from './infer/export/extract.js';
+export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/export/merge.js';
+export { type ExportSlimOptions, type ExportSlimResult, exportSlim } from './infer/export/slim.js';
+export { type CallOptions, type ElasticModel, loadModel, type ScoreOptions } from './infer/model.js';
+export { type ProfileOptions, profile } from './infer/profile.js';
 export {
   type Baseline,
   type EvalLevel,
@@ -71,24 +77,18 @@ export {
   type EvalReport,
   evaluate,
   type Method,
-} from './infer/evaluate.js';
-export { type ExportSlimOptions, type ExportSlimResult, exportSlim } from './infer/export_slim.js';
-export { type ExtractOptions, type ExtractResult, extract, type Layout } from './infer/extract.js';
-export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/merge.js';
-export { type CallOptions, type ElasticModel, loadModel, type ScoreOptions } from './infer/model.js';
-export { type ProfileOptions, profile } from './infer/profile.js';
-export { recordQuality } from './infer/quality.js';
-export { getRuntime } from './infer/runtime.js';
+} from './infer/quality/evaluate.js';
+export { recordQuality } from './infer/quality/quality.js';
 export {
   recordSearch,
   type SearchConstraint,
   type SearchOptions,
   type SearchResult,
   search,
-} from './infer/search.js';
-export { InfeasibleError, type SearchPoint } from './infer/searched.js';
-export type { SequenceState } from './infer/state.js';
-export type { Measured } from './infer/statistics.js';
+} from './infer/quality/search.js';
+export { InfeasibleError, type SearchPoint } from './infer/quality/searched.js';
+export type { Measured } from './infer/quality/statistics.js';
+export { getRuntime } from './infer/runtime.js';
 export type { ElasticTrace } from './infer/trace.js';
 export type {
   BeamSampling,

@@ -1,7 +1,7 @@
 // `elastiform calibrate`: thresholds of exits for what calls may cost or must reach.
-import { type CalibrateConfig, calibrateExits } from '../distill/exit_levels.js';
+import { type CalibrateConfig, calibrateExits } from '../distill/encoder/exit_levels.js';
 import { exitRules, exitText } from '../elastic/exits.js';
-import type { Measured } from '../infer/statistics.js';
+import type { Measured } from '../infer/quality/statistics.js';
 import { deviceChoices } from '../native/index.js';
 import { type Command, exitCodes, UsageError } from './command.js';
 import { exampleFlags, exampleSource } from './finetune.js';

@@ -1,5 +1,5 @@
 // `elastiform cost-eff`: gives a fine-tuned classifier exits and makes it slim.
-import { type CostEffConfig, type CostEffModel, type CostEffResult, costEff } from '../distill/cost_eff.js';
+import { type CostEffConfig, type CostEffModel, type CostEffResult, costEff } from '../distill/encoder/cost_eff.js';
 import { type Command, exitCodes, UsageError } from './command.js';
 import { isMapping } from './config.js';
 import { exampleFlags, exampleOptions } from './finetune.js';

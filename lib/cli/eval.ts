@@ -1,11 +1,11 @@
 // `elastiform eval`: quality, counted compute and measured speed at budgets.
 import { type Budget, budgetText } from '../elastic/budget.js';
 import { writeProfile } from '../elastic/profile.js';
-import { type Baseline, type EvalLevel, type EvalReport, evaluate, isElastic } from '../infer/evaluate.js';
 import { type ElasticModel, loadModel } from '../infer/model.js';
 import { profile } from '../infer/profile.js';
-import { recordQuality } from '../infer/quality.js';
-import type { Measured } from '../infer/statistics.js';
+import { type Baseline, type EvalLevel, type EvalReport, evaluate, isElastic } from '../infer/quality/evaluate.js';
+import { recordQuality } from '../infer/quality/quality.js';
+import type { Measured } from '../infer/quality/statistics.js';
 import { type Command, type CommandContext, exitCodes, UsageError } from './command.js';
 import { dataFlags, documentsOf } from './data.js';
 import { columns, Progress } from './progress.js';

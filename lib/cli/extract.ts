@@ -1,6 +1,7 @@
 // `elastiform extract`: a slice of a nested model as a checkpoint of its own.
-import { exportSlim, isSlim } from '../infer/export_slim.js';
-import { extract, layouts } from '../infer/extract.js';
+
+import { extract, layouts } from '../infer/export/extract.js';
+import { exportSlim, isSlim } from '../infer/export/slim.js';
 import { type Command, UsageError } from './command.js';
 import { Progress } from './progress.js';
 import { parseLevel } from './shared.js';

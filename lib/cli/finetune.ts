@@ -1,6 +1,6 @@
 // `elastiform finetune`: trains an encoder on labelled texts.
-import { classMetrics, type Metric, numberMetrics } from '../distill/classifier.js';
-import { type FinetuneConfig, finetune } from '../distill/finetune.js';
+import { classMetrics, type Metric, numberMetrics } from '../distill/encoder/classifier.js';
+import { type FinetuneConfig, finetune } from '../distill/encoder/finetune.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { type ConfigFile, isMapping } from './config.js';
 import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';

@@ -1,5 +1,5 @@
 // `elastiform merge`: an ordinary checkpoint of a model with its adapter merged in.
-import { mergeAdapter } from '../infer/merge.js';
+import { mergeAdapter } from '../infer/export/merge.js';
 import type { Command } from './command.js';
 
 export const mergeCommand: Command = {

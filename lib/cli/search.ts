@@ -1,7 +1,7 @@
 // `elastiform search`: the best widths of a nested model within a constraint.
 import { loadModel } from '../infer/model.js';
-import { recordSearch, type SearchConstraint, search, searchMethods } from '../infer/search.js';
-import { InfeasibleError, type SearchPoint } from '../infer/searched.js';
+import { recordSearch, type SearchConstraint, search, searchMethods } from '../infer/quality/search.js';
+import { InfeasibleError, type SearchPoint } from '../infer/quality/searched.js';
 import { type Command, exitCodes, type FlagReader, reportError, UsageError } from './command.js';
 import { dataFlags, documentsOf } from './data.js';
 import { columns, Progress } from './progress.js';

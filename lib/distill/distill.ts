@@ -18,7 +18,7 @@ import { sensitivities, shapedCapacities } from './allocate.js';
 import { batchRun, firstBatches, trainingTexts, wholeEpoch } from './batches.js';
 import { calibrate } from './calibrate.js';
 import { type DataSource, TokenData } from './data.js';
-import { distillEncoder } from './encoder_widths.js';
+import { distillEncoder } from './encoder/widths.js';
 import type { TrainConfig, TrainResult } from './events.js';
 import { type LossTerm, lossFeeds, resolveLosses } from './objectives.js';
 import { startVector, trainablePlan, trainedLora, trainedRouters } from './plan.js';

@@ -11,8 +11,8 @@ import {
   Program,
   sumRows,
 } from '../graph/index.js';
-import type { EncoderNetwork } from '../infer/encoder_network.js';
-import { embeddingFeeds, encodeRow, type Row, rowOffsets } from '../infer/encoder_rows.js';
+import type { EncoderNetwork } from '../infer/encoder/network.js';
+import { embeddingFeeds, encodeRow, type Row, rowOffsets } from '../infer/encoder/rows.js';
 import { loadModel } from '../infer/model.js';
 import { Checkpoint } from '../io/safetensors.js';
 import { loadTokenizer } from '../io/tokenizer.js';

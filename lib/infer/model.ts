@@ -11,9 +11,11 @@ import { parameterPlan } from '../model/weights.js';
 import { DisposedError, InvalidArgumentError } from '../native/errors.js';
 import type { TypedArray } from '../native/index.js';
 import { ComputeMeter, requireNumbers } from './compute.js';
-import { Encoder } from './encoder.js';
-import { type EncoderNetwork, loadEncoder } from './encoder_network.js';
-import { type Engine, generate, prefill, promptIds } from './generate.js';
+import { Encoder } from './encoder/encoder.js';
+import { type EncoderNetwork, loadEncoder } from './encoder/network.js';
+import { type Engine, generate, prefill, promptIds } from './engine/generate.js';
+import { Scheduler } from './engine/scheduler.js';
+import { SequenceState } from './engine/state.js';
 import { decisionFeeds, jointDecisions, packedBatch, packRuns, type Sequence, sequenceCounters } from './mixed.js';
 import { adapterNumber, defaultBudget, loadNetwork, type Network, readModelConfig, resolveFor } from './network.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
@@ -28,10 +30,8 @@ import {
   ProgramCache,
   packedDims,
 } from './programs.js';
-import { Scheduler } from './scheduler.js';
-import { Seq2Seq } from './seq2seq.js';
-import { loadSeq2Seq, type Seq2SeqNetwork } from './seq2seq_network.js';
-import { SequenceState } from './state.js';
+import { loadSeq2Seq, type Seq2SeqNetwork } from './seq2seq/network.js';
+import { Seq2Seq } from './seq2seq/seq2seq.js';
 import { choosesTokens, type ElasticTrace, traceOf } from './trace.js';
 import type {
   ClassifyOptions,

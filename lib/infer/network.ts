@@ -15,7 +15,7 @@ import { type ModelSpec, specFromConfig } from '../model/spec.js';
 import { type DecoderTensors, loadWeights } from '../model/weights.js';
 import { InvalidArgumentError, InvalidFileError } from '../native/errors.js';
 import { Engine, loadAddon, Tensor } from '../native/index.js';
-import { defaultCacheBytes } from './cache.js';
+import { defaultCacheBytes } from './engine/cache.js';
 import { measuredOn } from './machine.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import type { Dtype, LoadOptions } from './types.js';

@@ -3,14 +3,14 @@ import { type Budget, type OperatingPoint, resolveBudget } from '../elastic/budg
 import type { BatchTimes, DeviceProfile, LevelTimes } from '../elastic/profile.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { defaultCacheBytes } from './cache.js';
+import { defaultCacheBytes } from './engine/cache.js';
+import { Scheduler } from './engine/scheduler.js';
+import { Generation, Sequence } from './engine/sequence.js';
 import type { ElasticModel } from './model.js';
 import { type Network, requireWhole } from './network.js';
 import { checkOptions, positiveInteger } from './options.js';
 import { budgetDims, budgetSelector, compilePrefill } from './programs.js';
-import { Scheduler } from './scheduler.js';
-import { Generation, Sequence } from './sequence.js';
-import { median } from './statistics.js';
+import { median } from './quality/statistics.js';
 
 /** Options of `profile`. */
 export interface ProfileOptions {

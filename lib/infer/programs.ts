@@ -6,7 +6,7 @@ import { crossEntropy, type Dim, divergence, Graph, type Node, Program, sample }
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
 import { bindWeights, type DecoderNodes } from '../model/weights.js';
-import type { KeyValueCache } from './cache.js';
+import type { KeyValueCache } from './engine/cache.js';
 import type { Decisions } from './mixed.js';
 import type { Network } from './network.js';
 

@@ -2,9 +2,9 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { BadRows, ExampleData, readExamples } from '../../lib/distill/examples.js';
-import { type ExitedEncoder, exitedSlots, exitProgram, withExits } from '../../lib/distill/exits.js';
-import { importanceOf, keptParts, sizesAfter } from '../../lib/distill/importance.js';
+import { BadRows, ExampleData, readExamples } from '../../lib/distill/encoder/examples.js';
+import { type ExitedEncoder, exitedSlots, exitProgram, withExits } from '../../lib/distill/encoder/exits.js';
+import { importanceOf, keptParts, sizesAfter } from '../../lib/distill/encoder/importance.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import {
   type CostEffConfig,

@@ -2,7 +2,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { classLoss, squaredLoss } from '../../lib/distill/score_losses.js';
+import { classLoss, squaredLoss } from '../../lib/distill/encoder/score_losses.js';
 import { Trainable } from '../../lib/distill/trainable.js';
 import { Graph, Program } from '../../lib/graph/index.js';
 import { Checkpoint } from '../../lib/io/safetensors.js';

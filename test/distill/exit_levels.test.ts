@@ -1,12 +1,12 @@
 // Calibration of exits: levels cost and keep what they say, the best of all thresholds, and refuse what cannot be reached.
 import { cpSync } from 'node:fs';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { type CalibrateConfig, calibrateExits } from '../../lib/distill/exit_levels.js';
+import { type CalibrateConfig, calibrateExits } from '../../lib/distill/encoder/exit_levels.js';
 import { Random } from '../../lib/distill/random.js';
 import type { ExitRuleName } from '../../lib/elastic/exits.js';
 import { readElastic, writeLevels } from '../../lib/elastic/store.js';
 import { loadModel } from '../../lib/infer/model.js';
-import { shareOf } from '../../lib/infer/statistics.js';
+import { shareOf } from '../../lib/infer/quality/statistics.js';
 import { exitClassifier, layers } from '../infer/exits.js';
 import { encoderDirectory } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';

@@ -7,9 +7,9 @@ import { pretrain } from '../../lib/distill/pretrain.js';
 import type { Budget } from '../../lib/elastic/budget.js';
 import { flopsRatio } from '../../lib/elastic/cost.js';
 import { type ElastiformerRecipe, elastify } from '../../lib/elastic/elastify.js';
-import { evaluate } from '../../lib/infer/evaluate.js';
-import { extract } from '../../lib/infer/extract.js';
+import { extract } from '../../lib/infer/export/extract.js';
 import { loadModel } from '../../lib/infer/model.js';
+import { evaluate } from '../../lib/infer/quality/evaluate.js';
 import { projections } from '../../lib/model/select.js';
 import { checkGreedy, stories, temporaryDirectory, tinyConfig, tinyDistilling, tinyPretraining } from './tiny.js';
 

@@ -2,7 +2,7 @@
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { DivergedError, pretrain, type TrainEvent } from '../../lib/index.js';
-import { evaluate } from '../../lib/infer/evaluate.js';
+import { evaluate } from '../../lib/infer/quality/evaluate.js';
 import { sha256File } from '../../lib/io/files.js';
 import { stories, temporaryDirectory, tinyPretraining } from './tiny.js';
 

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { Random } from '../../lib/distill/random.js';
 import { drawn, evenly } from '../../lib/distill/steps.js';
-import { evaluate } from '../../lib/infer/evaluate.js';
+import { evaluate } from '../../lib/infer/quality/evaluate.js';
 import { distilledDirectories } from '../infer/fixture.js';
 import { stories } from './tiny.js';
 

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, it, test } from 'vitest';
 import { loraModules, loraOfModules } from '../../lib/elastic/lora.js';
-import { mergeAdapter } from '../../lib/infer/merge.js';
+import { mergeAdapter } from '../../lib/infer/export/merge.js';
 import { loadModel } from '../../lib/infer/model.js';
 import { type LoraMatrices, readPeft, writePeft } from '../../lib/io/peft.js';
 import { toBf16, toF16 } from '../../lib/io/rounding.js';

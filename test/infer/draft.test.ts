@@ -1,6 +1,6 @@
 // How many tokens are drafted, on a simulated clock: as fast as the best fixed number, and never much slower than plain.
 import { describe, expect, test } from 'vitest';
-import { DraftLength } from '../../lib/infer/draft.js';
+import { DraftLength } from '../../lib/infer/engine/draft.js';
 import { maxDraftTokens } from '../../lib/infer/programs.js';
 import { uniform } from '../../lib/infer/random.js';
 

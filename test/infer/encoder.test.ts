@@ -2,8 +2,8 @@
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { evaluate } from '../../lib/infer/evaluate.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
+import { evaluate } from '../../lib/infer/quality/evaluate.js';
 import type { TextInput } from '../../lib/infer/types.js';
 import { loadAddon } from '../../lib/native/index.js';
 import { encoderDirectory, largestDifference, readCases, readVectors } from '../model/golden.js';

@@ -2,8 +2,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { type EvalLevel, evaluate } from '../../lib/infer/evaluate.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
+import { type EvalLevel, evaluate } from '../../lib/infer/quality/evaluate.js';
 import { stories } from '../distill/tiny.js';
 import { data, elasticDirectories } from './fixture.js';
 

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { elastify, type Recipe } from '../../lib/elastic/elastify.js';
 import { Graph, Program, scale } from '../../lib/graph/index.js';
-import { extract } from '../../lib/infer/extract.js';
+import { extract } from '../../lib/infer/export/extract.js';
 import { loadModel } from '../../lib/infer/model.js';
 import { Checkpoint, openSafetensors, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { type Change, decoder } from '../../lib/model/decoder.js';

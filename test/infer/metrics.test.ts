@@ -1,6 +1,6 @@
 // Metrics of classes and numbers, against values worked out by hand, and those that scikit-learn and SciPy document.
 import { describe, expect, it } from 'vitest';
-import { accuracy, confusion, f1, matthews, pearson } from '../../lib/infer/metrics.js';
+import { accuracy, confusion, f1, matthews, pearson } from '../../lib/infer/quality/metrics.js';
 
 describe('of two classes', () => {
   // 3 true positives, 1 false negative, 2 false positives, 4 true negatives.

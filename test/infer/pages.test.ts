@@ -1,7 +1,7 @@
 // The page pool: random taking, sharing and releasing keeps count of owners and leaves no page behind.
 import { describe, expect, test } from 'vitest';
 import { Random } from '../../lib/distill/random.js';
-import { PagePool } from '../../lib/infer/pages.js';
+import { PagePool } from '../../lib/infer/engine/pages.js';
 import { InternalError } from '../../lib/native/errors.js';
 
 describe('PagePool', () => {

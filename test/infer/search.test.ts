@@ -6,12 +6,12 @@ import { pretrain } from '../../lib/distill/pretrain.js';
 import { elastify } from '../../lib/elastic/elastify.js';
 import { writeProfile } from '../../lib/elastic/profile.js';
 import { readElastic, writeElastic } from '../../lib/elastic/store.js';
-import { evaluate } from '../../lib/infer/evaluate.js';
-import { extract } from '../../lib/infer/extract.js';
+import { extract } from '../../lib/infer/export/extract.js';
 import { loadModel } from '../../lib/infer/model.js';
 import { profile } from '../../lib/infer/profile.js';
-import { recordSearch, type SearchOptions, search } from '../../lib/infer/search.js';
-import { InfeasibleError } from '../../lib/infer/searched.js';
+import { evaluate } from '../../lib/infer/quality/evaluate.js';
+import { recordSearch, type SearchOptions, search } from '../../lib/infer/quality/search.js';
+import { InfeasibleError } from '../../lib/infer/quality/searched.js';
 import { stories, temporaryDirectory, tinyPretraining } from '../distill/tiny.js';
 
 const granularities = [0.25, 0.5, 1];

@@ -2,8 +2,8 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type ElasticSpec, routerId, type Target } from '../../lib/elastic/axes.js';
 import { routerPlaces } from '../../lib/elastic/policy.js';
-import { evaluate } from '../../lib/infer/evaluate.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
+import { evaluate } from '../../lib/infer/quality/evaluate.js';
 import { stories } from '../distill/tiny.js';
 import { distilledDirectories } from './fixture.js';
 

@@ -1,7 +1,7 @@
 // Bootstrap intervals cover what they should and are reproducible.
 import { expect, test } from 'vitest';
+import { bootstrap, median } from '../../lib/infer/quality/statistics.js';
 import { uniform } from '../../lib/infer/random.js';
-import { bootstrap, median } from '../../lib/infer/statistics.js';
 
 const mean = (t: Readonly<Record<string, number>>): number => t.sum / t.n;
 

@@ -1,7 +1,7 @@
 // Stop strings are found across chunk borders, and nothing of them leaks.
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
-import { StopFilter } from '../../lib/infer/stops.js';
+import { StopFilter } from '../../lib/infer/engine/stops.js';
 
 test('holds back what may become a stop string', () => {
   const filter = new StopFilter(['</end>']);

@@ -1,5 +1,5 @@
 // From measured points to a table of claims: what the paper says, what was measured, and whether it held.
-import { bootstrap, median } from '../../../dist/infer/statistics.js';
+import { bootstrap, median } from '../../../dist/infer/quality/statistics.js';
 
 const percent = (x, digits = 1) => `${(x * 100).toFixed(digits)} %`;
 const interval = ({ value, low, high }, show) => `${show(value)} [${show(low)}, ${show(high)}]`;

@@ -1,5 +1,5 @@
 // From sums of sequences to measured values: every comparison is of the same sequences, intervals are bootstraps over them.
-import { bootstrap } from '../../../dist/infer/statistics.js';
+import { bootstrap } from '../../../dist/infer/quality/statistics.js';
 import { GRANULARITIES, NAMES } from './models.mjs';
 
 const loss = (t, who) => t[`${who}.ce`] / t[`${who}.n`];

@@ -3,7 +3,7 @@ import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { distill, elastify, finetune, loadModel } from '../../../dist/index.js';
-import { bootstrap } from '../../../dist/infer/statistics.js';
+import { bootstrap } from '../../../dist/infer/quality/statistics.js';
 import { machineFacts } from '../../harness/machine.mjs';
 
 const HELP = `npm run claims:nested-encoder -- [options]

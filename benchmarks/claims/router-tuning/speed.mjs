@@ -1,5 +1,5 @@
 // Times of prompts and of tokens after them, full beside half, in turns: for a machine that does nothing else.
-import { bootstrap } from '../../../dist/infer/statistics.js';
+import { bootstrap } from '../../../dist/infer/quality/statistics.js';
 
 const LENGTHS = [16, 64, 256];
 const PROMPTS = 12;

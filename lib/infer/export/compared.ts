@@ -1,0 +1,17 @@
+// Checkpoints that were written, compared with what they were made from: by the logits of one sequence of ids.
+import { type CallOptions, loadModel } from '../model.js';
+import type { LoadOptions } from '../types.js';
+
+/** Logits of the same ids by any model with that vocabulary, on the CPU. */
+export async function probeLogits(
+  dir: string,
+  { budget, signal, ...options }: LoadOptions & CallOptions,
+): Promise<Float32Array> {
+  await using model = await loadModel(dir, { ...options, device: 'cpu', signal });
+  const { vocab, maxContext } = model.info;
+  const ids = Array.from({ length: Math.min(32, maxContext) }, (_, i) => (i * 7919 + 1) % vocab);
+  return await model.logits(ids, { ...(budget !== undefined && { budget }), signal });
+}
+
+export const largestDifference = (a: Float32Array, b: Float32Array): number =>
+  a.reduce((most, value, i) => Math.max(most, Math.abs(value - b[i])), 0);

@@ -1,0 +1,105 @@
+// A loaded encoder-decoder model: mapped weights, tokenizers of sources and targets and settings of generation on one engine.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { elasticConfigFile } from '../../elastic/store.js';
+import { readJson } from '../../io/files.js';
+import { Checkpoint } from '../../io/safetensors.js';
+import { loadTokenizer, type Tokenizer } from '../../io/tokenizer.js';
+import { Config } from '../../model/config.js';
+import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
+import { loadSeq2SeqWeights, type Seq2SeqTensors } from '../../model/seq2seq_weights.js';
+import { InvalidArgumentError, InvalidFileError } from '../../native/errors.js';
+import { Engine, loadAddon } from '../../native/index.js';
+import { checkContext, defaultContext, defaultSequences, type ModelStart } from '../network.js';
+import type { LoadOptions } from '../types.js';
+import { type WritingSettings, writingSettings } from './writing.js';
+
+/** Tokenizer of targets, where it is not that of sources. */
+const targetTokenizer = 'tokenizer_target.json';
+
+export interface Seq2SeqNetwork {
+  readonly dir: string;
+  readonly spec: Seq2SeqSpec;
+  readonly engine: Engine;
+  readonly weights: Seq2SeqTensors;
+  readonly weightBytes: number;
+  readonly settings: WritingSettings;
+  /** Of sources, and of targets. */
+  readonly sourceTokenizer: Tokenizer | null;
+  readonly tokenizer: Tokenizer | null;
+  /** Tokens of a source, and tokens of a target. */
+  readonly maxContext: number;
+  /** Texts that are written at a time, every beam one. */
+  readonly maxSequences: number;
+  /** Rows that the caches of targets hold in all, and those of sources. */
+  readonly cacheRows: number;
+  dispose(): void;
+}
+
+/** Bytes of the default caches. */
+const defaultBytes = 2 ** 30;
+
+/**
+ * Maps the directory of an encoder-decoder model. Errors: InvalidFileError naming the file and what is wrong with it,
+ * InvalidArgumentError for an option that such models have not or a value out of range, AbortError.
+ */
+export async function loadSeq2Seq(
+  dir: string,
+  options: LoadOptions,
+  { config, configPath, progress }: ModelStart,
+): Promise<Seq2SeqNetwork> {
+  for (const name of ['adapter', 'adapters', 'maxLevel', 'maxBatchTokens'] as const) {
+    if (options[name] !== undefined) {
+      throw new InvalidArgumentError(`[loadModel] ${name} is for decoders, and ${dir} is an encoder-decoder model`);
+    }
+  }
+  if (existsSync(join(dir, elasticConfigFile))) {
+    throw new InvalidFileError(
+      `[loadModel] ${join(dir, elasticConfigFile)}: encoder-decoder models have no elastic configuration`,
+    );
+  }
+  const spec = seq2seqSpecFromConfig(config, configPath);
+  checkContext(spec.decoder, options);
+  const generationPath = join(dir, 'generation_config.json');
+  const own = existsSync(generationPath);
+  const settings = writingSettings(
+    own ? await readJson(generationPath) : config,
+    own ? generationPath : configPath,
+    Config.of(config, configPath),
+    spec.decoder.vocab,
+  );
+  const maxContext = options.maxContext ?? Math.min(spec.context, defaultContext);
+  const maxSequences = options.maxSequences ?? Math.max(defaultSequences, settings.beams);
+  const { layers, kvHeads, headDim } = spec.decoder;
+  const rowBytes = 2 * layers * kvHeads * headDim * Float32Array.BYTES_PER_ELEMENT;
+  const all = maxSequences * maxContext;
+  const asked = options.kvCacheBytes ?? Math.max(defaultBytes, 2 * settings.beams * maxContext * rowBytes);
+  const cacheRows = Math.min(all, Math.floor(asked / (2 * rowBytes)));
+
+  progress(1);
+  const owned: { dispose(): void }[] = [];
+  const dispose = (): void => {
+    for (const item of owned.splice(0).reverse()) item.dispose();
+  };
+  try {
+    const checkpoint = Checkpoint.open(dir);
+    owned.push(checkpoint);
+    const loaded = loadSeq2SeqWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {});
+    owned.push(loaded);
+    progress(2);
+    const has = (name: string) => existsSync(join(dir, name));
+    const sourceTokenizer = has('tokenizer.json') ? await loadTokenizer(dir) : null;
+    const tokenizer = has(targetTokenizer) ? await loadTokenizer(dir, targetTokenizer) : sourceTokenizer;
+    progress(3);
+    if (options.threads !== undefined) loadAddon().setThreads(options.threads);
+    const engine = new Engine(options.device, { activations: options.activations, weights: loaded.dtype });
+    owned.push(engine);
+    return {
+      ...{ dir, spec, engine, weights: loaded.weights, weightBytes: loaded.bytes, settings },
+      ...{ sourceTokenizer, tokenizer, maxContext, maxSequences, cacheRows, dispose },
+    };
+  } catch (error) {
+    dispose();
+    throw error;
+  }
+}
