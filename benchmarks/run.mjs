@@ -13,6 +13,7 @@ import { CACHE, prepareModel } from './model/prepare.mjs';
 import { SEED, SHAPE } from './model/shape.mjs';
 import { encoder } from './suites/encoder.mjs';
 import { engine } from './suites/engine.mjs';
+import { exits } from './suites/exits.mjs';
 import { gemm } from './suites/gemm.mjs';
 import { importing } from './suites/import.mjs';
 import { inference } from './suites/inference.mjs';
@@ -25,6 +26,7 @@ import { training } from './suites/train.mjs';
 const SUITES = {
   encoder,
   engine,
+  exits,
   gemm,
   import: importing,
   inference,

@@ -64,6 +64,21 @@ function tensors({ layers, hidden, ffn, vocab, positions, types }) {
   return list;
 }
 
+/** Writes config.json and model.safetensors of the same encoder with a classifier of two classes. */
+export function writeClassifier(dir, shape = ENCODER) {
+  const { hidden } = shape;
+  const spread = 0.05 * Math.sqrt(3);
+  const head = [
+    ['bert.pooler.dense', hidden],
+    ['classifier', 2],
+  ].flatMap(([name, out]) => [
+    { name: `${name}.weight`, shape: [out, hidden], center: 0, spread },
+    { name: `${name}.bias`, shape: [out], center: 0, spread },
+  ]);
+  const body = tensors(shape).map((tensor) => ({ ...tensor, name: `bert.${tensor.name}` }));
+  writeCheckpoint(dir, [...body, ...head], { ...config(shape), architectures: ['BertForSequenceClassification'] });
+}
+
 /** [out, in] to [in, out]. */
 function transposed(values, [out, input]) {
   const result = new Float32Array(values.length);
