@@ -54,12 +54,14 @@ export function rowOffsets(rows: readonly Row[]): Int32Array {
 
 /** Feeds of the embeddings, i32 [tokens] each; models of one kind of tokens read pairs as that. */
 export function embeddingFeeds(rows: readonly Row[], tokenTypes: number): Record<string, Int32Array> {
-  const types = Int32Array.from(rows.flatMap(({ types }) => types));
-  return {
-    ids: Int32Array.from(rows.flatMap(({ ids }) => ids)),
-    positions: Int32Array.from(rows.flatMap(({ ids }) => [...ids.keys()])),
-    ...(tokenTypes > 0 && { types: tokenTypes > 1 ? types : types.fill(0) }),
-  };
+  const offsets = rowOffsets(rows);
+  const [ids, positions, types] = Array.from({ length: 3 }, () => new Int32Array(offsets[rows.length]));
+  for (const [s, row] of rows.entries()) {
+    ids.set(row.ids, offsets[s]);
+    for (let i = offsets[s]; i < offsets[s + 1]; i++) positions[i] = i - offsets[s];
+    if (tokenTypes > 1) types.set(row.types, offsets[s]);
+  }
+  return { ids, positions, ...(tokenTypes > 0 && { types }) };
 }
 
 /** Of a residual stream f32 [tokens, hidden] of rows the parts of those `kept`, end to end. */
