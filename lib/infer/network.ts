@@ -18,14 +18,13 @@ import { Engine, loadAddon, Tensor } from '../native/index.js';
 import { defaultCacheBytes } from './engine/cache.js';
 import { measuredOn } from './machine.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
+import { type Own, owning } from './owning.js';
 import type { Dtype, LoadOptions } from './types.js';
 
 /** Contexts are no longer than this unless asked for: a cache holds all of one. */
 export const defaultContext = 4096;
 export const defaultSequences = 32;
 const dtypes: readonly Dtype[] = ['f32', 'bf16', 'f16'];
-
-type Disposer = { dispose(): void };
 
 export interface RouterTensors {
   /** f32 [outputs, hidden] */
@@ -118,17 +117,11 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
   const most = mostOf(options.maxLevel, spec, elastic?.policy ?? null, dir);
 
   progress(1);
-  const owned: { dispose(): void }[] = [];
-  const dispose = (): void => {
-    for (const item of owned.splice(0).reverse()) item.dispose();
-  };
-  try {
-    const checkpoint = Checkpoint.open(dir);
-    owned.push(checkpoint);
-    const loaded = loadWeights(spec, checkpoint, { dtype, ...(most.widths && { widths: most.widths }) });
-    owned.push(loaded);
+  return owning(async (own, dispose) => {
+    const checkpoint = own(Checkpoint.open(dir));
+    const loaded = own(loadWeights(spec, checkpoint, { dtype, ...(most.widths && { widths: most.widths }) }));
     const routers = new Map<string, RouterTensors>();
-    for (const [id, router] of elastic?.routers ?? []) routers.set(id, routerTensors(router, spec.hidden, owned));
+    for (const [id, router] of elastic?.routers ?? []) routers.set(id, routerTensors(router, spec.hidden, own));
     const { adapter, adapters: named = {} } = options;
     const [other] = [adapter, ...Object.values(named)].filter((from) => from !== undefined);
     if (
@@ -142,12 +135,10 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
     }
     const read = async (from: string) => loraOfModules(spec, await readPeft(from), from);
     const matrices = adapter === undefined ? elastic?.lora : await read(adapter);
-    const lora = matrices ? new LoraTensors(matrices) : null;
-    if (lora) owned.push(lora);
+    const lora = matrices ? own(new LoraTensors(matrices)) : null;
     const byName = new Map<string, Lora>();
     for (const [name, from] of Object.entries(named)) byName.set(name, await read(from));
-    const adapters = byName.size > 0 ? new AdapterTensors(byName) : null;
-    if (adapters) owned.push(adapters);
+    const adapters = byName.size > 0 ? own(new AdapterTensors(byName)) : null;
 
     progress(2);
     const tokenizer = existsSync(join(dir, 'tokenizer.json')) ? await loadTokenizer(dir) : null;
@@ -157,8 +148,7 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
     progress(3);
 
     if (threads !== undefined) loadAddon().setThreads(threads);
-    const engine = new Engine(options.device, { activations: options.activations, weights: loaded.dtype });
-    owned.push(engine);
+    const engine = own(new Engine(options.device, { activations: options.activations, weights: loaded.dtype }));
     return {
       dir,
       spec,
@@ -179,20 +169,15 @@ export async function loadNetwork(dir: string, options: LoadOptions = {}, start?
       limits,
       dispose,
     };
-  } catch (error) {
-    dispose();
-    throw error;
-  }
+  });
 }
 
-/** What a router or the head of an exit computes with, disposed of with what is `owned`. */
-export function routerTensors({ weight, bias }: Router, hidden: number, owned: Disposer[]): RouterTensors {
-  const tensors = {
-    weight: Tensor.fromData('f32', [bias.length, hidden], weight),
-    bias: Tensor.fromData('f32', [bias.length], bias),
+/** What a router or the head of an exit computes with, disposed of with what else is owned. */
+export function routerTensors({ weight, bias }: Router, hidden: number, own: Own): RouterTensors {
+  return {
+    weight: own(Tensor.fromData('f32', [bias.length, hidden], weight)),
+    bias: own(Tensor.fromData('f32', [bias.length], bias)),
   };
-  owned.push(tensors.weight, tensors.bias);
-  return tensors;
 }
 
 function limitsOf(options: LoadOptions, model: Pick<Network, 'spec' | 'policy' | 'maxContext'>): GenerationLimits {

@@ -13,6 +13,7 @@ import type { EncoderSpec } from '../../model/spec.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { Engine, loadAddon } from '../../native/index.js';
 import { checkContext, type ModelStart, type RouterTensors, routerTensors } from '../network.js';
+import { owning } from '../owning.js';
 import type { LoadOptions } from '../types.js';
 
 export interface EncoderNetwork extends Pick<SentenceSettings, 'pooling' | 'normalize'> {
@@ -52,24 +53,17 @@ export async function loadEncoder(
   const elastic = await readElastic(dir);
 
   progress(1);
-  const owned: { dispose(): void }[] = [];
-  const dispose = (): void => {
-    for (const item of owned.splice(0).reverse()) item.dispose();
-  };
-  try {
-    const checkpoint = Checkpoint.open(dir);
-    owned.push(checkpoint);
-    const loaded = loadEncoderWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {});
-    owned.push(loaded);
+  return owning(async (own, dispose) => {
+    const checkpoint = own(Checkpoint.open(dir));
+    const loaded = own(loadEncoderWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {}));
     const heads = new Map(
-      [...(elastic?.routers ?? [])].map(([id, router]) => [id, routerTensors(router, spec.hidden, owned)]),
+      [...(elastic?.routers ?? [])].map(([id, router]) => [id, routerTensors(router, spec.hidden, own)]),
     );
     progress(2);
     const tokenizer = existsSync(join(dir, 'tokenizer.json')) ? await loadTokenizer(dir) : null;
     progress(3);
     if (options.threads !== undefined) loadAddon().setThreads(options.threads);
-    const engine = new Engine(options.device, { activations: options.activations, weights: loaded.dtype });
-    owned.push(engine);
+    const engine = own(new Engine(options.device, { activations: options.activations, weights: loaded.dtype }));
     return {
       dir,
       spec,
@@ -88,8 +82,5 @@ export async function loadEncoder(
       },
       dispose,
     };
-  } catch (error) {
-    dispose();
-    throw error;
-  }
+  });
 }

@@ -11,6 +11,7 @@ import { loadSeq2SeqWeights, type Seq2SeqTensors } from '../../model/seq2seq_wei
 import { InvalidArgumentError, InvalidFileError } from '../../native/errors.js';
 import { Engine, loadAddon } from '../../native/index.js';
 import { checkContext, defaultContext, defaultSequences, type ModelStart } from '../network.js';
+import { owning } from '../owning.js';
 import type { LoadOptions } from '../types.js';
 import { type WritingSettings, writingSettings } from './writing.js';
 
@@ -77,29 +78,19 @@ export async function loadSeq2Seq(
   const cacheRows = Math.min(all, Math.floor(asked / (2 * rowBytes)));
 
   progress(1);
-  const owned: { dispose(): void }[] = [];
-  const dispose = (): void => {
-    for (const item of owned.splice(0).reverse()) item.dispose();
-  };
-  try {
-    const checkpoint = Checkpoint.open(dir);
-    owned.push(checkpoint);
-    const loaded = loadSeq2SeqWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {});
-    owned.push(loaded);
+  return owning(async (own, dispose) => {
+    const checkpoint = own(Checkpoint.open(dir));
+    const loaded = own(loadSeq2SeqWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {}));
     progress(2);
     const has = (name: string) => existsSync(join(dir, name));
     const sourceTokenizer = has('tokenizer.json') ? await loadTokenizer(dir) : null;
     const tokenizer = has(targetTokenizer) ? await loadTokenizer(dir, targetTokenizer) : sourceTokenizer;
     progress(3);
     if (options.threads !== undefined) loadAddon().setThreads(options.threads);
-    const engine = new Engine(options.device, { activations: options.activations, weights: loaded.dtype });
-    owned.push(engine);
+    const engine = own(new Engine(options.device, { activations: options.activations, weights: loaded.dtype }));
     return {
       ...{ dir, spec, engine, weights: loaded.weights, weightBytes: loaded.bytes, settings },
       ...{ sourceTokenizer, tokenizer, maxContext, maxSequences, cacheRows, dispose },
     };
-  } catch (error) {
-    dispose();
-    throw error;
-  }
+  });
 }
