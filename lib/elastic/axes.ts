@@ -1,4 +1,5 @@
 // The axes along which a model is elastic, what tells them apart, and the shares that are set on them.
+import type { Assembly } from '../model/parts.js';
 import type { Place } from '../model/select.js';
 import type { ExitSetting } from './exits.js';
 import type { FfnWidth } from './nested.js';
@@ -121,6 +122,8 @@ export interface ElasticSpec {
   ffnWidth?: FfnWidth;
   /** When a text leaves at an exit of an encoder, before all layers have run. */
   exit?: ExitSetting;
+  /** Layers and modules of an encoder-decoder model that run. */
+  assembly?: Assembly;
 }
 
 export const specKeys: readonly string[] = [
@@ -129,6 +132,7 @@ export const specKeys: readonly string[] = [
   ...expertAxes.map((axis) => axisTraits[axis].setting),
   'ffnWidth',
   'exit',
+  'assembly',
 ];
 
 /** The settings of a spec that are shares of what routers choose from, by axis, and back. */

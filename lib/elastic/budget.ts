@@ -287,6 +287,9 @@ function explicit(
     if (unknown === undefined) continue;
     throw new InvalidArgumentError(`[budget] unknown place '${unknown}' in ${key}; it takes ${targets.join(', ')}`);
   }
+  if (wanted.assembly !== undefined) {
+    throw new InvalidArgumentError('[budget] assembly must be absent: assemblies are of encoder-decoder models');
+  }
   const shares: AxisShares = {};
   for (const [axis, value] of Object.entries(specByAxis(wanted)) as [Axis, unknown][]) {
     if (value === undefined) continue;

@@ -3,6 +3,7 @@
 import type { EncoderTask } from '../model/spec.js';
 import { axes, axisTraits } from './axes.js';
 import { planLength } from './levels.js';
+import { stacks } from './modules.js';
 import { type ElasticPolicy, type QualityValue, qualityMetric, routedLayers, routerPlaces } from './policy.js';
 
 /**
@@ -17,7 +18,7 @@ export function modelCard(policy: ElasticPolicy, task: EncoderTask | null = null
     return layers > 0 ? [`${axisTraits[axis].title} of ${layers} of ${policy.layers} layers`] : [];
   });
   const corrections = policy.lora && `, corrections of rank ${policy.lora.rank} for ${policy.lora.targets.join(', ')}`;
-  const { nested, exits } = policy;
+  const { nested, exits, modules } = policy;
   const fastest = policy.levels.findLast(({ spec }) => spec.exit)?.name;
   const parts = [
     ...(routers.length > 0 ? [`routers for ${routers.join(', ')}`] : []),
@@ -27,12 +28,15 @@ export function modelCard(policy: ElasticPolicy, task: EncoderTask | null = null
         ]
       : []),
     ...(exits ? [`exits after ${exits.length} of ${policy.layers} layers, at which texts leave that are decided`] : []),
+    ...(modules
+      ? stacks.map((stack) => `${modules[stack].length} modules of the ${stack}, each a layer that stands for several`)
+      : []),
   ];
-  const runs = policy.calibration !== null || nested !== undefined || policy.levels.length > 1;
+  const runs = policy.calibration !== null || nested !== undefined || policy.levels.length > 1 || modules !== undefined;
   const chosen = fastest ? `budget: '${fastest}'` : exits ? 'exit: true' : 'budget: 0.8';
   const classify = `const [{ label, compute }] = await model.classify('A joy.', { ${chosen} });`;
   const embed = `const { vectors, spaceId, usage } = await model.embed(['How do I reset it?'], { ${chosen} });`;
-  const generate = `const stream = model.generate('Once', { budget: ${policy.calibration ? '0.7' : nested ? '0.8' : "'full'"} });`;
+  const generate = `const stream = model.generate('Once', { budget: ${policy.calibration ? '0.7' : nested || modules ? '0.8' : "'full'"} });`;
   return `${[
     ...head(policy.base, `${name}, elastic`),
     `The checkpoint of ${name}, unchanged, with ${parts.join('; ')}${corrections ?? ''}. What a call costs is chosen at the call; at the full budget the model is ${name} to the bit.`,

@@ -1,6 +1,8 @@
 // elastic_config.json: a policy as the file has it, and back, with everything checked.
 import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
+import { type Assembly, type Modules, partId, type Span, type Stack, spanOf, stacks } from '../model/parts.js';
 import type { Projection } from '../model/select.js';
+import type { Seq2SeqSpec } from '../model/seq2seq_spec.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
 import {
@@ -26,6 +28,7 @@ import {
   settingProblem,
   thresholdProblem,
 } from './exits.js';
+import { assemblyProblem, spanProblem } from './modules.js';
 import { alignedWidth, type FfnWidth, type Nested, nestedTrainings, unitScores, widthProblem } from './nested.js';
 import {
   type AttentionKeys,
@@ -38,6 +41,7 @@ import {
   gateModes,
   type Level,
   type ModelSizes,
+  modulesConflict,
   nestedConflict,
   ownKeysRule,
   type QualityValue,
@@ -112,6 +116,9 @@ export function policyToJson(policy: ElasticPolicy): Json {
         ...{ after_layer: afterLayer, head: exitId(afterLayer), rule, threshold },
       })),
     }),
+    ...(policy.modules && {
+      modules: Object.fromEntries(stacks.map((stack) => [stack, policy.modules![stack].map(partId)])),
+    }),
     ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
     routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
       id,
@@ -141,9 +148,16 @@ export function policyToJson(policy: ElasticPolicy): Json {
 /**
  * Reads and checks the content of elastic_config.json. Calibration quantiles live in the routers' file, so the
  * calibration comes back with an empty `quantiles`.
+ * `model`: of an encoder-decoder model, which is `seq2seq`, the decoder.
  * `warnings` receives one line per unknown key. Errors: InvalidDataError naming the file and the key.
  */
-export function policyFromJson(json: unknown, file: string, model: ModelSpec, warnings: string[]): ElasticPolicy {
+export function policyFromJson(
+  json: unknown,
+  file: string,
+  model: ModelSpec,
+  warnings: string[],
+  seq2seq: Seq2SeqSpec | null = null,
+): ElasticPolicy {
   const read = new Reader(file, warnings);
   const root = read.object(json, '');
   const version = root.elastic_version;
@@ -161,6 +175,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSpec, wa
     ...expertAxes,
     'ffn',
     'exits',
+    'modules',
     'lora',
     'routers',
     'calibration',
@@ -302,6 +317,11 @@ export function policyFromJson(json: unknown, file: string, model: ModelSpec, wa
 
   const exits = root.exits === undefined ? undefined : exitsAt(read, root.exits, model);
 
+  const modules = root.modules === undefined || !seq2seq ? undefined : modulesAt(read, root.modules, seq2seq);
+  if (root.modules !== undefined && !seq2seq) {
+    read.fail('modules', 'absent: they are for encoder-decoder models', root.modules);
+  }
+
   let lora: ElasticPolicy['lora'];
   if (root.lora !== undefined) {
     const entry = read.object(root.lora, 'lora');
@@ -331,6 +351,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSpec, wa
     ...experts,
     ...(nested && { nested }),
     ...(exits && { exits }),
+    ...(modules && { modules }),
     ...(lora && { lora }),
     capacity,
     calibration: null,
@@ -338,7 +359,8 @@ export function policyFromJson(json: unknown, file: string, model: ModelSpec, wa
   };
   const conflict = nestedConflict(policy);
   if (conflict) read.fail('ffn.layers', conflict, nested!.layers);
-  const routing = routingConflict(policy) ?? encoderConflict(policy, model);
+  const routing =
+    routingConflict(policy) ?? encoderConflict(policy, model) ?? modulesConflict(policy, seq2seq !== null);
   if (routing) throw new InvalidDataError(`[elastic] ${file}: ${routing}`);
 
   const routers = routerPlaces(policy);
@@ -403,7 +425,7 @@ export function policyFromJson(json: unknown, file: string, model: ModelSpec, wa
       quantiles: new Map(),
     };
   }
-  policy.levels = readLevels(read, policy, model, root.levels);
+  policy.levels = readLevels(read, policy, model, seq2seq, root.levels);
   return policy;
 }
 
@@ -430,6 +452,27 @@ function exitsAt(read: Reader, json: unknown, model: ModelSpec): Exit[] {
   });
 }
 
+function modulesAt(read: Reader, json: unknown, model: Seq2SeqSpec): Modules {
+  const entry = read.object(json, 'modules');
+  read.known(entry, 'modules.', stacks);
+  const ofStack = (stack: Stack): Span[] => {
+    const key = `modules.${stack}`;
+    const ids = entry[stack];
+    if (!Array.isArray(ids)) read.fail(key, 'a list of spans of layers', ids);
+    const spans = (ids as unknown[]).map((id, i): Span => {
+      const span = spanOf(id);
+      if (!span || ids.indexOf(id) !== i) read.fail(`${key}[${i}]`, "a span of layers such as '2-3', once", id);
+      const problem = spanProblem(span!, model[stack].layers);
+      if (problem) read.fail(`${key}[${i}]`, problem, id);
+      return span!;
+    });
+    return spans;
+  };
+  const modules = { encoder: ofStack('encoder'), decoder: ofStack('decoder') };
+  if (stacks.every((stack) => modules[stack].length === 0)) read.fail('modules', 'at least one span', json);
+  return modules;
+}
+
 function searchedAt(read: Reader, json: unknown, nested: Nested, ffn: number): number[][] {
   if (!Array.isArray(json) || json.length === 0) read.fail('ffn.searched', 'a list of widths', json);
   let before = 0;
@@ -445,7 +488,13 @@ function searchedAt(read: Reader, json: unknown, nested: Nested, ffn: number): n
   });
 }
 
-function readLevels(read: Reader, policy: ElasticPolicy, { ffn }: ModelSizes, json: unknown): Level[] {
+function readLevels(
+  read: Reader,
+  policy: ElasticPolicy,
+  { ffn }: ModelSizes,
+  seq2seq: Seq2SeqSpec | null,
+  json: unknown,
+): Level[] {
   if (!Array.isArray(json)) read.fail('levels', 'a list', json);
   const names = new Set<string>();
   return (json as unknown[]).map((entry, i) => {
@@ -486,6 +535,14 @@ function readLevels(read: Reader, policy: ElasticPolicy, { ffn }: ModelSizes, js
       const problem = settingProblem(exit, policy.exits);
       if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.exit must be ${problem}`);
       spec.exit = exit as ExitSetting;
+    }
+    const { assembly } = specJson;
+    if (assembly !== undefined) {
+      const problem = seq2seq
+        ? assemblyProblem(assembly, seq2seq, policy.modules)
+        : 'absent: assemblies are of encoder-decoder models';
+      if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.assembly must be ${problem}`);
+      spec.assembly = assembly as Assembly;
     }
     if (name === 'full' && Object.keys(spec).length > 0) read.fail(`${key}.spec`, "{}: 'full' has no settings", spec);
     const result: Level = { name, spec };

@@ -3,10 +3,13 @@ import { existsSync } from 'node:fs';
 import { readdir, realpath } from 'node:fs/promises';
 import { basename, resolve } from 'node:path';
 import { FileSystemError, inFileSystem, replaceDirectory } from '../io/files.js';
-import { Checkpoint } from '../io/safetensors.js';
+import { rounded } from '../io/rounding.js';
+import { Checkpoint, type TensorData } from '../io/safetensors.js';
 import { copyCheckpoint } from '../io/slices.js';
-import { readSpec } from '../model/directory.js';
+import { readArchitecture, readSpec } from '../model/directory.js';
 import { encoderSlots, loadEncoderWeights } from '../model/encoder_weights.js';
+import type { Modules } from '../model/parts.js';
+import { loadSeq2SeqWeights, seq2seqModuleSlots } from '../model/seq2seq_weights.js';
 import type { EncoderSpec, ModelSpec } from '../model/spec.js';
 import { loadWeights, storedUnits } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
@@ -17,6 +20,7 @@ import type { Nested } from './nested.js';
 import {
   type ElasticPolicy,
   encoderConflict,
+  type Level,
   type Router,
   type Routing,
   routerParameters,
@@ -195,6 +199,59 @@ export async function writeExits(out: string, base: string, exits: readonly Exit
     exits.map(({ afterLayer, weight, bias }) => [exitId(afterLayer), { weight, bias }]),
   );
   await writeElastic(out, base, policy, heads, null);
+}
+
+/** Modules, and their weights by the names of `seq2seqModuleSlots`. */
+export interface TrainedModules {
+  spec: Modules;
+  weights: ReadonlyMap<string, Float32Array>;
+}
+
+/**
+ * Gives an encoder-decoder model modules: writes the checkpoint in `base` with them to `out`, an elastic directory as `writeElastic` describes it.
+ * They are stored in the element type of the checkpoint's embedding. Modules and levels that `base` may have are not taken over.
+ *
+ * @param levels named assemblies, besides `full`
+ * @throws InvalidArgumentError for weights that are missing, of other sizes or not finite, or a base that is no encoder-decoder model,
+ * InvalidDataError for what a reader would refuse, such as spans that do not fit the stack or levels with gaps; InvalidFileError for a bad
+ * checkpoint, FileSystemError from the disk.
+ */
+export async function writeModules(
+  out: string,
+  base: string,
+  { spec: modules, weights }: TrainedModules,
+  levels: readonly Level[] = [],
+): Promise<void> {
+  const { spec, seq2seq } = await readArchitecture(base);
+  if (!seq2seq) {
+    throw new InvalidArgumentError(
+      `[elastic] modules are for encoder-decoder models, and ${base} is a ${spec.type} model`,
+    );
+  }
+  const plain = plainPolicy(spec, {});
+  const policy: ElasticPolicy = {
+    ...plain,
+    ...{ modules, levels: [...plain.levels, ...levels] },
+    base: await baseOf(base, baseFiles(base)),
+  };
+  await checkReadable(base, policy);
+  const slots = seq2seqModuleSlots(seq2seq, modules);
+  const extra = [...weights.keys()].find((name) => !slots.some((slot) => slot.name === name));
+  if (extra !== undefined) throw new InvalidArgumentError(`[elastic] ${extra} is a weight of no module`);
+  using checkpoint = Checkpoint.open(base);
+  using loaded = loadSeq2SeqWeights(seq2seq, checkpoint);
+  const dtype = loaded.dtype as 'f32' | 'bf16' | 'f16';
+  const tensors: Record<string, TensorData> = {};
+  for (const { name, shape } of slots) {
+    const values = weights.get(name);
+    const numbers = shape.reduce((a, b) => a * b, 1);
+    if (values?.length !== numbers || !values.every(Number.isFinite)) {
+      const what = `must be ${numbers} finite numbers, [${shape}], got ${values?.length ?? 'none'}`;
+      throw new InvalidArgumentError(`[elastic] ${name} ${what}`);
+    }
+    tensors[name] = { dtype, shape, data: rounded(values, dtype) };
+  }
+  await writeElastic(out, base, policy, new Map(), null, tensors);
 }
 
 /** What a policy says of its backbone: the checkpoint in `dir`. */

@@ -1,5 +1,6 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 import type { ExpertGate, ExpertRule } from '../graph/index.js';
+import type { Modules } from '../model/parts.js';
 import { type Place, type Projection, places, projections } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import {
@@ -117,7 +118,7 @@ export interface ElasticPolicy {
   version: 1;
   /** The unchanged backbone this policy belongs to. */
   base: { name: string; weightsSha256: string; tokenizerSha256: string | null } & Provenance;
-  /** Of the backbone: routers are [1, hidden]. */
+  /** Of the backbone: routers are [1, hidden]. Layers of an encoder-decoder model are its decoder's. */
   hidden: number;
   layers: number;
   gate: GateMode;
@@ -137,6 +138,8 @@ export interface ElasticPolicy {
   nested?: Nested;
   /** Heads after inner layers of an encoder at which texts may leave, ascending. */
   exits?: readonly Exit[];
+  /** Spans of an encoder-decoder model's layers for which one layer may stand. */
+  modules?: Modules;
   /** Corrections of projections by matrices of a rank, which every budget below full has. */
   lora?: { rank: number; targets: readonly Projection[]; layers: readonly number[] };
   /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
@@ -238,6 +241,17 @@ export function encoderConflict(
 ): string | null {
   if (!encoder || (routerPlaces(policy).length === 0 && !policy.lora)) return null;
   return `${type} is an encoder: it has exits and nested feed-forwards, and no ${policy.lora ? 'lora' : 'routers'}`;
+}
+
+/** What encoder-decoder models cannot have and others cannot, or null. */
+export function modulesConflict(
+  policy: Routing & Pick<ElasticPolicy, 'lora' | 'nested' | 'exits' | 'modules'>,
+  seq2seq: boolean,
+): string | null {
+  if (!seq2seq) return policy.modules ? 'modules are for encoder-decoder models' : null;
+  const { lora, nested, exits, modules } = policy;
+  const others = routerPlaces(policy).length > 0 || lora || nested || exits;
+  return modules && !others ? null : 'an encoder-decoder model has modules, and no routers, widths, exits or lora';
 }
 
 /** Weights and biases of all routers. */

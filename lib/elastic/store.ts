@@ -7,7 +7,8 @@ import { basename, dirname, join } from 'node:path';
 import { FileSystemError, inFileSystem, readJson, sha256File, writeFileAtomic } from '../io/files.js';
 import { adapterConfigFile, adapterWeightsFile, readPeft, writePeft } from '../io/peft.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
-import { readSpec } from '../model/directory.js';
+import { type Architecture, readArchitecture, readSpec } from '../model/directory.js';
+import { seq2seqModuleSlots } from '../model/seq2seq_weights.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
 import { modelCard } from './card.js';
@@ -20,6 +21,8 @@ export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';
 export const manifestFile = 'elastic_manifest.json';
 export const cardFile = 'README.md';
+/** Element types that weights of modules are stored in. */
+const moduleTypes = ['F32', 'BF16', 'F16'];
 /** Holds the corrections of an elastic directory, as PEFT reads them. */
 export const adapterDirectory = 'adapter';
 const adapterFiles = [adapterConfigFile, adapterWeightsFile].map((name) => `${adapterDirectory}/${name}`);
@@ -28,6 +31,7 @@ const weightsFile = /^model(-\d+-of-\d+)?\.safetensors$|^model\.safetensors\.ind
 /** What a base checkpoint may bring along besides weights. */
 const companions = new Set([
   ...['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'],
+  ...['tokenizer_target.json', 'spiece.model', 'source.spm', 'target.spm'],
   ...[
     'added_tokens.json',
     'vocab.json',
@@ -130,8 +134,9 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
       );
     }
   }
-  const spec = await readSpec(dir);
-  const policy = policyFromJson(await readJson(configPath), configPath, spec, warnings);
+  const architecture = await readArchitecture(dir);
+  const { spec } = architecture;
+  const policy = policyFromJson(await readJson(configPath), configPath, spec, warnings, architecture.seq2seq);
   if (policy.base.weightsSha256 !== weightsSha256(files)) {
     throw new InvalidDataError(`[elastic] ${configPath}: base.weights_sha256 is not that of the weights beside it`);
   }
@@ -143,7 +148,7 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
     dir,
     warnings,
     lora: await readLora(dir, policy, spec, files),
-    ...readRouters(join(dir, routerFile), policy, spec),
+    ...readRouters(join(dir, routerFile), policy, architecture),
   };
 }
 
@@ -188,7 +193,7 @@ async function readLora(
 function readRouters(
   file: string,
   policy: ElasticPolicy,
-  { encoder }: ModelSpec,
+  { spec: { encoder }, seq2seq }: Architecture,
 ): { policy: ElasticPolicy; routers: Map<string, Router> } {
   const routers = new Map<string, Router>();
   const { calibration } = policy;
@@ -225,15 +230,25 @@ function readRouters(
     const bias = load(`${id}.bias`, [classes]);
     routers.set(id, { weight: load(`${id}.weight`, [classes, policy.hidden]), bias });
   }
+  for (const { name, shape } of policy.modules ? seq2seqModuleSlots(seq2seq!, policy.modules) : []) {
+    expected.add(name);
+    if (!opened.has(name)) throw new InvalidDataError(`[elastic] ${file}: tensor ${name} is missing`);
+    const info = opened.info(name);
+    if (moduleTypes.includes(info.dtype) && info.shape.join() === shape.join()) continue;
+    const types = moduleTypes.join(', ');
+    throw new InvalidDataError(
+      `[elastic] ${file}: ${name} must be [${shape}] of ${types}, got ${info.dtype}[${info.shape}]`,
+    );
+  }
   const extra = opened.names().find((name) => !expected.has(name));
   if (extra !== undefined)
-    throw new InvalidDataError(`[elastic] ${file}: tensor ${extra} belongs to no router and no exit`);
+    throw new InvalidDataError(`[elastic] ${file}: tensor ${extra} belongs to no router, exit or module`);
   return { policy: calibration ? { ...policy, calibration: { ...calibration, quantiles } } : policy, routers };
 }
 
 /**
  * Writes a whole elastic directory: the checkpoint's files are hard-linked from `base` (copied where links do not work),
- * then routers, corrections, policy, model card and, last, the manifest. Until the manifest is there readElastic refuses the
+ * then routers and modules, corrections, policy, model card and, last, the manifest. Until the manifest is there readElastic refuses the
  * directory, so a write that stops half-way is never mistaken for a model. `out` may be `base` itself.
  * Errors: FileSystemError when the file system refuses.
  */
@@ -243,6 +258,7 @@ export async function writeElastic(
   policy: ElasticPolicy,
   routers: ReadonlyMap<string, Router>,
   lora: Lora | null,
+  modules: Readonly<Record<string, TensorData>> = {},
 ): Promise<void> {
   const names = baseFiles(base);
   // Takes longest, and so comes before anything is touched.
@@ -252,7 +268,7 @@ export async function writeElastic(
   if ((await realpath(out)) !== (await realpath(base))) {
     for (const name of names) await takeOver(join(base, name), join(out, name));
   }
-  const tensors: Record<string, TensorData> = {};
+  const tensors: Record<string, TensorData> = { ...modules };
   for (const id of headIds(policy)) {
     const { weight, bias } = routers.get(id)!;
     tensors[`${id}.weight`] = { dtype: 'f32', shape: [bias.length, policy.hidden], data: weight };
@@ -274,7 +290,10 @@ export async function writeElastic(
     await writePeft(adapter, loraModules(spec, lora), { base: name, rank, transposed: spec.family === 'gpt2' });
   } else await rm(adapter, { recursive: true, force: true });
   await writeFileAtomic(join(out, elasticConfigFile), `${JSON.stringify(policyToJson(policy), null, 2)}\n`);
-  await writeFileAtomic(join(out, cardFile), modelCard(policy, (await readSpec(base)).encoder?.task ?? null));
+  await writeFileAtomic(
+    join(out, cardFile),
+    modelCard(policy, (await readArchitecture(base)).spec.encoder?.task ?? null),
+  );
   const written = [elasticConfigFile, routerFile, cardFile, ...(lora ? adapterFiles : [])];
   const { name, revision, license } = policy.base;
   const manifest = {
@@ -299,13 +318,27 @@ export async function writeLevels(
   const { nested } = elastic.policy;
   const policy = { ...elastic.policy, levels, ...(nested && searched && { nested: { ...nested, searched } }) };
   await checkReadable(dir, policy);
-  await writeElastic(dir, dir, policy, elastic.routers, elastic.lora);
+  await writeElastic(dir, dir, policy, elastic.routers, elastic.lora, await storedModules(dir, policy));
+}
+
+/** The weights of modules as they are stored, by the names of their slots; none without modules. */
+export async function storedModules(dir: string, { modules }: ElasticPolicy): Promise<Record<string, TensorData>> {
+  if (!modules) return {};
+  const { seq2seq } = await readArchitecture(dir);
+  using file = openSafetensors(join(dir, routerFile));
+  return Object.fromEntries(
+    seq2seqModuleSlots(seq2seq!, modules).map(({ name, shape }) => {
+      const tensor = file.tensor(name);
+      return [name, { dtype: tensor.dtype, shape, data: tensor.read() }];
+    }),
+  );
 }
 
 /** What could not be read again must not be written. */
 export async function checkReadable(dir: string, policy: ElasticPolicy): Promise<void> {
   const json = JSON.parse(JSON.stringify(policyToJson(policy)));
-  policyFromJson(json, join(dir, elasticConfigFile), await readSpec(dir), []);
+  const { spec, seq2seq } = await readArchitecture(dir);
+  policyFromJson(json, join(dir, elasticConfigFile), spec, [], seq2seq);
 }
 
 async function takeOver(from: string, to: string): Promise<void> {

@@ -2,6 +2,7 @@
 import type { Graph, Node } from '../graph/graph.js';
 import type { Checkpoint } from '../io/safetensors.js';
 import { Tensor } from '../native/index.js';
+import { type Modules, partId, type Stack } from './parts.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
 import type { ModelSpec } from './spec.js';
 import {
@@ -12,6 +13,7 @@ import {
   type LoadedWeights,
   loadSlots,
   mapGroup,
+  planOf,
   type Slot,
 } from './weights.js';
 
@@ -64,12 +66,17 @@ interface Made<T> {
   byDistance(table: T, both: boolean): T;
 }
 
-function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeights<T> {
-  const { hidden, vocab, maxPositions } = spec.decoder;
-  const t5 = spec.decoder.family === 't5';
-  const { gated, heads } = spec.decoder;
-  const slot = (name: string, shape: number[], init: Slot['init'], file: string, storage: Partial<Slot['file']> = {}) =>
+/** One weight by its name, its shape, and what is particular of the tensor that holds it. */
+const getter =
+  <T>(get: Get<T>) =>
+  (name: string, shape: number[], init: Slot['init'], file: string, storage: Partial<Slot['file']> = {}): T =>
     get({ name, shape, init, file: { name: file, shape, transposed: false, start: 0, column: 0, ...storage } });
+
+/** Norms and layers of a stack, by the names of their weights and of the tensors that hold them. */
+function layersOf<T>(spec: Seq2SeqSpec, get: Get<T>) {
+  const { hidden, family, gated } = spec.decoder;
+  const t5 = family === 't5';
+  const slot = getter(get);
   const matrix = (name: string, file: string, out: number, input: number): Affine<T> => ({
     weight: slot(`${name}.weight`, [out, input], 'normal', `${file}.weight`),
     ...(!t5 && { bias: slot(`${name}.bias`, [out], 'zero', `${file}.bias`) }),
@@ -88,11 +95,11 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeig
       o: matrix(`${name}.o`, `${file}.${names[3]}`, hidden, inner),
     };
   };
-  const layer = (stack: string, i: number, of: ModelSpec): LayerWeights<T> => {
+  const layer = (stack: Stack, name: string, file: string): LayerWeights<T> => {
+    const of = spec[stack];
     const { ffn } = of;
-    const name = `${stack}.layers.${i}`;
     if (t5) {
-      const at = (part: number) => `${stack}.block.${i}.layer.${part}`;
+      const at = (part: number) => `${file}.layer.${part}`;
       const last = at(stack === 'decoder' ? 2 : 1);
       const wide = (name: string, file: string) => matrix(name, `${last}.DenseReluDense.${file}`, ffn, hidden);
       return {
@@ -104,7 +111,6 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeig
         down: matrix(`${name}.down`, `${last}.DenseReluDense.wo`, hidden, ffn),
       };
     }
-    const file = name;
     return {
       norm1: norm(`${name}.norm1`, `${file}.self_attn_layer_norm`),
       ...attention(name, `${file}.self_attn`, of),
@@ -113,16 +119,33 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeig
       down: matrix(`${name}.down`, `${file}.fc2`, hidden, ffn),
     };
   };
-  const cross = (i: number): CrossWeights<T> => {
-    const name = `decoder.layers.${i}.cross`;
-    const t5Layer = `decoder.block.${i}.layer.1`;
-    const file = t5 ? `${t5Layer}.EncDecAttention` : `decoder.layers.${i}.encoder_attn`;
+  const cross = (name: string, file: string): CrossWeights<T> => {
+    const attn = t5 ? `${file}.layer.1.EncDecAttention` : `${file}.encoder_attn`;
     return {
-      norm: norm(`${name}.norm`, t5 ? `${t5Layer}.layer_norm` : `${file}_layer_norm`),
-      ...attention(name, file, spec.decoder),
+      norm: norm(`${name}.norm`, t5 ? `${file}.layer.1.layer_norm` : `${attn}_layer_norm`),
+      ...attention(name, attn, spec.decoder),
     };
   };
-  const positions = (stack: 'encoder' | 'decoder'): Pick<StackWeights<T>, 'positions' | 'bias'> => {
+  return {
+    norm,
+    encoder: (name: string, file: string): LayerWeights<T> => layer('encoder', name, file),
+    decoder: (name: string, file: string): TargetLayerWeights<T> => ({
+      ...layer('decoder', name, file),
+      cross: cross(`${name}.cross`, file),
+    }),
+  };
+}
+
+/** What the names of a layer's tensors begin with. */
+export const storedLayer = ({ decoder: { family } }: Seq2SeqSpec, stack: Stack, layer: number): string =>
+  `${stack}.${family === 't5' ? 'block' : 'layers'}.${layer}`;
+
+function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeights<T> {
+  const { hidden, vocab, maxPositions, heads } = spec.decoder;
+  const t5 = spec.decoder.family === 't5';
+  const slot = getter(get);
+  const { norm, ...layerOf } = layersOf(spec, get);
+  const positions = (stack: Stack): Pick<StackWeights<T>, 'positions' | 'bias'> => {
     if (spec.positions === 'sinusoidal') return { positions: made.sines() };
     if (spec.positions === 'learned') {
       const file = `${stack}.embed_positions.weight`;
@@ -133,10 +156,12 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeig
     const table = slot(`${stack}.relative`, [spec.distances.buckets, heads], 'normal', file);
     return { bias: made.byDistance(table, stack === 'encoder') };
   };
-  const stack = <L>(name: 'encoder' | 'decoder', layerOf: (i: number) => L): StackWeights<T, L> => ({
+  const stack = <L>(name: Stack, layer: (name: string, file: string) => L): StackWeights<T, L> => ({
     ...positions(name),
     ...(spec.embedNorm && { embedNorm: norm(`${name}.embedNorm`, `${name}.layernorm_embedding`) }),
-    layers: Array.from({ length: spec[name].layers }, (_, i) => layerOf(i)),
+    layers: Array.from({ length: spec[name].layers }, (_, i) =>
+      layer(`${name}.layers.${i}`, storedLayer(spec, name, i)),
+    ),
     ...(spec.finalNorm && {
       finalNorm: norm(`${name}.finalNorm`, `${name}.${t5 ? 'final_layer_norm' : 'layer_norm'}`),
     }),
@@ -146,8 +171,8 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeig
   });
   return {
     embed,
-    encoder: stack('encoder', (i) => layer('encoder', i, spec.encoder)),
-    decoder: stack('decoder', (i) => ({ ...layer('decoder', i, spec.decoder), cross: cross(i) })),
+    encoder: stack('encoder', layerOf.encoder),
+    decoder: stack('decoder', layerOf.decoder),
     head: {
       weight: made.ownHead ? slot('head.weight', [vocab, hidden], 'normal', 'lm_head.weight', { head: true }) : embed,
       ...(made.headBias && {
@@ -156,6 +181,42 @@ function assemble<T>(spec: Seq2SeqSpec, get: Get<T>, made: Made<T>): Seq2SeqWeig
     },
   };
 }
+
+/** The weights of modules by the names of their spans. */
+export interface ModuleWeights<T> {
+  readonly encoder: ReadonlyMap<string, LayerWeights<T>>;
+  readonly decoder: ReadonlyMap<string, TargetLayerWeights<T>>;
+}
+
+/** The structure of the weights of modules, each one given by `get` for its slot in `seq2seqModuleSlots`. */
+export function moduleWeights<T>(spec: Seq2SeqSpec, modules: Modules, get: Get<T>): ModuleWeights<T> {
+  const layer = layersOf(spec, get);
+  const stack = <L>(name: Stack, layerOf: (name: string, file: string) => L): ReadonlyMap<string, L> =>
+    new Map(
+      modules[name].map((span) => {
+        const id = partId(span);
+        return [id, layerOf(`${name}.modules.${id}`, storedLayer(spec, name, span.last))];
+      }),
+    );
+  return { encoder: stack('encoder', layer.encoder), decoder: stack('decoder', layer.decoder) };
+}
+
+/**
+ * Every weight of modules, named as a layer's are with `decoder.modules.2-3` for `decoder.layers.3`. `file` is where a checkpoint
+ * has the weights of the span's last layer.
+ */
+export function seq2seqModuleSlots(spec: Seq2SeqSpec, modules: Modules): Slot[] {
+  const all: Slot[] = [];
+  moduleWeights(spec, modules, (slot) => {
+    all.push(slot);
+    return slot;
+  });
+  return all;
+}
+
+/** Numbers that one layer of a stack has, or a module. */
+export const layerParameters = (spec: Seq2SeqSpec, stack: Stack): number =>
+  planOf(seq2seqModuleSlots(spec, { encoder: [], decoder: [], [stack]: [{ first: 0, last: 0 }] })).size;
 
 /** Tied and computed tables that checkpoints may store all the same. */
 const REPEATED = /(^|\.)((encoder|decoder)\.embed_tokens|lm_head)\.weight$/;

@@ -197,7 +197,7 @@ describe('an elastic directory with exits', () => {
       (t) => {
         t['exits.1.bias'] = { dtype: 'f32', shape: [3], data: new Float32Array(3) };
       },
-      'tensor exits.1.bias belongs to no router and no exit',
+      'tensor exits.1.bias belongs to no router, exit or module',
     ],
   ])('whose heads have %s is refused', async (_, change, message) => {
     const dir = await written();

@@ -1,0 +1,141 @@
+// Encoder-decoder models of several layers with modules that are copies of layers, and stock checkpoints made of such layers.
+import { cpSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { writeModules } from '../../lib/elastic/elastify.js';
+import { type Modules, type Span, type Stack, spansOf } from '../../lib/elastic/modules.js';
+import type { Level } from '../../lib/elastic/policy.js';
+import { toBf16 } from '../../lib/io/rounding.js';
+import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
+import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../lib/model/seq2seq_spec.js';
+import { loadSeq2SeqWeights, seq2seqModuleSlots } from '../../lib/model/seq2seq_weights.js';
+import { readSeq2SeqCases, seq2seqDirectory } from '../model/golden.js';
+import { temporaryDirectory } from '../temporary.js';
+
+const readJson = (path: string) => JSON.parse(readFileSync(path, 'utf8'));
+const layerName = /^((?:model\.)?(encoder|decoder)\.(?:layers|block)\.)(\d+)(\..*)$/;
+
+export const specOf = (dir: string): Seq2SeqSpec => {
+  const path = join(dir, 'config.json');
+  return seq2seqSpecFromConfig(readJson(path), path);
+};
+
+type Layers = Readonly<Record<Stack, readonly number[]>>;
+
+/** The tensors of a checkpoint whose stacks have these layers of it, in this order; others as they are. */
+function tensorsOf(dir: string, layers: Layers): Record<string, TensorData> {
+  using checkpoint = Checkpoint.open(dir);
+  const tensors: Record<string, TensorData> = {};
+  for (const name of checkpoint.names()) {
+    const tensor = checkpoint.tensor(name);
+    const data = { dtype: tensor.dtype, shape: tensor.shape, data: tensor.read() };
+    const [, prefix, stack, layer, rest] = layerName.exec(name) ?? [];
+    const table = name.includes('relative_attention_bias');
+    if (prefix === undefined || table) tensors[name] = data;
+    else {
+      for (const [i, from] of layers[stack as Stack].entries()) {
+        if (from === Number(layer)) tensors[`${prefix}${i}${rest}`] = data;
+      }
+    }
+  }
+  return tensors;
+}
+
+/** Writes a checkpoint with these layers of another one, as a stock directory. */
+export async function writeLayers(from: string, out: string, layers: Layers): Promise<string> {
+  cpSync(from, out, { recursive: true });
+  await writeSafetensors(join(out, 'model.safetensors'), tensorsOf(from, layers));
+  const config = readJson(join(from, 'config.json'));
+  const [encoder, decoder] = [layers.encoder.length, layers.decoder.length];
+  const counts = 'num_layers' in config ? { num_layers: encoder, num_decoder_layers: decoder } : {};
+  const bart = 'encoder_layers' in config ? { encoder_layers: encoder, decoder_layers: decoder } : {};
+  writeFileSync(join(out, 'config.json'), JSON.stringify({ ...config, ...counts, ...bart }));
+  return out;
+}
+
+/** A golden model with more layers, all different, that ends its texts after 12 tokens. */
+export async function deepSeq2Seq(
+  name: string,
+  { encoder, decoder }: Record<Stack, number> = { encoder: 4, decoder: 6 },
+  dir = temporaryDirectory(),
+): Promise<string> {
+  const from = seq2seqDirectory(name);
+  const spec = specOf(from);
+  const repeated = (stack: Stack, count: number) => Array.from({ length: count }, (_, i) => i % spec[stack].layers);
+  await writeLayers(from, dir, { encoder: repeated('encoder', encoder), decoder: repeated('decoder', decoder) });
+  const path = join(dir, 'model.safetensors');
+  const tensors = tensorsOf(dir, { encoder: [...Array(encoder).keys()], decoder: [...Array(decoder).keys()] });
+  for (const [tensor, { data }] of Object.entries(tensors)) {
+    const layer = Number(layerName.exec(tensor)?.[3] ?? 0);
+    for (let i = 0; i < data.length; i++) data[i] *= 1 + 0.2 * Math.sin(layer * (i + 1));
+  }
+  await writeSafetensors(path, tensors);
+  const { special } = readSeq2SeqCases(name);
+  writeFileSync(join(dir, 'generation_config.json'), JSON.stringify({ ...special, max_length: 13 }));
+  return dir;
+}
+
+/** The layer that the module of a span is a copy of. */
+export const copied = (span: Span): number => span.last;
+
+/** Weights of modules that are copies of layers. */
+export function copiedModules(
+  dir: string,
+  modules: Modules,
+  of: (span: Span) => number = copied,
+): Map<string, Float32Array> {
+  const spec = specOf(dir);
+  using checkpoint = Checkpoint.open(dir);
+  using loaded = loadSeq2SeqWeights(spec, checkpoint);
+  return new Map(
+    seq2seqModuleSlots(spec, modules).map(({ name }) => {
+      const layer = name.replace(
+        /\.modules\.(\d+)-(\d+)\./,
+        (_, first, last) => `.layers.${of({ first: Number(first), last: Number(last) })}.`,
+      );
+      return [name, loaded.byName.get(layer)!.readFloat()];
+    }),
+  );
+}
+
+/** Modules of every granularity that divides a stack. */
+export function allModules(spec: Seq2SeqSpec): Modules {
+  const of = (stack: Stack) => {
+    const { layers } = spec[stack];
+    return spansOf(
+      layers,
+      [...Array(layers + 1).keys()].filter((size) => size > 1 && layers % size === 0),
+    );
+  };
+  return { encoder: of('encoder'), decoder: of('decoder') };
+}
+
+/** An elastic directory with such modules over a deepened golden model. */
+export async function modularDirectory(
+  name: string,
+  levels: readonly Level[] = [],
+): Promise<{ dir: string; base: string }> {
+  const base = await deepSeq2Seq(name);
+  const spec = allModules(specOf(base));
+  const dir = temporaryDirectory();
+  await writeModules(dir, base, { spec, weights: copiedModules(base, spec) }, levels);
+  return { dir, base };
+}
+
+/** The layers of the base that an assembly of copies comes to. */
+export const layersOf = (assembly: Readonly<Record<Stack, readonly string[]>>): Layers => {
+  const of = (stack: Stack) => assembly[stack].map((part) => Number(part.split('-').at(-1)));
+  return { encoder: of('encoder'), decoder: of('decoder') };
+};
+
+/** The same checkpoint with its tensors in bf16. */
+export async function halved(from: string): Promise<string> {
+  const out = temporaryDirectory();
+  cpSync(from, out, { recursive: true });
+  using checkpoint = Checkpoint.open(from);
+  const tensors = checkpoint.names().map((name): [string, TensorData] => {
+    const tensor = checkpoint.tensor(name);
+    return [name, { dtype: 'bf16', shape: tensor.shape, data: toBf16(tensor.readFloat()) }];
+  });
+  await writeSafetensors(join(out, 'model.safetensors'), Object.fromEntries(tensors));
+  return out;
+}
