@@ -1,6 +1,7 @@
 // `elastiform inspect`: what is in a model directory.
 import { axes, axisTraits, meanCapacity, specByAxis } from '../elastic/axes.js';
 import { exitText } from '../elastic/exits.js';
+import { assemblyText, stacks } from '../elastic/modules.js';
 import { meanWidth } from '../elastic/nested.js';
 import { type ElasticPolicy, routedLayers } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
@@ -45,6 +46,7 @@ export const inspect: Command = {
       }
       const side = ({ layers, ffn, heads, headDim }: typeof decoder) =>
         `${layers} layers, FFN ${ffn}, ${heads} heads of ${headDim}`;
+      const { modules } = info;
       const how = [
         sourceTokenizer ? '' : ', no tokenizer.json',
         tokenizer !== sourceTokenizer ? ', targets with a tokenizer of their own' : '',
@@ -58,9 +60,11 @@ export const inspect: Command = {
           ['parameters', parameters],
           ['vocabulary', `${info.vocab}${how.join('')}`],
           ['context', `${info.maxContext} of ${info.maxPositions} positions, for sources and for targets`],
+          ...(modules ? stacks.map((stack) => [`modules, ${stack}`, modules[stack].join(', ') || 'none']) : []),
           ['search', settings.beams > 1 ? `${settings.beams} beams` : 'greedy'],
         ]).replaceAll(/(?<=\S) {2,}/g, '  '),
       );
+      if (info.levels.length > 0) print(assemblyLevels(info));
       return 0;
     }
     if (!('routers' in loaded)) {
@@ -118,6 +122,12 @@ export const inspect: Command = {
     return 0;
   },
 };
+
+/** The levels of a model with modules, after an empty line. */
+function assemblyLevels({ levels }: ModelInfo): string {
+  const rows = levels.map(({ name, spec }) => [name, spec.assembly ? assemblyText(spec.assembly) : 'all layers']);
+  return `\n${columns([['level', 'parts'], ...rows])}`;
+}
 
 /** What is elastic besides routers. */
 function elasticParts(policy: ElasticPolicy | null): string[] {

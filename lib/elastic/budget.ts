@@ -148,7 +148,7 @@ export function resolveBudget(
 }
 
 /** A level with its settings as they are written. */
-interface LevelPoint {
+export interface LevelPoint {
   readonly name: string;
   readonly spec: ElasticSpec;
   readonly point: OperatingPoint;
@@ -185,7 +185,8 @@ function withinRatio(ratio: number, levels: readonly LevelPoint[]): OperatingPoi
   );
 }
 
-function withinLatency(
+/** The costliest of some levels, the costliest first, that keeps a latency by what was measured. */
+export function withinLatency(
   { latencyMs, metric = 'total' }: { latencyMs: number; metric?: LatencyMetric },
   levels: readonly LevelPoint[],
   { length, maxTokens = 0, profile }: BudgetContext & { length: number },
@@ -224,7 +225,12 @@ function withinLatency(
   return { ...point, why };
 }
 
-function withQuality(least: number, points: readonly LevelPoint[], levels: ElasticPolicy['levels']): OperatingPoint {
+/** The cheapest of them that keeps a quality. */
+export function withQuality(
+  least: number,
+  points: readonly LevelPoint[],
+  levels: ElasticPolicy['levels'],
+): OperatingPoint {
   if (!(typeof least === 'number' && least > 0 && least <= 1))
     throw new InvalidArgumentError(`[budget] minQuality must be in (0, 1], got ${JSON.stringify(least)}`);
   const quality = new Map(levels.map(({ name, quality }) => [name, quality?.[qualityMetric]]));
@@ -243,7 +249,7 @@ function withQuality(least: number, points: readonly LevelPoint[], levels: Elast
   return { ...point, why };
 }
 
-function fullPoint(level: string | null): OperatingPoint {
+export function fullPoint(level: string | null): OperatingPoint {
   return {
     level,
     spec: {},

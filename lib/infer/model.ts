@@ -1,5 +1,6 @@
 // A model to call: generation, scoring and logits, each at a budget.
 import type { Budget, BudgetContext, OperatingPoint } from '../elastic/budget.js';
+import { partId } from '../elastic/modules.js';
 import { routerParameters } from '../elastic/policy.js';
 import { thresholdFeeds } from '../elastic/rows.js';
 import type { Program, RunResult } from '../graph/index.js';
@@ -128,11 +129,12 @@ export class ElasticModel implements AsyncDisposable {
    * @throws InvalidArgumentError when the model cannot run at that budget.
    */
   resolve(budget: Budget, options: Omit<BudgetContext, 'profile'> = {}): OperatingPoint {
-    const { network } = this.#decoder('resolve');
     checkOptions('resolve', options, ['length', 'maxTokens']);
     for (const name of ['length', 'maxTokens'] as const)
       checkNumber('resolve', name, options[name], positiveInteger, 'a positive integer');
-    return resolveFor(network, budget, options);
+    this.#alive('resolve');
+    if (this.#model instanceof Seq2Seq) return this.#model.resolve(budget, options);
+    return resolveFor(this.#decoder('resolve').network, budget, options);
   }
 
   /**
@@ -411,7 +413,8 @@ function infoOf(network: AnyNetwork): ModelInfo {
       spec,
       weights: { embed, head },
     } = network;
-    const plain = { labels: [], elastic: false, calibrated: false, routerParameters: 0, levels: [], adapters: [] };
+    const { policy } = network;
+    const { modules } = policy ?? {};
     return {
       ...sizesOf(spec.decoder),
       ...{
@@ -419,7 +422,11 @@ function infoOf(network: AnyNetwork): ModelInfo {
         maxContext,
         weightBytes,
         parameters: seq2seqParameters(spec, head.weight !== embed),
-        ...plain,
+        ...{ labels: [], elastic: policy !== null, calibrated: policy !== null, routerParameters: 0, adapters: [] },
+        levels: policy?.levels ?? [],
+        ...(modules && {
+          modules: { encoder: modules.encoder.map(partId), decoder: modules.decoder.map(partId) },
+        }),
       },
     };
   }

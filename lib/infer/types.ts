@@ -223,13 +223,15 @@ export interface ModelInfo {
   parameters: number;
   /** Bytes of the weights that are loaded: of the slice with `maxLevel`. */
   weightBytes: number;
-  /** Routers, nested feed-forwards or exits are attached. */
+  /** Routers, nested feed-forwards, exits or modules are attached. */
   elastic: boolean;
-  /** Routers are trained and calibrated, or there are nested feed-forwards or exits: budgets below full run. */
+  /** Routers are trained and calibrated, or there are nested feed-forwards, exits or modules: budgets below full run. */
   calibrated: boolean;
   routerParameters: number;
   /** Names of the adapters that calls may choose. */
   adapters: readonly string[];
+  /** Of an encoder-decoder model that has some: modules of both stacks, `'2-3'` being the one that stands for layers 2 and 3. */
+  modules?: { encoder: readonly string[]; decoder: readonly string[] };
   /** Named budgets, `full` first. */
   levels: readonly Level[];
 }

@@ -146,6 +146,13 @@ export function sourceFlops({ encoder, decoder }: Seq2SeqSpec, tokens: number): 
   return encoderFlops(encoder, [tokens], 'none') + decoder.layers * keyValueFlops(decoder, tokens);
 }
 
+/** FLOPs of reading a source of so many tokens and writing so many of a target. */
+export function writingFlops(spec: Seq2SeqSpec, source: number, target: number): number {
+  let total = sourceFlops(spec, source);
+  for (let before = 0; before < target; before++) total += targetFlops(spec, before, source);
+  return total;
+}
+
 /** FLOPs of one token of a target after so many, its logits included, for a source of so many tokens. */
 export function targetFlops({ decoder }: Seq2SeqSpec, before: number, source: number): number {
   const { hidden, heads, headDim, layers } = decoder;

@@ -4,15 +4,16 @@ import { type Cache, cacheAppend, linear, scale } from '../graph/index.js';
 import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForwardBlock, norm } from './blocks.js';
 import type { DecoderInputs } from './decoder.js';
 import type { EncoderInputs } from './encoder.js';
+import type { Stack } from './parts.js';
 import { selectEverything } from './select.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
-import type { CrossWeights, Seq2SeqNodes, StackWeights } from './seq2seq_weights.js';
+import { type CrossWeights, partOf, type Seq2SeqNodes, type StackWeights } from './seq2seq_weights.js';
 import type { ModelSpec } from './spec.js';
 import type { Affine, LayerWeights } from './weights.js';
 
-/** Tags that work is counted under: sub-layers of the decoder as in any, those of the encoder with E. */
-export const seq2seqTag = (stack: 'encoder' | 'decoder', layer: number, place: 'attn' | 'cross' | 'mlp'): string =>
-  `${stack === 'encoder' ? 'E' : 'L'}${layer}.${place}`;
+/** Tags that work is counted under: sub-layers of the decoder as in any, those of the encoder with E; of modules by their span. */
+export const seq2seqTag = (stack: Stack, part: string, place: 'attn' | 'cross' | 'mlp'): string =>
+  `${stack === 'encoder' ? 'E' : 'L'}${part}.${place}`;
 
 /** What the decoder reads of its sources: their features, or keys and values that were made of them, by layer. */
 export type Source =
@@ -35,8 +36,9 @@ export function encodeSource(
   const context = contextOf(graph, spec.encoder, encoder.bias, inputs);
   let x = start(graph, spec.encoder, weights.embed, encoder, inputs);
   encoder.layers.forEach((layer, i) => {
-    x = selfAttention(context, 'encoder', i, x, layer);
-    x = feedForward(context, 'encoder', i, x, layer);
+    const at = { stack: 'encoder', part: partOf(encoder, i), i } as const;
+    x = selfAttention(context, at, x, layer);
+    x = feedForward(context, at, x, layer);
   });
   return encoder.finalNorm ? graph.tag('embed', () => norm(spec.encoder, x, encoder.finalNorm!)) : x;
 }
@@ -49,7 +51,7 @@ export function cacheSource(
   caches: (layer: number) => Cache,
 ): void {
   weights.decoder.layers.forEach(({ cross }, i) => {
-    graph.tag(seq2seqTag('decoder', i, 'cross'), () => {
+    graph.tag(seq2seqTag('decoder', partOf(weights.decoder, i), 'cross'), () => {
       const { k, v } = crossKeys(cross, features);
       cacheAppend(k, v, offsets, caches(i));
     });
@@ -79,15 +81,16 @@ export function decodeTarget(
   const context = contextOf(graph, spec.decoder, decoder.bias, inputs);
   let x = start(graph, spec.decoder, weights.embed, decoder, inputs);
   decoder.layers.forEach((layer, i) => {
-    x = selfAttention(context, 'decoder', i, x, layer, inputs.caches);
-    x = graph.tag(seq2seqTag('decoder', i, 'cross'), () => {
+    const at = { stack: 'decoder', part: partOf(decoder, i), i } as const;
+    x = selfAttention(context, at, x, layer, inputs.caches);
+    x = graph.tag(seq2seqTag('decoder', at.part, 'cross'), () => {
       const keys =
         'caches' in source
           ? { cache: source.caches(i) }
           : { ...crossKeys(layer.cross, source.features), offsets: source.offsets };
       return leave(spec.decoder, crossAttentionBlock(context, x, layer.cross, keys), layer.cross.norm);
     });
-    x = feedForward(context, 'decoder', i, x, layer);
+    x = feedForward(context, at, x, layer);
   });
   return decoder.finalNorm ? graph.tag('head', () => norm(spec.decoder, x, decoder.finalNorm!)) : x;
 }
@@ -121,27 +124,27 @@ function start(
 const leave = (spec: ModelSpec, x: Node, after: Affine<Node>): Node =>
   spec.normPlace === 'post' ? norm(spec, x, after) : x;
 
+/** A layer of a stack: what it is, and where among those that run. */
+interface Place {
+  readonly stack: Stack;
+  readonly part: string;
+  readonly i: number;
+}
+
 function selfAttention(
   context: BlockContext,
-  stack: 'encoder' | 'decoder',
-  i: number,
+  { stack, part, i }: Place,
   x: Node,
   layer: LayerWeights<Node>,
   caches?: DecoderInputs['caches'],
 ): Node {
-  return context.graph.tag(seq2seqTag(stack, i, 'attn'), () =>
+  return context.graph.tag(seq2seqTag(stack, part, 'attn'), () =>
     leave(context.spec, attentionBlock(context, i, x, layer, caches && ((parts) => caches(i, parts))), layer.norm1),
   );
 }
 
-function feedForward(
-  context: BlockContext,
-  stack: 'encoder' | 'decoder',
-  i: number,
-  x: Node,
-  layer: LayerWeights<Node>,
-): Node {
-  return context.graph.tag(seq2seqTag(stack, i, 'mlp'), () =>
+function feedForward(context: BlockContext, { stack, part, i }: Place, x: Node, layer: LayerWeights<Node>): Node {
+  return context.graph.tag(seq2seqTag(stack, part, 'mlp'), () =>
     leave(context.spec, feedForwardBlock(context, i, x, layer), layer.norm2),
   );
 }

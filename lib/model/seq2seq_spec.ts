@@ -1,5 +1,6 @@
 // Encoder-decoder models as the config.json of a Hugging Face directory describes them.
 import { Config } from './config.js';
+import { type Stack, stacks } from './parts.js';
 import { actOf, type EncoderSpec, type ModelSpec, seq2seqTypes, transformerTraits } from './spec.js';
 
 /** An encoder that reads a source, and a decoder that writes a target and attends to what the encoder made of it. */
@@ -84,6 +85,15 @@ export function seq2seqSpecFromConfig(json: unknown, file: string): Seq2SeqSpec 
     embedNorm: !marian,
     finalNorm: type === 'mbart',
   };
+}
+
+/** The same model with so many layers in each stack, at most as many as it has. */
+export function withLayers(spec: Seq2SeqSpec, layers: Readonly<Record<Stack, number>>): Seq2SeqSpec {
+  const [encoder, decoder] = stacks.map((stack) => ({
+    layers: layers[stack],
+    perLayer: spec[stack].perLayer.slice(0, layers[stack]),
+  }));
+  return { ...spec, encoder: { ...spec.encoder, ...encoder }, decoder: { ...spec.decoder, ...decoder } };
 }
 
 /** What `feed_forward_proj` names, and whether it is gated; gated-gelu means the tanh form. */

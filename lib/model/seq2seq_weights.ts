@@ -2,7 +2,7 @@
 import type { Graph, Node } from '../graph/graph.js';
 import type { Checkpoint } from '../io/safetensors.js';
 import { Tensor } from '../native/index.js';
-import { type Modules, partId, type Stack } from './parts.js';
+import { type Assembly, type Modules, partId, type Stack } from './parts.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
 import type { ModelSpec } from './spec.js';
 import {
@@ -39,8 +39,14 @@ export interface StackWeights<T, L = LayerWeights<T>> {
   readonly bias?: T;
   readonly embedNorm?: Affine<T>;
   readonly layers: readonly L[];
+  /** What each of the layers is: one of the model's, or a module. Default their numbers. */
+  readonly parts?: readonly string[];
   readonly finalNorm?: Affine<T>;
 }
+
+/** The name of a layer of a stack. */
+export const partOf = ({ parts }: Pick<StackWeights<unknown, unknown>, 'parts'>, i: number): string =>
+  parts?.[i] ?? String(i);
 
 /** Everything an encoder-decoder model computes with. */
 export interface Seq2SeqWeights<T> {
@@ -201,6 +207,23 @@ export function moduleWeights<T>(spec: Seq2SeqSpec, modules: Modules, get: Get<T
   return { encoder: stack('encoder', layer.encoder), decoder: stack('decoder', layer.decoder) };
 }
 
+/** The same model with these parts instead of all layers. */
+export function assembled<T>(
+  weights: Seq2SeqWeights<T>,
+  modules: ModuleWeights<T>,
+  assembly: Assembly,
+): Seq2SeqWeights<T> {
+  const stack = <L>(of: StackWeights<T, L>, own: ReadonlyMap<string, L>, parts: readonly string[]) => ({
+    ...of,
+    ...{ parts, layers: parts.map((part) => own.get(part) ?? of.layers[Number(part)]) },
+  });
+  return {
+    ...weights,
+    encoder: stack(weights.encoder, modules.encoder, assembly.encoder),
+    decoder: stack(weights.decoder, modules.decoder, assembly.decoder),
+  };
+}
+
 /**
  * Every weight of modules, named as a layer's are with `decoder.modules.2-3` for `decoder.layers.3`. `file` is where a checkpoint
  * has the weights of the span's last layer.
@@ -321,10 +344,17 @@ export function sinusoidalPositions(positions: number, hidden: number): Float32A
 export function bindSeq2Seq(graph: Graph, weights: Seq2SeqTensors): Seq2SeqNodes {
   const bind = bindTensor(graph);
   const embed = bind(weights.embed);
-  const stack = <L extends LayerWeights<Tensor>>({ positions, bias, layers, ...norms }: StackWeights<Tensor, L>) => ({
+  const stack = <L extends LayerWeights<Tensor>>({
+    positions,
+    bias,
+    layers,
+    parts,
+    ...norms
+  }: StackWeights<Tensor, L>) => ({
     ...(positions && { positions: bind(positions) }),
     ...(bias && { bias: bind(bias) }),
     layers: layers.map((layer) => mapGroup(layer, bind)),
+    ...(parts && { parts }),
     ...mapGroup(norms, bind),
   });
   const { weight, bias } = weights.head;

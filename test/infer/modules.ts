@@ -113,8 +113,9 @@ export function allModules(spec: Seq2SeqSpec): Modules {
 export async function modularDirectory(
   name: string,
   levels: readonly Level[] = [],
+  stored: (base: string) => Promise<string> = async (base) => base,
 ): Promise<{ dir: string; base: string }> {
-  const base = await deepSeq2Seq(name);
+  const base = await stored(await deepSeq2Seq(name));
   const spec = allModules(specOf(base));
   const dir = temporaryDirectory();
   await writeModules(dir, base, { spec, weights: copiedModules(base, spec) }, levels);

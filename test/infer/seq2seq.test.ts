@@ -148,7 +148,7 @@ describe('bad input', () => {
       [sources[0], { beams: 2, temperature: 1 }, /beams are searched without a temperature/],
       [sources[0], { lengthPenalty: Number.NaN }, /lengthPenalty/],
       [sources[0], { earlyStopping: 'soon' as never }, /earlyStopping/],
-      [sources[0], { budget: 0.5 }, /no budget but full/],
+      [sources[0], { budget: 0.5 }, /needs modules, and this model has none/],
       [sources[0], { speculative: { draft: 0.5 } }, /speculative/],
     ];
     for (const [source, options, message] of refused) expect(() => model.generate(source, options)).toThrow(message);

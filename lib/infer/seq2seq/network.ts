@@ -1,15 +1,26 @@
 // A loaded encoder-decoder model: mapped weights, tokenizers of sources and targets and settings of generation on one engine.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { elasticConfigFile } from '../../elastic/store.js';
+import { assembledSpec } from '../../elastic/assemblies.js';
+import { type Assembly, assemblyText } from '../../elastic/modules.js';
+import type { ElasticPolicy } from '../../elastic/policy.js';
+import { type MeasuredOn, Profiles } from '../../elastic/profile.js';
+import { readElastic, routerFile } from '../../elastic/store.js';
 import { readJson } from '../../io/files.js';
-import { Checkpoint } from '../../io/safetensors.js';
+import { Checkpoint, openSafetensors } from '../../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../../io/tokenizer.js';
 import { Config } from '../../model/config.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
-import { loadSeq2SeqWeights, type Seq2SeqTensors } from '../../model/seq2seq_weights.js';
-import { InvalidArgumentError, InvalidFileError } from '../../native/errors.js';
-import { Engine, loadAddon } from '../../native/index.js';
+import {
+  assembled,
+  loadSeq2SeqWeights,
+  type ModuleWeights,
+  moduleWeights,
+  type Seq2SeqTensors,
+} from '../../model/seq2seq_weights.js';
+import { InvalidArgumentError } from '../../native/errors.js';
+import { Engine, loadAddon, type Tensor } from '../../native/index.js';
+import { measuredOn } from '../machine.js';
 import { checkContext, defaultContext, defaultSequences, type ModelStart } from '../network.js';
 import { owning } from '../owning.js';
 import type { LoadOptions } from '../types.js';
@@ -23,7 +34,15 @@ export interface Seq2SeqNetwork {
   readonly spec: Seq2SeqSpec;
   readonly engine: Engine;
   readonly weights: Seq2SeqTensors;
+  /** Of modules; none in a plain model. */
+  readonly modules: ModuleWeights<Tensor>;
+  readonly policy: ElasticPolicy | null;
+  /** Of the model, and of its modules. */
   readonly weightBytes: number;
+  /** What was measured of its assemblies, here or on other machines. */
+  readonly profiles: Profiles;
+  /** What times measured now depend on. */
+  measuredOn(): MeasuredOn;
   readonly settings: WritingSettings;
   /** Of sources, and of targets. */
   readonly sourceTokenizer: Tokenizer | null;
@@ -35,6 +54,21 @@ export interface Seq2SeqNetwork {
   /** Rows that the caches of targets hold in all, and those of sources. */
   readonly cacheRows: number;
   dispose(): void;
+}
+
+/** What runs of a model: all of it, or an assembly. */
+export interface Assembled {
+  /** Equal ones run together. */
+  readonly key: string;
+  readonly spec: Seq2SeqSpec;
+  readonly weights: Seq2SeqTensors;
+}
+
+/** @param assembly undefined: the whole model */
+export function assembledOf({ spec, weights, modules }: Seq2SeqNetwork, assembly: Assembly | undefined): Assembled {
+  if (!assembly) return { key: '', spec, weights };
+  const key = assemblyText(assembly);
+  return { key, spec: assembledSpec(spec, assembly), weights: assembled(weights, modules, assembly) };
 }
 
 /** Bytes of the default caches. */
@@ -54,11 +88,6 @@ export async function loadSeq2Seq(
       throw new InvalidArgumentError(`[loadModel] ${name} is for decoders, and ${dir} is an encoder-decoder model`);
     }
   }
-  if (existsSync(join(dir, elasticConfigFile))) {
-    throw new InvalidFileError(
-      `[loadModel] ${join(dir, elasticConfigFile)}: encoder-decoder models have no elastic configuration`,
-    );
-  }
   const spec = seq2seqSpecFromConfig(config, configPath);
   checkContext(spec.decoder, options);
   const generationPath = join(dir, 'generation_config.json');
@@ -69,6 +98,7 @@ export async function loadSeq2Seq(
     Config.of(config, configPath),
     spec.decoder.vocab,
   );
+  const elastic = await readElastic(dir);
   const maxContext = options.maxContext ?? Math.min(spec.context, defaultContext);
   const maxSequences = options.maxSequences ?? Math.max(defaultSequences, settings.beams);
   const { layers, kvHeads, headDim } = spec.decoder;
@@ -81,6 +111,8 @@ export async function loadSeq2Seq(
   return owning(async (own, dispose) => {
     const checkpoint = own(Checkpoint.open(dir));
     const loaded = own(loadSeq2SeqWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {}));
+    const none = { weights: { encoder: new Map(), decoder: new Map() }, bytes: 0 };
+    const modules = elastic ? own(loadModules(dir, spec, elastic.policy, options.dtype)) : none;
     progress(2);
     const has = (name: string) => existsSync(join(dir, name));
     const sourceTokenizer = has('tokenizer.json') ? await loadTokenizer(dir) : null;
@@ -89,8 +121,35 @@ export async function loadSeq2Seq(
     if (options.threads !== undefined) loadAddon().setThreads(options.threads);
     const engine = own(new Engine(options.device, { activations: options.activations, weights: loaded.dtype }));
     return {
-      ...{ dir, spec, engine, weights: loaded.weights, weightBytes: loaded.bytes, settings },
+      ...{ dir, spec, engine, weights: loaded.weights, modules: modules.weights, policy: elastic?.policy ?? null },
+      ...{ weightBytes: loaded.bytes + modules.bytes, settings },
+      profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256),
+      measuredOn: () => measuredOn(engine, loaded.dtype),
       ...{ sourceTokenizer, tokenizer, maxContext, maxSequences, cacheRows, dispose },
     };
   });
+}
+
+/** Maps the modules of an elastic directory that readElastic has checked. */
+function loadModules(
+  dir: string,
+  spec: Seq2SeqSpec,
+  { modules }: ElasticPolicy,
+  dtype: LoadOptions['dtype'],
+): { weights: ModuleWeights<Tensor>; bytes: number; dispose(): void } {
+  const file = openSafetensors(join(dir, routerFile));
+  try {
+    let bytes = 0;
+    const weights = moduleWeights(spec, modules!, ({ name, shape }) => {
+      const { begin, end } = file.info(name);
+      bytes += end - begin;
+      const tensor = file.tensor(name);
+      if (dtype !== undefined && shape.length === 2) tensor.setPackAs(dtype);
+      return tensor;
+    });
+    return { weights, bytes, dispose: () => file.dispose() };
+  } catch (error) {
+    file.dispose();
+    throw error;
+  }
 }

@@ -4,7 +4,7 @@ import { Graph, Program, type RunResult, sample } from '../../graph/index.js';
 import { cacheSource, decodeTarget, encodeSource, targetLogits } from '../../model/seq2seq.js';
 import { bindSeq2Seq } from '../../model/seq2seq_weights.js';
 import { DisposedError, InvalidArgumentError } from '../../native/errors.js';
-import type { Seq2SeqNetwork } from './network.js';
+import type { Assembled, Seq2SeqNetwork } from './network.js';
 import { PagedKeys } from './paged_keys.js';
 
 /** Rows of sources of a run of several, or of one that is longer. */
@@ -12,8 +12,12 @@ const packedRows = 1024;
 /** Rows of a page of sources. Those of targets have one each: beams exchange them without copies. */
 const sourcePageRows = 16;
 
+/** Programs that are kept: three of every assembly. */
+const keptPrograms = 48;
+
 /** Places of the hypotheses of one generation, and the pages that they own. */
 export interface Places {
+  readonly model: Assembled;
   readonly slots: readonly number[];
   readonly sourcePages: readonly number[];
   /** Of every slot, a page for each row of its target that is there or is to come next. */
@@ -43,12 +47,14 @@ export interface Ran<T> {
 
 interface SourceWork {
   readonly kind: 'source';
+  readonly model: Assembled;
   readonly slot: number;
   readonly ids: readonly number[];
   readonly signal: AbortSignal;
 }
 interface TargetWork {
   readonly kind: 'sampled' | 'logits';
+  readonly model: Assembled;
   readonly rows: readonly TargetRow[];
   readonly signal: AbortSignal;
 }
@@ -60,6 +66,7 @@ interface Pending<W, T> {
   reject(reason: unknown): void;
 }
 interface Admission {
+  readonly model: Assembled;
   readonly beams: number;
   readonly source: number;
   readonly target: number;
@@ -117,15 +124,15 @@ export class Seq2SeqRunner implements Disposable {
 
   /** Reads a source, whose keys and values all slots of its places see then. */
   async read(places: Places, ids: readonly number[], signal: AbortSignal): Promise<Ran<RowResult>> {
-    const ran = await this.#run({ kind: 'source', slot: places.slots[0], ids, signal });
+    const ran = await this.#run({ kind: 'source', model: places.model, slot: places.slots[0], ids, signal });
     for (const slot of places.slots) this.#bound().source.set(slot, places.sourcePages, ids.length);
     return ran;
   }
 
   /** Runs one token of some targets of a generation, each after those that its slot holds. */
-  step(rows: readonly TargetRow[], signal: AbortSignal): Promise<Ran<RowResult>> {
+  step({ model }: Places, rows: readonly TargetRow[], signal: AbortSignal): Promise<Ran<RowResult>> {
     const kind = rows.every(({ sampling }) => sampling !== null) ? 'sampled' : 'logits';
-    return this.#run({ kind, rows, signal });
+    return this.#run({ kind, model, rows, signal });
   }
 
   /** Slot i goes on with the target that slot `parents[i]` has; each of `length` tokens. */
@@ -142,7 +149,7 @@ export class Seq2SeqRunner implements Disposable {
 
   /** One token for logits, f32 [vocab], of which some may be minus infinity. */
   async choose(logits: Float32Array, sampling: readonly number[]): Promise<number> {
-    const { outputs } = await this.#program('choose').run({
+    const { outputs } = await this.#chooser().run({
       dims: {},
       feeds: { logits, sampling: Float32Array.from(sampling) },
     });
@@ -209,7 +216,7 @@ export class Seq2SeqRunner implements Disposable {
       if (!next) return;
       try {
         const { source, target } = this.#bound();
-        const { beams, source: sourceRows, target: targetRows } = next.asked;
+        const { model, beams, source: sourceRows, target: targetRows } = next.asked;
         const pages = source.pagesOf(sourceRows);
         const reserved = beams * targetRows;
         if (beams > this.#freeSlots.length || pages > source.pool.free) return;
@@ -224,7 +231,7 @@ export class Seq2SeqRunner implements Disposable {
           source.set(slot, sourcePages, 0);
           target.set(slot, targetPages[i], 0);
         }
-        next.resolve({ slots, sourcePages, targetPages, reserved });
+        next.resolve({ model, slots, sourcePages, targetPages, reserved });
       } catch (error) {
         this.#waiting.shift();
         next.reject(error);
@@ -232,12 +239,13 @@ export class Seq2SeqRunner implements Disposable {
     }
   }
 
-  /** Of one kind the oldest work, and what fits the same run. */
+  /** Of one kind the oldest work, and what of the same assembly fits its run. */
   #choose(kind: Work['kind']): Pending<Work, Ran<RowResult>>[] {
     let left = kind === 'source' ? this.#sourceRows() : this.#network.maxSequences;
+    const oldest = this.#work.find(({ asked }) => asked.kind === kind)?.asked.model.key;
     const chosen = this.#work.filter(({ asked }) => {
       const rows = asked.kind === 'source' ? asked.ids.length : asked.rows.length;
-      if (asked.kind !== kind || rows > left) return false;
+      if (asked.kind !== kind || asked.model.key !== oldest || rows > left) return false;
       left -= rows;
       return true;
     });
@@ -278,7 +286,7 @@ export class Seq2SeqRunner implements Disposable {
     const offsets = Int32Array.from({ length: works.length + 1 });
     for (const [s, { ids }] of works.entries()) offsets[s + 1] = offsets[s] + ids.length;
     const rows = offsets[works.length];
-    const run = await this.#program('source').run({
+    const run = await this.#program('source', works[0].model).run({
       dims: { rows, segments: works.length, offsets: works.length + 1 },
       feeds: {
         ids: Int32Array.from(works.flatMap(({ ids }) => ids)),
@@ -294,7 +302,7 @@ export class Seq2SeqRunner implements Disposable {
 
   async #runTargets(kind: 'sampled' | 'logits', works: readonly TargetWork[], signal: AbortSignal) {
     const rows = works.flatMap((work) => work.rows);
-    const run = await this.#program(kind).run({
+    const run = await this.#program(kind, works[0].model).run({
       dims: { rows: rows.length, offsets: rows.length + 1 },
       feeds: {
         ids: Int32Array.from(rows, ({ token }) => token),
@@ -320,19 +328,23 @@ export class Seq2SeqRunner implements Disposable {
     });
   }
 
+  #chooser(): Program {
+    return this.#kept('choose', () => {
+      const graph = new Graph();
+      const logits = graph.feed('logits', 'f32', [1, this.#network.spec.decoder.vocab]);
+      graph.output('token', sample(logits, graph.feed('sampling', 'f32', [1, 4])).ids);
+      return graph;
+    });
+  }
+
   /**
    * `source`: appends keys and values of sources. `sampled`, `logits`: one row for each of some targets, and a token or the
-   * logits after it. `choose`: a token for logits.
+   * logits after it. Layers of an assembly have the caches of as many first ones.
    */
-  #program(kind: Work['kind'] | 'choose'): Program {
-    const known = this.#programs.get(kind);
-    if (known) return known;
-    const { spec, weights, engine, maxSequences } = this.#network;
-    const graph = new Graph();
-    if (kind === 'choose') {
-      const logits = graph.feed('logits', 'f32', [1, spec.decoder.vocab]);
-      graph.output('token', sample(logits, graph.feed('sampling', 'f32', [1, 4])).ids);
-    } else {
+  #program(kind: Work['kind'], { key, spec, weights }: Assembled): Program {
+    const { maxSequences } = this.#network;
+    return this.#kept(`${kind} ${key}`, () => {
+      const graph = new Graph();
       const nodes = bindSeq2Seq(graph, weights);
       const keys = this.#bound();
       const sources = kind === 'source';
@@ -347,21 +359,32 @@ export class Seq2SeqRunner implements Disposable {
       if (sources) {
         const features = encodeSource(graph, spec, nodes, inputs);
         cacheSource(graph, nodes, { features, offsets: inputs.offsets }, keys.source.caches(graph, slots));
-      } else {
-        const own = keys.target.caches(graph, slots);
-        const caches = (layer: number) => [own(layer)];
-        const x = decodeTarget(graph, spec, nodes, { ...inputs, caches }, { caches: keys.source.caches(graph, slots) });
-        const logits = targetLogits(graph, spec, nodes, x);
-        if (kind === 'logits') graph.output('logits', logits);
-        else {
-          const { ids, logprob } = sample(logits, graph.feed('sampling', 'f32', [rows, 4]));
-          graph.output('token', ids);
-          graph.output('logprob', logprob);
-        }
+        return graph;
       }
+      const own = keys.target.caches(graph, slots);
+      const caches = (layer: number) => [own(layer)];
+      const x = decodeTarget(graph, spec, nodes, { ...inputs, caches }, { caches: keys.source.caches(graph, slots) });
+      const logits = targetLogits(graph, spec, nodes, x);
+      if (kind === 'logits') graph.output('logits', logits);
+      else {
+        const { ids, logprob } = sample(logits, graph.feed('sampling', 'f32', [rows, 4]));
+        graph.output('token', ids);
+        graph.output('logprob', logprob);
+      }
+      return graph;
+    });
+  }
+
+  /** A program by its name; of too many those go that were not used for longest. */
+  #kept(name: string, graph: () => Graph): Program {
+    const program = this.#programs.get(name) ?? Program.compile(graph(), this.#network.engine);
+    this.#programs.delete(name);
+    this.#programs.set(name, program);
+    if (this.#programs.size > keptPrograms) {
+      const [oldest] = this.#programs.keys();
+      this.#programs.get(oldest)!.dispose();
+      this.#programs.delete(oldest);
     }
-    const program = Program.compile(graph, engine);
-    this.#programs.set(kind, program);
     return program;
   }
 }

@@ -1,4 +1,6 @@
 // Encoder-decoder models at work: a text written for a source, greedily, by sampling or by beam search, as a stream.
+import { resolveAssembly, typicalLengths } from '../../elastic/assemblies.js';
+import type { Budget, BudgetContext, OperatingPoint } from '../../elastic/budget.js';
 import { sourceFlops, targetFlops } from '../../model/flops.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { ComputeMeter, requireNumbers } from '../compute.js';
@@ -9,7 +11,7 @@ import { checkNumber, checkOptions, positiveInteger } from '../options.js';
 import { uniform } from '../random.js';
 import type { ComputeReport, FinishReason, GenerateChunk, GenerateOptions, GenerateStream, Usage } from '../types.js';
 import { BeamSearch } from './beams.js';
-import type { Seq2SeqNetwork } from './network.js';
+import { type Assembled, assembledOf, type Seq2SeqNetwork } from './network.js';
 import { type Places, type Ran, type RowResult, Seq2SeqRunner } from './runner.js';
 import { isFree, logSoftmax, maxBeams, restrict, type WritingSettings } from './writing.js';
 
@@ -24,6 +26,8 @@ interface Request extends CheckedSampling {
   readonly source: readonly number[];
   readonly maxTokens: number;
   readonly settings: WritingSettings;
+  readonly requested: Budget;
+  readonly point: OperatingPoint;
 }
 
 /** Calls of one loaded encoder-decoder model; made by `ElasticModel`. */
@@ -49,6 +53,13 @@ export class Seq2Seq implements Disposable {
     );
   }
 
+  /** What a budget means; latencies are for so many tokens read and generated. */
+  resolve(budget: Budget, { length, maxTokens = 0 }: Omit<BudgetContext, 'profile'> = {}): OperatingPoint {
+    const { spec, policy, profiles } = this.network;
+    const profile = () => profiles.of(this.network.measuredOn());
+    return resolveAssembly(budget, spec, policy, { length: length ?? typicalLengths.source, maxTokens, profile });
+  }
+
   dispose(): void {
     this.#runner.dispose();
     this.network.dispose();
@@ -63,9 +74,6 @@ export class Seq2Seq implements Disposable {
     const { settings: own, tokenizer, spec, maxContext } = this.network;
     const sampling = checkSampling({ spec: spec.decoder, tokenizer }, options);
     const { budget = 'full', earlyStopping = own.earlyStopping, lengthPenalty = own.lengthPenalty } = options;
-    if (budget !== 'full' && budget !== 1) {
-      throw new InvalidArgumentError('[generate] encoder-decoder models have no budget but full');
-    }
     const beams = options.beams ?? (sampling.temperature > 0 ? 1 : own.beams);
     checkNumber(
       'generate',
@@ -89,7 +97,9 @@ export class Seq2Seq implements Disposable {
     const ids = this.#sourceIds(source);
     const maxTokens = Math.min(options.maxTokens ?? own.maxTokens ?? defaultMaxTokens, maxContext);
     this.#runner.requireFits(beams, ids.length, maxTokens);
-    return { ...sampling, source: ids, maxTokens, settings: { ...own, beams, lengthPenalty, earlyStopping } };
+    const point = this.resolve(budget, { length: ids.length + maxTokens - 1, maxTokens });
+    const settings = { ...own, beams, lengthPenalty, earlyStopping };
+    return { ...sampling, source: ids, maxTokens, settings, requested: budget, point };
   }
 
   #sourceIds(source: string | readonly number[]): readonly number[] {
@@ -115,7 +125,7 @@ export class Seq2Seq implements Disposable {
   }
 
   async #write(request: Request, emit: (chunk: GenerateChunk) => void, signals: readonly AbortSignal[]) {
-    const { source, maxTokens, settings, stop, deadlineMs } = request;
+    const { source, maxTokens, settings, stop, deadlineMs, requested, point } = request;
     const started = performance.now();
     const deadline = new AbortController();
     const timer = deadlineMs === undefined ? undefined : setTimeout(() => deadline.abort(), deadlineMs).unref();
@@ -124,7 +134,8 @@ export class Seq2Seq implements Disposable {
     await Promise.resolve();
     const decoded = this.network.tokenizer?.stream() ?? null;
     const writer = new Writer({ decoded, stop, endIds: settings.endIds, maxTokens, emit });
-    const cost = new Cost(this.network);
+    const model = assembledOf(this.network, point.spec.assembly);
+    const cost = new Cost(this.network, model);
     let reason: FinishReason = 'length';
     let admitted = Number.NaN;
     let read = Number.NaN;
@@ -132,7 +143,7 @@ export class Seq2Seq implements Disposable {
     try {
       try {
         const { beams } = settings;
-        places = await this.#runner.admit({ beams, source: source.length, target: maxTokens, signal });
+        places = await this.#runner.admit({ model, beams, source: source.length, target: maxTokens, signal });
         admitted = performance.now();
         cost.addSource(await this.#runner.read(places, source, signal), source.length);
         read = performance.now();
@@ -154,21 +165,21 @@ export class Seq2Seq implements Disposable {
       decode: ended - (read || ended),
       total: ended - started,
     };
-    const compute = cost.report(ms, writer.count);
+    const compute = { requested, level: point.level, effective: point.spec, ...cost.report(ms, writer.count) };
     const usage: Usage = { inputTokens: source.length, cachedTokens: 0, outputTokens: writer.count, compute };
     return { reason, usage };
   }
 
   /** Greedily or by sampling, token by token. */
-  async #continue(request: Request, { slots }: Places, writer: Writer, cost: Cost, signal: AbortSignal): Promise<void> {
+  async #continue(request: Request, places: Places, writer: Writer, cost: Cost, signal: AbortSignal): Promise<void> {
     const { settings, maxTokens, temperature, topK, topP, seed, source } = request;
     const target = [settings.startId];
     for (let more = true; more; ) {
       const position = target.length - 1;
       const sampling = [temperature, topK, topP, uniform(seed, position, samplingStream)];
       const free = isFree(settings, target.length, maxTokens);
-      const row = { slot: slots[0], token: target[position], position, sampling: free ? sampling : null };
-      const ran = await this.#runner.step([row], signal);
+      const row = { slot: places.slots[0], token: target[position], position, sampling: free ? sampling : null };
+      const ran = await this.#runner.step(places, [row], signal);
       cost.addTargets(ran, 1, position, source.length);
       const [result] = ran.results;
       const next = 'token' in result ? result : await this.#restricted(request, result.logits, target, sampling);
@@ -196,7 +207,7 @@ export class Seq2Seq implements Disposable {
       const rows = hypotheses.map(({ tokens }, i) => ({
         ...{ slot: places.slots[i], token: tokens.at(-1) ?? startId, position, sampling: null },
       }));
-      const ran = await this.#runner.step(rows, signal);
+      const ran = await this.#runner.step(places, rows, signal);
       cost.addTargets(ran, rows.length, position, source.length);
       const logprobs = ran.results.map((result) => {
         const { logits } = result as Extract<RowResult, { logits: Float32Array }>;
@@ -222,33 +233,35 @@ class Cost {
   #flops = 0;
   #full = 0;
   readonly #network: Seq2SeqNetwork;
+  readonly #model: Assembled;
   readonly #meter: ComputeMeter;
 
-  constructor(network: Seq2SeqNetwork) {
+  constructor(network: Seq2SeqNetwork, model: Assembled) {
     this.#network = network;
+    this.#model = model;
     this.#meter = new ComputeMeter(network.spec.decoder);
   }
 
   addSource(ran: Ran<RowResult>, tokens: number): void {
-    this.#add(ran, sourceFlops(this.#network.spec, tokens), tokens);
+    this.#add(ran, ({ spec }) => sourceFlops(spec, tokens), tokens);
   }
 
   /** @param own rows of the run that were this generation's, each after so many of its target */
   addTargets(ran: Ran<RowResult>, own: number, before: number, source: number): void {
     this.#meter.add(ran.run, ran.rows);
-    this.#add(ran, own * targetFlops(this.#network.spec, before, source), own);
+    this.#add(ran, ({ spec }) => own * targetFlops(spec, before, source), own);
   }
 
   // Of a run that others shared, as much of what was counted as the formula says; alone, all of it.
-  #add({ run, rows }: Ran<RowResult>, full: number, own: number): void {
+  #add({ run, rows }: Ran<RowResult>, byFormula: (of: Pick<Assembled, 'spec'>) => number, own: number): void {
     const counted = Object.values(run.counters).reduce((sum, { flops }) => sum + flops, 0);
-    this.#full += full;
-    this.#flops += rows === own ? counted : full;
+    this.#full += byFormula(this.#network);
+    this.#flops += rows === own ? counted : byFormula(this.#model);
   }
 
-  report(ms: ComputeReport['ms'], tokens: number): ComputeReport {
+  report(ms: ComputeReport['ms'], tokens: number): Omit<ComputeReport, 'requested' | 'level' | 'effective'> {
     return {
-      ...{ requested: 'full', level: 'full', effective: {}, layersRun: this.#meter.layersRun() },
+      layersRun: this.#meter.layersRun(),
       ...{ flops: this.#flops, flopsFull: this.#full, ratio: this.#full > 0 ? this.#flops / this.#full : 1 },
       ms,
       tokensPerSecond: tokens > 0 && ms.decode > 0 ? (tokens / ms.decode) * 1000 : null,

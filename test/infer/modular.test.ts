@@ -1,0 +1,216 @@
+// Assemblies of encoder-decoder models at work: the bits of a stock checkpoint of the same layers, in company and alone, by every kind of budget.
+import { describe, expect, it } from 'vitest';
+import { writeModules } from '../../lib/elastic/elastify.js';
+import { type Assembly, assemblyPath, backboneOf, type Span } from '../../lib/elastic/modules.js';
+import { readElastic, writeLevels } from '../../lib/elastic/store.js';
+import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
+import type { GenerateOptions } from '../../lib/infer/types.js';
+import { readSeq2SeqCases } from '../model/golden.js';
+import { temporaryDirectory } from '../temporary.js';
+import {
+  allModules,
+  copiedModules,
+  deepSeq2Seq,
+  halved,
+  layersOf,
+  modularDirectory,
+  specOf,
+  writeLayers,
+} from './modules.js';
+
+async function written(model: ElasticModel, source: readonly number[], options: GenerateOptions = {}) {
+  const stream = model.generate(source, options);
+  const logprobs: number[] = [];
+  for await (const { logprob } of stream) logprobs.push(logprob);
+  const [ids, { compute }] = [await stream.ids, await stream.usage];
+  return { ids, logprobs, compute };
+}
+
+const assemblies: Assembly[] = [
+  { encoder: ['0', '1', '2', '3'], decoder: ['0-5'] },
+  { encoder: ['0-3'], decoder: ['0', '1', '2-3', '4', '5'] },
+  { encoder: ['0', '1', '2-3'], decoder: ['0-2', '3', '4-5'] },
+];
+
+describe.each(['bart', 'marian', 't5', 't5-gated'])('%s', (name) => {
+  const { sources } = readSeq2SeqCases(name);
+
+  it('gives what a stock checkpoint of the same layers gives, bit for bit, and the whole model its own', async () => {
+    const { dir, base } = await modularDirectory(name);
+    await using model = await loadModel(dir);
+    await using whole = await loadModel(base);
+    expect(model.info.modules!.decoder).toEqual(['0-1', '2-3', '4-5', '0-2', '3-5', '0-5']);
+    const full = await written(whole, sources[0]);
+    for (const budget of ['full', 1, { spec: {} }, { spec: { assembly: backboneOf(specOf(base)) } }] as const) {
+      const { compute, ...text } = await written(model, sources[0], { budget });
+      expect(text).toEqual({ ids: full.ids, logprobs: full.logprobs });
+      expect([compute.ratio, compute.effective]).toEqual([1, {}]);
+      expect(compute.flops).toBe(full.compute.flops);
+    }
+    const texts = new Set([full.ids.join()]);
+    for (const assembly of assemblies) {
+      const stock = await writeLayers(base, temporaryDirectory(), layersOf(assembly));
+      await using oracle = await loadModel(stock);
+      for (const options of [{}, { beams: 3 }, { temperature: 1, seed: 5 }]) {
+        const wanted = await written(oracle, sources[1], options);
+        const { compute, ids, logprobs } = await written(model, sources[1], {
+          ...options,
+          budget: { spec: { assembly } },
+        });
+        expect({ ids, logprobs }).toEqual({ ids: wanted.ids, logprobs: wanted.logprobs });
+        expect(compute.flops).toBe(wanted.compute.flops);
+        expect(compute.effective).toEqual({ assembly });
+        expect(compute.ratio).toBeLessThan(1);
+        // Layers of the decoder that ran as they are.
+        const own = Array.from({ length: 6 }, (_, i) => (assembly.decoder.includes(String(i)) ? 1 : 0));
+        expect([...compute.layersRun.attn]).toEqual(own);
+        expect([...compute.layersRun.mlp]).toEqual(own);
+        texts.add(`${ids}/${logprobs}`);
+      }
+    }
+    expect(texts.size).toBeGreaterThan(assemblies.length);
+  });
+});
+
+describe('modules', () => {
+  const { sources } = readSeq2SeqCases('bart');
+
+  it('are told apart from the layers that they stand for', async () => {
+    const base = await deepSeq2Seq('bart');
+    const modules = allModules(specOf(base));
+    const logprobsWith = async (of: (span: Span) => number) => {
+      const dir = temporaryDirectory();
+      await writeModules(dir, base, { spec: modules, weights: copiedModules(base, modules, of) });
+      await using model = await loadModel(dir);
+      const at = async (decoder: string[]) =>
+        (
+          await written(model, sources[0], {
+            budget: { spec: { assembly: { encoder: ['0', '1', '2', '3'], decoder } } },
+          })
+        ).logprobs;
+      return { pair: await at(['0', '1', '2-3', '4', '5']), triple: await at(['0-2', '3', '4', '5']) };
+    };
+    const last = await logprobsWith(({ last }) => last);
+    const first = await logprobsWith(({ first }) => first);
+    expect(last.pair).not.toEqual(first.pair);
+    expect(last.triple).not.toEqual(first.triple);
+    expect(last.pair).not.toEqual(last.triple);
+  });
+
+  it.each(['marian', 't5'])('of a checkpoint in bf16 are as its layers, as are packed ones: %s', async (name) => {
+    const { dir, base } = await modularDirectory(name, [], halved);
+    const assembly = assemblies[2];
+    const stock = await writeLayers(base, temporaryDirectory(), layersOf(assembly));
+    for (const options of [{}, { dtype: 'f16' }] as const) {
+      await using model = await loadModel(dir, options);
+      await using oracle = await loadModel(stock, options);
+      const { ids, logprobs } = await written(oracle, sources[1]);
+      const own = await written(model, sources[1], { budget: { spec: { assembly } } });
+      expect({ ids: own.ids, logprobs: own.logprobs }).toEqual({ ids, logprobs });
+    }
+  });
+
+  it('run in company with the bits that each assembly gives alone, and wait for places together', async () => {
+    const { dir } = await modularDirectory('bart');
+    const budgets = ['full', ...assemblies.map((assembly) => ({ spec: { assembly } })), 0.6] as const;
+    const options: GenerateOptions[] = budgets.flatMap((budget, i) => [
+      { budget },
+      { budget, beams: 2 },
+      { budget, temperature: 1, seed: i },
+    ]);
+    const alone: Awaited<ReturnType<typeof written>>[] = [];
+    {
+      await using model = await loadModel(dir);
+      for (const [i, option] of options.entries()) alone.push(await written(model, sources[i % 3], option));
+    }
+    for (const maxSequences of [32, 5]) {
+      await using model = await loadModel(dir, { maxSequences });
+      const together = await Promise.all(options.map((option, i) => written(model, sources[i % 3], option)));
+      for (const [i, { ids, logprobs, compute }] of together.entries()) {
+        expect({ ids, logprobs }).toEqual({ ids: alone[i].ids, logprobs: alone[i].logprobs });
+        // Shares of what was counted are by the formula, which is what is counted alone.
+        expect(compute.flops / alone[i].compute.flops).toBeCloseTo(1, 9);
+        expect([...compute.layersRun.attn]).toEqual([...alone[i].compute.layersRun.attn]);
+      }
+    }
+  });
+
+  it('run at more assemblies than programs are kept', async () => {
+    const { dir } = await modularDirectory('bart');
+    await using model = await loadModel(dir);
+    const spec = specOf(dir);
+    const ladder = assemblyPath(spec, allModules(spec), 'speed-first').map(({ decoder }) => decoder);
+    const encoders = [['0', '1', '2', '3'], ['0-1', '2', '3'], ['0', '1', '2-3'], ['0-3']];
+    const all = encoders.flatMap((encoder) => ladder.map((decoder) => ({ encoder, decoder })));
+    expect(all.length).toBeGreaterThan(20);
+    const first = await written(model, sources[0], { budget: { spec: { assembly: all[1] } } });
+    await Promise.all(all.map((assembly) => written(model, sources[0], { budget: { spec: { assembly } } })));
+    expect(await written(model, sources[0], { budget: { spec: { assembly: all[1] } } })).toMatchObject({
+      ids: first.ids,
+      logprobs: first.logprobs,
+    });
+  });
+});
+
+describe('budgets', () => {
+  const { sources } = readSeq2SeqCases('t5');
+  const fast: Assembly = { encoder: ['0-1', '2-3'], decoder: ['0-2', '3-5'] };
+  const quality = { top1_agreement: { value: 0.9, lo: 0.88, hi: 0.92, n: 100 } };
+
+  it('become assemblies: a share, a level, a quality', async () => {
+    const { dir, base } = await modularDirectory('t5', [{ name: 'fast', spec: { assembly: fast }, quality }]);
+    await using model = await loadModel(dir);
+    const spec = specOf(base);
+    const path = assemblyPath(spec, allModules(spec), 'speed-first');
+    const ratios = path.map((assembly) => model.resolve({ spec: { assembly } }).flopsRatio);
+    expect(ratios[0]).toBe(1);
+    for (let i = 1; i < ratios.length; i++) {
+      expect(ratios[i]).toBeLessThan(ratios[i - 1]);
+      expect(model.resolve(ratios[i]).spec.assembly).toEqual(path[i]);
+      expect(model.resolve((ratios[i] + ratios[i - 1]) / 2).spec.assembly).toEqual(path[i]);
+    }
+    expect(() => model.resolve(ratios.at(-1)! * 0.99)).toThrow(
+      /cannot be reached: the smallest assembly, encoder=0-3;/,
+    );
+    expect(model.resolve('fast')).toMatchObject({ level: 'fast', spec: { assembly: fast }, full: false });
+    expect(model.resolve({ minQuality: 0.85 }).level).toBe('fast');
+    expect(model.resolve({ minQuality: 0.89 }).level).toBe('full');
+    expect(model.resolve('full')).toMatchObject({ full: true, flopsRatio: 1, spec: {} });
+
+    const { compute } = await written(model, sources[0], { budget: 'fast' });
+    expect(compute).toMatchObject({ requested: 'fast', level: 'fast', effective: { assembly: fast } });
+    const share = await written(model, sources[0], { budget: 0.5 });
+    expect(share.compute).toMatchObject({ requested: 0.5, level: null });
+    expect(share.compute.ratio).toBeLessThan(0.7);
+    // A level that is measured later is one as well.
+    await writeLevels(dir, [
+      { name: 'full', spec: {} },
+      { name: 'tiny', spec: { assembly: path.at(-1)! } },
+    ]);
+    expect((await readElastic(dir))!.policy.levels.map(({ name }) => name)).toEqual(['full', 'tiny']);
+    await using again = await loadModel(dir);
+    const tiny = await written(again, sources[0], { budget: 'tiny' });
+    expect(tiny.compute.effective).toEqual({ assembly: path.at(-1) });
+    expect(tiny.compute.ratio).toBeLessThan(share.compute.ratio);
+  });
+
+  it('that cannot be are refused at once', async () => {
+    const { dir, base } = await modularDirectory('t5');
+    await using model = await loadModel(dir);
+    const encoder = ['0', '1', '2', '3'];
+    const at = (budget: unknown) => () => model.generate(sources[0], { budget: budget as never });
+    expect(at({ spec: { assembly: { encoder, decoder: ['0-2', '4-5'] } } })).toThrow(/decoder has a gap: layer 3/);
+    expect(at({ spec: { assembly: { encoder, decoder: ['0-2', '2-3', '4-5'] } } })).toThrow(/has an overlap: 2-3/);
+    expect(at({ spec: { assembly: { encoder, decoder: ['0-3', '4-5'] } } })).toThrow(/0-3, which the model lacks/);
+    expect(at({ spec: { ffnWidth: 0.5 } })).toThrow(/has the setting assembly alone, got 'ffnWidth'/);
+    expect(at('slow')).toThrow(/no level is named 'slow'; there are full/);
+    expect(at(0)).toThrow(/must be in \(0, 1\], got 0/);
+    expect(at({ latencyMs: 5 })).toThrow(/needs times measured on this device/);
+    expect(at({ minQuality: 0.9 })).toThrow(/quality of no level was measured/);
+    expect(at({ colour: 1 })).toThrow(/a budget must be a number/);
+    expect(() => model.generate([])).toThrow(/is empty/);
+    expect(() => model.generate(new Array(600).fill(3))).toThrow(/has 600 tokens and the context holds/);
+    await using plain = await loadModel(base);
+    expect(() => plain.generate(sources[0], { budget: 0.5 })).toThrow(/needs modules, and this model has none/);
+  });
+});
