@@ -50,8 +50,9 @@ export type {
   RouterTuningRecipe,
   TrainCapacity,
 } from './elastic/elastify.js';
-export { writeExits } from './elastic/elastify.js';
+export { type TrainedModules, writeExits, writeModules } from './elastic/elastify.js';
 export type { Exit, ExitHead, ExitRule, ExitRuleName, ExitSetting } from './elastic/exits.js';
+export type { Assembly, Modules, Span, Stack } from './elastic/modules.js';
 export type { FfnWidth } from './elastic/nested.js';
 export type { AttentionKeys, GateMode, Level, QualityValue, Range } from './elastic/policy.js';
 export {
@@ -65,6 +66,13 @@ export {
 export type { ExpertGate, ExpertRule } from './graph/ops/expert.js';
 export type { EvalDocument } from './infer/batches.js';
 export type { SequenceState } from './infer/engine/state.js';
+export {
+  type AssembledCheckpoint,
+  type AssembleOptions,
+  type AssembleResult,
+  type AssemblyCost,
+  assemble,
+} from './infer/export/assemble.js';
 export { type ExtractOptions, type ExtractResult, extract, type Layout } from './infer/export/extract.js';
 export { type MergeOptions, type MergeResult, mergeAdapter } from './infer/export/merge.js';
 export { type ExportSlimOptions, type ExportSlimResult, exportSlim } from './infer/export/slim.js';

@@ -26,6 +26,10 @@ export const writeExits: typeof import('./elastic/elastify.js').writeExits = asy
   (await import('./elastic/elastify.js')).writeExits(...args);
 export const writeProfile: typeof import('./elastic/profile.js').writeProfile = async (...args) =>
   (await import('./elastic/profile.js')).writeProfile(...args);
+export const writeModules: typeof import('./elastic/elastify.js').writeModules = async (...args) =>
+  (await import('./elastic/elastify.js')).writeModules(...args);
+export const assemble: typeof import('./infer/export/assemble.js').assemble = async (...args) =>
+  (await import('./infer/export/assemble.js')).assemble(...args);
 export const evaluate: typeof import('./infer/quality/evaluate.js').evaluate = async (...args) =>
   (await import('./infer/quality/evaluate.js')).evaluate(...args);
 export const exportSlim: typeof import('./infer/export/slim.js').exportSlim = async (...args) =>

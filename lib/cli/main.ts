@@ -53,6 +53,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'write a slice of a nested model as a stock checkpoint',
     load: async () => (await import('./extract.js')).extractCommand,
   },
+  assemble: {
+    summary: 'choose layers and modules of an encoder-decoder model',
+    load: async () => (await import('./assemble.js')).assembleCommand,
+  },
   demo: {
     summary: 'make a small model elastic and write a report',
     load: async () => (await import('./demo.js')).demo,

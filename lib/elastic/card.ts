@@ -3,7 +3,7 @@
 import type { EncoderTask } from '../model/spec.js';
 import { axes, axisTraits } from './axes.js';
 import { planLength } from './levels.js';
-import { stacks } from './modules.js';
+import { type Assembly, stacks } from './modules.js';
 import { type ElasticPolicy, type QualityValue, qualityMetric, routedLayers, routerPlaces } from './policy.js';
 
 /**
@@ -66,6 +66,18 @@ export function sliceCard(base: ElasticPolicy['base'], widths: readonly number[]
   return `${[
     ...head(base, `A slice of ${name}`),
     `Feed-forwards of ${of}, extracted from ${name}${revision ? `, revision ${revision}` : ''}${merged ? ', its corrections merged in' : ''}.`,
+    '',
+    `Licence of the base: ${license ?? 'not known'}.`,
+  ].join('\n')}\n`;
+}
+
+/** README.md of an assembly that was written out. */
+export function assemblyCard(base: ElasticPolicy['base'], assembly: Assembly): string {
+  const { name, revision, license } = base;
+  const parts = stacks.map((stack) => `${stack} ${assembly[stack].join(', ')}`).join('; ');
+  return `${[
+    ...head(base, `${name}, assembled`),
+    `Layers and modules of ${name}${revision ? `, revision ${revision}` : ''}: ${parts}. A part such as 2-3 is one layer that was trained to stand for layers 2 to 3.`,
     '',
     `Licence of the base: ${license ?? 'not known'}.`,
   ].join('\n')}\n`;

@@ -76,10 +76,18 @@ export class Profiles {
     private readonly profiles: readonly DeviceProfile[],
     private readonly broken: ElastiformError | null,
     private readonly weightsSha256: string | null,
+    private readonly how: string,
   ) {}
 
-  /** @param weightsSha256 of the model's weights; null: not known */
-  static async read(dir: string, weightsSha256: string | null = null): Promise<Profiles> {
+  /**
+   * @param weightsSha256 of the model's weights; null: not known
+   * @param how times are measured, for a person
+   */
+  static async read(
+    dir: string,
+    weightsSha256: string | null = null,
+    how = `elastiform eval ${dir} --data FILE --record`,
+  ): Promise<Profiles> {
     const folder = join(dir, profileDirectory);
     const names = existsSync(folder) ? await inFileSystem('read', folder, () => readdir(folder)) : [];
     const profiles: DeviceProfile[] = [];
@@ -93,7 +101,7 @@ export class Profiles {
         broken = error;
       }
     }
-    return new Profiles(dir, profiles, broken, weightsSha256);
+    return new Profiles(dir, profiles, broken, weightsSha256, how);
   }
 
   /**
@@ -106,14 +114,14 @@ export class Profiles {
     const found = this.profiles.find((profile) => describeMachine(profile.on) === wanted);
     if (found && this.weightsSha256 && found.weightsSha256 && found.weightsSha256 !== this.weightsSha256) {
       throw new InvalidArgumentError(
-        `[budget] the times of this device in ${this.dir} are of other weights than it has: the checkpoint was changed since; measure again: elastiform profile ${this.dir}`,
+        `[budget] the times of this device in ${this.dir} are of other weights than it has: the checkpoint was changed since; measure again: ${this.how}`,
       );
     }
     if (found) return found;
     if (this.broken) throw this.broken;
     const others = this.profiles.map((profile) => ` ${describeMachine(profile.on)};`);
     throw new InvalidArgumentError(
-      `[budget] a latency budget needs times measured on this device (${wanted}); ${others.length > 0 ? `${this.dir} has those of${others.join('')}` : 'there are none yet;'} measure here: elastiform eval ${this.dir} --data FILE --record`,
+      `[budget] a latency budget needs times measured on this device (${wanted}); ${others.length > 0 ? `${this.dir} has those of${others.join('')}` : 'there are none yet;'} measure here: ${this.how}`,
     );
   }
 }

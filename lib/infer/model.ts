@@ -167,6 +167,16 @@ export class ElasticModel implements AsyncDisposable {
     return this.#encoder('calibrate');
   }
 
+  /** @internal What an encoder-decoder model's calls are made of. */
+  get seq2seq(): Seq2Seq {
+    this.#alive('assemble');
+    if (this.#model instanceof Seq2Seq) return this.#model;
+    const { dir, spec } = this.#model.network;
+    throw new InvalidArgumentError(
+      `[assemble] ${dir} is a ${spec.type} model, and modules are of encoder-decoder models`,
+    );
+  }
+
   /** What the model is generating now, and the memory that takes. */
   load(): ModelLoad {
     return this.#decoder('load').generation.scheduler.load;

@@ -93,6 +93,38 @@ export async function copyCheckpoint(
   return bytes;
 }
 
+/**
+ * Copies tensors of files into one new file, each under a name of its own, a few MiB at a time.
+ *
+ * @returns bytes of the tensors that were written
+ */
+export async function copyTensors(
+  out: string,
+  tensors: ReadonlyMap<string, TensorInfo>,
+  { signal, onProgress, metadata = {} }: CopyOptions & { metadata?: Readonly<Record<string, string>> } = {},
+): Promise<number> {
+  // Wide elements first: every tensor is then aligned to its element size.
+  const sorted = [...tensors].sort(([, a], [, b]) => elementBytes(b.dtype) - elementBytes(a.dtype));
+  const { head, size } = safetensorsHeader(
+    sorted.map(([name, { dtype, shape }]) => ({ name, dtype, shape })),
+    metadata,
+  );
+  const sources = new Map<string, FileHandle>();
+  try {
+    for (const [, { file }] of sorted) if (!sources.has(file)) sources.set(file, await open(file, 'r'));
+    await replaceFile(out, async (handle) => {
+      await writeAll(handle, head);
+      for (const [i, [, info]] of sorted.entries()) {
+        await copyTensor(sources.get(info.file)!, handle, info, {}, signal);
+        await onProgress?.(i + 1, sorted.length);
+      }
+    });
+  } finally {
+    for (const source of sources.values()) await source.close();
+  }
+  return size;
+}
+
 const keptOf = ({ kept }: Slice): number => (typeof kept === 'number' ? kept : kept.length);
 
 const keptShape = (shape: readonly number[], slice?: Slice): number[] =>

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { writeModules } from '../../lib/elastic/elastify.js';
 import { type Modules, type Span, type Stack, spansOf } from '../../lib/elastic/modules.js';
 import type { Level } from '../../lib/elastic/policy.js';
+import { editJson } from '../../lib/io/files.js';
 import { toBf16 } from '../../lib/io/rounding.js';
 import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../lib/model/seq2seq_spec.js';
@@ -22,7 +23,7 @@ export const specOf = (dir: string): Seq2SeqSpec => {
 type Layers = Readonly<Record<Stack, readonly number[]>>;
 
 /** The tensors of a checkpoint whose stacks have these layers of it, in this order; others as they are. */
-function tensorsOf(dir: string, layers: Layers): Record<string, TensorData> {
+export function tensorsOf(dir: string, layers: Layers): Record<string, TensorData> {
   using checkpoint = Checkpoint.open(dir);
   const tensors: Record<string, TensorData> = {};
   for (const name of checkpoint.names()) {
@@ -44,11 +45,14 @@ function tensorsOf(dir: string, layers: Layers): Record<string, TensorData> {
 export async function writeLayers(from: string, out: string, layers: Layers): Promise<string> {
   cpSync(from, out, { recursive: true });
   await writeSafetensors(join(out, 'model.safetensors'), tensorsOf(from, layers));
-  const config = readJson(join(from, 'config.json'));
   const [encoder, decoder] = [layers.encoder.length, layers.decoder.length];
-  const counts = 'num_layers' in config ? { num_layers: encoder, num_decoder_layers: decoder } : {};
-  const bart = 'encoder_layers' in config ? { encoder_layers: encoder, decoder_layers: decoder } : {};
-  writeFileSync(join(out, 'config.json'), JSON.stringify({ ...config, ...counts, ...bart }));
+  const config = editJson(readFileSync(join(from, 'config.json'), 'utf8'), (fields) => ({
+    ...fields,
+    ...('num_layers' in fields && { num_layers: encoder, num_decoder_layers: decoder }),
+    ...('encoder_layers' in fields && { encoder_layers: encoder, decoder_layers: decoder }),
+    ...('num_hidden_layers' in fields && { num_hidden_layers: encoder }),
+  }));
+  writeFileSync(join(out, 'config.json'), config);
   return out;
 }
 

@@ -123,7 +123,7 @@ export async function loadSeq2Seq(
     return {
       ...{ dir, spec, engine, weights: loaded.weights, modules: modules.weights, policy: elastic?.policy ?? null },
       ...{ weightBytes: loaded.bytes + modules.bytes, settings },
-      profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256),
+      profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256, `elastiform assemble ${dir} --record`),
       measuredOn: () => measuredOn(engine, loaded.dtype),
       ...{ sourceTokenizer, tokenizer, maxContext, maxSequences, cacheRows, dispose },
     };

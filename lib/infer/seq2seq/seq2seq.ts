@@ -16,6 +16,10 @@ import { type Places, type Ran, type RowResult, Seq2SeqRunner } from './runner.j
 import { isFree, logSoftmax, maxBeams, restrict, type WritingSettings } from './writing.js';
 
 const defaultMaxTokens = 256;
+/** What lets any token come at any time and ends no text. */
+const endless: Partial<WritingSettings> = {
+  ...{ endIds: new Set(), firstIds: [], lastIds: [], minLength: 0, noRepeat: 0, banned: [] },
+};
 const samplingStream = 0x5a;
 const optionNames = [
   ...['maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'budget', 'signal', 'deadlineMs'],
@@ -58,6 +62,43 @@ export class Seq2Seq implements Disposable {
     const { spec, policy, profiles } = this.network;
     const profile = () => profiles.of(this.network.measuredOn());
     return resolveAssembly(budget, spec, policy, { length: length ?? typicalLengths.source, maxTokens, profile });
+  }
+
+  /** Milliseconds of a greedy generation of just so many tokens, whether or not its text would have ended before. */
+  async time(
+    source: readonly number[],
+    { budget, tokens, signal }: { budget: Budget; tokens: number; signal?: AbortSignal },
+  ): Promise<ComputeReport['ms']> {
+    const request = this.#check(source, { budget, maxTokens: tokens, beams: 1 });
+    const settings = { ...request.settings, ...endless };
+    const signals = [this.#closed, ...(signal ? [signal] : [])];
+    const { usage } = await this.#write({ ...request, settings }, () => {}, signals);
+    signal?.throwIfAborted();
+    return usage.compute.ms;
+  }
+
+  /** Logits after every token of a target, its start included: f32 [tokens, vocab], row by row. */
+  async logits(
+    source: readonly number[],
+    target: readonly number[],
+    { budget, signal = this.#closed }: { budget: Budget; signal?: AbortSignal },
+  ): Promise<Float32Array> {
+    const { point } = this.#check(source, { budget, maxTokens: target.length, beams: 1 });
+    const model = assembledOf(this.network, point.spec.assembly);
+    const { vocab } = this.network.spec.decoder;
+    const logits = new Float32Array(target.length * vocab);
+    const places = await this.#runner.admit({ model, beams: 1, source: source.length, target: target.length, signal });
+    try {
+      await this.#runner.read(places, source, signal);
+      for (const [position, token] of target.entries()) {
+        const row = { slot: places.slots[0], token, position, sampling: null };
+        const [result] = (await this.#runner.step(places, [row], signal)).results;
+        logits.set((result as Extract<RowResult, { logits: Float32Array }>).logits, position * vocab);
+      }
+    } finally {
+      if (!this.#closed.aborted) this.#runner.leave(places);
+    }
+    return logits;
   }
 
   dispose(): void {

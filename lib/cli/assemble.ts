@@ -1,0 +1,87 @@
+// `elastiform assemble`: chooses layers and modules of a modular model, and writes them as a stock checkpoint.
+import { assemblyText } from '../elastic/modules.js';
+import { type AssemblyCost, assemble } from '../infer/export/assemble.js';
+import type { Command } from './command.js';
+import { columns, Progress } from './progress.js';
+import { loadFlags, loadOptions, percent } from './shared.js';
+
+const { adapter: _, ...deviceFlags } = loadFlags;
+
+export const assembleCommand: Command = {
+  name: 'assemble',
+  summary:
+    'Choose layers and modules of an encoder-decoder model by speed, size, measured time or by name, show what they cost, and write them as a stock checkpoint.',
+  positionals: '<model>',
+  flags: {
+    speedup: { type: 'string', value: 'X', help: 'so many times fewer FLOPs; the decoder shrinks first' },
+    size: { type: 'string', value: 'SHARE', help: 'at most this share of the parameters; both stacks shrink' },
+    'latency-ms': { type: 'string', value: 'MS', help: 'at most so long, measured here; the decoder shrinks first' },
+    encoder: { type: 'string', value: '0,1,2-3', help: 'parts by name (default: all layers)' },
+    decoder: { type: 'string', value: '0-5', help: 'the same of the decoder' },
+    'source-tokens': { type: 'string', value: 'N', help: 'tokens that a typical generation reads (default: 64)' },
+    'target-tokens': { type: 'string', value: 'N', help: 'tokens that it writes (default: 64)' },
+    measure: { type: 'boolean', help: 'measure the time of every assembly of the path' },
+    record: { type: 'boolean', help: 'measure, and keep the times in the model for budgets such as 20ms' },
+    'save-level': { type: 'string', value: 'NAME', help: 'keep the chosen assembly in the model as a level' },
+    out: { type: 'string', short: 'o', value: 'DIR', help: 'write the chosen assembly as a stock checkpoint' },
+    ...deviceFlags,
+  },
+  example:
+    'elastiform assemble runs/modular --speedup 2 --out runs/fast\n  elastiform assemble runs/modular --decoder 0-1,2-3,4-5 --save-level half\n  elastiform assemble runs/modular --latency-ms 20',
+  async run(context) {
+    const { flags, positionals, json, print, printJson } = context;
+    const progress = new Progress('assemble');
+    const wishes = {
+      speedup: flags.number('speedup', { min: 1 }),
+      size: flags.number('size', { min: 0, max: 1 }),
+      latencyMs: flags.number('latency-ms', { min: 0 }),
+      encoder: flags.list('encoder'),
+      decoder: flags.list('decoder'),
+      sourceTokens: flags.integer('source-tokens', { min: 1 }),
+      targetTokens: flags.integer('target-tokens', { min: 1 }),
+      saveLevel: flags.string('save-level'),
+      out: flags.string('out'),
+    };
+    const result = await assemble(positionals[0], {
+      ...Object.fromEntries(Object.entries(wishes).filter(([, value]) => value !== undefined)),
+      ...{ measure: flags.boolean('measure'), record: flags.boolean('record') },
+      ...loadOptions(context),
+      onProgress: progress.phase,
+    }).finally(() => progress.finish());
+    if (json) {
+      printJson(result);
+      return 0;
+    }
+    const { path, chosen, written } = result;
+    const onPath = path.includes(chosen!);
+    print(table(chosen && !onPath ? [...path, chosen] : path, chosen));
+    if (chosen && flags.has('save-level')) print(`\nSaved as level ${flags.string('save-level')}\n`);
+    if (written) {
+      const { dir, bytes, texts, loadsIn } = written;
+      print(
+        `\n${dir}: ${(bytes / 2 ** 20).toFixed(1)} MiB; ${texts} greedy texts and their logits are those of the assembly\nLoads in ${loadsIn.join(', ')}\n`,
+      );
+    } else if (chosen) {
+      print(
+        `\nRun it: elastiform generate ${positionals[0]} --prompt TEXT --budget '${assemblyText(chosen.assembly)}'\n`,
+      );
+    }
+    return 0;
+  },
+};
+
+/** Assemblies with their costs; the chosen one is marked. */
+function table(path: readonly AssemblyCost[], chosen: AssemblyCost | null): string {
+  const timed = path.some(({ ms }) => ms !== null);
+  const title = ['', 'encoder', 'decoder', 'parameters', 'FLOPs', 'fewer', ...(timed ? ['ms', 'faster'] : [])];
+  const rows = path.map((cost) => {
+    const { assembly, parameters, flopsRatio, ms } = cost;
+    const times = ms === null ? ['', ''] : [ms.toFixed(2), `${(path[0].ms! / ms).toFixed(2)}x`];
+    return [
+      cost === chosen ? '>' : '',
+      ...[assembly.encoder.join(','), assembly.decoder.join(','), parameters.toLocaleString('en-US')],
+      ...[percent(flopsRatio), `${(1 / flopsRatio).toFixed(2)}x`, ...(timed ? times : [])],
+    ];
+  });
+  return columns([title, ...rows]);
+}

@@ -1,0 +1,359 @@
+// Choosing an assembly of a modular model by speed, size or measured time, and writing it as a stock checkpoint.
+import { join } from 'node:path';
+import { assembledSpec, assemblyRatio, type Lengths, typicalLengths } from '../../elastic/assemblies.js';
+import type { Budget } from '../../elastic/budget.js';
+import { assemblyCard } from '../../elastic/card.js';
+import {
+  type Assembly,
+  assemblyPath,
+  assemblyProblem,
+  assemblyText,
+  backboneOf,
+  type Modules,
+  stacks,
+} from '../../elastic/modules.js';
+import type { Level } from '../../elastic/policy.js';
+import { type LevelTimes, writeProfile } from '../../elastic/profile.js';
+import { copyCompanions, readElastic, routerFile, writeLevels } from '../../elastic/store.js';
+import { editJson, newDirectory, readJsonText, writeFileAtomic } from '../../io/files.js';
+import { Checkpoint, openSafetensors, type TensorInfo } from '../../io/safetensors.js';
+import { copyTensors } from '../../io/slices.js';
+import { isModule, spanOf } from '../../model/parts.js';
+import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
+import { seq2seqModuleSlots, seq2seqParameters, storedLayer } from '../../model/seq2seq_weights.js';
+import { nameIn } from '../../model/weights.js';
+import { InvalidArgumentError, InvalidDataError } from '../../native/errors.js';
+import { loadModel } from '../model.js';
+import { checkNumber, checkOptions, positiveInteger } from '../options.js';
+import { median } from '../quality/statistics.js';
+import type { Seq2Seq } from '../seq2seq/seq2seq.js';
+import type { LoadOptions } from '../types.js';
+import { largestDifference } from './compared.js';
+
+/** Options of `assemble`. At most one of `speedup`, `size`, `latencyMs` and the lists says what to choose; without, only the path is shown. */
+export interface AssembleOptions extends Pick<LoadOptions, 'device' | 'activations' | 'threads' | 'dtype' | 'signal'> {
+  /** The costliest assembly that runs a typical generation with so many times fewer FLOPs; the decoder shrinks first. */
+  speedup?: number;
+  /** The largest assembly with at most this share of the model's parameters; both stacks shrink. */
+  size?: number;
+  /** The costliest assembly that runs a typical generation in so many milliseconds, measured here by generating; the decoder shrinks first. */
+  latencyMs?: number;
+  /** Parts by name, `['0', '1', '2-3']`; a stack that is not listed has all its layers. */
+  encoder?: readonly string[];
+  decoder?: readonly string[];
+  /** Tokens that a typical generation reads and writes; default 64 each, or what the context holds. */
+  sourceTokens?: number;
+  targetTokens?: number;
+  /** Measure the time of every assembly of the path. */
+  measure?: boolean;
+  /** Measure, and keep the times beside the model for budgets of a latency. */
+  record?: boolean;
+  /** Keep the chosen assembly in the model as a level of this name. */
+  saveLevel?: string;
+  /** New or empty directory for the chosen assembly as a stock checkpoint. */
+  out?: string;
+  /** Called as the work goes on: what is being done, and how many of its steps are. */
+  onProgress?: (event: { phase: string; done: number; total: number }) => unknown;
+}
+
+/** An assembly, and what it costs. */
+export interface AssemblyCost {
+  assembly: Assembly;
+  parameters: number;
+  /** Of a typical generation, over those of the whole model. */
+  flopsRatio: number;
+  /** Milliseconds of a typical generation; null when not measured. */
+  ms: number | null;
+}
+
+/** What `assemble` found and wrote. */
+export interface AssembleResult {
+  /** Assemblies from the whole model to the smallest, in the order that was asked for. */
+  path: AssemblyCost[];
+  /** Null when nothing was asked for. */
+  chosen: AssemblyCost | null;
+  /** Of `out`; null without. */
+  written: AssembledCheckpoint | null;
+}
+
+/** A checkpoint that was written, and compared with the assembly that it is of. */
+export interface AssembledCheckpoint {
+  dir: string;
+  /** Of the weights. */
+  bytes: number;
+  /** Sources whose greedy texts, and the logits of their tokens, are the same by both. */
+  texts: number;
+  /** What loads it. */
+  loadsIn: readonly string[];
+}
+
+/** After one to warm up. */
+const timedRounds = 5;
+/** Tokens of a short source, at which times are recorded besides those of a typical one. */
+const shortSource = 8;
+const ways = ['speedup', 'size', 'latencyMs'] as const;
+
+/**
+ * Chooses an assembly of a model with modules and says what all on the way to it cost; with `out` writes it as a checkpoint with fewer layers in the
+ * element types of the model. `out` appears complete or not at all, after greedy texts and logits of both were compared.
+ *
+ * @throws InvalidArgumentError for a model without modules, more than one wish, one that cannot be met, an assembly with a gap, an overlap or a part that
+ * is not there, an `out` in use; InvalidDataError when the checkpoint does not compute what the assembly does; InvalidFileError for a bad
+ * checkpoint; FileSystemError from the disk.
+ */
+export async function assemble(model: string, options: AssembleOptions = {}): Promise<AssembleResult> {
+  checkOptions('assemble', options, [
+    ...[...ways, 'encoder', 'decoder', 'sourceTokens', 'targetTokens', 'measure', 'record', 'saveLevel', 'out'],
+    ...['device', 'activations', 'threads', 'dtype', 'signal', 'onProgress'],
+  ]);
+  const { speedup, size, latencyMs, encoder, decoder, out, saveLevel, signal, onProgress } = options;
+  checkNumber('assemble', 'speedup', speedup, (n) => n >= 1, 'at least 1');
+  checkNumber('assemble', 'size', size, (n) => n > 0 && n <= 1, 'in (0, 1]');
+  checkNumber('assemble', 'latencyMs', latencyMs, (n) => n > 0, 'above 0');
+  for (const name of ['sourceTokens', 'targetTokens'] as const)
+    checkNumber('assemble', name, options[name], positiveInteger, 'a positive integer');
+  const listed = encoder !== undefined || decoder !== undefined;
+  const asked = [...ways.filter((way) => options[way] !== undefined), ...(listed ? ['encoder and decoder'] : [])];
+  if (asked.length > 1) throw new InvalidArgumentError(`[assemble] choose by one of them, got ${asked.join(' and ')}`);
+  if (asked.length === 0 && (out !== undefined || saveLevel !== undefined)) {
+    throw new InvalidArgumentError(
+      '[assemble] which assembly? Give speedup, size, latencyMs, or the parts of encoder and decoder',
+    );
+  }
+  if (saveLevel === '' || saveLevel === 'full') {
+    throw new InvalidArgumentError(
+      `[assemble] saveLevel must be a name, and not that of all layers, got '${saveLevel}'`,
+    );
+  }
+  const { device, activations, threads, dtype } = options;
+  const loading = Object.fromEntries(
+    Object.entries({ device, activations, threads, dtype, signal }).filter(([, value]) => value !== undefined),
+  );
+  await using loaded = await loadModel(model, loading);
+  const { seq2seq } = loaded;
+  const { spec, policy, maxContext, weights, dir } = seq2seq.network;
+  if (!policy?.modules) {
+    throw new InvalidArgumentError(`[assemble] ${dir} has no modules; train them with \`elastiform modular\``);
+  }
+  const { modules } = policy;
+  const lengths = {
+    source: options.sourceTokens ?? Math.min(typicalLengths.source, maxContext),
+    target: options.targetTokens ?? Math.min(typicalLengths.target, maxContext),
+  };
+  const ownHead = weights.head.weight !== weights.embed;
+  const costOf = (assembly: Assembly): AssemblyCost => ({
+    assembly,
+    parameters: seq2seqParameters(assembledSpec(spec, assembly), ownHead),
+    flopsRatio: assemblyRatio(spec, assembly, lengths),
+    ms: null,
+  });
+  const list = listed ? listedAssembly(spec, modules, { encoder, decoder }) : null;
+  const path = assemblyPath(spec, modules, size === undefined ? 'speed-first' : 'size-first').map(costOf);
+  const explicit = list && costOf(list);
+  if (options.measure || options.record || latencyMs !== undefined) {
+    const levels = options.record ? policy.levels : [];
+    const timed = [...path, ...(explicit ? [explicit] : [])];
+    const times = await measure(seq2seq, [...timed.map(({ assembly }) => assembly), ...levels.map(assemblyAt(spec))], {
+      ...{ lengths, both: options.record === true, signal, onProgress },
+    });
+    for (const [i, cost] of timed.entries()) cost.ms = times.total[i];
+    if (options.record) {
+      const named = [...timed.map(({ assembly }) => asLevel(spec, assembly)), ...levels];
+      await writeProfile(dir, {
+        ...{ version: 1, on: seq2seq.network.measuredOn(), weightsSha256: policy.base.weightsSha256 },
+        lengths: times.lengths,
+        levels: named.map(({ name, spec }, i): LevelTimes => ({ level: name, spec, ...times.each[i] })),
+      });
+    }
+  }
+  const chosen = explicit ?? (asked.length > 0 ? choose(path, options) : null);
+  if (chosen && saveLevel !== undefined) {
+    const level = { name: saveLevel, spec: { assembly: chosen.assembly }, flopsRatio: chosen.flopsRatio };
+    await writeLevels(dir, [...policy.levels.filter(({ name }) => name !== saveLevel), level]);
+  }
+  const written = chosen && out !== undefined ? await writeAssembly(model, out, chosen.assembly, options) : null;
+  return { path, chosen, written };
+}
+
+function listedAssembly(
+  spec: Seq2SeqSpec,
+  modules: Modules,
+  { encoder, decoder }: Pick<AssembleOptions, 'encoder' | 'decoder'>,
+): Assembly {
+  const whole = backboneOf(spec);
+  const assembly = { encoder: encoder ?? whole.encoder, decoder: decoder ?? whole.decoder };
+  const problem = assemblyProblem(assembly, spec, modules);
+  if (problem) throw new InvalidArgumentError(`[assemble] the assembly must be ${problem}`);
+  return assembly;
+}
+
+function choose(path: readonly AssemblyCost[], { speedup, size, latencyMs }: AssembleOptions): AssemblyCost {
+  const whole = path[0];
+  const [fits, wish, best] =
+    speedup !== undefined
+      ? ([
+          ({ flopsRatio }: AssemblyCost) => 1 / flopsRatio >= speedup,
+          `a speed-up of ${speedup}`,
+          ({ flopsRatio }: AssemblyCost) => `has ${(1 / flopsRatio).toFixed(2)}`,
+        ] as const)
+      : size !== undefined
+        ? ([
+            ({ parameters }: AssemblyCost) => parameters <= size * whole.parameters,
+            `${size} of the parameters`,
+            ({ parameters }: AssemblyCost) => `has ${(parameters / whole.parameters).toFixed(3)} of them`,
+          ] as const)
+        : ([
+            ({ ms }: AssemblyCost) => ms! <= latencyMs!,
+            `${latencyMs} ms`,
+            ({ ms }: AssemblyCost) => `takes ${ms!.toFixed(1)} ms on this device`,
+          ] as const);
+  const found = path.find(fits);
+  if (found) return found;
+  const least = path.at(-1)!;
+  throw new InvalidArgumentError(
+    `[assemble] no assembly has ${wish}: the smallest, ${assemblyText(least.assembly)}, ${best(least)}`,
+  );
+}
+
+const assemblyAt =
+  (spec: Seq2SeqSpec) =>
+  ({ spec: { assembly } }: Pick<Level, 'spec'>): Assembly =>
+    assembly ?? backboneOf(spec);
+
+/** As `resolveAssembly` names what it finds by time. */
+function asLevel(spec: Seq2SeqSpec, assembly: Assembly): Level {
+  const name = assemblyText(assembly);
+  return { name, spec: name === assemblyText(backboneOf(spec)) ? {} : { assembly } };
+}
+
+const probeIds = (tokens: number, vocab: number): number[] =>
+  Array.from({ length: tokens }, (_, i) => (i * 7919 + 1) % vocab);
+
+/**
+ * Times generations by some assemblies in turns, so that what else the machine does is shared by all.
+ *
+ * @param options.both at a short source besides the typical one
+ * @returns medians: of whole typical generations, and of every assembly at every length of a source
+ */
+async function measure(
+  seq2seq: Seq2Seq,
+  assemblies: readonly Assembly[],
+  {
+    lengths: { source, target },
+    both,
+    signal,
+    onProgress,
+  }: { lengths: Lengths; both: boolean } & Pick<AssembleOptions, 'signal' | 'onProgress'>,
+): Promise<{ lengths: number[]; total: number[]; each: Pick<LevelTimes, 'prefillMs' | 'decodeMs'>[] }> {
+  const { vocab } = seq2seq.network.spec.decoder;
+  const lengths = both && source > shortSource ? [shortSource, source] : [source];
+  const runs = assemblies.map(() =>
+    lengths.map(() => ({ total: [] as number[], token: [] as number[], read: [] as number[] })),
+  );
+  for (let round = 0; round <= timedRounds; round++) {
+    onProgress?.({ phase: 'timing assemblies', done: round, total: timedRounds + 1 });
+    for (const [i, assembly] of assemblies.entries()) {
+      for (const [at, tokens] of lengths.entries()) {
+        const budget: Budget = { spec: { assembly } };
+        const ms = await seq2seq.time(probeIds(tokens, vocab), { budget, tokens: target, signal });
+        if (round === 0) continue;
+        const token = ms.decode / target;
+        runs[i][at].total.push(ms.prefill + ms.decode);
+        runs[i][at].token.push(token);
+        runs[i][at].read.push(ms.prefill + token);
+      }
+    }
+  }
+  return {
+    lengths,
+    total: runs.map((own) => median(own.at(-1)!.total)),
+    each: runs.map((own) => ({
+      prefillMs: own.map(({ read }) => median(read)),
+      decodeMs: own.map(({ token }) => median(token)),
+    })),
+  };
+}
+
+async function writeAssembly(
+  model: string,
+  out: string,
+  assembly: Assembly,
+  { signal, onProgress }: AssembleOptions,
+): Promise<AssembledCheckpoint> {
+  const configPath = join(model, 'config.json');
+  const { text, json } = await readJsonText(configPath);
+  const spec = seq2seqSpecFromConfig(json, configPath);
+  const { policy } = (await readElastic(model))!;
+  return await newDirectory('assemble', out, async (dir) => {
+    using checkpoint = Checkpoint.open(model);
+    using modules = openSafetensors(join(model, routerFile));
+    const tensors = new Map<string, TensorInfo>();
+    const layers = /^((?:model\.)?(encoder|decoder)\.(?:layers|block)\.)(\d+)(\..*)$/;
+    for (const name of checkpoint.names()) {
+      const [, before, stack, layer, after] = layers.exec(name) ?? [];
+      // T5's table of distances, which its first layer has, is the stack's.
+      const own = before === undefined || name.endsWith('SelfAttention.relative_attention_bias.weight');
+      const at = own ? -1 : assembly[stack as 'encoder'].indexOf(layer);
+      if (own) tensors.set(name, checkpoint.info(name));
+      else if (at >= 0) tensors.set(`${before}${at}${after}`, checkpoint.info(name));
+    }
+    for (const stack of stacks) {
+      for (const [at, part] of assembly[stack].entries()) {
+        if (!isModule(part)) continue;
+        const span = spanOf(part)!;
+        const only = { encoder: [], decoder: [], [stack]: [span] };
+        for (const slot of seq2seqModuleSlots(spec, only)) {
+          const stored = nameIn(checkpoint, spec.decoder, slot)!;
+          const name = stored.replace(storedLayer(spec, stack, span.last), storedLayer(spec, stack, at));
+          tensors.set(name, modules.info(slot.name));
+        }
+      }
+    }
+    const bytes = await copyTensors(join(dir, 'model.safetensors'), tensors, {
+      signal,
+      onProgress: (done, total) => onProgress?.({ phase: 'writing tensors', done, total }),
+      metadata: { format: 'pt' },
+    });
+    await copyCompanions(model, dir);
+    const { encoder, decoder } = assembly;
+    const [first, second] =
+      spec.decoder.family === 't5' ? ['num_layers', 'num_decoder_layers'] : ['encoder_layers', 'decoder_layers'];
+    const config = editJson(text, (fields) => ({
+      ...fields,
+      ...{ [first]: encoder.length, [second]: decoder.length },
+      ...('num_hidden_layers' in fields && { num_hidden_layers: encoder.length }),
+    }));
+    await writeFileAtomic(join(dir, 'config.json'), `${config}\n`);
+    await writeFileAtomic(join(dir, 'README.md'), assemblyCard(policy.base, assembly));
+    const texts = await compare(model, assembly, dir, signal);
+    const loadsIn = ['elastiform', 'transformers', `other runtimes that read ${spec.type} checkpoints`];
+    return { dir: out, bytes, texts, loadsIn };
+  });
+}
+
+/** Compares greedy texts of some sources and the logits of their tokens, by the assembly and by the checkpoint that was written; returns how many. */
+async function compare(model: string, assembly: Assembly, written: string, signal?: AbortSignal): Promise<number> {
+  const loading: LoadOptions = { device: 'cpu', ...(signal && { signal }) };
+  await using before = await loadModel(model, loading);
+  await using after = await loadModel(written, loading);
+  const { spec, maxContext, settings } = before.seq2seq.network;
+  const { vocab } = spec.decoder;
+  const maxTokens = Math.min(16, maxContext);
+  const sources = [3, 9, 24].map((tokens) => probeIds(Math.min(tokens, maxContext), vocab));
+  for (const source of sources) {
+    const budget: Budget = { spec: { assembly } };
+    const textOf = (one: typeof before, options: { budget?: Budget }) =>
+      one.generate(source, { ...options, maxTokens, beams: 1, ...(signal && { signal }) }).ids;
+    const [own, theirs] = [await textOf(before, { budget }), await textOf(after, {})];
+    const target = [settings.startId, ...own.slice(0, -1)];
+    const logits = await before.seq2seq.logits(source, target, { budget, ...(signal && { signal }) });
+    const others = await after.seq2seq.logits(source, target, { budget: 'full', ...(signal && { signal }) });
+    const difference = largestDifference(logits, others);
+    if (own.join() !== theirs.join() || difference !== 0) {
+      throw new InvalidDataError(
+        `[assemble] the checkpoint that was written does not compute what ${assemblyText(assembly)} does (logits differ by ${difference}): nothing was written`,
+      );
+    }
+  }
+  return sources.length;
+}
