@@ -13,7 +13,11 @@ export const assembleCommand: Command = {
     'Choose layers and modules of an encoder-decoder model by speed, size, measured time or by name, show what they cost, and write them as a stock checkpoint.',
   positionals: '<model>',
   flags: {
-    speedup: { type: 'string', value: 'X', help: 'so many times fewer FLOPs; the decoder shrinks first' },
+    speedup: {
+      type: 'string',
+      value: 'X',
+      help: 'expected to write one text so many times as fast; the decoder shrinks first',
+    },
     size: { type: 'string', value: 'SHARE', help: 'at most this share of the parameters; both stacks shrink' },
     'latency-ms': { type: 'string', value: 'MS', help: 'at most so long, measured here; the decoder shrinks first' },
     encoder: { type: 'string', value: '0,1,2-3', help: 'parts by name (default: all layers)' },
@@ -73,14 +77,14 @@ export const assembleCommand: Command = {
 /** Assemblies with their costs; the chosen one is marked. */
 function table(path: readonly AssemblyCost[], chosen: AssemblyCost | null): string {
   const timed = path.some(({ ms }) => ms !== null);
-  const title = ['', 'encoder', 'decoder', 'parameters', 'FLOPs', 'fewer', ...(timed ? ['ms', 'faster'] : [])];
+  const title = ['', 'encoder', 'decoder', 'parameters', 'FLOPs', 'expected', ...(timed ? ['ms', 'measured'] : [])];
   const rows = path.map((cost) => {
-    const { assembly, parameters, flopsRatio, ms } = cost;
+    const { assembly, parameters, flopsRatio, speedup, ms } = cost;
     const times = ms === null ? ['', ''] : [ms.toFixed(2), `${(path[0].ms! / ms).toFixed(2)}x`];
     return [
       cost === chosen ? '>' : '',
       ...[assembly.encoder.join(','), assembly.decoder.join(','), parameters.toLocaleString('en-US')],
-      ...[percent(flopsRatio), `${(1 / flopsRatio).toFixed(2)}x`, ...(timed ? times : [])],
+      ...[percent(flopsRatio), `${speedup.toFixed(2)}x`, ...(timed ? times : [])],
     ];
   });
   return columns([title, ...rows]);

@@ -1,5 +1,5 @@
 // From a budget to an assembly of an encoder-decoder model, and what assemblies cost.
-import { writingFlops } from '../model/flops.js';
+import { sourceFlops, writingFlops } from '../model/flops.js';
 import { type Seq2SeqSpec, withLayers } from '../model/seq2seq_spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import {
@@ -33,6 +33,19 @@ export const assemblyRatio = (
   assembly: Assembly,
   { source, target }: Lengths = typicalLengths,
 ): number => writingFlops(assembledSpec(spec, assembly), source, target) / writingFlops(spec, source, target);
+
+/**
+ * How many times as fast an assembly is expected to be where writing token by token takes most of the time, as it does for one text at a time: a run then takes
+ * about as long as its first row, so that a source counts as one token.
+ */
+export const assemblySpeedup = (
+  spec: Seq2SeqSpec,
+  assembly: Assembly,
+  { source, target }: Lengths = typicalLengths,
+): number => {
+  const time = (of: Seq2SeqSpec) => writingFlops(of, source, target) - sourceFlops(of, source) + sourceFlops(of, 1);
+  return time(spec) / time(assembledSpec(spec, assembly));
+};
 
 /**
  * What a budget means for an encoder-decoder model: of a number the costliest assembly within that share of the FLOPs of a typical generation, on the path

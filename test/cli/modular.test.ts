@@ -19,7 +19,7 @@ describe('assemble', () => {
     expect(shown.code).toBe(0);
     const lines = shown.stdout.trimEnd().split('\n');
     expect(lines.length).toBe(10);
-    expect(lines[0]).toMatch(/encoder +decoder +parameters +FLOPs +fewer$/);
+    expect(lines[0]).toMatch(/encoder +decoder +parameters +FLOPs +expected$/);
     expect(lines[1]).toMatch(/ 0,1,2,3 +0,1,2,3,4,5 +[\d,]+ +100.0 % +1.00x$/);
     const out = join(temporaryDirectory(), 'fast');
     const written = await run('assemble', dir, '--speedup', '1.5', '--out', out, '--save-level', 'fast');

@@ -122,13 +122,14 @@ describe('a choice', () => {
     expect(path.map(({ assembly }) => assembly)).toEqual(assemblyPath(spec, modules, 'speed-first'));
     expect(path[0]).toEqual({
       ...{ assembly: path[0].assembly, parameters: seq2seqParameters(spec) },
-      ...{ flopsRatio: 1, ms: null },
+      ...{ flopsRatio: 1, speedup: 1, ms: null },
     });
-    for (const [i, { flopsRatio, parameters }] of path.entries()) {
+    for (const [i, { flopsRatio, parameters, speedup }] of path.entries()) {
       if (i === 0) continue;
       expect(flopsRatio).toBeLessThan(path[i - 1].flopsRatio);
       expect(parameters).toBeLessThan(path[i - 1].parameters);
-      const fits = await assemble(dir, { speedup: 1 / flopsRatio - 1e-9 });
+      expect(speedup).toBeGreaterThan(path[i - 1].speedup);
+      const fits = await assemble(dir, { speedup });
       expect(fits.chosen).toEqual({ ...path[i] });
     }
     const sizes = (await assemble(dir, { size: 1 })).path;
@@ -137,6 +138,12 @@ describe('a choice', () => {
       const size = (cost.parameters + 0.5) / sizes[0].parameters;
       if (size <= 1) expect((await assemble(dir, { size })).chosen).toEqual(cost);
     }
+    // Where tokens are written one by one, the decoder's layers are what takes time, but for the head.
+    const { hidden, vocab, layers } = spec.decoder;
+    const head = (hidden * vocab) / (seq2seqParameters(spec) / 2);
+    expect(path[5].assembly.decoder.length).toBe(1);
+    expect(path[5].speedup).toBeGreaterThan(0.8 * layers * (1 - head));
+    expect(path[5].speedup).toBeLessThan(layers);
     // Sources count: longer ones make the encoder's share larger.
     const long = await assemble(dir, { sourceTokens: 500, targetTokens: 4 });
     expect(long.path[3].flopsRatio).toBeGreaterThan(path[3].flopsRatio);
