@@ -21,7 +21,7 @@ export default defineConfig({
             'test/kernels/kernels.test.ts',
             'test/model/{decoder,seq2seq}.test.ts',
             'test/distill/{golden,blocks}.test.ts',
-            'test/infer/{generate,narrow,trace}.test.ts',
+            'test/infer/{generate,narrow,nested,trace}.test.ts',
           ],
           env: { ELASTIFORM_DEVICE: 'simt', ELASTIFORM_THREADS: '1' },
         },

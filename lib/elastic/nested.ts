@@ -1,6 +1,6 @@
 // Nested feed-forwards (MatFormer, arXiv 2310.07707): sub-models are prefixes of the units, of a width chosen at each run.
-import type { Dim, Graph } from '../graph/index.js';
-import type { Selector } from '../model/select.js';
+import { type Dim, type Graph, routeThreshold, zeros } from '../graph/index.js';
+import type { RowsAtWidth, Selector } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
 
@@ -132,21 +132,94 @@ export const sharesSpace = (widths: readonly number[], nested: Nested, ffn: numb
   nested.trained !== undefined &&
   nested.layers.every((layer) => granularityWidths(nested, ffn).includes(widths[layer]));
 
-const widthDim = (layer: number): string => `ffn.${layer}`;
+const widthDim = (layer: number, group = 0): string => (group === 0 ? `ffn.${layer}` : `ffn.${layer}/${group}`);
+const groupFeed = (layer: number, group: number): string => `ffn.${layer}/${group}.sequences`;
 
 /**
  * The width of every nested layer as a dim that is set at run: no width needs a program of its own.
  *
  * @param most units that there are, by layer; default `ffn`
+ * @param group of `nestedWidths`
  */
 export function nestedWidth(
   graph: Graph,
   { layers }: Nested,
   ffn: number,
   most: readonly number[] | null = null,
+  group = 0,
 ): NonNullable<Selector['width']> {
-  const dims = new Map<number, Dim>(layers.map((layer) => [layer, graph.dim(widthDim(layer), most?.[layer] ?? ffn)]));
+  const dims = new Map<number, Dim>(
+    layers.map((layer) => [layer, graph.dim(widthDim(layer, group), most?.[layer] ?? ffn)]),
+  );
   return (layer) => dims.get(layer) ?? null;
+}
+
+/** Numbers of widths of a layer that programs are made for: widths of a run are as many at most, in every layer. */
+const groupCounts = [1, 2, 4];
+export const mostWidths = Math.max(...groupCounts);
+
+/** The least of these that has room for widths, [nested layers] lists. */
+export const widthGroups = (widths: readonly (readonly number[])[]): number =>
+  groupCounts.find((count) => widths.every(({ length }) => length <= count))!;
+
+/**
+ * Sequences of several widths in one run: those that are alike in a layer are a group there, whose rows multiply with a
+ * prefix of the units of its own. Dims and feeds: `groupDims`, `groupFeeds`.
+ *
+ * @param segments the sequences
+ * @param most units that there are, by layer; default `ffn`
+ */
+export function nestedWidths(
+  graph: Graph,
+  nested: Nested,
+  ffn: number,
+  most: readonly number[] | null,
+  { segments, groups }: { segments: Dim | number; groups: number },
+): NonNullable<Selector['widths']> {
+  const widths = Array.from({ length: groups }, (_, group) => nestedWidth(graph, nested, ffn, most, group));
+  return ({ layer, rows, residual, offsets }) => {
+    if (!nested.layers.includes(layer)) return null;
+    const none = zeros(graph, [(rows ?? residual).shape[0], 1]);
+    return widths.map((width, group): RowsAtWidth => {
+      const threshold = graph.feed(groupFeed(layer, group), 'f32', [segments]);
+      return { rows: routeThreshold(none, offsets, threshold).rows, width: width(layer)! };
+    });
+  };
+}
+
+/**
+ * Values of the dims of `nestedWidths`, of one group also of those of `nestedWidth`.
+ *
+ * @param widths those of each nested layer in turn, in units; groups without one have no rows
+ */
+export function groupDims({ layers }: Nested, widths: readonly (readonly number[])[]): Record<string, number> {
+  const groups = [...Array(widthGroups(widths)).keys()];
+  const dims = layers.flatMap((layer, i) =>
+    groups.map((group) => [widthDim(layer, group), widths[i][group] ?? widths[i][0]] as const),
+  );
+  return Object.fromEntries(dims);
+}
+
+/**
+ * Feeds of `nestedWidths`, f32 [segments] each: minus infinity for the sequences of a group and infinity for others, as thresholds.
+ *
+ * @param units of a layer, by sequence
+ */
+export function groupFeeds(
+  { layers }: Nested,
+  widths: readonly (readonly number[])[],
+  units: readonly ((layer: number) => number)[],
+): Record<string, Float32Array> {
+  const groups = [...Array(widthGroups(widths)).keys()];
+  if (groups.length === 1) return {};
+  const feeds = layers.flatMap((layer, i) =>
+    groups.map((group) => {
+      const own = (of: (layer: number) => number) => of(layer) === widths[i][group];
+      const thresholds = units.map((of) => (own(of) ? Number.NEGATIVE_INFINITY : Number.POSITIVE_INFINITY));
+      return [groupFeed(layer, group), Float32Array.from(thresholds)] as const;
+    }),
+  );
+  return Object.fromEntries(feeds);
 }
 
 /** Values of these dims; `widths` [layers] in units, null: all whole. Nothing for a model that is not nested. */

@@ -2,6 +2,7 @@
 import { axisTraits, expertAxisOf, isExperts, ofSequences, routerId } from '../elastic/axes.js';
 import type { OperatingPoint } from '../elastic/budget.js';
 import { type Costed, loraFlops } from '../elastic/cost.js';
+import { groupDims, groupFeeds, mostWidths, widthGroups } from '../elastic/nested.js';
 import { type AttentionKeys, type Experts, keysOf, routerPlaces, rowAxisOf } from '../elastic/policy.js';
 import { type CachedKeys, cachedKeys, enteredOutput, expertRowsOutput, thresholdFeed } from '../elastic/rows.js';
 import type { RunResult } from '../graph/index.js';
@@ -11,8 +12,16 @@ import { type LayerSpec, layerOf, type ModelSpec } from '../model/spec.js';
 import type { Network } from './network.js';
 import type { PackedBatch, PackedLimits } from './programs.js';
 
-/** What decides at the routers of a run (`thresholds` of policy.ts), and its widths. */
-export type Decisions = Pick<OperatingPoint, 'full' | 'thresholds' | 'widths'>;
+/** What decides at the routers of a run (`thresholds` of policy.ts), and how many widths it has room for. */
+export interface Decisions extends Pick<OperatingPoint, 'full' | 'thresholds'> {
+  /** Of nested feed-forwards in any layer (`nestedWidths`); default 1. */
+  readonly widthGroups?: number;
+}
+
+/** The same of sequences that share a run, and their widths: those of each nested layer in turn, in units. */
+export interface Joint extends Decisions {
+  readonly widths: readonly (readonly number[])[];
+}
 
 export interface Sequence {
   readonly ids: Int32Array;
@@ -26,7 +35,7 @@ const decision = ({ full, thresholds }: Decisions, id: string): number => (full 
 
 // Sequences may share a run when each gets there the bits that it gets alone. Tokens let in by a threshold of minus infinity
 // are as without a router, if its gate is 1; a sub-layer summed from all its experts is rounded otherwise than whole.
-// Corrections that a model was trained with are of every budget but full. Widths are those of a run.
+// Corrections that a model was trained with are of every budget but full.
 function company({ policy, lora, loraAtFull }: Network, point: Decisions): string {
   if (!policy) return '';
   const kinds = routerPlaces(policy).map(({ id, layer, place, axis }) => {
@@ -36,7 +45,34 @@ function company({ policy, lora, loraAtFull }: Network, point: Decisions): strin
     const entersNone = at === absent && rowAxisOf(policy, layer, place) !== null;
     return at === whole ? 'whole' : at === absent && !entersNone ? 'absent' : 'cut';
   });
-  return `${kinds}${lora && !loraAtFull && point.full ? ' full' : ''} ${point.widths ?? ''}`;
+  return `${kinds}${lora && !loraAtFull && point.full ? ' full' : ''}`;
+}
+
+/** Units of a nested layer at a budget. */
+const unitsAt = ({ spec }: Network, { widths }: OperatingPoint, layer: number): number => widths?.[layer] ?? spec.ffn;
+
+/** The widths of a run while sequences join it: so many of each nested layer have room (`mostWidths`). */
+export class RunWidths {
+  readonly #network: Network;
+  readonly #byLayer: readonly Set<number>[];
+
+  constructor(network: Network) {
+    this.#network = network;
+    this.#byLayer = network.policy?.nested?.layers.map(() => new Set()) ?? [];
+  }
+
+  /** Whether a sequence at a budget may join; it then has. */
+  join(point: OperatingPoint): boolean {
+    const units = this.#network.policy?.nested?.layers.map((layer) => unitsAt(this.#network, point, layer)) ?? [];
+    if (!this.#byLayer.every((seen, i) => seen.size < mostWidths || seen.has(units[i]))) return false;
+    for (const [i, seen] of this.#byLayer.entries()) seen.add(units[i]);
+    return true;
+  }
+
+  /** Of each nested layer in turn, in units. */
+  get widths(): number[][] {
+    return this.#byLayer.map((seen) => [...seen]);
+  }
 }
 
 /**
@@ -63,18 +99,20 @@ export const keepsEveryRow = (network: Network, point: Decisions): boolean =>
 /** Indices of the sequences of each run, in the order given: as many together as the limits and their budgets allow. */
 export function packRuns(network: Network, sequences: readonly Sequence[], limits: PackedLimits): number[][] {
   const runs: number[][] = [];
-  const open = new Map<string, { run: number[]; rows: number }>();
+  const open = new Map<string, { run: number[]; rows: number; widths: RunWidths }>();
   for (const [i, { ids, point }] of sequences.entries()) {
     const key = company(network, point);
     const last = open.get(key);
-    if (last && last.rows + ids.length <= limits.rows && last.run.length < limits.segments) {
+    const fits = last && last.rows + ids.length <= limits.rows && last.run.length < limits.segments;
+    if (fits && last.widths.join(point)) {
       last.run.push(i);
       last.rows += ids.length;
       continue;
     }
-    const run = [i];
+    const [run, widths] = [[i], new RunWidths(network)];
+    widths.join(point);
     runs.push(run);
-    open.set(key, { run, rows: ids.length });
+    open.set(key, { run, rows: ids.length, widths });
   }
   return runs;
 }
@@ -88,24 +126,37 @@ export function packedBatch(sequences: readonly Sequence[]): PackedBatch {
 }
 
 /** What the program of a run must decide: where all its sequences are whole or none enters there is no router to run. */
-export function jointDecisions({ policy }: Network, sequences: readonly Sequence[]): Decisions {
+export function jointDecisions(network: Network, sequences: readonly Sequence[]): Joint {
+  const run = new RunWidths(network);
+  for (const { point } of sequences) run.join(point);
+  const { widths } = run;
   const full = sequences.every(({ point }) => point.full);
-  if (full) return { full, thresholds: new Map(), widths: null };
-  const [{ point }] = sequences;
-  const thresholds = routerPlaces(policy!).map(({ id }) => {
+  if (full) return { full, thresholds: new Map(), widths };
+  const thresholds = routerPlaces(network.policy!).map(({ id }) => {
     const all = sequences.map(({ point }) => decision(point, id));
     return [id, all.every((t) => t === all[0] && !Number.isFinite(t)) ? all[0] : 0] as const;
   });
-  return { full, thresholds: new Map(thresholds), widths: point.widths };
+  return { full, thresholds: new Map(thresholds), widths, widthGroups: widthGroups(widths) };
 }
 
-/** Feeds of the routers of that program, f32 [segments] each: every sequence's own decision. */
+/** Dims of that program: its widths. */
+export const jointDims = ({ policy }: Network, { widths }: Joint): Record<string, number> =>
+  policy?.nested ? groupDims(policy.nested, widths) : {};
+
+/** Feeds of that program, f32 [segments] each: every sequence's own decision at routers, and which width it has. */
 export function decisionFeeds(
-  { policy }: Network,
-  joint: Decisions,
+  network: Network,
+  joint: Joint,
   sequences: readonly Sequence[],
 ): Record<string, Float32Array> {
   if (joint.full) return {};
+  const { policy } = network;
+  const units = sequences.map(
+    ({ point }) =>
+      (layer: number) =>
+        unitsAt(network, point, layer),
+  );
+  const widths = policy!.nested ? groupFeeds(policy!.nested, joint.widths, units) : {};
   const feeds = routerPlaces(policy!).flatMap(({ id, axis }) => {
     if (!Number.isFinite(joint.thresholds.get(id))) return [];
     const all = sequences.map(({ point }) => decision(point, id));
@@ -113,7 +164,7 @@ export function decisionFeeds(
     const shares = all.map((share) => (share === absent ? 0 : share));
     return [[thresholdFeed(id), Float32Array.from(isExperts(axis) ? shares : all)] as const];
   });
-  return Object.fromEntries(feeds);
+  return { ...widths, ...Object.fromEntries(feeds) };
 }
 
 /**
@@ -154,7 +205,7 @@ interface Continued {
 
 /**
  * Divides the counters of a run among its sequences: rows are those the program's outputs list, FLOPs of a sub-layer are
- * divided as its rows cost (of corrections, nearly so).
+ * divided as its rows cost at its width (of corrections, nearly so).
  *
  * @param joint what the run's program decided
  * @param result of a program whose selector records rows and experts (`recordedSelector`, `recordedExperts`)
@@ -165,6 +216,7 @@ export function sequenceCounters(
   { offsets }: Pick<PackedBatch, 'offsets'>,
   joint: Decisions,
   { counters, outputs }: Pick<RunResult, 'counters' | 'outputs'>,
+  sequences: readonly Pick<Sequence, 'point'>[],
   continued?: Continued,
 ): RunResult['counters'][] {
   const cached: Continued['cached'] = (...of) => continued?.cached(...of) ?? 0;
@@ -180,11 +232,13 @@ export function sequenceCounters(
     const experts = expertRows(outputs, layer, place as Place | undefined).map((chosen) => ({
       ...{ chosen, at: segmentsOf(chosen, entered) },
     }));
-    const units = joint.widths?.[layer] ?? spec.perLayer[layer]?.ffn;
-    const sizes = { ...layerOf(spec, layer), ffn: units };
+    const whole = layerOf(spec, layer);
     const costs = lengths.map((length, s): { rows: number; flops: number } => {
       const own = rows?.subarray(entered[s], entered[s + 1]) ?? null;
       const n = own?.length ?? (tag === 'head' && continued ? continued.headRows(s) : length);
+      if (place === undefined) return { rows: n, flops: n };
+      const units = sequences[s].point.widths?.[layer] ?? whole.ffn;
+      const sizes = units === whole.ffn ? whole : { ...whole, ffn: units };
       const keys = own && keysOf(policy!, layer);
       if (part?.startsWith('/')) {
         const uses = experts.map(({ chosen, at }) => chosen.subarray(at[s], at[s + 1]).map((row) => row - entered[s]));
@@ -196,7 +250,7 @@ export function sequenceCounters(
         return { rows: count, flops: place === 'mlp' ? count : uses.reduce((sum, use, e) => sum + cost(use, e), 0) };
       }
       const shares = { layer, place: place as Place, tokens: n / length, experts: 1, units };
-      if (place === undefined || part !== '') return { rows: n, flops: n };
+      if (part !== '') return { rows: n, flops: n };
       const trained = policy?.lora && lora && !joint.full ? [policy.lora] : [];
       // Without a policy all rows enter, and nothing else of it is asked for.
       const corrections = [...trained, ...(adapters?.ofLayer(layer) ?? [])]

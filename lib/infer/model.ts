@@ -17,7 +17,15 @@ import { type EncoderNetwork, loadEncoder } from './encoder/network.js';
 import { type Engine, generate, prefill, promptIds } from './engine/generate.js';
 import { Scheduler } from './engine/scheduler.js';
 import { SequenceState } from './engine/state.js';
-import { decisionFeeds, jointDecisions, packedBatch, packRuns, type Sequence, sequenceCounters } from './mixed.js';
+import {
+  decisionFeeds,
+  jointDecisions,
+  jointDims,
+  packedBatch,
+  packRuns,
+  type Sequence,
+  sequenceCounters,
+} from './mixed.js';
 import { adapterNumber, defaultBudget, loadNetwork, type Network, readModelConfig, resolveFor } from './network.js';
 import { checkNumber, checkOptions, positiveInteger } from './options.js';
 import {
@@ -224,20 +232,18 @@ export class ElasticModel implements AsyncDisposable {
       };
       const feeds = { ...batch, ...decided, targets, weight: new Float32Array(rows) };
       const started = performance.now();
-      const dims = { ...packedDims(batch), ...budgetDims(network, joint) };
+      const dims = { ...packedDims(batch), ...jointDims(network, joint) };
       const result = await program.run({ dims, feeds, signal });
       const ms = performance.now() - started;
       const ce = result.outputs.ce as Float32Array;
       requireNumbers('score', ce);
-      const counters = sequenceCounters(network, batch, joint, result);
+      const counters = sequenceCounters(network, batch, joint, result, members);
       for (const [s, i] of run.entries()) {
         const { ids, point } = members[s];
         const at = batch.offsets[s];
         const logprobs = Float32Array.from(ids, (_, t) => (t === 0 ? Number.NaN : -ce[at + t - 1]));
-        const compute = this.#report(requested[i], point, { ...result, counters: counters[s] }, ids.length, {
-          ms,
-          rows,
-        });
+        const counted = { counters: counters[s], dims: budgetDims(network, point) };
+        const compute = this.#report(requested[i], point, counted, ids.length, { ms, rows });
         results[i] = {
           tokens: [...ids],
           logprobs,

@@ -1,6 +1,7 @@
 // The programs inference runs: next token with caches, and whole sequences without.
+import type { OperatingPoint } from '../elastic/budget.js';
 import { patched } from '../elastic/lora.js';
-import { nestedWidth, widthDims } from '../elastic/nested.js';
+import { nestedWidth, nestedWidths, widthDims } from '../elastic/nested.js';
 import { inferenceSelector, recordedExperts, recordedSelector, routerNodes } from '../elastic/rows.js';
 import { crossEntropy, type Dim, divergence, Graph, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
@@ -11,15 +12,15 @@ import type { Decisions } from './mixed.js';
 import type { Network } from './network.js';
 
 /**
- * The selector of a model at a budget: feeds `threshold.<router id>` where it is finite, and has `budgetDims`; where sequences
- * go on in several runs also `decidedFeed`, and its outputs.
+ * The selector of a model at a budget: feeds `threshold.<router id>` where it is finite, and has `budgetDims`, or with groups of
+ * widths `groupDims` and `groupFeeds`; where sequences go on in several runs also `decidedFeed`, and its outputs.
  *
  * @param rows of sequences that may have adapters: feeds those of `adapterFeeds`
  */
 export function budgetSelector(
   graph: Graph,
   network: Network,
-  { full, thresholds }: Decisions,
+  { full, thresholds, widthGroups: groups = 1 }: Decisions,
   segments: Dim,
   { resumed = false, rows }: { resumed?: boolean; rows?: Dim } = {},
 ): Selector {
@@ -35,7 +36,11 @@ export function budgetSelector(
         ? null
         : (lora?.patch(graph) ?? null);
   const corrected = patched(selector, patch);
-  return policy?.nested ? { ...corrected, width: nestedWidth(graph, policy.nested, spec.ffn, most.widths) } : corrected;
+  const nested = policy?.nested;
+  if (!nested) return corrected;
+  return groups === 1
+    ? { ...corrected, width: nestedWidth(graph, nested, spec.ffn, most.widths) }
+    : { ...corrected, widths: nestedWidths(graph, nested, spec.ffn, most.widths, { segments, groups }) };
 }
 
 /** i32 [segments + 1] */
@@ -46,14 +51,16 @@ const offsetsFeed = (graph: Graph, segments: Dim): Node =>
 export const adapterFeeds = ({ adapters }: Network, numbers: readonly number[]): Record<string, Int32Array> =>
   adapters ? { adapters: Int32Array.from(numbers) } : {};
 
-/** Dims of a program with `budgetSelector`: widths of nested feed-forwards. */
-export const budgetDims = ({ spec, policy }: Network, { widths }: Decisions): Record<string, number> =>
-  widthDims(policy?.nested, widths, spec.ffn);
+/** Dims of a program with `budgetSelector` whose sequences are all at one budget: widths of nested feed-forwards. */
+export const budgetDims = (
+  { spec, policy }: Network,
+  { widths }: Pick<OperatingPoint, 'widths'>,
+): Record<string, number> => widthDims(policy?.nested, widths, spec.ffn);
 
 // Budgets that leave out and keep whole the same sub-layers share a program, whatever their thresholds and widths.
-function decisionKey({ lora, loraAtFull }: Network, { full, thresholds }: Decisions): string {
+function decisionKey({ lora, loraAtFull }: Network, { full, thresholds, widthGroups = 1 }: Decisions): string {
   const decided = [...thresholds.values()].map((t) => (Number.isFinite(t) ? 'routed' : t < 0 ? 'whole' : 'absent'));
-  return `${decided}${lora && !loraAtFull && !full ? ' corrected' : ''}`;
+  return `${decided}${lora && !loraAtFull && !full ? ' corrected' : ''} ${widthGroups}`;
 }
 
 /**
@@ -107,7 +114,7 @@ export interface StepLimits {
 
 /**
  * Appends rows of several sequences to their caches and samples a token after some of them.
- * Dims: rows, segments, offsets (segments + 1), sampled, and `budgetDims`.
+ * Dims: rows, segments, offsets (segments + 1), sampled, and those of `budgetSelector`.
  * Feeds: ids, positions i32 [rows], offsets i32 [segments + 1], slots i32 [segments], last i32 [sampled] (rows), sampling
  * f32 [sampled, 4]; those of `budgetSelector` with adapters, and of what was decided about sequences (`decidedFeeds`). Outputs: token i32 [sampled], logprob f32 [sampled].
  *

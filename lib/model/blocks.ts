@@ -19,6 +19,7 @@ import {
   type Routed,
   rmsNorm,
   rope,
+  type Size,
   scale,
   zeros,
 } from '../graph/index.js';
@@ -103,7 +104,7 @@ function leave(
   y: Node,
   out: Matrix,
   post: Affine<Node> | undefined,
-  selection: RowSelection | null,
+  selection: Pick<RowSelection, 'rows' | 'gate'> | null,
 ): Node {
   units?.push(y);
   const at = selection?.rows ?? null;
@@ -242,8 +243,7 @@ export function feedForwardBlock(
   const { x, gather, selection } = entry;
   const of = (weights: Affine<Node>, projection: Projection, part?: UnitPart) =>
     matrix(context, layer, weights, projection, part);
-  const width = context.selector.width?.(layer) ?? undefined;
-  const hidden = (rows: ProductRows, part?: UnitPart) => {
+  const hidden = (rows: ProductRows, { part, width }: { part?: UnitPart; width?: Size } = {}) => {
     if (gate && gateCutoff !== null) {
       const open = gaussianTopk(product(x, of(gate, 'gate', part), { ...rows, width }), gateCutoff);
       return gatedActivation(open, product(x, of(up, 'up', part), { ...rows, width }), act);
@@ -252,20 +252,34 @@ export function feedForwardBlock(
       ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act, width })
       : product(x, of(up, 'up', part), { ...rows, act, width });
   };
-  const experts = context.selector.experts?.(entering(context, layer, 'mlp', residual, entry));
+  const entered = entering(context, layer, 'mlp', residual, entry);
+  const experts = context.selector.experts?.(entered);
   if (experts && gateCutoff !== null) {
     throw new InvalidArgumentError(
       `[model] the feed-forward of layer ${layer} cannot be cut: which of its units act depends on all of them`,
     );
   }
-  if (!experts) {
-    const y = hidden({ rows: gather, at: selection?.rows ?? null });
+  // `at`: where they are in the residual stream.
+  const some = (rows: Node, at: Node): ProductRows => ({ rows: gather ? at : rows, among: { gather, rows }, at });
+  if (experts) {
+    return addExperts(context, residual, experts, selection, down, postNorm2, {
+      out: (part) => of(down, 'down', part),
+      units: (part, { rows }, at) => hidden(some(rows, at), { part }),
+    });
+  }
+  const widths = context.selector.widths?.(entered);
+  if (!widths) {
+    const width = context.selector.width?.(layer) ?? undefined;
+    const y = hidden({ rows: gather, at: selection?.rows ?? null }, { width });
     return leave(context, residual, y, of(down, 'down'), postNorm2, selection);
   }
-  return addExperts(context, residual, experts, selection, down, postNorm2, {
-    out: (part) => of(down, 'down', part),
-    units: (part, { rows }, at) => hidden({ rows: gather ? at : rows, among: { gather, rows }, at }, part),
-  });
+  let sum = residual;
+  for (const { rows, width } of widths) {
+    const at = selection ? gatherIds(selection.rows, rows) : rows;
+    const y = hidden(some(rows, at), { width });
+    sum = leave(context, sum, y, of(down, 'down'), postNorm2, { rows: at, gate: selection?.gate });
+  }
+  return sum;
 }
 
 const entering = (

@@ -32,6 +32,14 @@ export interface ExpertSelection {
   readonly ownKeys?: boolean;
 }
 
+/** Rows of a feed-forward for which so many of its units act. */
+export interface RowsAtWidth {
+  /** Ascending indices into the rows that entered the sub-layer, i32 [R]. */
+  readonly rows: Node;
+  /** A prefix of the units, at most all. */
+  readonly width: Size;
+}
+
 /** The rows that entered a sub-layer, as its products read them. */
 export interface EnteredRows {
   readonly layer: number;
@@ -98,6 +106,8 @@ export interface Selector {
   experts?(entered: EnteredRows): readonly ExpertSelection[] | null;
   /** Units of a feed-forward that act: a prefix of them, at most all. Null or absent: all. Not of one cut into experts. */
   width?(layer: number): Size | null;
+  /** Where rows differ in that: which have which width, each that entered once. Null or absent: `width` is that of all. */
+  widths?(entered: EnteredRows): readonly RowsAtWidth[] | null;
   /** The correction of a projection, or of one part of its units; null or absent: none. */
   patch?(layer: number, projection: Projection, part?: UnitPart): LowRank | null;
 }

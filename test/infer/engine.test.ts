@@ -113,6 +113,33 @@ const models: [string, () => Promise<string>, Budget[], Budget | null, Adapted][
     null,
   ],
   ['widths and adapters', nested, ['full', 'ffn25', { spec: { ffnWidth: [0.5, 0.25, 1] } }], 'ffn25', adaptersFor],
+  [
+    'widths, tokens and corrections, with more widths than share a run',
+    async () => {
+      const routed = { tokens: { attn, mlp: attn }, lora: { rank: 2, targets: ['q', 'gate', 'down'] } } as const;
+      const recipe = { kind: 'matformer', granularities: [0.25, 0.5, 1], alignment: 8 } as const;
+      return (await elasticDirectories(routed, recipe)).elastic;
+    },
+    [
+      ...['full' as const, 0.7, share({ attn: 0.6, mlp: [0.5, 0, 0.7] })],
+      { spec: { ffnWidth: 0.25 } },
+      { spec: { ffnWidth: [0.5, 1, 0.25], tokenCapacity: { mlp: 0.6 } } },
+      ...[0.375, 0.625, 0.75].map((ffnWidth) => ({ spec: { ffnWidth, tokenCapacity: { mlp: [0.8, 1, 0.3] } } })),
+    ],
+    { spec: { ffnWidth: 0.25, tokenCapacity: { mlp: 0.6 } } },
+    null,
+  ],
+  [
+    'widths with norms behind sub-layers and approximate GELU, and adapters',
+    async () => {
+      const out = join(temporaryDirectory(), 'gemma3');
+      const recipe = { kind: 'matformer', granularities: [0.25, 0.5, 1] } as const;
+      return (await elastify(join(goldenDirectory, 'gemma3'), recipe, { out })).dir;
+    },
+    ['full', 'ffn25', 'ffn50', { spec: { ffnWidth: 0.75 } }],
+    'ffn25',
+    adaptersFor,
+  ],
 ];
 
 describe.each(models)('%s', (_, make, budgets, draft, adapted) => {
@@ -225,8 +252,11 @@ describe('a plain model', () => {
   /** Bytes of a page. */
   const pageOf = ({ network: { spec } }: ElasticModel) => 2 * 16 * spec.kvHeads * spec.headDim * 4;
 
-  test('many short sequences, cancelled, forked and continued at random, leave no page behind', async () => {
-    await using model = await load({ maxSequences: 16, kvCacheBytes: 1 << 19 });
+  test('many short sequences of several widths, cancelled, forked and continued at random, leave no page behind', async () => {
+    const out = join(temporaryDirectory(), 'widths');
+    await elastify(dir, { kind: 'matformer', granularities: [0.25, 0.5, 1] }, { out });
+    await using model = await loadModel(out, { maxSequences: 16, kvCacheBytes: 1 << 19 });
+    const widths: Budget[] = [...['full', 'ffn50', 'ffn25'], { spec: { ffnWidth: [0.5, 1] } }];
     const random = new Random(5, 'soak');
     const below = (n: number) => Math.floor(random.uniform() * n);
     const prompt = () => Array.from({ length: 1 + below(30) }, () => below(model.info.vocab));
@@ -234,13 +264,14 @@ describe('a plain model', () => {
       const controller = new AbortController();
       const options = { maxTokens: 1 + below(8), temperature: 1, seed: below(99), signal: controller.signal };
       const cancel = below(3);
+      const budget = widths[below(widths.length)];
       if (below(4) > 0) {
-        const stream = model.generate(prompt(), options);
+        const stream = model.generate(prompt(), { ...options, budget });
         if (cancel === 0) setTimeout(() => controller.abort(), below(20));
         for await (const _ of stream) if (cancel === 1) break;
         return void (await stream.usage);
       }
-      const kept = await model.prefill(prompt());
+      const kept = await model.prefill(prompt(), { budget });
       const forks: SequenceState[] = [kept, kept.fork(), kept.fork()];
       const streams = forks.map((fork) => fork.generate(prompt().slice(0, 8), options));
       if (cancel === 0) controller.abort();

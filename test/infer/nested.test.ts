@@ -1,12 +1,15 @@
 // Nested feed-forwards while a model runs: slices are the extracted model bit for bit, all widths share one program.
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { beforeAll, describe, expect, test } from 'vitest';
+import { beforeAll, describe, expect, test, vi } from 'vitest';
+import type { Budget } from '../../lib/elastic/budget.js';
 import { elastify, type Recipe } from '../../lib/elastic/elastify.js';
 import { LoraTensors } from '../../lib/elastic/lora.js';
+import { mixAndMatch, mostWidths } from '../../lib/elastic/nested.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import { Program } from '../../lib/graph/index.js';
 import { extract } from '../../lib/infer/export/extract.js';
+import { packRuns, RunWidths } from '../../lib/infer/mixed.js';
 import { ElasticModel, loadModel } from '../../lib/infer/model.js';
 import { profile } from '../../lib/infer/profile.js';
 import { evaluate } from '../../lib/infer/quality/evaluate.js';
@@ -129,9 +132,12 @@ describe('a tiny model', () => {
 
   test('texts at several widths get the bits and the report they get alone', async () => {
     await using elastic = await loadModel(dir);
-    const texts = [text, 'The fox hid.', text, 'The owl met the hen by the barn.', text];
+    const texts = ['The cat saw the dog.', 'The fox hid.', 'The pig ran.', 'The owl met the hen.', 'The dog ran.'];
     const budgets = ['full', 0.8, { spec: { ffnWidth: 0.25 } }, 0.8, { spec: { ffnWidth: [1, 0.5, 0.25] } }];
+    const run = vi.spyOn(Program.prototype, 'run');
     const together = await elastic.score(texts, { budget: budgets });
+    expect(run.mock.calls.length).toBe(1);
+    run.mockRestore();
     for (const [i, result] of together.entries()) {
       const [alone] = await elastic.score([texts[i]], { budget: budgets[i] });
       expect(result.logprobs).toEqual(alone.logprobs);
@@ -145,6 +151,46 @@ describe('a tiny model', () => {
     const { flops, flopsFull } = together[2].usage.compute;
     expect(flopsFull - flops).toBe(saved);
     expect(feedForwardFlops(spec, together[2].tokens.length) * spec.layers * 0.75).toBe(saved);
+  });
+
+  test('a run has four widths of a layer at most; how many it has decides about its program', async () => {
+    const out = join(temporaryDirectory(), 'aligned');
+    await elastify(model, { kind: 'matformer', granularities: [0.25, 0.5, 1], alignment: 8 }, { out });
+    await using elastic = await loadModel(out);
+    const { ffn } = elastic.network.spec;
+    const widths = [1, 2, 3, 4, 5, 6].map((n): Budget => ({ spec: { ffnWidth: n * 8 } }));
+    const sequences = [0, 0, 1, 2, 3, 4, 3, 5, 0, 4].map((n) => ({
+      ids: Int32Array.of(1, 2),
+      point: elastic.resolve(widths[n], { length: 2 }),
+    }));
+    const runs = packRuns(elastic.network, sequences, { rows: 100, segments: 64 });
+    expect(runs).toEqual([
+      [0, 1, 2, 3, 4],
+      [5, 6, 7, 8, 9],
+    ]);
+    // The levels between two granularities differ in a layer each, and have no width that is not one of theirs.
+    const levels = mixAndMatch(elastic.network.policy!.nested!, elastic.network.spec.layers, ffn);
+    expect(levels.length).toBeGreaterThan(mostWidths);
+    const joint = new RunWidths(elastic.network);
+    for (const widths of levels) expect(joint.join({ ...sequences[0].point, widths })).toBe(true);
+
+    const compile = vi.spyOn(Program, 'compile');
+    const compiled = async (numbers: readonly number[]) => {
+      const before = compile.mock.calls.length;
+      const streams = numbers.map((n) => elastic.generate([5, n], { maxTokens: 2, budget: widths[n] }));
+      await Promise.all(streams.map(({ ids }) => ids));
+      return compile.mock.calls.length - before;
+    };
+    try {
+      expect(await compiled([0, 0])).toBe(1);
+      expect(await compiled([0, 1])).toBe(1);
+      expect(await compiled([2, 3, 2])).toBe(0);
+      expect(await compiled([0, 1, 2])).toBe(1);
+      expect(await compiled([5, 3, 1, 2])).toBe(0);
+      expect(await compiled([0, 1, 2, 3, 4])).toBe(0);
+    } finally {
+      compile.mockRestore();
+    }
   });
 
   test('eval, levels, trace and times', async () => {

@@ -42,7 +42,7 @@ export function keepDecided(
 
 /** Layers whose attention a sequence skips for good at these thresholds. */
 export function skippedAttention(network: Network, { full, thresholds }: Decisions, decided: Decided): number[] {
-  return deciding(network, { full, thresholds, widths: null }).flatMap(({ id, layer, places }) => {
+  return deciding(network, { full, thresholds }).flatMap(({ id, layer, places }) => {
     const score = decided.get(id);
     const skips = score !== undefined && !(score > thresholds.get(id)!);
     return skips && places.includes('attn') ? [layer] : [];

@@ -8,8 +8,10 @@ import {
   cachedCompany,
   decisionFeeds,
   jointDecisions,
+  jointDims,
   keepsEveryRow,
   packedBatch,
+  RunWidths,
   sequenceCounters,
 } from '../mixed.js';
 import type { Network } from '../network.js';
@@ -208,9 +210,11 @@ export class Scheduler {
     const few = ({ asked }: Pending<Work, Done>) => asked.ids.length <= fewRows;
     const chosen = new Set<Pending<Work, Done>>();
     const left = { rows: this.#limits.rows, sampled: this.#limits.sampled };
+    const widths = new RunWidths(this.#network);
     for (const pending of [oldest, ...others.filter(few), ...others.filter((other) => !few(other))]) {
       const { point, ids, sampling } = pending.asked;
       if (ids.length > left.rows || sampling.length > left.sampled || this.#companyOf(point) !== company) continue;
+      if (!widths.join(point)) continue;
       left.rows -= ids.length;
       left.sampled -= sampling.length;
       chosen.add(pending);
@@ -259,7 +263,7 @@ export class Scheduler {
     const decided = works.map(({ keys }) => keys.decided);
     this.cache.sync();
     const result = await program.run({
-      dims: { ...packedDims(batch), sampled: last.length, ...budgetDims(network, joint) },
+      dims: { ...packedDims(batch), sampled: last.length, ...jointDims(network, joint) },
       feeds: {
         ...batch,
         ...decisionFeeds(network, joint, works),
@@ -280,7 +284,7 @@ export class Scheduler {
     const counters =
       works.length === 1
         ? [result.counters]
-        : sequenceCounters(network, batch, joint, result, {
+        : sequenceCounters(network, batch, joint, result, works, {
             headRows: (s) => works[s].sampling.length,
             cached: (s, layer, part) => works[s].keys.rows[layer * network.spec.kvHeads + part],
           });
@@ -295,9 +299,9 @@ export class Scheduler {
     }
     const { token, logprob } = result.outputs;
     let at = 0;
-    return works.map(({ sampling }, s) => {
+    return works.map(({ sampling, point }, s) => {
       const tokens = sampling.map(() => ({ token: token[at], logprob: logprob[at++] }));
-      return { tokens, counted: { counters: counters[s], dims: result.dims }, warm };
+      return { tokens, counted: { counters: counters[s], dims: budgetDims(network, point) }, warm };
     });
   }
 }
