@@ -10,6 +10,9 @@ const LENGTH = 33;
 // Of the shipped model, whose calls of one token are short enough for microseconds to show.
 const SWITCHED = [0.5, 0.75];
 const CALLS = 400;
+// Texts that are generated at once, some of each width.
+const COUNTS = [8, 32];
+const MIXED = { prompt: 32, maxTokens: 32, widths: [0.25, 0.5, 0.75, 1] };
 
 export async function nested({ start, threads, rounds, repeats, quick, cache, dir, log }) {
   const folder = path.join(cache, `nested-${process.pid}`);
@@ -56,6 +59,23 @@ export async function nested({ start, threads, rounds, repeats, quick, cache, di
     }
     data.switching = await roundRobin(contestants, { rounds, repeats });
 
+    log('nested: texts of several widths');
+    data.mixed = { ...MIXED, ...(quick && { prompt: 8, maxTokens: 4 }), milliseconds: {} };
+    const { milliseconds: mixed, ...setting } = data.mixed;
+    for (const count of COUNTS) {
+      const contestants = [true, false].map((together) => ({
+        ...{ key: together ? 'at once' : 'width by width', child: children.slice, command: 'texts' },
+        args: { ...setting, count, together },
+      }));
+      const [once, byWidth] = await Promise.all(
+        contestants.map(async ({ child, command, args }) => (await child.ask(command, args)).ids),
+      );
+      if (once.join() !== byWidth.join())
+        throw new Error('texts beside others of other widths are not what they are alone');
+      mixed[count] = await roundRobin(contestants, { rounds, repeats });
+    }
+    const gain = (count) => mixed[count]['width by width'].median / mixed[count]['at once'].median;
+
     const overhead = (phase) => data[phase].slice.median / data[phase].extracted.median;
     const microseconds = 1000 * (data.switching['every call'].median - data.switching['once halfway'].median);
     return {
@@ -71,11 +91,19 @@ export async function nested({ start, threads, rounds, repeats, quick, cache, di
           Object.keys(ways).map((key) => [key, milliseconds(data.switching[key])]),
         ),
         `A change takes ${number(microseconds)} µs, and leaves no memory allocated.`,
+        table(
+          [`texts, of ${MIXED.widths.length} widths`, 'at once, ms/token', 'width by width, ms/token', 'times faster'],
+          COUNTS.map((count) => [
+            ...[count, milliseconds(mixed[count]['at once']), milliseconds(mixed[count]['width by width'])],
+            number(gain(count), 2),
+          ]),
+        ),
       ].join('\n\n'),
       targets: [
         target('prefill of a slice over the extracted model', 1.03, overhead('prefill'), { most: true }),
         target('decode of a slice over the extracted model', 1.03, overhead('decode'), { most: true }),
         target('changing the width between calls', 50, microseconds, { most: true, unit: ' µs' }),
+        target(`${COUNTS[0]} texts of ${MIXED.widths.length} widths at once over width by width`, 1.2, gain(COUNTS[0])),
       ],
     };
   } finally {

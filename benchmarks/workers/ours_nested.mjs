@@ -41,6 +41,22 @@ await serve({
     const ids = [...tokens(prompt, model.info.vocab, 7)];
     return { ms: (await generated(ids, { maxTokens: length, budget })).decode / (length - 1) };
   },
+  /** Milliseconds per token, prompts included, of texts whose widths take turns: all at once, or those of one width at a time. */
+  async texts({ count, prompt, maxTokens, widths, together }) {
+    const generate = async (i) => {
+      const ids = [...tokens(prompt, model.info.vocab, 100 + i)];
+      return model.generate(ids, { maxTokens, budget: budgetOf(widths[i % widths.length]) }).ids;
+    };
+    const all = [...Array(count).keys()];
+    const groups = together ? [all] : widths.map((_, w) => all.filter((i) => i % widths.length === w));
+    const ids = [];
+    const start = performance.now();
+    for (const group of groups) {
+      const texts = await Promise.all(group.map(generate));
+      for (const [at, i] of group.entries()) ids[i] = texts[at];
+    }
+    return { ms: (performance.now() - start) / (count * maxTokens), ids };
+  },
   /** Milliseconds per call of one token, and bytes that the calls left allocated; widths take turns, `hold` calls each. */
   async calls({ widths, hold, count }) {
     const id = [...tokens(1, model.info.vocab, 7)];
