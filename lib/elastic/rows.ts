@@ -305,6 +305,8 @@ export interface CachedKeys {
   parts: number;
   /** Whether every row of the sequence has keys; else their number follows from what routers choose. */
   everyRow: boolean;
+  /** Whether this is so but for sequences that skip the attention as wholes, and have none. */
+  everyRowOrNone: boolean;
 }
 
 /** What `inferenceSelector` with known thresholds lets a layer cache; null: it runs no attention. */
@@ -320,9 +322,11 @@ export function cachedKeys(
   const cut = decides('heads');
   const axis = rowAxisOf(policy, layer, 'attn');
   const ownRows = axis !== null && decides(axis) && keysOf(policy, layer) === 'selected';
+  const ofHeads = cut && policy.heads!.keys === 'selected';
   return {
     parts: cut ? kvHeads : 1,
-    everyRow: !ownRows && !(cut && policy.heads!.keys === 'selected'),
+    everyRow: !ownRows && !ofHeads,
+    everyRowOrNone: !(ownRows && !ofSequences(axis)) && !ofHeads,
   };
 }
 

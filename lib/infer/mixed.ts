@@ -86,10 +86,12 @@ export function cachedCompany(network: Network, point: Decisions): string {
   return `${company(network, point)} ${keys}`;
 }
 
+const wholeKeys: CachedKeys = { parts: 1, everyRow: true, everyRowOrNone: true };
+
 /** What the caches hold of a layer's attention when a program decides so; null: it runs none, or uses keys of another. */
 export function keysAt({ spec, policy }: Network, { thresholds }: Decisions, layer: number): CachedKeys | null {
   if (spec.perLayer[layer].keysOf !== null) return null;
-  return policy ? cachedKeys(policy, thresholds, layer, spec.kvHeads) : { parts: 1, everyRow: true };
+  return policy ? cachedKeys(policy, thresholds, layer, spec.kvHeads) : wholeKeys;
 }
 
 /** Whether every row that runs has keys in each layer with attention. */

@@ -1,6 +1,7 @@
 // Sequences that skip attention, feed-forwards or blocks: decided in the first run, kept in all others, counted as it ran.
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type ElasticSpec, routerId, type Target } from '../../lib/elastic/axes.js';
+import type { Budget } from '../../lib/elastic/budget.js';
 import { routerPlaces } from '../../lib/elastic/policy.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import { evaluate } from '../../lib/infer/quality/evaluate.js';
@@ -130,10 +131,25 @@ describe.each([
     for (const id of drop.dropped ?? []) expect(ids).toContain(id);
   });
 
-  test('a draft that skips other keys is refused', () => {
-    expect(() => model.generate('The', { budget: half, speculative: { draft: { spec: spec(0.3) } } })).toThrow(
-      /cannot draft/,
-    );
+  test('drafts that skip more, less or other keys leave the text as it is', async () => {
+    const options = { maxTokens: 20, temperature: 1, seed: 3 } as const;
+    const pairs: [Budget, Budget][] = [
+      ['full', half],
+      [{ spec: spec(0.7) }, { spec: spec(0.3) }],
+      [half, { spec: spec([0, 0.5, 0.5]) }],
+      [{ spec: spec([0.5, 0.5, 0.8]) }, { spec: spec([1, 0, 0.3]) }],
+    ];
+    for (const [budget, draft] of pairs) {
+      const plain = [];
+      for (const prompt of prompts) plain.push(await logprobs(model.generate(prompt, { ...options, budget })));
+      const streams = prompts.map((prompt) =>
+        model.generate(prompt, { ...options, budget, speculative: { draft, tokens: 4 } }),
+      );
+      expect(await Promise.all(streams.map(logprobs))).toEqual(plain);
+      const reports = await Promise.all(streams.map(async ({ usage }) => (await usage).compute.speculative!));
+      expect(reports.reduce((sum, { accepted }) => sum + accepted, 0)).toBeGreaterThan(0);
+    }
+    expect(model.load()).toMatchObject({ running: 0, kvCacheUsed: 0 });
   });
 });
 

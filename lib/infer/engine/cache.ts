@@ -15,6 +15,8 @@ export const pageRows = 16;
  * into parts, each with pages and a number of rows of its own; part p of layer l is list `l * kvHeads + p`.
  */
 export interface SequenceKeys {
+  /** The budget of its keys: drafts at others leave none behind. */
+  readonly point: OperatingPoint;
   /** Into how many parts each layer is cut, [layers]; 0: it has no keys. */
   readonly parts: number[];
   /** Pages of every list. A page of a part holds `pageRows * parts` of its rows, in the same bytes. */
@@ -67,6 +69,7 @@ export class KeyValueCache {
     const { spec } = this.#network;
     const lists = spec.layers * spec.kvHeads;
     return {
+      point,
       parts: Array.from({ length: spec.layers }, (_, layer) => keysAt(this.#network, point, layer)?.parts ?? 0),
       pages: Array.from({ length: lists }, () => []),
       rows: new Int32Array(lists),
@@ -119,8 +122,14 @@ export class KeyValueCache {
   fork(keys: SequenceKeys): SequenceKeys {
     this.trim(keys);
     for (const pages of keys.pages) this.#pool.share(pages);
-    const { parts, pages, rows, decided } = keys;
-    return { parts: [...parts], pages: pages.map((own) => [...own]), rows: rows.slice(), decided: new Map(decided) };
+    const { point, parts, pages, rows, decided } = keys;
+    return {
+      point,
+      parts: [...parts],
+      pages: pages.map((own) => [...own]),
+      rows: rows.slice(),
+      decided: new Map(decided),
+    };
   }
 
   /** Gives back the pages of a layer whose attention the sequence has skipped, and will. */
@@ -137,7 +146,7 @@ export class KeyValueCache {
     this.trim(keys);
   }
 
-  /** Forgets rows that came since the sequence was bound, of a budget at which every row has keys in each layer that runs. */
+  /** Forgets rows that came since the sequence was bound, where every row has keys in each layer that has pages. */
   truncate(keys: SequenceKeys, rows: number): void {
     for (const { index } of this.#lists(keys)) keys.rows[index] = rows;
     if (this.#tensors) this.#tensors.staleLengths = true;

@@ -27,16 +27,17 @@ export function decidedFeeds(
   return Object.fromEntries(feeds);
 }
 
-/** Keeps what a run of that program decided. */
+/** Keeps what a run of that program decided about sequences that have a choice there, each run at a budget. */
 export function keepDecided(
   network: Network,
   joint: Decisions,
   { outputs }: Pick<RunResult, 'outputs'>,
-  sequences: readonly Decided[],
+  sequences: readonly { readonly decided: Decided; readonly point: Decisions }[],
 ): void {
   for (const { id } of deciding(network, joint)) {
     const scores = outputs[decidedOutput(id)];
-    for (const [s, decided] of sequences.entries()) decided.set(id, scores[s]);
+    for (const [s, { decided, point }] of sequences.entries())
+      if (Number.isFinite(point.thresholds.get(id))) decided.set(id, scores[s]);
   }
 }
 

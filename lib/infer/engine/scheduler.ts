@@ -291,9 +291,14 @@ export class Scheduler {
     for (const [s, appended] of appendedRows(network, batch, joint, result).entries()) {
       for (const [list, rows] of appended.entries()) works[s].keys.rows[list] += rows;
     }
-    keepDecided(network, joint, result, decided);
-    for (const { keys, point } of works) {
-      for (const layer of skippedAttention(network, point, keys.decided)) {
+    keepDecided(
+      network,
+      joint,
+      result,
+      works.map(({ keys, point }) => ({ decided: keys.decided, point })),
+    );
+    for (const { keys } of works) {
+      for (const layer of skippedAttention(network, keys.point, keys.decided)) {
         if (keys.parts[layer] > 0) this.cache.close(keys, layer);
       }
     }

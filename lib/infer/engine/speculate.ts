@@ -5,7 +5,10 @@
 // So the text is the one that plain decoding gives, to the bit, greedy or sampled, whatever drafts and however many tokens:
 // drafter-invariant speculative decoding (arXiv 2408.07978), which needs a sampler that lets two distributions that are
 // alike choose alike (docs/ops.md, `sample`).
+
+import { ofSequences } from '../../elastic/axes.js';
 import { type Budget, budgetText, type OperatingPoint } from '../../elastic/budget.js';
+import { routerPlaces } from '../../elastic/policy.js';
 import { cachedKeys } from '../../elastic/rows.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import type { Network } from '../network.js';
@@ -46,7 +49,7 @@ export function checkSpeculative(
     const inRange = (value: number) => positiveInteger(value) && value <= maxDraftTokens;
     checkNumber('generate', 'speculative.tokens', tokens, inRange, `'auto' or an integer from 1 to ${maxDraftTokens}`);
   }
-  const drafting = resolve(draft);
+  const drafting = withinKeys(network, point, resolve(draft));
   if (drafting.flopsRatio >= point.flopsRatio) {
     throw new InvalidArgumentError(
       `[generate] speculative.draft must cost less than the budget: ${budgetText(draft)} takes ${drafting.flopsRatio.toFixed(3)} of the full FLOPs, ${budgetText(budget)} ${point.flopsRatio.toFixed(3)}`,
@@ -61,13 +64,25 @@ export function checkSpeculative(
   return { point: drafting, tokens, key: JSON.stringify([budget, draft]) };
 }
 
+/** The draft, whose sequences enter no attention that they skip at the budget: there are no keys to attend to. */
+function withinKeys({ policy }: Network, point: OperatingPoint, draft: OperatingPoint): OperatingPoint {
+  if (!policy || draft.full) return draft;
+  const thresholds = new Map(draft.thresholds);
+  for (const { id, axis, place } of routerPlaces(policy)) {
+    const least = point.thresholds.get(id);
+    if (ofSequences(axis) && place === 'attn' && least !== undefined)
+      thresholds.set(id, Math.max(least, thresholds.get(id)!));
+  }
+  return { ...draft, thresholds };
+}
+
 /** Why the caches of a budget cannot be shared with a draft, or null. */
 function cacheConflict({ spec, policy }: Network, point: OperatingPoint, draft: OperatingPoint): string | null {
   if (!policy) return null;
   const keysOf = ({ thresholds }: OperatingPoint, layer: number) => cachedKeys(policy, thresholds, layer, spec.kvHeads);
   for (let layer = 0; layer < spec.layers; layer++) {
     const [verified, drafted] = [keysOf(point, layer), keysOf(draft, layer)];
-    if (verified && !verified.everyRow) {
+    if (verified && !verified.everyRowOrNone) {
       return `the budget keeps only keys that its routers chose in layer ${layer} (keys: 'selected'), and how many of rejected tokens those are is not known; take a budget that routes no keys there, as 'full'`;
     }
     if (!drafted) continue;
