@@ -191,7 +191,7 @@ function limitsOf(options: LoadOptions, model: Pick<Network, 'spec' | 'policy' |
   // The first run of a sequence has the rows that decide about it, unless maxBatchTokens leaves fewer.
   const chunkRows = Math.min(decidingRows, model.maxContext, asked - maxSequences);
   const maxBatchTokens = Number.isFinite(asked) ? asked : chunkRows + maxSequences;
-  const kvCacheBytes = options.kvCacheBytes ?? defaultCacheBytes(model, maxSequences);
+  const kvCacheBytes = options.kvCacheBytes ?? defaultCacheBytes({ ...model, limits: { chunkRows } }, maxSequences);
   return { maxSequences, maxBatchTokens, kvCacheBytes, chunkRows };
 }
 

@@ -1,5 +1,6 @@
 // Continuous batching: sequences in common runs have the bits that each has alone, whatever runs beside them, and leave
 // no page behind; limits, queues, deadlines and kept sequences.
+import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest';
 import { Random } from '../../lib/distill/random.js';
@@ -243,6 +244,87 @@ describe.each(models)('%s', (_, make, budgets, draft, adapted) => {
       expect(kept.ids).toEqual(prefix);
     }
     expect(model.load().kvCacheUsed).toBe(0);
+  });
+});
+
+describe.each(['mistral-window', 'gemma3'])('%s, whose windows texts outgrow', (name) => {
+  let dir: string;
+  beforeAll(async () => {
+    const plain = join(temporaryDirectory(), name);
+    cpSync(join(goldenDirectory, name), plain, { recursive: true });
+    const path = join(plain, 'config.json');
+    const config = JSON.parse(readFileSync(path, 'utf8'));
+    writeFileSync(path, JSON.stringify({ ...config, max_position_embeddings: 1024 }));
+    const out = join(temporaryDirectory(), 'nested');
+    ({ dir } = await elastify(plain, { kind: 'matformer', granularities: [0.5, 1] }, { out }));
+  });
+  /** Pages of a whole text of so many rows, where those behind windows are used again or are not. */
+  const pagesOf = ({ network: { spec, limits } }: ElasticModel, rows: number, again: boolean): number => {
+    const most = (window: number) => Math.ceil((window + limits.chunkRows + 17) / 16) + 1;
+    const all = Math.ceil(rows / 16);
+    const each = spec.perLayer.map(({ window }) => (again && window > 0 ? Math.min(all, most(window)) : all));
+    return each.reduce((sum, pages) => sum + pages, 0);
+  };
+  const bytesOf = ({ network: { spec } }: ElasticModel, pages: number) =>
+    pages * 2 * 16 * spec.kvHeads * spec.headDim * Float32Array.BYTES_PER_ELEMENT;
+
+  test('pages behind windows are used again: the same bits in less memory, also drafted and forked', async () => {
+    await using roomy = await loadModel(dir, { maxContext: 400 });
+    await using model = await loadModel(dir, { maxContext: 400, maxSequences: 4, maxBatchTokens: 24 });
+    expect(model.network.limits.chunkRows).toBe(20);
+    // Chunks as long as the context leave nothing to use again.
+    expect(roomy.network.limits.chunkRows).toBe(400);
+    const random = new Random(11, 'windows');
+    const below = (n: number) => Math.floor(random.uniform() * n);
+    const ids = (count: number) => Array.from({ length: count }, () => below(model.info.vocab));
+    const asked = [300, 40, 170, 5].map((length, i) => ({
+      prompt: ids(length),
+      options: { maxTokens: i === 2 ? 200 : 90, temperature: 1, seed: i },
+    }));
+    const speculative = { draft: 'ffn50', tokens: 16 };
+    const alone = [];
+    for (const { prompt, options } of asked) alone.push((await outcome(roomy.generate(prompt, options))).chunks);
+    const together = await Promise.all(
+      asked.map(async ({ prompt, options }, i) => {
+        const drafts = i % 2 === 0 ? { speculative } : {};
+        return (await outcome(model.generate(prompt, { ...options, ...drafts }))).chunks;
+      }),
+    );
+    expect(together).toEqual(alone);
+
+    const [{ prompt, options }] = asked;
+    const used = async (of: ElasticModel) => {
+      for await (const _ of of.generate(prompt, options)) return of.load().kvCacheUsed;
+    };
+    const rows = prompt.length + options.maxTokens - 1;
+    expect(await used(roomy)).toBe(bytesOf(roomy, pagesOf(roomy, rows, false)));
+    expect(await used(model)).toBe(bytesOf(model, pagesOf(model, rows, true)));
+    expect(pagesOf(model, rows, true)).toBeLessThan(0.7 * pagesOf(model, rows, false));
+
+    // Forks go on behind a text that has used its pages again, and over pages that they have in common.
+    using kept = await model.prefill(prompt.slice(0, 250));
+    const forks = [kept.fork(), kept.fork(), kept];
+    const mores = [ids(3), ids(100), ids(40)];
+    const more = await Promise.all(
+      forks.map((fork, i) => outcome(fork.generate(mores[i], { ...options, maxTokens: 30 }))),
+    );
+    for (const [i, own] of mores.entries()) {
+      const text = [...prompt.slice(0, 250), ...own];
+      const whole = await outcome(roomy.generate(text, { ...options, maxTokens: 30 }));
+      expect(more[i].chunks).toEqual(whole.chunks);
+    }
+    for (const fork of forks) fork.dispose();
+    expect(model.load()).toMatchObject({ running: 0, kvCacheUsed: 0 });
+  });
+
+  test('one whole context fits what is set aside by default, and no less', async () => {
+    const options = { maxContext: 400, maxSequences: 1, maxBatchTokens: 21 };
+    await using model = await loadModel(dir, options);
+    const { kvCacheBytes } = model.load();
+    expect(kvCacheBytes).toBe(bytesOf(model, pagesOf(model, 400, true)));
+    expect((await model.generate([1, 2], { maxTokens: 398 }).ids).length).toBeGreaterThan(0);
+    await using small = await loadModel(dir, { ...options, kvCacheBytes: kvCacheBytes - 1 });
+    expect(() => small.generate([1, 2], { maxTokens: 399 })).toThrow(/400 tokens need/);
   });
 });
 

@@ -4,6 +4,7 @@ import { type Cache, Graph, type Node, Program, pageCopy } from '../../graph/ind
 import { Tensor } from '../../native/index.js';
 import { keysAt } from '../mixed.js';
 import type { Network } from '../network.js';
+import { maxDraftTokens } from '../programs.js';
 import type { Decided } from './decided.js';
 import { PagePool } from './pages.js';
 
@@ -19,7 +20,7 @@ export interface SequenceKeys {
   readonly point: OperatingPoint;
   /** Into how many parts each layer is cut, [layers]; 0: it has no keys. */
   readonly parts: number[];
-  /** Pages of every list. A page of a part holds `pageRows * parts` of its rows, in the same bytes. */
+  /** Pages of every list, in turn: after the last comes the first again. A page of a part holds `pageRows * parts` of its rows, in the same bytes. */
   readonly pages: readonly number[][];
   /** What routers of sequences decided about it. */
   readonly decided: Decided;
@@ -34,14 +35,39 @@ interface PageList {
   /** Rows held, and rows that a page holds. */
   readonly rows: number;
   readonly perPage: number;
+  /** Pages at most. */
+  readonly most: number;
 }
 
 const pagesOf = (rows: number, perPage: number): number => Math.ceil(rows / perPage);
+
+type Limited = Pick<Network, 'spec' | 'maxContext'> & { limits: Pick<Network['limits'], 'chunkRows'> };
+
+/** Pages of a list at most, of a layer in so many parts. */
+type PageLimit = (layer: number, parts: number) => number;
+
+/**
+ * Of layers with windows rows that every window has passed are overwritten: there are pages for what the rows of a run see, and
+ * for as many more as drafts append before they are taken back.
+ */
+function pageLimit({ spec, maxContext, limits }: Limited): PageLimit {
+  const drafted = maxDraftTokens + 1;
+  const rows = spec.perLayer.map((_, layer) => {
+    const windows = spec.perLayer.filter(({ keysOf }, at) => (keysOf ?? at) === layer).map(({ window }) => window);
+    return windows.includes(0) ? maxContext : Math.max(...windows) + Math.max(limits.chunkRows, drafted) + drafted;
+  });
+  return (layer, parts) => {
+    const perPage = pageRows * parts;
+    // The first of these rows may be the last of its page.
+    return Math.min(pagesOf(maxContext, perPage), pagesOf(rows[layer], perPage) + 1);
+  };
+}
 
 export class KeyValueCache {
   readonly #network: Network;
   readonly #slots: (SequenceKeys | null)[];
   readonly #pool: PagePool;
+  readonly #pageLimit: PageLimit;
   #tensors: CacheTensors | null = null;
 
   /** @param sequences how many can be bound at a time */
@@ -49,6 +75,7 @@ export class KeyValueCache {
     this.#network = network;
     this.#slots = new Array<null>(sequences).fill(null);
     this.#pool = new PagePool(Math.floor(bytes / pageBytes(network)));
+    this.#pageLimit = pageLimit(network);
   }
 
   /** Pages in all, and those that nobody owns. */
@@ -79,10 +106,7 @@ export class KeyValueCache {
 
   /** Pages that a sequence does not own yet and needs to hold so many rows in every list. */
   missing(keys: SequenceKeys, rows: number): number {
-    return this.#lists(keys).reduce(
-      (sum, list) => sum + Math.max(0, pagesOf(rows, list.perPage) - list.pages.length) + (this.#open(list) ? 1 : 0),
-      0,
-    );
+    return this.#lists(keys).reduce((sum, list) => sum + lacking(list, rows) + this.#shared(list, rows).length, 0);
   }
 
   /**
@@ -92,14 +116,11 @@ export class KeyValueCache {
   async reserve(keys: SequenceKeys, rows: number): Promise<void> {
     const tensors = this.#bound();
     const lists = this.#lists(keys);
-    const shared = lists.flatMap((list) => {
-      const open = this.#open(list);
-      return open ? [{ ...open, pages: list.pages }] : [];
-    });
+    const shared = lists.flatMap((list) => this.#shared(list, rows).map((at) => ({ pages: list.pages, at })));
     if (shared.length > 0) {
       const own = this.#pool.take(shared.length);
       try {
-        const from = shared.map(({ page }) => page);
+        const from = shared.map(({ pages, at }) => pages[at]);
         await tensors.copyPages(from, own);
         for (const [i, { pages, at }] of shared.entries()) pages[at] = own[i];
         this.#pool.release(from);
@@ -108,9 +129,7 @@ export class KeyValueCache {
         throw error;
       }
     }
-    for (const { pages, perPage } of lists) {
-      pages.push(...this.#pool.take(Math.max(0, pagesOf(rows, perPage) - pages.length)));
-    }
+    for (const list of lists) list.pages.push(...this.#pool.take(lacking(list, rows)));
   }
 
   /** Gives back pages that hold nothing. */
@@ -181,7 +200,7 @@ export class KeyValueCache {
 
   /** Allocated when the first sequence runs: reading texts needs none. */
   #bound(): CacheTensors {
-    this.#tensors ??= new CacheTensors(this.#network, this.#slots.length, this.#pool.size);
+    this.#tensors ??= new CacheTensors(this.#network, this.#slots.length, this.#pool.size, this.#pageLimit);
     return this.#tensors;
   }
 
@@ -190,17 +209,26 @@ export class KeyValueCache {
     return parts.flatMap((count, layer) =>
       Array.from({ length: count }, (_, part) => {
         const index = layer * kvHeads + part;
-        return { index, pages: pages[index], rows: rows[index], perPage: pageRows * count };
+        const most = this.#pageLimit(layer, count);
+        return { index, pages: pages[index], rows: rows[index], perPage: pageRows * count, most };
       }),
     );
   }
 
-  /** The page, and where it is in its list, that the next row would go to though others own it, too. */
-  #open({ pages, rows, perPage }: PageList): { page: number; at: number } | null {
-    const at = Math.floor(rows / perPage);
-    return rows % perPage > 0 && this.#pool.shared(pages[at]) ? { page: pages[at], at } : null;
+  /** Where in a list the pages are that rows up to so many would go to though others own them, too. */
+  #shared({ pages, rows: held, perPage, most }: PageList, rows: number): number[] {
+    const first = Math.floor(held / perPage);
+    const written = Array.from(
+      { length: Math.min(most, pagesOf(rows, perPage) - first) },
+      (_, i) => (first + i) % most,
+    );
+    return written.filter((at) => at < pages.length && this.#pool.shared(pages[at]));
   }
 }
+
+/** Pages that a list has yet to get to hold so many rows. */
+const lacking = ({ pages, perPage, most }: PageList, rows: number): number =>
+  Math.max(0, Math.min(most, pagesOf(rows, perPage)) - pages.length);
 
 /** The pool and the tables in native memory. Tables are written as a whole: they are small, and change when sequences come. */
 class CacheTensors {
@@ -208,6 +236,7 @@ class CacheTensors {
   staleLengths = false;
   readonly #network: Network;
   readonly #slots: number;
+  readonly #pageLimit: PageLimit;
   /** f32 [pages, pageRows, width], and the same memory as [pages, pageRows * parts, width / parts]. */
   readonly #k: Tensor;
   readonly #v: Tensor;
@@ -219,10 +248,11 @@ class CacheTensors {
   readonly #views = new Map<string, Tensor>();
   #copy: Program | null = null;
 
-  constructor(network: Network, slots: number, pages: number) {
+  constructor(network: Network, slots: number, pages: number, limit: PageLimit) {
     const { spec, policy, maxContext } = network;
     this.#network = network;
     this.#slots = slots;
+    this.#pageLimit = limit;
     const shape = [pages, pageRows, spec.kvHeads * spec.headDim];
     this.#k = Tensor.alloc('f32', shape);
     this.#v = Tensor.alloc('f32', shape);
@@ -234,7 +264,13 @@ class CacheTensors {
 
   setPages(slot: number, { parts, pages }: SequenceKeys): void {
     const { kvHeads } = this.#network.spec;
-    const own = (count: number, list: number) => (parts[Math.floor(list / kvHeads)] === count ? pages[list] : []);
+    const own = (count: number, list: number): readonly number[] => {
+      const layer = Math.floor(list / kvHeads);
+      if (parts[layer] !== count) return [];
+      const most = this.#pageLimit(layer, count);
+      const all = pagesOf(this.#network.maxContext, pageRows * count);
+      return pages[list].length < most ? pages[list] : Array.from({ length: all }, (_, i) => pages[list][i % most]);
+    };
     for (let layer = 0; layer < parts.length; layer++) this.#whole.set(layer, slot, own(1, layer * kvHeads));
     for (let list = 0; this.#cut && list < pages.length; list++) this.#cut.set(list, slot, own(kvHeads, list));
     this.staleLengths = true;
@@ -277,9 +313,9 @@ class CacheTensors {
   }
 
   #compileCopy(): Program {
-    const { spec, engine } = this.#network;
+    const { engine } = this.#network;
     const graph = new Graph();
-    const pages = graph.dim('pages', spec.layers * spec.kvHeads);
+    const pages = graph.dim('pages', this.#k.shape[0]);
     const pools = { k: graph.state(this.#k), v: graph.state(this.#v) };
     pageCopy(graph.feed('from', 'i32', [pages]), graph.feed('to', 'i32', [pages]), pools);
     return Program.compile(graph, engine);
@@ -346,13 +382,14 @@ function pageBytes({ spec }: Pick<Network, 'spec'>): number {
 const sharedBytes = 2 ** 30;
 
 /** One whole context always fits, and of several as many as `sharedBytes` hold. */
-export function defaultCacheBytes(
-  { spec, policy, maxContext }: Pick<Network, 'spec' | 'policy' | 'maxContext'>,
-  sequences: number,
-): number {
-  const layers = spec.perLayer.filter(({ keysOf }) => keysOf === null).length;
-  // Every part of a layer may have a page that is not full.
-  const pages = layers * (pagesOf(maxContext, pageRows) + (policy?.heads ? spec.kvHeads : 0));
-  const context = pages * pageBytes({ spec });
+export function defaultCacheBytes(model: Limited & Pick<Network, 'policy'>, sequences: number): number {
+  const { spec, policy } = model;
+  const limit = pageLimit(model);
+  // Whole, or cut into parts each of which may have pages that are not full.
+  const pages = spec.perLayer.map(({ keysOf }, layer) => {
+    if (keysOf !== null) return 0;
+    return Math.max(...[1, policy?.heads ? spec.kvHeads : 1].map((parts) => parts * limit(layer, parts)));
+  });
+  const context = pages.reduce((sum, count) => sum + count, 0) * pageBytes({ spec });
   return Math.max(context, Math.min(sequences * context, sharedBytes));
 }
