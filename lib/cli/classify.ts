@@ -25,14 +25,14 @@ export const classifyCommand: Command = {
     const [asked, rule] = [flags.string('budget'), flags.string('exit')];
     const budget = asked === undefined ? undefined : parseLevel(asked);
     const exit = rule === undefined ? undefined : parseExit(rule);
-    return runRows(context, 'classify', async (model, inputs, batch) => {
+    return runRows(context, 'classify', async (model, inputs, packing) => {
       const options = { ...(budget !== undefined && { budget }), ...(exit !== undefined && { exit }) };
-      const results = await model.classify(inputs, { ...options, ...(batch && { batch }), signal });
-      return results.map(({ label, score, scores, truncated, compute }) => {
+      const results = await model.classify(inputs, { ...options, ...packing, signal });
+      return results.map(({ label, score, scores, truncated, windows, compute }) => {
         const { flops, flopsFull, ratio, exitLayer } = compute;
         const classes = Object.fromEntries(scores.map(({ label, score }) => [label, score]));
         const own = { flops, ratio, ...(exitLayer !== undefined && { exitLayer }) };
-        return { line: { label, score, scores: classes, compute: own }, truncated, flops, flopsFull };
+        return { line: { label, score, scores: classes, compute: own }, truncated, windows, flops, flopsFull };
       });
     });
   },

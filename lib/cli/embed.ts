@@ -32,16 +32,14 @@ export const embedCommand: Command = {
       ...(dims && { dims }),
       ...(flags.boolean('normalize') && { normalize: true }),
     };
-    return runRows(context, 'embed', async (model, inputs, batch) => {
-      const { vectors, spaceId, truncated, usage } = await model.embed(inputs, {
-        ...asked,
-        ...(batch && { batch }),
-        signal,
+    return runRows(context, 'embed', async (model, inputs, packing) => {
+      const result = await model.embed(inputs, { ...asked, ...packing, signal });
+      const { spaceId, truncated, windows, compute } = result;
+      return result.vectors.map((vector, i) => {
+        const { flops, flopsFull, ratio } = compute[i];
+        const line = { vector: [...vector], spaceId, compute: { flops, ratio } };
+        return { line, truncated: truncated[i], windows: windows[i], flops, flopsFull };
       });
-      const [flops, flopsFull] = [usage.compute.flops, usage.compute.flopsFull].map((n) => n / inputs.length);
-      return vectors.map((vector, i) => ({
-        ...{ line: { vector: [...vector], spaceId }, truncated: truncated[i], flops, flopsFull },
-      }));
     });
   },
 };

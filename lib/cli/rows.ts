@@ -2,7 +2,7 @@
 import { once } from 'node:events';
 import { statSync } from 'node:fs';
 import { type ElasticModel, loadModel } from '../infer/model.js';
-import type { TextInput } from '../infer/types.js';
+import type { ClassifyOptions, TextInput } from '../infer/types.js';
 import { replaceFile } from '../io/files.js';
 import { fileLines } from '../io/lines.js';
 import { InvalidFileError } from '../native/errors.js';
@@ -27,6 +27,11 @@ export const rowFlags = {
     help: 'at a line without a text: stop, or leave it out and count it (default: stop)',
   },
   out: { type: 'string', short: 'o', value: 'FILE', help: 'write the lines there instead of to stdout' },
+  windows: {
+    type: 'string',
+    value: 'OVERLAP',
+    help: 'read longer texts whole, in windows that overlap by so many tokens, and take the mean (default: they are cut)',
+  },
   batch: { type: 'string', value: 'N', help: 'texts that run together at most (default: 64)' },
   'max-context': { type: 'string', value: 'N', help: 'tokens of a text at most (default: as many as the model takes)' },
   ...encoderFlags,
@@ -37,6 +42,7 @@ export interface RowResult {
   /** Fields of the row's line of JSON. */
   readonly line: object;
   readonly truncated: number;
+  readonly windows: number;
   /** What it cost, and what it would cost at the full budget. */
   readonly flops: number;
   readonly flopsFull: number;
@@ -62,7 +68,11 @@ interface InputRow {
 export async function runRows(
   context: CommandContext,
   label: string,
-  run: (model: ElasticModel, inputs: readonly TextInput[], batch: number | undefined) => Promise<RowResult[]>,
+  run: (
+    model: ElasticModel,
+    inputs: readonly TextInput[],
+    packing: Pick<ClassifyOptions, 'batch' | 'windows'>,
+  ) => Promise<RowResult[]>,
 ): Promise<number> {
   const { flags, positionals, json, printJson, signal } = context;
   const [directory, ...texts] = positionals;
@@ -72,12 +82,14 @@ export async function runRows(
   }
   const skip = flags.choice('bad-rows', ['stop', 'skip']) === 'skip';
   const batch = flags.integer('batch', { min: 1, max: 256 });
+  const overlap = flags.integer('windows', { min: 0 });
+  const packing = { ...(batch && { batch }), ...(overlap !== undefined && { windows: { overlap } }) };
   const maxContext = flags.integer('max-context', { min: 1 });
   const out = flags.string('out');
   await using model = await loadModel(directory, { ...loadOptions(context), ...(maxContext && { maxContext }) });
 
   const bad: { line: number; reason: string }[] = [];
-  const summary = { rows: 0, bad: 0, truncated: 0, flops: 0, flopsFull: 0 };
+  const summary = { rows: 0, bad: 0, truncated: 0, windowed: 0, flops: 0, flopsFull: 0 };
   const collected: object[] = [];
   const progress = new Progress(label);
   const size = data === undefined ? 0 : sizeOf(data);
@@ -91,12 +103,13 @@ export async function runRows(
     const flush = async (rows: readonly InputRow[]): Promise<void> => {
       if (rows.length === 0) return;
       const inputs = rows.map(({ input }) => input);
-      const results = await run(model, inputs, batch);
-      for (const [i, { line, truncated, flops, flopsFull }] of results.entries()) {
-        const row = { line: rows[i].number, ...line, truncated };
+      const results = await run(model, inputs, packing);
+      for (const [i, { line, truncated, windows, flops, flopsFull }] of results.entries()) {
+        const row = { line: rows[i].number, ...line, truncated, ...(packing.windows && { windows }) };
         if (json && out === undefined) collected.push(row);
         else await write(`${JSON.stringify(row)}\n`);
         summary.truncated += truncated > 0 ? 1 : 0;
+        summary.windowed += windows > 1 ? 1 : 0;
         summary.flops += flops;
         summary.flopsFull += flopsFull;
       }
@@ -132,12 +145,13 @@ export async function runRows(
     });
     return exitCodes.ok;
   }
-  if (summary.truncated > 0) {
+  const longer = (count: number, what: string): void => {
+    if (count === 0) return;
     const { maxContext } = model.info;
-    process.stderr.write(
-      `${summary.truncated} of ${summary.rows} texts are longer than ${maxContext} tokens and were cut\n`,
-    );
-  }
+    process.stderr.write(`${count} of ${summary.rows} texts are longer than ${maxContext} tokens and were ${what}\n`);
+  };
+  longer(summary.truncated, 'cut');
+  longer(summary.windowed, 'read in windows');
   if (summary.bad > 0) {
     const lines = bad.map(({ line, reason }) => `${line} ${reason}`).join(', ');
     process.stderr.write(`${summary.bad} bad rows left out: line ${lines}${summary.bad > bad.length ? ', ...' : ''}\n`);

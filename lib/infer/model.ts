@@ -256,7 +256,7 @@ export class ElasticModel implements AsyncDisposable {
 
   /**
    * The class of every text, or pair of texts, by a model with a classifier. Texts run together; each gets the bits that it
-   * gets alone. What is longer than the context is cut, of a pair the longer text first.
+   * gets alone. What is longer than the context is cut, of a pair the longer text first, or read in windows if asked.
    *
    * @throws InvalidArgumentError: the model has no classifier, a text is empty, unknown option or value out of range.
    */
@@ -266,7 +266,7 @@ export class ElasticModel implements AsyncDisposable {
 
   /**
    * One vector for every text, by an encoder. Texts run together; each gets the bits that it gets alone. What is longer than
-   * the context is cut.
+   * the context is cut, or read in windows if asked.
    *
    * @throws InvalidArgumentError: the model is no encoder, a text is empty, unknown option or value out of range.
    */

@@ -274,8 +274,13 @@ export interface ClassifyOptions {
    * can leave is warned of once.
    */
   exit?: ExitSetting;
-  /** Texts that run together at most; default 64. Results do not depend on it. */
+  /** Texts, or windows of them, that run together at most; default 64. Results do not depend on it. */
   batch?: number;
+  /**
+   * A text longer than the context is read whole, in windows each of which begins `overlap` tokens before the end of the one before, at
+   * most half the context; its scores or features are their mean, by how many tokens they have. Default: it is cut.
+   */
+  windows?: { overlap: number };
   signal?: AbortSignal;
 }
 
@@ -288,6 +293,9 @@ export interface ClassifyResult {
   scores: readonly { label: string; score: number }[];
   /** Tokens that were left out of the text: it was longer than the context. */
   truncated: number;
+  /** Windows that it was read in; 1 of a text that fits, or was cut. */
+  windows: number;
+  /** `exitLayer` is that of the window that left last. */
   compute: ComputeReport;
 }
 
@@ -313,6 +321,10 @@ export interface EmbedResult {
   spaceId: string;
   /** Tokens that were left out of each text. */
   truncated: readonly number[];
+  /** Windows that each text was read in; 1 of a text that fits, or was cut. */
+  windows: readonly number[];
+  /** Of each text. */
+  compute: readonly ComputeReport[];
   /** Of all texts. */
   usage: Usage;
 }

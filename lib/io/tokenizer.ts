@@ -40,6 +40,14 @@ export interface Tokenizer {
    */
   encodeInput(text: string, options: { pair?: string; maxTokens: number }): EncodedInput;
   /**
+   * The same in windows where a text does not fit: each goes on `overlap` tokens before the end of the one before. Of a pair the longer
+   * text is so divided, and the other, cut to half the room where it is longer, is in all windows.
+   *
+   * @param options.overlap less than half of `maxTokens`
+   * @throws InvalidArgumentError when no text fits beside the special tokens.
+   */
+  encodeWindows(text: string, options: { pair?: string; maxTokens: number; overlap: number }): EncodedInput[];
+  /**
    * Ids without a token decode to nothing. Spaces are never cleaned up: the text is what was encoded.
    *
    * @param options.skipSpecialTokens leave BOS, EOS and the like out of the text; default true
@@ -117,27 +125,47 @@ class DirectoryTokenizer implements Tokenizer {
   }
 
   encodeInput(text: string, { pair, maxTokens }: { pair?: string; maxTokens: number }): EncodedInput {
-    const { tokenizer } = this;
     return this.#attempt('encode', () => {
-      const around = (a: string[], b: string[] | null) =>
-        tokenizer.post_processor?.(a, b, true) ?? { tokens: [...a, ...(b ?? [])] };
-      const plain = (part: string) => tokenizer.tokenize(part, { add_special_tokens: false });
-      const [a, b] = [plain(text), pair === undefined ? null : plain(pair)];
-      const room = maxTokens - around([], b && []).tokens.length;
-      if (room < 1) {
-        throw new InvalidArgumentError(`[tokenizer] no text fits ${maxTokens} tokens beside the special tokens`);
-      }
+      const { a, b, room, input } = this.#parts(text, pair, maxTokens);
       const [keptA, keptB] = longestFirst(a.length, b?.length ?? 0, room);
-      const { tokens, token_type_ids: types } = around(a.slice(0, keptA), b?.slice(0, keptB) ?? null);
-      return {
-        ids: known(
-          tokens.map((token) => this.#ids.get(token) ?? tokenizer.model.unk_token_id),
-          tokens,
-        ),
-        types: types ?? tokens.map(() => 0),
-        truncated: a.length + (b?.length ?? 0) - keptA - keptB,
-      };
+      return input(a.slice(0, keptA), b?.slice(0, keptB) ?? null, a.length + (b?.length ?? 0) - keptA - keptB);
     });
+  }
+
+  encodeWindows(text: string, options: { pair?: string; maxTokens: number; overlap: number }): EncodedInput[] {
+    const { pair, maxTokens, overlap } = options;
+    return this.#attempt('encode', () => {
+      const { a, b, room, input } = this.#parts(text, pair, maxTokens);
+      if (a.length + (b?.length ?? 0) <= room) return [input(a, b, 0)];
+      const second = b !== null && b.length > a.length;
+      const [long, other] = second ? [b, a] : [a, b ?? []];
+      const kept = other.slice(0, Math.floor(room / 2));
+      const most = room - kept.length;
+      const step = Math.max(1, most - overlap);
+      return Array.from({ length: Math.max(1, Math.ceil((long.length - most) / step) + 1) }, (_, i) => {
+        const part = long.slice(i * step, i * step + most);
+        return input(second ? kept : part, second ? part : b && kept, other.length - kept.length);
+      });
+    });
+  }
+
+  // The tokens of both texts, how many have room beside the special tokens, and what puts those around some of them.
+  #parts(text: string, pair: string | undefined, maxTokens: number) {
+    const { tokenizer } = this;
+    const around = (a: string[], b: string[] | null) =>
+      tokenizer.post_processor?.(a, b, true) ?? { tokens: [...a, ...(b ?? [])] };
+    const plain = (part: string) => tokenizer.tokenize(part, { add_special_tokens: false });
+    const [a, b] = [plain(text), pair === undefined ? null : plain(pair)];
+    const room = maxTokens - around([], b && []).tokens.length;
+    if (room < 1) {
+      throw new InvalidArgumentError(`[tokenizer] no text fits ${maxTokens} tokens beside the special tokens`);
+    }
+    const input = (ofA: string[], ofB: string[] | null, truncated: number): EncodedInput => {
+      const { tokens, token_type_ids: types } = around(ofA, ofB);
+      const ids = tokens.map((token) => this.#ids.get(token) ?? tokenizer.model.unk_token_id);
+      return { ids: known(ids, tokens), types: types ?? tokens.map(() => 0), truncated };
+    };
+    return { a, b, room, input };
   }
 
   decode(ids: readonly number[], { skipSpecialTokens = true }: { skipSpecialTokens?: boolean } = {}): string {

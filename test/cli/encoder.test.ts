@@ -105,10 +105,35 @@ it('embed has the vectors of the API', async () => {
   const outcome = await run('embed', minilm, ...texts, '--dims', '4', '--pooling', 'cls', '--normalize');
   expect(outcome).toMatchObject({ code: 0, stderr: '1 of 2 texts are longer than 16 tokens and were cut\n' });
   await using model = await loadModel(minilm);
-  const { vectors, spaceId, truncated } = await model.embed(texts, { dims: 4, pooling: 'cls', normalize: true });
+  const asked = { dims: 4, pooling: 'cls', normalize: true } as const;
+  const { vectors, spaceId, truncated, compute } = await model.embed(texts, asked);
+  const costs = compute.map(({ flops, ratio }) => ({ flops, ratio }));
   expect(lines(outcome.stdout)).toEqual(
-    vectors.map((vector, i) => ({ line: i + 1, vector: [...vector], spaceId, truncated: truncated[i] })),
+    vectors.map((vector, i) => ({
+      line: i + 1,
+      vector: [...vector],
+      spaceId,
+      truncated: truncated[i],
+      compute: costs[i],
+    })),
   );
+});
+
+it('texts beyond the context are read in windows where that is asked, and said once', async () => {
+  const outcome = await run('embed', minilm, 'The cat walks.', long, '--windows', '4');
+  expect(outcome).toMatchObject({
+    code: 0,
+    stderr: '1 of 2 texts are longer than 16 tokens and were read in windows\n',
+  });
+  await using model = await loadModel(minilm);
+  const { vectors, windows } = await model.embed(['The cat walks.', long], { windows: { overlap: 4 } });
+  expect(windows[1]).toBeGreaterThan(1);
+  expect(lines(outcome.stdout)).toMatchObject(
+    vectors.map((vector, i) => ({ vector: [...vector], windows: windows[i], truncated: 0 })),
+  );
+  const object = json(await run('classify', classes, long, long, '--windows', '0', '--json'));
+  expect(object).toMatchObject({ rows: 2, truncated: 0, windowed: 2 });
+  expect((await run('classify', classes, long, '--windows', '13')).stderr).toContain('windows must be { overlap }');
 });
 
 it('a nested encoder runs at any width', async () => {

@@ -4,7 +4,7 @@ import { join, resolve } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import { evaluate } from '../../lib/infer/quality/evaluate.js';
-import type { TextInput } from '../../lib/infer/types.js';
+import type { ComputeReport, TextInput } from '../../lib/infer/types.js';
 import { loadAddon } from '../../lib/native/index.js';
 import { encoderDirectory, largestDifference, readCases, readVectors } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
@@ -138,6 +138,93 @@ describe('embed', () => {
   });
 });
 
+describe('windows', () => {
+  const words = 'the cat saw the dog by the lake and the owl met a hen on the hill while the fox ran to the barn'.split(
+    ' ',
+  );
+  const long = Array.from({ length: 60 }, (_, i) => words[(7 * i) % words.length]).join(' ');
+
+  /** A text's windows as token ids, cut by plain loops: of the tokens between the special ones of both ends. */
+  const windowsOf = (whole: readonly number[], room: number, overlap: number): number[][] => {
+    const inner = whole.slice(1, -1);
+    const cut: number[][] = [];
+    for (let at = 0; ; at += room - overlap) {
+      cut.push([whole[0], ...inner.slice(at, at + room), whole.at(-1)!]);
+      if (at + room >= inner.length) return cut;
+    }
+  };
+
+  it.each([0, 3, 7])('of an overlap of %i give the mean of what each gives alone', async (overlap) => {
+    await using model = await loadModel(encoderDirectory('minilm'));
+    const { tokenizer } = model.encoder.network;
+    const whole = tokenizer!.encode(long);
+    const cut = windowsOf(whole, 14, overlap);
+    expect(cut.length).toBeGreaterThan(3);
+    const options = { normalize: false, windows: { overlap } };
+    const result = await model.embed([long, 'the cat', long], { ...options, batch: 3 });
+    expect(result.windows).toEqual([cut.length, 1, cut.length]);
+    expect(result.truncated).toEqual([0, 0, 0]);
+    const each = await model.embed(cut, { normalize: false });
+    const tokens = cut.reduce((sum, ids) => sum + ids.length, 0);
+    const mean = result.vectors[0].map((_, d) =>
+      cut.reduce((sum, ids, w) => sum + (ids.length / tokens) * each.vectors[w][d], 0),
+    );
+    expect(largestDifference(result.vectors[0], mean)).toBeLessThan(1e-6);
+    expect(result.vectors[2]).toEqual(result.vectors[0]);
+    expect(result.vectors[1]).toEqual((await model.embed('the cat', { normalize: false })).vectors[0]);
+    // Each text's own report is of its windows, and all together that of the call.
+    const sum = (flops: (compute: ComputeReport) => number, all: readonly ComputeReport[]) =>
+      all.reduce((total, compute) => total + flops(compute), 0);
+    expect(result.compute[0].flops).toBe(sum(({ flops }) => flops, each.compute));
+    expect(result.usage.compute.flops).toBe(sum(({ flops }) => flops, result.compute));
+    expect(result.usage.compute.flopsFull).toBe(sum(({ flopsFull }) => flopsFull, result.compute));
+    expect(result.usage.inputTokens).toBe(2 * tokens + tokenizer!.encode('the cat').length);
+    expect([...result.compute[0].layersRun.attn].map((share) => +share.toFixed(5))).toEqual([1, 1]);
+    const vectors = (batch: number) =>
+      model.embed([long, 'the cat', long], { ...options, batch }).then((r) => r.vectors);
+    expect(await vectors(64)).toEqual(await vectors(1));
+  });
+
+  it('of a classifier give the mean of scores; of a pair the longer text is divided', async () => {
+    await using model = await loadModel(encoderDirectory('bert-classes'));
+    const { tokenizer } = model.encoder.network;
+    const cut = windowsOf(tokenizer!.encode(long), 22, 5);
+    const [result] = await model.classify([long], { windows: { overlap: 5 } });
+    const each = await model.classify(cut);
+    const tokens = cut.reduce((sum, ids) => sum + ids.length, 0);
+    for (const { label, score } of result.scores) {
+      const of = (w: number) => each[w].scores.find((own) => own.label === label)!.score;
+      expect(score).toBeCloseTo(
+        cut.reduce((sum, ids, w) => sum + (ids.length / tokens) * of(w), 0),
+        12,
+      );
+    }
+    expect(result).toMatchObject({ windows: cut.length, truncated: 0, compute: { ratio: 1 } });
+    expect(result.compute.flops).toBe(each.reduce((sum, { compute }) => sum + compute.flops, 0));
+
+    const short = tokenizer!.encode('the cat', { addSpecialTokens: false });
+    const rest = tokenizer!.encode(long, { addSpecialTokens: false });
+    const [first, second] = [tokenizer!, tokenizer!].map((own, i) =>
+      own.encodeWindows(i === 0 ? 'the cat' : long, { pair: i === 0 ? long : 'the cat', maxTokens: 24, overlap: 4 }),
+    );
+    const most = 24 - 3 - short.length;
+    const parts = Math.ceil((rest.length - most) / (most - 4)) + 1;
+    for (const [w, { ids, types }] of first.entries()) {
+      const part = rest.slice(w * (most - 4), w * (most - 4) + most);
+      const [cls, sep] = [ids[0], ids.at(-1)!];
+      expect(ids).toEqual([cls, ...short, sep, ...part, sep]);
+      expect(types).toEqual([...new Array(short.length + 2).fill(0), ...new Array(part.length + 1).fill(1)]);
+      expect(second[w].ids).toEqual([cls, ...part, sep, ...short, sep]);
+    }
+    expect([first.length, second.length]).toEqual([parts, parts]);
+    // Two long ones: the second is as long, so it is cut to half the room and the first divided.
+    const both = tokenizer!.encodeWindows(long, { pair: long, maxTokens: 24, overlap: 4 });
+    expect(both[0].truncated).toBe(rest.length - 10);
+    expect(both.every(({ ids }) => ids.length <= 24)).toBe(true);
+    expect(both.length).toBe(Math.ceil((rest.length - 11) / 7) + 1);
+  });
+});
+
 it('logits and features are those of transformers, of texts and of ids', async () => {
   for (const name of ['bert-mlm', 'roberta-classes']) {
     await using model = await loadModel(encoderDirectory(name));
@@ -187,6 +274,8 @@ describe('refuses', () => {
     [classes, (model) => model.classify([['a', 'b', 'c'] as never]), '[classify] text 0 must be a text or a pair'],
     [classes, (model) => model.classify([null as never]), '[classify] text 0 must be a text or a pair'],
     [classes, (model) => model.classify({} as never), '[classify] texts must be a list'],
+    [classes, (model) => model.classify('a', { windows: { overlap: 13 } }), 'windows must be { overlap } of 0 to 12'],
+    [bert, (model) => model.embed('a', { windows: true as never }), '[embed] windows must be { overlap }'],
     [classes, (model) => model.classify('a', { batch: 257 }), '[classify] batch must be an integer from 1 to 256'],
     [
       classes,

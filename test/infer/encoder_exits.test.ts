@@ -282,3 +282,24 @@ describe('a model', () => {
     expect(loadAddon().memory()).toEqual(before);
   });
 });
+
+it('windows of a text leave one by one, each as it does alone', async () => {
+  await using model = await loadModel(dir);
+  const text = [...inputs, ...inputs.toReversed()].flat().join(' ');
+  const asked = { exit: { rule: 'margin', threshold: 0.7 } } as const;
+  const [result] = await model.classify([text], { ...asked, windows: { overlap: 6 } });
+  const { network } = model.encoder;
+  const cut = network.tokenizer!.encodeWindows(text, { maxTokens: network.maxContext, overlap: 6 });
+  const each = await model.classify(
+    cut.map(({ ids }) => ids),
+    asked,
+  );
+  const left = each.map(({ compute }) => compute.exitLayer!);
+  expect(new Set(left).size).toBeGreaterThan(1);
+  expect(result.windows).toBe(cut.length);
+  expect(result.compute.exitLayer).toBe(Math.max(...left));
+  expect(result.compute.flops).toBe(each.reduce((sum, { compute }) => sum + compute.flops, 0));
+  const tokens = cut.reduce((sum, { ids }) => sum + ids.length, 0);
+  const ran = (layer: number) => cut.reduce((sum, { ids }, w) => sum + (left[w] >= layer ? ids.length / tokens : 0), 0);
+  for (const [layer, share] of result.compute.layersRun.attn.entries()) expect(share).toBeCloseTo(ran(layer), 5);
+});

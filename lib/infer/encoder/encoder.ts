@@ -10,20 +10,33 @@ import { checkNumber, checkOptions, positiveInteger } from '../options.js';
 import type { ClassifyOptions, ClassifyResult, ComputeReport, EmbedOptions, EmbedResult, TextInput } from '../types.js';
 import type { EncoderNetwork } from './network.js';
 import { EncoderPrograms, type End, packedTexts, type StageRun } from './programs.js';
-import { compacted, encodeRow, type Row } from './rows.js';
+import { compacted, encodeRow, encodeRows, type Row } from './rows.js';
 
 const defaultBatch = 64;
 /** Tokens of the texts that shares of FLOPs are for, where the context holds as many. */
 const budgetTokens = 128;
 
-/** What one text took. */
+/** What one text took, in all its windows. */
 interface Spent {
   flops: number;
+  /** At the full budget. */
+  flopsFull: number;
   readonly layersRun: { attn: Float32Array; mlp: Float32Array };
   /** Of the runs that it was in. */
   ms: number;
-  /** Tokens of the first of them. */
-  readonly tokens: number;
+  /** Tokens of these, where a text is in several for its layers those of the first. */
+  tokens: number;
+}
+
+/** A text as its windows come in. */
+interface Reading {
+  /** Mean so far of what they give. */
+  readonly values: Float64Array;
+  readonly spent: Spent;
+  truncated: number;
+  windows: number;
+  /** The last layer that any window ran. */
+  layer: number;
 }
 
 /** Calls of one loaded encoder; made by `ElasticModel`. */
@@ -38,7 +51,7 @@ export class Encoder implements Disposable {
   }
 
   async classify(inputs: readonly TextInput[], options: ClassifyOptions): Promise<ClassifyResult[]> {
-    checkOptions('classify', options, ['budget', 'exit', 'batch', 'signal']);
+    checkOptions('classify', options, ['budget', 'exit', 'batch', 'windows', 'signal']);
     const { spec, policy, dir } = this.network;
     const { labels, scores, task } = spec.encoder;
     if (task !== 'sequence-classification') {
@@ -54,23 +67,28 @@ export class Encoder implements Disposable {
     const exits = setting ? usableExits(setting, policy!.exits!) : [];
     if (setting && exits.length === 0) this.#warnOfNoExit(setting);
     const effective = { ...point.spec, ...(setting && { exit: setting }) };
-    const results = new Array<ClassifyResult>(inputs.length);
+    const readings = new Map<number, Reading>();
     for (const rows of this.#batches('classify', 'classes', inputs, options)) {
-      for await (const { row, own, spent, layer } of this.#decided(rows, exits, point.widths, signal)) {
-        const values = scoring[scores](own);
-        const ranked = labels.map((label, i) => ({ label, score: values[i] })).sort((a, b) => b.score - a.score);
-        const compute: ComputeReport = {
-          ...this.#report({ requested: budget, level: exit ? null : point.level, effective }, spent, 'classes', [row]),
-          ...(setting && { exitLayer: layer }),
-        };
-        results[row.index] = { ...ranked[0], scores: ranked, truncated: row.truncated, compute };
+      const spent = this.#begin(readings, rows, 'classes', labels.length);
+      for await (const { row, own, layer } of this.#decided(rows, spent, exits, point.widths, signal)) {
+        const reading = readings.get(row.index)!;
+        for (const [i, score] of scoring[scores](own).entries()) reading.values[i] += row.weight * score;
+        reading.layer = Math.max(reading.layer, layer);
       }
     }
-    return results;
+    return inputs.map((_, i) => {
+      const { values, spent, truncated, windows, layer } = readings.get(i)!;
+      const ranked = labels.map((label, c) => ({ label, score: values[c] })).sort((a, b) => b.score - a.score);
+      const compute: ComputeReport = {
+        ...report({ requested: budget, level: exit ? null : point.level, effective }, spent),
+        ...(setting && { exitLayer: layer }),
+      };
+      return { ...ranked[0], scores: ranked, truncated, windows, compute };
+    });
   }
 
   async embed(inputs: readonly TextInput[], options: EmbedOptions): Promise<EmbedResult> {
-    checkOptions('embed', options, ['budget', 'pooling', 'normalize', 'dims', 'batch', 'signal']);
+    checkOptions('embed', options, ['budget', 'pooling', 'normalize', 'dims', 'batch', 'windows', 'signal']);
     const { spec, policy } = this.network;
     const { pooling = this.network.pooling, normalize = this.network.normalize, dims = spec.hidden } = options;
     if (!poolings.includes(pooling)) {
@@ -85,34 +103,43 @@ export class Encoder implements Disposable {
     const point = this.#resolve('embed', budget);
     if (point.exit) throw new InvalidArgumentError('[embed] budget leaves at exits, and those are for classify');
     const { widths } = point;
-    const vectors = new Array<Float32Array>(inputs.length);
-    const truncated = new Array<number>(inputs.length);
-    const total: Spent = { flops: 0, layersRun: this.#noLayers(), ms: 0, tokens: 0 };
-    let tokens = 0;
-    const all: Row[] = [];
+    const readings = new Map<number, Reading>();
+    const total = this.#nothing();
     for (const rows of this.#batches('embed', pooling, inputs, options)) {
+      const spent = this.#begin(readings, rows, pooling, dims);
       const run = await this.#programs.run({ end: pooling }, rows, { widths, signal });
       requireNumbers('embed', run.values);
       for (const [s, row] of rows.entries()) {
-        const vector = run.values.slice(s * spec.hidden, s * spec.hidden + dims);
-        vectors[row.index] = normalize ? normalized(vector) : vector;
-        truncated[row.index] = row.truncated;
-        total.flops += run.flops[s];
+        const { values } = readings.get(row.index)!;
+        for (let d = 0; d < dims; d++) values[d] += row.weight * run.values[s * spec.hidden + d];
       }
-      all.push(...rows);
-      tokens += countTokens(rows);
+      add(spent, run, rows);
       total.ms += run.ms;
+      total.tokens += countTokens(rows);
       // The same of every run: all rows enter, at the widths of the call.
       total.layersRun.attn.set(run.layersRun.attn);
       total.layersRun.mlp.set(run.layersRun.mlp);
     }
+    const read = inputs.map((_, i) => readings.get(i)!);
+    for (const { spent } of read) {
+      total.flops += spent.flops;
+      total.flopsFull += spent.flopsFull;
+    }
+    const vectors = read.map(({ values }) => {
+      const vector = Float32Array.from(values);
+      return normalize ? normalized(vector) : vector;
+    });
     const asked = { requested: budget, level: point.level, effective: point.spec };
-    const compute = this.#report(asked, { ...total, tokens }, pooling, all);
     const own = widths && !(policy?.nested && sharesSpace(widths, policy.nested, spec.ffn)) ? [widths] : [];
     const space = [await this.network.fingerprint(), pooling, normalize, dims, ...own];
     const spaceId = createHash('sha256').update(space.join(' ')).digest('hex').slice(0, 16);
-    const usage = { inputTokens: tokens, cachedTokens: 0, outputTokens: 0, compute };
-    return { vectors, dims, spaceId, truncated, usage };
+    return {
+      ...{ vectors, dims, spaceId },
+      truncated: read.map(({ truncated }) => truncated),
+      windows: read.map(({ windows }) => windows),
+      compute: read.map(({ spent }) => report(asked, spent)),
+      usage: { inputTokens: total.tokens, cachedTokens: 0, outputTokens: 0, compute: report(asked, total) },
+    };
   }
 
   /** Features of every token of a text after the last layer: f32 [tokens, hidden]. */
@@ -169,19 +196,20 @@ export class Encoder implements Disposable {
   }
 
   /**
-   * The classes' scores before softmax of every row, `own` f32 [classes], with what it cost, as rows leave: at an exit after `layer`
-   * or after the last one. Rows that stay are packed anew for the next layers.
+   * The classes' scores before softmax of every row, `own` f32 [classes], as rows leave: at an exit after `layer` or after the
+   * last one. Rows that stay are packed anew for the next layers.
+   *
+   * @param spent by text, added to
    */
   async *#decided(
     rows: readonly Row[],
+    spent: ReadonlyMap<number, Spent>,
     exits: readonly Exit[],
     widths: readonly number[] | null,
     signal?: AbortSignal,
-  ): AsyncGenerator<{ row: Row; own: Float32Array; spent: Spent; layer: number }> {
+  ): AsyncGenerator<{ row: Row; own: Float32Array; layer: number }> {
     const { spec } = this.network;
     const classes = spec.encoder.labels.length;
-    const tokens = countTokens(rows);
-    const spent = new Map(rows.map((row) => [row, { flops: 0, layersRun: this.#noLayers(), ms: 0, tokens }] as const));
     const before = new Map<Row, ExitState>();
     let staying = rows;
     let residual: Float32Array | undefined;
@@ -192,15 +220,15 @@ export class Encoder implements Disposable {
         ...{ residual, widths, signal },
       });
       requireNumbers('classify', run.values);
+      add(spent, run, staying);
       const kept = new Set<Row>();
       for (const [s, row] of staying.entries()) {
         const own = run.values.subarray(s * classes, (s + 1) * classes);
-        addTo(spent.get(row)!, run, s);
         const decision = exit && decideExit(exit, own, before.get(row) ?? null);
         if (decision && !decision.leaves) {
           before.set(row, decision);
           kept.add(row);
-        } else yield { row, own, spent: spent.get(row)!, layer: to - 1 };
+        } else yield { row, own, layer: to - 1 };
       }
       if (kept.size === 0) return;
       residual = compacted(run.residual!, staying, kept, spec.hidden);
@@ -231,9 +259,27 @@ export class Encoder implements Disposable {
     }
   }
 
-  #noLayers() {
+  #nothing(): Spent {
     const { layers } = this.network.spec;
-    return { attn: new Float32Array(layers), mlp: new Float32Array(layers) };
+    const layersRun = { attn: new Float32Array(layers), mlp: new Float32Array(layers) };
+    return { flops: 0, flopsFull: 0, layersRun, ms: 0, tokens: 0 };
+  }
+
+  /** Notes the texts of rows that are about to run, and returns what they take, by text; `size` values come of each. */
+  #begin(readings: Map<number, Reading>, rows: readonly Row[], end: End, size: number): ReadonlyMap<number, Spent> {
+    const spent = new Map<number, Spent>();
+    const tokens = countTokens(rows);
+    for (const row of rows) {
+      const { index, truncated, windows } = row;
+      const reading = readings.get(index) ?? {
+        ...{ values: new Float64Array(size), spent: this.#nothing(), truncated, windows, layer: 0 },
+      };
+      readings.set(index, reading);
+      reading.spent.flopsFull += this.#programs.flops(end, row);
+      if (!spent.has(index)) reading.spent.tokens += tokens;
+      spent.set(index, reading.spent);
+    }
+    return spent;
   }
 
   /** Rows of as many texts as fit one run, in their order. */
@@ -241,52 +287,64 @@ export class Encoder implements Disposable {
     api: string,
     end: End,
     inputs: readonly TextInput[],
-    { batch = defaultBatch }: Pick<ClassifyOptions, 'batch'>,
+    { batch = defaultBatch, windows }: Pick<ClassifyOptions, 'batch' | 'windows'>,
   ): Generator<Row[]> {
     if (!Array.isArray(inputs)) throw new InvalidArgumentError(`[${api}] texts must be a list, got ${typeof inputs}`);
     const within = (n: number) => positiveInteger(n) && n <= packedTexts;
     checkNumber(api, 'batch', batch, within, `an integer from 1 to ${packedTexts}`);
+    const overlap = this.#overlapOf(api, windows);
     const limit = this.#programs.limits(end).rows;
     let open: Row[] = [];
     let count = 0;
     for (const [i, input] of inputs.entries()) {
-      const row = encodeRow(this.network, api, input, i);
-      if (open.length > 0 && (open.length === batch || count + row.ids.length > limit)) {
-        yield open;
-        open = [];
-        count = 0;
+      for (const row of encodeRows(this.network, api, input, i, overlap)) {
+        if (open.length > 0 && (open.length === batch || count + row.ids.length > limit)) {
+          yield open;
+          open = [];
+          count = 0;
+        }
+        open.push(row);
+        count += row.ids.length;
       }
-      open.push(row);
-      count += row.ids.length;
     }
     if (open.length > 0) yield open;
   }
 
-  #report(
-    asked: Pick<ComputeReport, 'requested' | 'level' | 'effective'>,
-    { flops, layersRun, ms, tokens }: Spent,
-    end: End,
-    rows: readonly Row[],
-  ): ComputeReport {
-    const flopsFull = rows.reduce((sum, row) => sum + this.#programs.flops(end, row), 0);
-    return {
-      ...asked,
-      layersRun,
-      ...{ flops, flopsFull, ratio: flopsFull > 0 ? flops / flopsFull : 1 },
-      ...{ ms: { queue: 0, prefill: ms, decode: 0, total: ms }, tokensPerSecond: ms > 0 ? (tokens / ms) * 1000 : null },
-    };
+  #overlapOf(api: string, windows: ClassifyOptions['windows']): number | undefined {
+    if (windows === undefined) return undefined;
+    const most = Math.floor(this.network.maxContext / 2);
+    const overlap: unknown = typeof windows === 'object' ? windows?.overlap : undefined;
+    if (Number.isInteger(overlap) && (overlap as number) >= 0 && (overlap as number) <= most) return overlap as number;
+    throw new InvalidArgumentError(
+      `[${api}] windows must be { overlap } of 0 to ${most} tokens, half the context, got ${JSON.stringify(windows)}`,
+    );
   }
+}
+
+function report(
+  asked: Pick<ComputeReport, 'requested' | 'level' | 'effective'>,
+  { flops, flopsFull, layersRun, ms, tokens }: Spent,
+): ComputeReport {
+  return {
+    ...asked,
+    layersRun,
+    ...{ flops, flopsFull, ratio: flopsFull > 0 ? flops / flopsFull : 1 },
+    ...{ ms: { queue: 0, prefill: ms, decode: 0, total: ms }, tokensPerSecond: ms > 0 ? (tokens / ms) * 1000 : null },
+  };
 }
 
 const countTokens = (rows: readonly Row[]): number => rows.reduce((sum, { ids }) => sum + ids.length, 0);
 
-/** Adds what a run took of its row `s`. Every layer runs in one stage at most. */
-function addTo(spent: Spent, { flops, layersRun, ms }: StageRun, s: number): void {
-  spent.flops += flops[s];
-  spent.ms += ms;
-  for (const place of ['attn', 'mlp'] as const) {
-    for (const [layer, share] of layersRun[place].entries()) spent.layersRun[place][layer] += share;
+/** Adds what a run took of its rows to what their texts took. Every layer runs a row in one stage at most. */
+function add(spent: ReadonlyMap<number, Spent>, { flops, layersRun, ms }: StageRun, rows: readonly Row[]): void {
+  for (const [s, { index, weight }] of rows.entries()) {
+    const own = spent.get(index)!;
+    own.flops += flops[s];
+    for (const place of ['attn', 'mlp'] as const) {
+      for (const [layer, share] of layersRun[place].entries()) own.layersRun[place][layer] += weight * share;
+    }
   }
+  for (const index of new Set(rows.map((row) => row.index))) spent.get(index)!.ms += ms;
 }
 
 const scoring = {

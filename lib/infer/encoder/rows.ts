@@ -4,22 +4,31 @@ import { InvalidArgumentError } from '../../native/errors.js';
 import type { TextInput } from '../types.js';
 import type { EncoderNetwork } from './network.js';
 
-/** A text of a call, and where it stands in it. */
+/** A text of a call or a window of one, and where it stands in it. */
 export interface Row extends EncodedInput {
   readonly index: number;
+  /** Windows of the text. */
+  readonly windows: number;
+  /** Its share of the tokens of all of them. */
+  readonly weight: number;
 }
 
+/** The tokens of one input, cut to the context. Errors: those of `encodeRows`. */
+export const encodeRow = (network: EncoderNetwork, api: string, input: TextInput, index: number): Row =>
+  encodeRows(network, api, input, index)[0];
+
 /**
- * The tokens of one input, cut to the context.
+ * The tokens of one input, in windows of the context that overlap by so many, or cut to one.
  *
  * @throws InvalidArgumentError naming the text: it is empty, no text or pair, or has ids that the model has not.
  */
-export function encodeRow(
+export function encodeRows(
   { tokenizer, maxContext, spec, dir }: EncoderNetwork,
   api: string,
   input: TextInput,
   index: number,
-): Row {
+  overlap?: number,
+): Row[] {
   const fail = (message: string) => new InvalidArgumentError(`[${api}] text ${index} ${message}`);
   const isText = (value: unknown): value is string => typeof value === 'string';
   if (Array.isArray(input) && input.length > 0 && !input.some(isText)) {
@@ -27,7 +36,7 @@ export function encodeRow(
     const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= spec.vocab);
     if (bad !== undefined) throw fail(`has token id ${bad}; the model's vocabulary ends at ${spec.vocab - 1}`);
     if (ids.length > maxContext) throw fail(`has ${ids.length} tokens, more than the context of ${maxContext}`);
-    return { ids, types: ids.map(() => 0), truncated: 0, index };
+    return [{ ids, types: ids.map(() => 0), truncated: 0, index, windows: 1, weight: 1 }];
   }
   const parts: readonly unknown[] = isText(input) ? [input] : input;
   if (!Array.isArray(parts) || parts.length < 1 || parts.length > 2 || !parts.every(isText)) {
@@ -36,13 +45,20 @@ export function encodeRow(
   if (parts.includes('')) throw fail('is empty');
   if (!tokenizer) throw new InvalidArgumentError(`[${api}] texts need a tokenizer, and ${dir} has no tokenizer.json`);
   const [text, pair] = parts as string[];
-  const encoded = tokenizer.encodeInput(text, { ...(pair !== undefined && { pair }), maxTokens: maxContext });
-  const beyond = encoded.ids.find((id) => id >= spec.vocab);
-  if (beyond !== undefined) {
-    throw fail(`has token id ${beyond} of the tokenizer; the model's vocabulary ends at ${spec.vocab - 1}`);
-  }
-  if (encoded.ids.length === 0) throw fail('has no tokens');
-  return { ...encoded, index };
+  const options = { ...(pair !== undefined && { pair }), maxTokens: maxContext };
+  const encoded =
+    overlap === undefined
+      ? [tokenizer.encodeInput(text, options)]
+      : tokenizer.encodeWindows(text, { ...options, overlap });
+  const tokens = encoded.reduce((sum, { ids }) => sum + ids.length, 0);
+  if (tokens === 0) throw fail('has no tokens');
+  return encoded.map((window) => {
+    const beyond = window.ids.find((id) => id >= spec.vocab);
+    if (beyond !== undefined) {
+      throw fail(`has token id ${beyond} of the tokenizer; the model's vocabulary ends at ${spec.vocab - 1}`);
+    }
+    return { ...window, index, windows: encoded.length, weight: window.ids.length / tokens };
+  });
 }
 
 /** Where every row begins, i32 [S + 1]. */
