@@ -1,4 +1,4 @@
-// `elastiform finetune`: trains an encoder on labelled texts.
+// `elastiform finetune`: trains an encoder on labelled texts, or an encoder-decoder model on pairs.
 import { classMetrics, type Metric, numberMetrics } from '../distill/encoder/classifier.js';
 import { type FinetuneConfig, finetune } from '../distill/encoder/finetune.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
@@ -8,14 +8,18 @@ import { readConfig, runTraining, trainingFlags, trainingOptions } from './train
 /** Flags of commands that train on labelled texts. */
 export const exampleFlags = {
   ...trainingFlags,
-  data: { type: 'string', value: 'FILE,...', help: '.tsv files (GLUE) or .jsonl files of labelled texts' },
+  data: { type: 'string', value: 'FILE,...', help: '.tsv files (GLUE) or .jsonl files of labelled texts, or of pairs' },
   field: {
     type: 'string',
     value: 'NAME',
-    help: 'column or field of the text (default: sentence in .tsv, text in .jsonl)',
+    help: 'column or field of the text (default: sentence in .tsv, text in .jsonl; of pairs: source)',
   },
   'pair-field': { type: 'string', value: 'NAME', help: 'that of a second text (default: none)' },
-  'label-field': { type: 'string', value: 'NAME', help: 'that of the label (default: label)' },
+  'label-field': {
+    type: 'string',
+    value: 'NAME',
+    help: 'that of the label, or of the target of a pair (default: label; target)',
+  },
   columns: { type: 'string', value: 'NAME,...', help: 'columns of .tsv files whose first line does not name them' },
   'bad-rows': {
     type: 'string',
@@ -31,11 +35,12 @@ export const exampleFlags = {
 
 export const finetuneCommand: Command = {
   name: 'finetune',
-  summary: 'Train an encoder to tell classes of texts, or a number of each, and write its directory. Ctrl-C saves.',
+  summary:
+    'Train an encoder to tell classes of texts or numbers, or an encoder-decoder model to write targets, and write its directory. Ctrl-C saves.',
   positionals: '',
   flags: {
     ...exampleFlags,
-    from: { type: 'string', value: 'DIR', help: 'encoder to start from, instead of a model in the --config file' },
+    from: { type: 'string', value: 'DIR', help: 'model to start from, instead of a model in the --config file' },
     task: { type: 'string', value: 'classification|regression', help: 'what is told (default: classification)' },
     labels: { type: 'string', value: 'NAME,...', help: 'names of the classes by number (default: those of the data)' },
   },
@@ -53,7 +58,7 @@ export const finetuneCommand: Command = {
     if (merged.data === undefined)
       throw new UsageError('[cli] data is missing: give --data or a --config file that has it');
     if (merged.from === undefined && merged.model === undefined)
-      throw new UsageError('[cli] an encoder is missing: give --from, or model and tokenizer in the --config file');
+      throw new UsageError('[cli] a model is missing: give --from, or model and tokenizer in the --config file');
     return runTraining(context, 'finetune', (hooks) => {
       const start = () => finetune({ ...(merged as unknown as FinetuneConfig), ...hooks });
       return config ? config.blame(overridden, start) : start();

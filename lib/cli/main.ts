@@ -66,7 +66,7 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     load: async () => (await import('./pretrain.js')).pretrainCommand,
   },
   finetune: {
-    summary: 'train an encoder on labelled texts',
+    summary: 'train an encoder on labelled texts, or an encoder-decoder model on pairs',
     load: async () => (await import('./finetune.js')).finetuneCommand,
   },
   'cost-eff': {

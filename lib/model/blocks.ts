@@ -207,7 +207,7 @@ export type CrossKeys = { readonly k: Node; readonly v: Node; readonly offsets: 
 
 /** `residual + o(attention(q, k, v))` of the normalised rows of targets and the keys and values of their sources. */
 export function crossAttentionBlock(
-  { spec, offsets }: BlockContext,
+  { spec, offsets, units }: BlockContext,
   residual: Node,
   weights: CrossWeights<Node>,
   keys: CrossKeys,
@@ -220,6 +220,7 @@ export function crossAttentionBlock(
     'cache' in keys
       ? attentionCached(q, offsets, keys.cache, { heads, kvHeads, scale })
       : attention(q, keys.k, keys.v, keys.offsets, { heads, kvHeads, scale, causal: false, queries: offsets });
+  units?.push(y);
   return linearAdd(residual, y, weights.o.weight, { bias: weights.o.bias });
 }
 

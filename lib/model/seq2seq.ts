@@ -3,7 +3,7 @@ import type { Graph, Node } from '../graph/graph.js';
 import { type Cache, cacheAppend, linear, scale } from '../graph/index.js';
 import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForwardBlock, norm } from './blocks.js';
 import type { DecoderInputs } from './decoder.js';
-import type { EncoderInputs } from './encoder.js';
+import type { EncoderInputs, EncoderOptions } from './encoder.js';
 import type { Stack } from './parts.js';
 import { selectEverything } from './select.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
@@ -25,20 +25,28 @@ export type Source =
     }
   | { readonly caches: (layer: number) => Cache };
 
+/** What training wants of a stack beside what it gives. */
+export type StackOptions = Pick<EncoderOptions, 'units' | 'recompute'> & {
+  /** Filled with the residual stream after each layer, f32 [N, D]. */
+  readonly residuals?: Node[];
+};
+
 /** Features of sources, f32 [N, D]. Work is counted under `embed`, `E{layer}.attn`, `E{layer}.mlp`. */
 export function encodeSource(
   graph: Graph,
   spec: Seq2SeqSpec,
   weights: Seq2SeqNodes,
   inputs: Pick<EncoderInputs, 'ids' | 'positions' | 'offsets'>,
+  { residuals = [], units, recompute = false }: StackOptions = {},
 ): Node {
   const { encoder } = weights;
-  const context = contextOf(graph, spec.encoder, encoder.bias, inputs);
+  const context = contextOf(graph, spec.encoder, encoder.bias, inputs, units);
   let x = start(graph, spec.encoder, weights.embed, encoder, inputs);
   encoder.layers.forEach((layer, i) => {
     const at = { stack: 'encoder', part: partOf(encoder, i), i } as const;
-    x = selfAttention(context, at, x, layer);
-    x = feedForward(context, at, x, layer);
+    const block = () => feedForward(context, at, selfAttention(context, at, x, layer), layer);
+    x = recompute ? graph.checkpoint(block) : block();
+    residuals.push(x);
   });
   return encoder.finalNorm ? graph.tag('embed', () => norm(spec.encoder, x, encoder.finalNorm!)) : x;
 }
@@ -76,21 +84,26 @@ export function decodeTarget(
   weights: Seq2SeqNodes,
   inputs: DecoderInputs,
   source: Source,
+  { residuals = [], units, recompute = false }: StackOptions = {},
 ): Node {
   const { decoder } = weights;
-  const context = contextOf(graph, spec.decoder, decoder.bias, inputs);
+  const context = contextOf(graph, spec.decoder, decoder.bias, inputs, units);
   let x = start(graph, spec.decoder, weights.embed, decoder, inputs);
   decoder.layers.forEach((layer, i) => {
     const at = { stack: 'decoder', part: partOf(decoder, i), i } as const;
-    x = selfAttention(context, at, x, layer, inputs.caches);
-    x = graph.tag(seq2seqTag('decoder', at.part, 'cross'), () => {
-      const keys =
-        'caches' in source
-          ? { cache: source.caches(i) }
-          : { ...crossKeys(layer.cross, source.features), offsets: source.offsets };
-      return leave(spec.decoder, crossAttentionBlock(context, x, layer.cross, keys), layer.cross.norm);
-    });
-    x = feedForward(context, at, x, layer);
+    const block = () => {
+      const own = selfAttention(context, at, x, layer, inputs.caches);
+      const both = graph.tag(seq2seqTag('decoder', at.part, 'cross'), () => {
+        const keys =
+          'caches' in source
+            ? { cache: source.caches(i) }
+            : { ...crossKeys(layer.cross, source.features), offsets: source.offsets };
+        return leave(spec.decoder, crossAttentionBlock(context, own, layer.cross, keys), layer.cross.norm);
+      });
+      return feedForward(context, at, both, layer);
+    };
+    x = recompute ? graph.checkpoint(block) : block();
+    residuals.push(x);
   });
   return decoder.finalNorm ? graph.tag('head', () => norm(spec.decoder, x, decoder.finalNorm!)) : x;
 }
@@ -105,7 +118,8 @@ const contextOf = (
   spec: ModelSpec,
   bias: Node | undefined,
   { positions, offsets }: Pick<DecoderInputs, 'positions' | 'offsets'>,
-): BlockContext => ({ graph, spec, positions, offsets, bias, selector: selectEverything, keys: new Map() });
+  units: Node[] | undefined,
+): BlockContext => ({ graph, spec, positions, offsets, bias, units, selector: selectEverything, keys: new Map() });
 
 function start(
   graph: Graph,

@@ -269,15 +269,8 @@ export function loadSeq2SeqWeights(
     headBias: checkpoint.has('final_logits_bias'),
     ownHead,
     sines: () => tables[0] ?? table([maxPositions, hidden], sinusoidalPositions(maxPositions, hidden)),
-    byDistance(stored, both) {
-      const [heads, columns] = [stored.shape[1], 2 * spec.distances.most + 1];
-      const values = stored.readFloat();
-      const byDistance = Float32Array.from({ length: heads * columns }, (_, i) => {
-        const distance = (i % columns) - spec.distances.most;
-        return values[distanceBucket(distance, spec.distances, both) * heads + Math.floor(i / columns)];
-      });
-      return table([heads, columns], byDistance);
-    },
+    byDistance: (stored, both) =>
+      table([stored.shape[1], 2 * spec.distances.most + 1], tableByDistance(spec, stored.readFloat(), both)),
   };
   const dispose = () => {
     for (const made of tables) made.dispose();
@@ -311,6 +304,51 @@ export function distanceBucket(distance: number, { buckets, most }: Seq2SeqSpec[
   const { fround } = Math;
   const power = fround(fround(Math.log(fround(far / exact))) / fround(Math.log(most / exact)));
   return begin + Math.min(count - 1, exact + Math.trunc(fround(power * (count - exact))));
+}
+
+/** The stored values [buckets, heads] of distances spread over every distance, f32 `[heads, 2 most + 1]`. */
+function tableByDistance({ distances, decoder }: Seq2SeqSpec, values: Float32Array, both: boolean): Float32Array {
+  const [heads, columns] = [decoder.heads, 2 * distances.most + 1];
+  return Float32Array.from({ length: heads * columns }, (_, i) => {
+    const distance = (i % columns) - distances.most;
+    return values[distanceBucket(distance, distances, both) * heads + Math.floor(i / columns)];
+  });
+}
+
+/** What is stored of an encoder-decoder model but the bias of its head, in order. `ownHead`: its matrix is not the embedding. */
+export function seq2seqSlots(spec: Seq2SeqSpec, ownHead: boolean): Slot[] {
+  const all: Slot[] = [];
+  assemble<void>(spec, (slot) => void all.push(slot), { headBias: false, ownHead, sines() {}, byDistance() {} });
+  return all;
+}
+
+/**
+ * The structure in a graph of weights that `node` gives by name. Tables that are made of others are constants of the graph.
+ *
+ * @param relative stored values of `encoder.relative` or `decoder.relative`, [buckets, heads]
+ */
+export function seq2seqByName(
+  graph: Graph,
+  spec: Seq2SeqSpec,
+  ownHead: boolean,
+  node: (name: string) => Node,
+  relative: (name: string) => Float32Array,
+): Seq2SeqNodes {
+  const { hidden, maxPositions, heads } = spec.decoder;
+  const constant = (values: Float32Array, shape: number[]) => graph.constant([...values], shape);
+  return assemble<Node>(
+    spec,
+    ({ name }) => (name.endsWith('.relative') ? constant(relative(name), [spec.distances.buckets, heads]) : node(name)),
+    {
+      headBias: false,
+      ownHead,
+      sines: () => constant(sinusoidalPositions(maxPositions, hidden), [maxPositions, hidden]),
+      byDistance(_, both) {
+        const values = tableByDistance(spec, relative(`${both ? 'encoder' : 'decoder'}.relative`), both);
+        return constant(values, [heads, 2 * spec.distances.most + 1]);
+      },
+    },
+  );
 }
 
 /** Numbers that an encoder-decoder model has, those that are computed aside. `ownHead`: the head's matrix is not the embedding. */

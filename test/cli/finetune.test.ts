@@ -65,7 +65,7 @@ describe('what does not fit is one line', () => {
   it.concurrent.each<[string[], string, number]>([
     [['--from', bert, ...flags, '--steps', '2'], `${tsv}:62 has 1 columns, not 2; badRows: 'skip'`, 1],
     [['--from', bert, '--steps', '2'], 'data is missing: give --data', 2],
-    [[...flags, '--steps', '2'], 'an encoder is missing: give --from', 2],
+    [[...flags, '--steps', '2'], 'a model is missing: give --from', 2],
     [['--from', bert, '--data', 'a.txt', '--steps', '2'], '--data must list .tsv files or .jsonl files', 2],
     [['--from', bert, ...flags, '--steps', '2', '--metric', 'loss'], '--metric must be one of accuracy, f1', 2],
     [['--from', bert, ...flags, '--bad-rows', 'skip'], 'exactly one of steps and epochs must be given', 1],

@@ -205,8 +205,8 @@ describe('rows', () => {
 });
 
 it.each<[string, object, string]>([
-  ['no start', { from: undefined }, "[finetune] give 'from', the directory of an encoder, or model"],
-  ['two starts', { model: {} }, "model and tokenizer are those of 'from': leave them out"],
+  ['no start', { from: undefined }, "[finetune] give 'from', the directory of a model, or model"],
+  ['two starts', { model: {} }, "model and tokenizers are those of 'from': leave them out"],
   ['labels of a head', { from: encoderDirectory('bert-classes'), labels: ['a', 'b'] }, 'leave them out'],
   [
     'another task',

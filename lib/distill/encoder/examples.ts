@@ -4,6 +4,7 @@ import { fileLines } from '../../io/lines.js';
 import type { Tokenizer } from '../../io/tokenizer.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../../native/errors.js';
 import { type Cursor, type Sequences, TokenData, type TrainingData } from '../data.js';
+import type { TrainConfig } from '../events.js';
 import { checkKeys } from '../trainer.js';
 
 /** Where the parts of a row are. */
@@ -50,6 +51,14 @@ export class BadRows {
     if (!this.skip) throw new InvalidDataError(`[${this.api}] ${at} ${reason}; badRows: 'skip' leaves such rows out`);
     this.count++;
     if (this.named.length < 20) this.named.push(`${at} ${reason}`);
+  }
+
+  /** Says once what was left out, if anything. */
+  async report(onEvent: TrainConfig['onEvent']): Promise<void> {
+    if (this.count === 0) return;
+    const more = this.count > this.named.length ? ', ...' : '';
+    const message = `${this.count} bad rows left out: ${this.named.join(', ')}${more}`;
+    await onEvent?.({ type: 'warn', code: 'bad-rows', message });
   }
 }
 

@@ -1,12 +1,18 @@
-// Fine-tuning: trains an encoder to tell classes of texts, or a number of each, and writes a directory that transformers reads.
+// Fine-tuning: trains an encoder to tell classes of texts, or a number of each, or an encoder-decoder model to write targets, and writes
+// a directory that transformers reads.
+import { join } from 'node:path';
+import { readJson } from '../../io/files.js';
 import type { Tokenizer } from '../../io/tokenizer.js';
 import { loadTokenizer } from '../../io/tokenizer.js';
 import { encoderSlots } from '../../model/encoder_weights.js';
+import { isSeq2SeqConfig } from '../../model/spec.js';
 import { planOf } from '../../model/weights.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { Engine } from '../../native/index.js';
 import { splitRows } from '../data.js';
-import type { TrainConfig, TrainResult } from '../events.js';
+import type { TrainConfig } from '../events.js';
+import { finetunePairs, type PairResult } from '../seq2seq/finetune.js';
+import { pairSource } from '../seq2seq/pairs.js';
 import { Trainable } from '../trainable.js';
 import { checkConfig, resolveConfig, type Task, train, withLock } from '../trainer.js';
 import {
@@ -49,12 +55,14 @@ export interface ExampleConfig {
 
 /** Settings of `finetune`. */
 export interface FinetuneConfig extends TrainConfig, ExampleConfig {
-  /** Directory of an encoder, whose weights and tokenizer are the start. A head it lacks is initialised. */
+  /** Directory of an encoder or an encoder-decoder model, whose weights and tokenizers are the start. A head it lacks is initialised. */
   from?: string;
-  /** From scratch: the content of a config.json of a supported encoder; `vocab_size` is filled in when absent. */
+  /** From scratch: the content of a config.json of a supported encoder, or of BART, mBART or Marian; `vocab_size` is filled in when absent. */
   model?: Record<string, unknown>;
   /** From scratch: a directory with a tokenizer to take over. */
   tokenizer?: string;
+  /** From scratch, of an encoder-decoder model: a directory with the tokenizer of targets, where it is another. */
+  targetTokenizer?: string;
   /** What is told of texts; default what the head of `from` tells, else 'classification'. */
   task?: 'classification' | 'regression';
   /** Names of the classes, by number, where `from` has no classifier; default: those of the data. */
@@ -66,27 +74,24 @@ export interface FinetuneConfig extends TrainConfig, ExampleConfig {
 }
 
 /** How a fine-tuning ended. */
-export interface FinetuneResult extends TrainResult {
-  /** The metric of `best`. */
-  metric: Metric;
-  /** Classes, by number; one without a name for numbers. */
+export interface FinetuneResult extends PairResult {
+  /** The metric of `best`; `loss`, of encoder-decoder models, is smaller where it is better. */
+  metric: Metric | 'loss';
+  /** Classes, by number; one without a name for numbers, none of encoder-decoder models. */
   labels: readonly string[];
-  /** Examples trained on, and held out. */
-  examples: { train: number; heldOut: number };
   /** Rows left out. */
   badRows: number;
-  /** Examples longer than `sequenceLength`, which were cut. */
-  truncated: number;
 }
 
 const ownKeys = [
-  ...['from', 'model', 'tokenizer', 'task', 'labels', 'out', 'saveAs'],
+  ...['from', 'model', 'tokenizer', 'targetTokenizer', 'task', 'labels', 'out', 'saveAs'],
   ...['data', 'evalData', 'heldOut', 'badRows', 'metric'],
 ];
 
 /**
  * Trains an encoder and its head on labelled texts, by cross-entropy of classes or squared error of numbers, each text weighing the
- * same, without dropout. The same config gives the same bits whatever the thread count, and a killed run, started again, continues to
+ * same; or an encoder-decoder model on texts whose labels are their targets, by cross-entropy of each token of a target after the right
+ * ones before it, each token weighing the same. Without dropout. Tables of distances (T5) stay as they are. The same config gives the same bits whatever the thread count, and a killed run, started again, continues to
  * the same bits.
  *
  * @throws InvalidArgumentError for a bad config, InvalidDataError for bad rows unless they are left out, and for a label that the head
@@ -98,6 +103,9 @@ export async function finetune(config: FinetuneConfig): Promise<FinetuneResult> 
   checkStart(config);
   return withLock(config.out, async () => {
     const { from, model } = config;
+    if (isSeq2SeqConfig(model ?? (await readJson(join(from!, 'config.json'))))) return finetuneTargets(config);
+    if (config.targetTokenizer !== undefined)
+      throw new InvalidArgumentError('[finetune] targetTokenizer is for encoder-decoder models');
     const tokenizerDir = from ?? config.tokenizer!;
     const tokenizer = await loadTokenizer(tokenizerDir);
     const start = await readClassifierConfig(
@@ -175,18 +183,46 @@ export async function finetune(config: FinetuneConfig): Promise<FinetuneResult> 
   });
 }
 
-function checkStart({ from, model, tokenizer, labels, task, saveAs, ...rest }: FinetuneConfig): void {
+/** The same of an encoder-decoder model. */
+async function finetuneTargets(config: FinetuneConfig): Promise<FinetuneResult> {
+  for (const key of ['task', 'labels', 'metric'] as const) {
+    if (config[key] !== undefined)
+      throw new InvalidArgumentError(
+        `[finetune] ${key} is for encoders: an encoder-decoder model learns the targets alone`,
+      );
+  }
+  const { from, model, tokenizer, targetTokenizer } = config;
+  const start = from === undefined ? { model: model!, tokenizer: tokenizer!, targetTokenizer } : { from };
+  const bad = new BadRows('finetune', config.badRows === 'skip');
+  const rows = await readPairs('finetune', config, bad);
+  const result = await finetunePairs(config, start, rows, bad);
+  return { ...result, metric: 'loss', labels: [], badRows: bad.count };
+}
+
+/** Reads the pairs to train on, and those held out. */
+export const readPairs = (api: string, config: ExampleConfig & { seed?: number }, bad: BadRows): Promise<Split> =>
+  readSplit(
+    {
+      ...config,
+      data: pairSource(api, config.data),
+      ...(config.evalData && { evalData: pairSource(api, config.evalData) }),
+    },
+    bad,
+  );
+
+function checkStart({ from, model, tokenizer, targetTokenizer, labels, task, saveAs, ...rest }: FinetuneConfig): void {
   const fail = (what: string): never => {
     throw new InvalidArgumentError(`[finetune] ${what}`);
   };
   if (from === undefined) {
     if (typeof model !== 'object' || model === null)
-      fail("give 'from', the directory of an encoder, or model, the content of a config.json");
+      fail("give 'from', the directory of a model, or model, the content of a config.json");
     if (typeof tokenizer !== 'string' || tokenizer === '') fail('tokenizer must be the path of a directory');
   } else {
     if (typeof from !== 'string' || from === '')
       fail(`from must be the path of a directory, got ${JSON.stringify(from)}`);
-    if (model !== undefined || tokenizer !== undefined) fail("model and tokenizer are those of 'from': leave them out");
+    if (model !== undefined || tokenizer !== undefined || targetTokenizer !== undefined)
+      fail("model and tokenizers are those of 'from': leave them out");
   }
   if (!['classification', 'regression', undefined].includes(task))
     fail(`task must be 'classification' or 'regression', got ${JSON.stringify(task)}`);
@@ -243,11 +279,7 @@ export async function encodeSplit(
   }
   const data = ExampleData.encode(rows, tokenizer, sequenceLength, target, bad);
   const evalData = heldOut && ExampleData.encode(heldOut, tokenizer, sequenceLength, target, bad);
-  if (bad.count > 0) {
-    const more = bad.count > bad.named.length ? ', ...' : '';
-    const message = `${bad.count} bad rows left out: ${bad.named.join(', ')}${more}`;
-    await config.onEvent?.({ type: 'warn', code: 'bad-rows', message });
-  }
+  await bad.report(config.onEvent);
   const truncated = data.truncated + (evalData?.truncated ?? 0);
   if (truncated > 0) {
     const message = `${truncated} of ${data.count + (evalData?.count ?? 0)} texts are longer than ${sequenceLength} tokens and were cut`;

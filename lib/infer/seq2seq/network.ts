@@ -27,7 +27,7 @@ import type { LoadOptions } from '../types.js';
 import { type WritingSettings, writingSettings } from './writing.js';
 
 /** Tokenizer of targets, where it is not that of sources. */
-const targetTokenizer = 'tokenizer_target.json';
+export const targetTokenizer = 'tokenizer_target.json';
 
 export interface Seq2SeqNetwork {
   readonly dir: string;

@@ -1,0 +1,59 @@
+// A task for small encoder-decoder models: words in letters, and the same letters the other way round.
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { Random } from '../../lib/distill/random.js';
+
+const letters = [...'abcdefgh'];
+const vocabulary = ['<s>', '<pad>', '</s>', '<unk>', ...letters];
+
+/** Writes a tokenizer of letters between spaces, whose texts end with `</s>`. */
+export function writeLetters(dir: string): string {
+  mkdirSync(dir, { recursive: true });
+  const special = vocabulary.slice(0, 4).map((content, id) => ({
+    ...{ id, content, special: true, single_word: false, lstrip: false, rstrip: false, normalized: false },
+  }));
+  const end = { SpecialToken: { id: '</s>', type_id: 0 } };
+  const tokenizer = {
+    version: '1.0',
+    added_tokens: special,
+    pre_tokenizer: { type: 'WhitespaceSplit' },
+    post_processor: {
+      type: 'TemplateProcessing',
+      single: [{ Sequence: { id: 'A', type_id: 0 } }, end],
+      pair: [{ Sequence: { id: 'A', type_id: 0 } }, end, { Sequence: { id: 'B', type_id: 0 } }, end],
+      special_tokens: { '</s>': { id: '</s>', ids: [2], tokens: ['</s>'] } },
+    },
+    model: {
+      type: 'WordLevel',
+      vocab: Object.fromEntries(vocabulary.map((word, id) => [word, id])),
+      unk_token: '<unk>',
+    },
+  };
+  writeFileSync(join(dir, 'tokenizer.json'), JSON.stringify(tokenizer));
+  writeFileSync(
+    join(dir, 'tokenizer_config.json'),
+    JSON.stringify({
+      tokenizer_class: 'PreTrainedTokenizerFast',
+      bos_token: '<s>',
+      eos_token: '</s>',
+      pad_token: '<pad>',
+    }),
+  );
+  return dir;
+}
+
+/** Words of 2 to 5 letters and the same reversed. */
+export function reversals(count: number, seed: number): { text: string; label: string }[] {
+  const random = new Random(seed, 'words');
+  return Array.from({ length: count }, () => {
+    const word = Array.from({ length: 2 + random.below(4) }, () => letters[random.below(letters.length)]);
+    return { text: word.join(' '), label: word.toReversed().join(' ') };
+  });
+}
+
+/** A small model of 4 layers on both sides. */
+export const smallModel = (more: Record<string, unknown> = {}): Record<string, unknown> => ({
+  ...{ model_type: 'mbart', d_model: 32, encoder_ffn_dim: 64, decoder_ffn_dim: 64, max_position_embeddings: 16 },
+  ...{ encoder_layers: 4, decoder_layers: 4, encoder_attention_heads: 2, decoder_attention_heads: 2 },
+  ...{ scale_embedding: true, bos_token_id: 0, pad_token_id: 1, ...more },
+});
