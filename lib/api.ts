@@ -36,6 +36,8 @@ export {
 export type { LossTerm } from './distill/objectives.js';
 export { type PretrainConfig, pretrain } from './distill/pretrain.js';
 export { type ElastifyOptions, elastify } from './distill/rank.js';
+export { type MeasuredAssembly, type ModularConfig, type ModularResult, modular } from './distill/seq2seq/modular.js';
+export type { AssemblyQuality, ModuleLosses } from './distill/seq2seq/replacing.js';
 export type { TeacherConfig } from './distill/teacher.js';
 export type { WidthSampling } from './distill/widths.js';
 export type { Axis, Capacity, ElasticSpec, ExpertAxis, Granularity, RowAxis, Target } from './elastic/axes.js';

@@ -18,6 +18,8 @@ export const pretrain: typeof import('./distill/pretrain.js').pretrain = async (
   (await import('./distill/pretrain.js')).pretrain(...args);
 export const finetune: typeof import('./distill/encoder/finetune.js').finetune = async (...args) =>
   (await import('./distill/encoder/finetune.js')).finetune(...args);
+export const modular: typeof import('./distill/seq2seq/modular.js').modular = async (...args) =>
+  (await import('./distill/seq2seq/modular.js')).modular(...args);
 export const elastify: typeof import('./distill/rank.js').elastify = async (...args) =>
   (await import('./distill/rank.js')).elastify(...args);
 export const calibrateExits: typeof import('./distill/encoder/exit_levels.js').calibrateExits = async (...args) =>

@@ -69,6 +69,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'train an encoder on labelled texts, or an encoder-decoder model on pairs',
     load: async () => (await import('./finetune.js')).finetuneCommand,
   },
+  modular: {
+    summary: 'train modules that stand for several layers of an encoder-decoder model',
+    load: async () => (await import('./modular.js')).modularCommand,
+  },
   'cost-eff': {
     summary: 'give a classifier exits and make it slim',
     load: async () => (await import('./cost-eff.js')).costEffCommand,

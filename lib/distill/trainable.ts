@@ -30,10 +30,15 @@ export class Trainable implements Disposable {
     return view;
   }
 
-  /** Emits `grads += d loss / d parameter` for every parameter; `node` gives the node the loss was built with. */
-  accumulateGradients(graph: Graph, loss: Node, node: (name: string) => Node): void {
+  /** Emits `grads += d loss / d parameter` for every parameter that `learns`; `node` gives the node the loss was built with. */
+  accumulateGradients(
+    graph: Graph,
+    loss: Node,
+    node: (name: string) => Node,
+    learns: (name: string) => boolean = () => true,
+  ): void {
     const grads = graph.state(this.grads, 'grads');
-    const { parameters } = this.plan;
+    const parameters = this.plan.parameters.filter(({ name }) => learns(name));
     gradients(
       loss,
       parameters.map((p) => node(p.name)),

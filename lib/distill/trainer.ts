@@ -21,7 +21,7 @@ const mostSkipped = 10;
 
 /** What one method of training brings to the loop. */
 export interface Task<B extends Pick<Batch, 'ids'> = Batch> {
-  api: 'distill' | 'pretrain' | 'finetune' | 'costEff';
+  api: 'distill' | 'pretrain' | 'finetune' | 'costEff' | 'modular';
   engine: Engine;
   trainable: Trainable;
   data: TrainingData<B>;

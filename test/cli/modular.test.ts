@@ -1,75 +1,71 @@
-// Modular encoder-decoder models on the command line: assembled, inspected, and run at budgets.
-import { existsSync } from 'node:fs';
+// modular from outside: pairs in files, a table or an object, the interrupted run, and what does not fit.
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { beforeAll, describe, expect, it } from 'vitest';
-import { modularDirectory } from '../infer/modules.js';
-import { readSeq2SeqCases } from '../model/golden.js';
+import { beforeAll, expect, it, vi } from 'vitest';
+import { finetune } from '../../lib/index.js';
+import { reversals, smallModel, writeLetters } from '../distill/pairs.js';
 import { temporaryDirectory } from '../temporary.js';
-import { run } from './run.js';
+import { json, run, start } from './run.js';
 
-const { sources } = readSeq2SeqCases('bart');
-let dir: string;
+vi.setConfig({ testTimeout: 120_000 });
+const work = temporaryDirectory();
+const base = join(work, 'base');
+const tsv = join(work, 'words.tsv');
+const flags = ['--from', base, '--data', tsv, '--field', 'word', '--label-field', 'reversed'];
+const args = ['modular', ...flags, '--granularities', '2,4', '--batch-tokens', '256', '--sequence-length', '12'];
+
 beforeAll(async () => {
-  ({ dir } = await modularDirectory('bart'));
+  const rows = reversals(80, 4).map(({ text, label }) => `${text}\t${label}`);
+  writeFileSync(tsv, ['word\treversed', ...rows, 'a'].join('\n'));
+  await finetune({
+    ...{ model: smallModel(), tokenizer: writeLetters(join(work, 'letters')), out: base, steps: 2, device: 'cpu' },
+    ...{ data: { kind: 'examples', examples: reversals(40, 5) }, sequenceLength: 12, batchTokens: 256 },
+  });
 });
 
-describe('assemble', () => {
-  it('shows the path, writes what was chosen, and keeps it as a level', async () => {
-    const shown = await run('assemble', dir);
-    expect(shown.code).toBe(0);
-    const lines = shown.stdout.trimEnd().split('\n');
-    expect(lines.length).toBe(10);
-    expect(lines[0]).toMatch(/encoder +decoder +parameters +FLOPs +expected$/);
-    expect(lines[1]).toMatch(/ 0,1,2,3 +0,1,2,3,4,5 +[\d,]+ +100.0 % +1.00x$/);
-    const out = join(temporaryDirectory(), 'fast');
-    const written = await run('assemble', dir, '--speedup', '1.5', '--out', out, '--save-level', 'fast');
-    expect(written.stdout).toMatch(/\n> .* 1\.\d\dx\n/);
-    expect(written.stdout).toContain('Saved as level fast');
-    expect(written.stdout).toContain('3 greedy texts and their logits are those of the assembly');
-    expect(existsSync(join(out, 'model.safetensors'))).toBe(true);
-    const args = ['--ids', sources[0].join(), '--json'];
-    const texts = [
-      await run('generate', dir, ...args, '--budget', 'fast'),
-      await run('generate', out, ...args),
-      await run('generate', dir, ...args),
-    ].map(
-      ({ stdout }) => JSON.parse(stdout) as { ids: number[]; usage: { compute: { level: string; ratio: number } } },
-    );
-    expect(texts[0].ids).toEqual(texts[1].ids);
-    expect(texts[0].usage.compute.level).toBe('fast');
-    expect(texts[0].usage.compute.ratio).toBeLessThan(texts[2].usage.compute.ratio);
-    const inspected = await run('inspect', dir);
-    expect(inspected.stdout).toMatch(/modules, decoder +0-1, 2-3, 4-5, 0-2, 3-5, 0-5/);
-    expect(inspected.stdout).toMatch(/full +all layers\nfast +encoder=/);
-  });
-
-  it('takes parts by name, for what is run and what is shown', async () => {
-    const json = JSON.parse((await run('assemble', dir, '--decoder', '0-1,2-3,4-5', '--measure', '--json')).stdout);
-    expect(json.chosen.assembly).toEqual({ encoder: ['0', '1', '2', '3'], decoder: ['0-1', '2-3', '4-5'] });
-    expect(json.chosen.ms).toBeGreaterThan(0);
-    const budget = 'encoder=0,1,2,3;decoder=0-1,2-3,4-5';
-    const { stdout } = await run('generate', dir, '--ids', sources[0].join(), '--budget', budget, '--json');
-    expect(JSON.parse(stdout).usage.compute.effective).toEqual({ assembly: json.chosen.assembly });
-  });
-
-  it('says what is wrong', async () => {
-    const failures: [string[], number, string][] = [
-      [['assemble', dir, '--decoder', '0-1,4-5'], 1, 'decoder has a gap: layers 2 to 3 are missing before 4-5'],
-      [['assemble', dir, '--decoder', '0-1,1,2-3,4-5'], 1, 'has an overlap: 1 comes after layer 1 is covered'],
-      [['assemble', dir, '--speedup', '1.5', '--size', '0.5'], 1, 'choose by one of them'],
-      [['assemble', dir, '--speedup', 'fast'], 2, '--speedup must be a number'],
-      [
-        ['generate', dir, '--ids', '5', '--budget', 'encoder=0-3'],
-        2,
-        'an assembly must be encoder=PARTS;decoder=PARTS',
+it('trains from files and says what came of it', async () => {
+  const more = ['--held-out', '0.2', '--bad-rows', 'skip', '--steps', '3', '--seed', '1'];
+  const outcome = await run(...args, ...more, '--out', join(work, 'run'));
+  expect(outcome.stderr).toContain(`warning: 1 bad rows left out: ${tsv}:82 has 1 columns, not 2\n`);
+  expect(outcome.stdout).toMatch(/^layers +loss +divergence +accuracy {2}\(of held-out tokens\)$/m);
+  expect(outcome.stdout).toMatch(/^4\+4 +\d\.\d{4} +0\.0000 +\d\.\d{4} {2}encoder=0,1,2,3;decoder=0,1,2,3$/m);
+  expect(outcome.stdout).toMatch(/^1\+1 +\d\.\d{4} +\d\.\d{4} +\d\.\d{4} {2}encoder=0-3;decoder=0-3$/m);
+  expect(json(await run(...args, ...more, '--out', join(work, 'again'), '--json'))).toMatchObject({
+    ...{ step: 3, stopped: 'done', badRows: 1, examples: { train: 64, heldOut: 16 }, last: { step: 3 } },
+    modules: {
+      decoder: [
+        { first: 0, last: 1 },
+        { first: 2, last: 3 },
+        { first: 0, last: 3 },
       ],
-      [['generate', dir, '--ids', '5', '--budget', '20ms'], 1, `measure here: elastiform assemble ${dir} --record`],
-    ];
-    for (const [args, code, message] of failures) {
-      const outcome = await run(...args);
-      expect([outcome.code, outcome.stdout]).toEqual([code, '']);
-      expect(outcome.stderr).toContain(message);
-    }
-    expect((await run('assemble', '--help')).stdout).toContain('elastiform assemble runs/modular --speedup 2');
+    },
   });
+});
+
+it('is interrupted, saves, and goes on from there', async () => {
+  const out = join(work, 'long');
+  const running = start([...args, '--bad-rows', 'skip', '--steps', '100000', '--out', out]);
+  let seen = '';
+  running.child.stderr!.on('data', (text: Buffer) => {
+    seen += text;
+    if (/modular \d+\/100000/.test(seen)) running.child.kill('SIGINT');
+  });
+  const outcome = await running.ended;
+  expect(outcome.code).toBe(130);
+  expect(outcome.stdout).toMatch(/: \d+ steps \(interrupted and saved; run it again to continue\)\n$/);
+});
+
+it.each([
+  [['modular', '--out', join(work, 'x')], "'from' is missing: give --from", 2],
+  [['modular', ...flags, '--steps', '1', '--out', join(work, 'x')], "'granularities' is missing", 2],
+  [
+    [...args.with(args.indexOf('2,4'), '3'), '--steps', '1', '--bad-rows', 'skip', '--out', join(work, 'x')],
+    'that divide 4 encoder',
+    1,
+  ],
+  [[...args, '--steps', '1', '--out', join(work, 'x')], 'words.tsv:82 has 1 columns, not 2', 1],
+])('refuses %#', async (given, message, code) => {
+  const outcome = await run(...given);
+  expect(outcome.stderr).toContain(message);
+  expect(outcome.code).toBe(code);
 });

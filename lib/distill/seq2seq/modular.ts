@@ -1,0 +1,235 @@
+// Modular Transformers (arXiv 2306.02379), after what is known of it: modules of several granularities learn to replace spans of layers.
+import { writeModules } from '../../elastic/elastify.js';
+import { assemblyPath, assemblyText, granularityProblem, spansOf } from '../../elastic/modules.js';
+import { Checkpoint } from '../../io/safetensors.js';
+import { type Assembly, type Modules, partId, type Stack } from '../../model/parts.js';
+import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
+import { loadSeq2SeqWeights } from '../../model/seq2seq_weights.js';
+import { InvalidArgumentError } from '../../native/errors.js';
+import { Engine } from '../../native/index.js';
+import { BadRows, type ExampleSource } from '../encoder/examples.js';
+import { checkExampleConfig, readPairs } from '../encoder/finetune.js';
+import type { TrainConfig, TrainResult } from '../events.js';
+import { Random } from '../random.js';
+import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from '../trainer.js';
+import { encodePairs, lossRows } from './finetune.js';
+import { openSeq2Seq } from './model.js';
+import type { PairBatch } from './pairs.js';
+import { type AssemblyQuality, type ModuleLosses, replacing } from './replacing.js';
+
+/** Settings of `modular`. */
+export interface ModularConfig extends TrainConfig {
+  /** Directory of an encoder-decoder model that does its task; it stays as it is. */
+  from: string;
+  /** Becomes an elastic directory: the model, and modules for it. */
+  out: string;
+  /** Pairs of a source and a target to train on, as `finetune` reads them. */
+  data: ExampleSource;
+  /** Assemblies are measured on these every `evalEvery` steps; the best modules are kept. */
+  evalData?: ExampleSource;
+  /** Without evalData: share of the rows to hold out. */
+  heldOut?: number;
+  /** 'stop' (the default): a bad row ends the run with an error; 'skip': bad rows are left out, counted and named. */
+  badRows?: 'stop' | 'skip';
+  /** How many consecutive layers a module stands for: divisors of the layers of a stack, above 1; of a stack that none divides there are no modules. */
+  granularities: readonly number[];
+  /**
+   * How often a span is replaced: at first `start` of the spans (default 0.3), then more by the same amount at each step, until at the share
+   * `full` of all steps (default 0.5) every span is.
+   */
+  replace?: { start?: number; full?: number };
+  /** What modules learn from. */
+  losses?: ModuleLosses;
+}
+
+/** An assembly, and how it does on held-out pairs. */
+export interface MeasuredAssembly extends AssemblyQuality {
+  assembly: Assembly;
+}
+
+/** How a `modular` run ended. */
+export interface ModularResult extends TrainResult {
+  /** Modules of both stacks. */
+  modules: Modules;
+  /** Of held-out pairs: the whole model first, then ever smaller assemblies, those that speed asks for. */
+  assemblies?: readonly MeasuredAssembly[];
+  /** Pairs trained on, and held out. */
+  examples: { train: number; heldOut: number };
+  /** Rows left out. */
+  badRows: number;
+  /** Pairs of which a side was cut. */
+  truncated: number;
+}
+
+const ownKeys = [...['from', 'out', 'data', 'evalData', 'heldOut', 'badRows', 'granularities', 'replace', 'losses']];
+const replaceDefaults = { start: 0.3, full: 0.5 };
+const lossDefaults: Required<ModuleLosses> = { task: 1, logits: 1, hidden: 1, attention: 1 };
+const lossNames = Object.keys(lossDefaults) as (keyof ModuleLosses)[];
+
+/**
+ * Trains modules of an encoder-decoder model: one layer for every span of i consecutive layers, for each granularity i and both stacks. At
+ * each micro-batch an assembly of layers and modules is drawn and run beside the whole model, which stays frozen; its modules learn from the
+ * targets and from the whole model's logits, hidden states and attention. See docs/modular.md for what is drawn when. The same config gives
+ * the same bits whatever the thread count, and a killed run, started again, continues to the same bits.
+ *
+ * @throws InvalidArgumentError for a bad config or a model that cannot have modules, InvalidDataError for bad rows unless they are left out,
+ * InvalidFileError for bad files, FileSystemError when another process writes to `out`, DivergedError when training does not recover from NaN.
+ */
+export async function modular(config: ModularConfig): Promise<ModularResult> {
+  check(config);
+  return withLock(config.out, async () => {
+    const { from, seed = 0 } = config;
+    const model = await openSeq2Seq('modular', { from }, seed);
+    const { spec } = model;
+    const modules = modulesOf(spec, config.granularities);
+    const bad = new BadRows('modular', config.badRows === 'skip');
+    const rows = await readPairs('modular', config, bad);
+    const { data, evalData } = await encodePairs('modular', config, rows, model, bad);
+    const resolved = resolveConfig(config, data, { batchTokens: 4096, lr: 5e-4, weightDecay: 0.01 });
+    const losses = { ...lossDefaults, ...config.losses };
+    const replace = { ...replaceDefaults, ...config.replace };
+
+    using engine = new Engine(config.device);
+    using checkpoint = Checkpoint.open(from);
+    using loaded = loadSeq2SeqWeights(spec, checkpoint);
+    const { batchTokens } = resolved;
+    const recompute = config.gradCheckpointing ?? false;
+    using student = await replacing(spec, checkpoint, loaded.weights, modules, data, losses, {
+      ...{ engine, batchTokens, recompute },
+    });
+    const path = assemblyPath(spec, modules, 'speed-first');
+    const settled = [...path, ...assemblyPath(spec, modules, 'size-first')].filter(hasModules);
+    // Some of the path: with stacks of equal size the decoder by a third and as small as it gets, then the encoder, too.
+    const watched = [path[path.length >> 2], path[path.length >> 1], path.at(-1)!];
+    const task: Task<PairBatch> = {
+      api: 'modular',
+      engine,
+      trainable: student.trainable,
+      data,
+      identity: {
+        ...{ method: 'modular', from: model.sha256, granularities: config.granularities, replace, losses },
+        ...{ evalData: evalData?.sha256() ?? null, sequenceLength: data.sequenceLength },
+      },
+      lossRows,
+      async micro(batch, { step, index, total, signal }) {
+        const random = new Random(seed, 'assembly', step * resolved.gradAccumulation + index);
+        const assembly = drawAssembly(spec, modules, settled, { progress: step / resolved.steps, replace, random });
+        return { ...(await student.run(assembly, batch, { weight: 1 / total, signal })) };
+      },
+      ...(evalData && {
+        async evaluate(signal?: AbortSignal) {
+          const levels: Record<string, Record<string, number>> = {};
+          for (const assembly of watched)
+            levels[assemblyText(assembly)] = { ...(await student.quality(assembly, evalData, signal)) };
+          const values = Object.values(levels);
+          return { levels, metric: values.reduce((sum, { loss }) => sum + loss, 0) / values.length };
+        },
+      }),
+    };
+    const result = await train(task, resolved, config.out, config);
+    const assemblies: MeasuredAssembly[] = [];
+    if (result.stopped !== 'signal') {
+      await writeModules(config.out, from, { spec: modules, weights: student.trainable.values() });
+      if (evalData) {
+        for (const assembly of path) assemblies.push({ assembly, ...(await student.quality(assembly, evalData)) });
+      }
+    }
+    return {
+      ...{ dir: config.out, step: result.step, stopped: result.stopped, modules },
+      ...(result.best && { best: result.best }),
+      ...(assemblies.length > 0 && { assemblies }),
+      ...{ examples: { train: data.count, heldOut: evalData?.count ?? 0 }, badRows: bad.count },
+      truncated: data.truncated + (evalData?.truncated ?? 0),
+    };
+  });
+}
+
+function check(config: ModularConfig): void {
+  checkConfig('modular', config, ownKeys);
+  const fail = (what: string): never => {
+    throw new InvalidArgumentError(`[modular] ${what}`);
+  };
+  const { from, granularities, replace = {}, losses = {} } = config;
+  if (typeof from !== 'string' || from === '')
+    fail(`from must be the path of a directory, got ${JSON.stringify(from)}`);
+  checkExampleConfig('modular', config);
+  if (
+    !Array.isArray(granularities) ||
+    granularities.length === 0 ||
+    new Set(granularities).size !== granularities.length
+  )
+    fail(`granularities must be different integers above 1, got ${JSON.stringify(granularities)}`);
+  for (const [name, group] of Object.entries({ replace, losses })) {
+    if (typeof group !== 'object' || group === null) fail(`${name} must be an object, got ${JSON.stringify(group)}`);
+  }
+  checkKeys('modular', 'key of replace', replace, Object.keys(replaceDefaults));
+  checkKeys('modular', 'key of losses', losses, lossNames);
+  for (const [name, value] of Object.entries(replace)) {
+    if (!(typeof value === 'number' && value >= 0 && value <= 1))
+      fail(`replace.${name} must be a number from 0 to 1, got ${String(value)}`);
+  }
+  for (const [name, value] of Object.entries(losses)) {
+    if (!(typeof value === 'number' && value >= 0 && Number.isFinite(value)))
+      fail(`losses.${name} must be a number of zero or more, got ${String(value)}`);
+  }
+  if (Object.values({ ...lossDefaults, ...losses }).every((factor) => factor === 0))
+    fail('losses must leave something to learn: one of them above 0');
+}
+
+const hasModules = ({ encoder, decoder }: Assembly): boolean =>
+  [...encoder, ...decoder].some((part) => part.includes('-'));
+
+function modulesOf(spec: Seq2SeqSpec, granularities: readonly number[]): Modules {
+  const fitting = (stack: Stack) =>
+    granularities.filter((granularity) => granularityProblem(granularity, spec[stack].layers) === null);
+  const useless = granularities.find((granularity) =>
+    (['encoder', 'decoder'] as const).every((stack) => !fitting(stack).includes(granularity)),
+  );
+  if (useless !== undefined) {
+    throw new InvalidArgumentError(
+      `[modular] granularities must be integers above 1 that divide ${spec.encoder.layers} encoder or ${spec.decoder.layers} decoder layers, got ${String(useless)}`,
+    );
+  }
+  const of = (stack: Stack) => spansOf(spec[stack].layers, fitting(stack));
+  return { encoder: of('encoder'), decoder: of('decoder') };
+}
+
+/** Share of the steps after which all granularities take part, and from which on assemblies are those that will be chosen. */
+const curriculum = 0.4;
+const settling = 0.6;
+
+/**
+ * The assembly of a micro-batch, `progress` being the share of the steps that are done. At first spans of the finest granularity are replaced, then
+ * those of coarser ones as well; each stack is walked from its first layer on, a granularity is drawn among those that may begin there, and
+ * its module taken with probability `min(1, b + k t)`, else its layers. One of three assemblies leaves the encoder whole, which is what the
+ * fastest ones do. In the end assemblies are drawn that `assemble` chooses.
+ */
+export function drawAssembly(
+  spec: Record<Stack, { readonly layers: number }>,
+  modules: Modules,
+  settled: readonly Assembly[],
+  { progress, replace, random }: { progress: number; replace: { start: number; full: number }; random: Random },
+): Assembly {
+  if (progress >= settling) return settled[random.below(settled.length)];
+  const { start, full } = replace;
+  const rate = progress >= full ? 1 : start + (1 - start) * (progress / full);
+  const sizes = [...new Set([...modules.encoder, ...modules.decoder].map(sizeOf))].sort((a, b) => a - b);
+  const allowed = sizes.slice(0, 1 + Math.floor((progress / curriculum) * (sizes.length - 1) + 1e-9));
+  const walk = (stack: Stack, rate: number): string[] => {
+    const parts: string[] = [];
+    for (let at = 0; at < spec[stack].layers; ) {
+      const spans = modules[stack].filter((span) => span.first === at && allowed.includes(sizeOf(span)));
+      const span = spans.length > 0 ? spans[random.below(spans.length)] : { first: at, last: at };
+      if (random.uniform() < rate) parts.push(partId(span));
+      else for (let layer = span.first; layer <= span.last; layer++) parts.push(partId({ first: layer, last: layer }));
+      at = span.last + 1;
+    }
+    return parts;
+  };
+  const wholeEncoder = random.uniform() < 1 / 3;
+  const assembly = { encoder: walk('encoder', wholeEncoder ? 0 : rate), decoder: walk('decoder', rate) };
+  // Without a module there is nothing to learn.
+  return hasModules(assembly) ? assembly : { encoder: walk('encoder', 1), decoder: walk('decoder', 1) };
+}
+
+const sizeOf = ({ first, last }: { first: number; last: number }): number => last - first + 1;

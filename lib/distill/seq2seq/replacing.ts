@@ -1,0 +1,278 @@
+// Modules of an encoder-decoder model in training: assemblies run beside the whole model, which teaches them, and only modules learn.
+import {
+  add,
+  crossEntropy,
+  divergence,
+  dot,
+  Graph,
+  hiddenDistance,
+  type Node,
+  Program,
+  scale,
+  zeros,
+} from '../../graph/index.js';
+import type { Checkpoint } from '../../io/safetensors.js';
+import { type Assembly, type Modules, type Stack, spanOf, stacks } from '../../model/parts.js';
+import { decodeTarget, encodeSource } from '../../model/seq2seq.js';
+import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
+import {
+  bindSeq2Seq,
+  moduleWeights,
+  type Seq2SeqNodes,
+  type Seq2SeqTensors,
+  seq2seqModuleSlots,
+} from '../../model/seq2seq_weights.js';
+import { planOf, storedValues } from '../../model/weights.js';
+import type { Engine } from '../../native/index.js';
+import { firstShare, wholeEpoch } from '../batches.js';
+import { Trainable } from '../trainable.js';
+import { lossRows } from './finetune.js';
+import { headInput, pairInputs, pairRun } from './model.js';
+import type { PairBatch, PairData } from './pairs.js';
+
+/** Factors of the parts of the loss; a part of factor 0 is not computed. */
+export interface ModuleLosses {
+  /** Cross-entropy of the targets, nats per token; default 1. */
+  task?: number;
+  /** KL of the next token from the whole model's, nats per token; default 1. */
+  logits?: number;
+  /**
+   * Squared distance of the residual stream after each module from the whole model's after the last layer that it stands for, over that
+   * stream's mean square; summed over modules; default 1.
+   */
+  hidden?: number;
+  /** The same of what each head of the module's attention gives, to itself and to the source, before it is projected; default 1. */
+  attention?: number;
+}
+
+/** What an assembly lost on a batch. */
+export type ModuleTerms = Record<'loss' | keyof ModuleLosses, number>;
+
+/** Assemblies of a model whose modules are trained. */
+export interface Replacing extends Disposable {
+  /** Weights of all modules, by the names of `seq2seqModuleSlots`. */
+  readonly trainable: Trainable;
+  /** Adds the gradient of an assembly's modules to `trainable.grads`, every token of a target weighing `weight`. */
+  run(assembly: Assembly, batch: PairBatch, at: { weight: number; signal?: AbortSignal }): Promise<ModuleTerms>;
+  /** Cross-entropy of a target's token, nats, KL from the whole model's tokens, and the share of tokens that are the likeliest. */
+  quality(assembly: Assembly, data: PairData, signal?: AbortSignal): Promise<AssemblyQuality>;
+}
+
+/** Of the tokens of held-out targets, each after the right ones before it. */
+export interface AssemblyQuality {
+  /** Cross-entropy, nats per token. */
+  loss: number;
+  /** KL from the whole model, nats per token. */
+  divergence: number;
+  /** Share that comes first. */
+  accuracy: number;
+}
+
+/** Programs of assemblies that are kept; one that is drawn after so many others is compiled again, to the same bits. */
+const keptPrograms = 32;
+
+/** The last products read of a layer's values: its attention's, of a decoder also that to the source, and its feed-forward's. */
+const unitsOf = { encoder: 2, decoder: 3 } as const;
+
+/**
+ * Modules begin as copies of the last layers of their spans: what their attention gives and what they leave behind then has the features of
+ * what it is compared with.
+ *
+ * @param weights of the whole model, which stays as it is
+ */
+export async function replacing(
+  spec: Seq2SeqSpec,
+  checkpoint: Checkpoint,
+  weights: Seq2SeqTensors,
+  modules: Modules,
+  data: PairData,
+  losses: Required<ModuleLosses>,
+  { engine, batchTokens, recompute = false }: { engine: Engine; batchTokens: number; recompute?: boolean },
+): Promise<Replacing> {
+  const slots = seq2seqModuleSlots(spec, modules);
+  const plan = planOf(slots);
+  const trainable = new Trainable(plan);
+  const initial = new Float32Array(plan.size);
+  const place = new Map(plan.parameters.map(({ name, offset }) => [name, offset]));
+  for (const slot of slots) initial.set(storedValues(checkpoint, spec.decoder, slot)!, place.get(slot.name)!);
+  trainable.params.write(initial);
+
+  const squares = await meanSquares(spec, weights, data, { engine, batchTokens });
+  const build = (assembly: Assembly, train: boolean): Program => {
+    const graph = new Graph();
+    const node = (name: string) => graph.state(trainable.view(name), name);
+    const base = bindSeq2Seq(graph, weights);
+    const own = moduleWeights(spec, modules, ({ name }) => node(name));
+    const partsOf = <L>(stack: Stack, layers: readonly L[], of: ReadonlyMap<string, L>): L[] =>
+      assembly[stack].map((part) => of.get(part) ?? layers[Number(part)]);
+    const student: Seq2SeqNodes = {
+      ...base,
+      encoder: { ...base.encoder, layers: partsOf('encoder', base.encoder.layers, own.encoder) },
+      decoder: { ...base.decoder, layers: partsOf('decoder', base.decoder.layers, own.decoder) },
+    };
+    const inputs = pairInputs(graph, batchTokens);
+    const sourceWeight = graph.feed('sourceWeight', 'f32', [inputs.sourceRows]);
+    const theirs = bothStacks(graph, spec, base, inputs, false);
+    const mine = bothStacks(graph, spec, student, inputs, recompute);
+    const parts: Node[] = [];
+    const sum = (name: keyof ModuleLosses, nodes: readonly Node[]) => {
+      if (nodes.length === 0) return;
+      const total = nodes.reduce(add);
+      graph.output(name, total);
+      parts.push(scale(total, losses[name]));
+    };
+    const [x, y] = [headInput(spec, mine.x), headInput(spec, theirs.x)];
+    const { weight, targets } = inputs;
+    graph.tag('head', () => {
+      const task = crossEntropy(x, base.head.weight, targets, weight);
+      if (losses.task > 0 || !train) sum('task', [task.loss]);
+      if (losses.logits > 0 || !train) sum('logits', [divergence(x, y, base.head.weight, weight).loss]);
+      if (!train) graph.output('accuracy', dot(task.correct, weight));
+    });
+    if (!train) return Program.compile(graph, engine);
+    const hidden: Node[] = [];
+    const attention: Node[] = [];
+    graph.tag('distance', () => {
+      for (const stack of stacks) {
+        const rowWeight = stack === 'encoder' ? sourceWeight : weight;
+        const distance = (a: Node, b: Node, square: number) =>
+          scale(hiddenDistance(a, b, rowWeight, 'mse').loss, 1 / square);
+        for (const [i, part] of assembly[stack].entries()) {
+          if (!own[stack].has(part)) continue;
+          const { last } = spanOf(part)!;
+          if (losses.hidden > 0)
+            hidden.push(
+              distance(mine[stack].residuals[i], theirs[stack].residuals[last], squares[stack].residuals[last]),
+            );
+          for (let n = 0; losses.attention > 0 && n < unitsOf[stack] - 1; n++) {
+            const [at, taught] = [unitsOf[stack] * i + n, unitsOf[stack] * last + n];
+            attention.push(distance(mine[stack].units[at], theirs[stack].units[taught], squares[stack].units[taught]));
+          }
+        }
+      }
+    });
+    sum('hidden', hidden);
+    sum('attention', attention);
+    const loss = parts.reduce(add);
+    const learns = new Set(
+      stacks.flatMap((stack) =>
+        assembly[stack].flatMap((part) => (own[stack].has(part) ? [`${stack}.modules.${part}.`] : [])),
+      ),
+    );
+    trainable.accumulateGradients(graph, loss, node, (name) => [...learns].some((prefix) => name.startsWith(prefix)));
+    return Program.compile(graph, engine);
+  };
+
+  const programs = new Map<string, Program>();
+  const programOf = (assembly: Assembly, train: boolean): Program => {
+    const key = JSON.stringify([train, assembly.encoder, assembly.decoder]);
+    const program = programs.get(key) ?? build(assembly, train);
+    // The order of the map is that of use.
+    programs.delete(key);
+    programs.set(key, program);
+    if (programs.size > keptPrograms) {
+      const [oldest, unused] = programs.entries().next().value!;
+      programs.delete(oldest);
+      unused.dispose();
+    }
+    return program;
+  };
+  return {
+    trainable,
+    async run(assembly, batch, { weight, signal }) {
+      const { outputs } = await programOf(assembly, true).run({ ...moduleRun(batch, weight), signal });
+      const term = (name: keyof ModuleLosses) => outputs[name]?.[0] ?? 0;
+      const terms = {
+        task: term('task'),
+        logits: term('logits'),
+        hidden: term('hidden'),
+        attention: term('attention'),
+      };
+      const { task, logits, hidden, attention } = terms;
+      const loss = losses.task * task + losses.logits * logits + losses.hidden * hidden + losses.attention * attention;
+      return { loss, ...terms };
+    },
+    async quality(assembly, data, signal) {
+      const program = programOf(assembly, false);
+      const total = { loss: 0, divergence: 0, accuracy: 0 };
+      let tokens = 0;
+      for (const batch of wholeEpoch(data, batchTokens)) {
+        const { outputs } = await program.run({ ...moduleRun(batch, 1), signal });
+        total.loss += outputs.task[0];
+        total.divergence += outputs.logits[0];
+        total.accuracy += outputs.accuracy[0];
+        tokens += lossRows(batch);
+      }
+      return { loss: total.loss / tokens, divergence: total.divergence / tokens, accuracy: total.accuracy / tokens };
+    },
+    [Symbol.dispose]() {
+      for (const program of programs.values()) program.dispose();
+      trainable.dispose();
+    },
+  };
+}
+
+interface Taps<T> {
+  /** The residual stream after each layer, [N, D]. */
+  readonly residuals: T[];
+  /** What the last products of each layer read, [N, heads * headDim] of attention. */
+  readonly units: T[];
+}
+
+/** Runs both stacks: what the last layer of the decoder gives, and what there was on the way. */
+function bothStacks(
+  graph: Graph,
+  spec: Seq2SeqSpec,
+  weights: Seq2SeqNodes,
+  { source, target }: Pick<ReturnType<typeof pairInputs>, 'source' | 'target'>,
+  recompute: boolean,
+): { readonly x: Node } & Record<Stack, Taps<Node>> {
+  const taps = { encoder: { residuals: [], units: [] }, decoder: { residuals: [], units: [] } };
+  const features = encodeSource(graph, spec, weights, source, { ...taps.encoder, recompute });
+  const attended = { features, offsets: source.offsets };
+  const x = decodeTarget(graph, spec, weights, target, attended, { ...taps.decoder, recompute });
+  return { x, ...taps };
+}
+
+/** Batches that mean squares are taken over. */
+const squareBatches = 4;
+
+/** Mean squares of the whole model's residual streams and units, by which distances are divided, over the first batches of the data. */
+async function meanSquares(
+  spec: Seq2SeqSpec,
+  weights: Seq2SeqTensors,
+  data: PairData,
+  { engine, batchTokens }: { engine: Engine; batchTokens: number },
+): Promise<Record<Stack, Taps<number>>> {
+  const graph = new Graph();
+  const inputs = pairInputs(graph, batchTokens);
+  const sourceWeight = graph.feed('sourceWeight', 'f32', [inputs.sourceRows]);
+  const all = bothStacks(graph, spec, bindSeq2Seq(graph, weights), inputs, false);
+  const each = <T>(f: (node: Node, name: string, rowWeight: Node) => T): Record<Stack, Taps<T>> => {
+    const of = (stack: Stack, kind: keyof Taps<T>) =>
+      all[stack][kind].map((node, i) =>
+        f(node, `${stack}.${kind}.${i}`, stack === 'encoder' ? sourceWeight : inputs.weight),
+      );
+    const both = (stack: Stack) => ({ residuals: of(stack, 'residuals'), units: of(stack, 'units') });
+    return { encoder: both('encoder'), decoder: both('decoder') };
+  };
+  each((node, name, rowWeight) => {
+    graph.output(name, hiddenDistance(node, zeros(graph, node.shape), rowWeight, 'mse').loss);
+  });
+  using program = Program.compile(graph, engine);
+  const sums = new Map<string, number>();
+  for (const batch of firstShare(data, batchTokens, squareBatches)) {
+    const { outputs } = await program.run(moduleRun(batch, 1 / (lossRows(batch) * squareBatches)));
+    for (const [name, values] of Object.entries(outputs)) sums.set(name, (sums.get(name) ?? 0) + values[0]);
+  }
+  // A stream of zeros has no scale: distances from it are as they are.
+  return each((_, name) => sums.get(name) || 1);
+}
+
+/** Dims and feeds of a batch; the rows of its sources weigh as much as its targets do together. */
+function moduleRun(batch: PairBatch, weight: number) {
+  const { dims, feeds } = pairRun(batch, weight);
+  const { length } = batch.source.ids;
+  const sourceWeight = new Float32Array(length).fill((weight * lossRows(batch)) / length);
+  return { dims, feeds: { ...feeds, sourceWeight } };
+}
