@@ -1,6 +1,6 @@
 // Modular Transformers (arXiv 2306.02379), after what is known of it: modules of several granularities learn to replace spans of layers.
 import { writeModules } from '../../elastic/elastify.js';
-import { assemblyPath, assemblyText, granularityProblem, spansOf } from '../../elastic/modules.js';
+import { assemblyPath, assemblyText, granularityProblem, ladder, spansOf } from '../../elastic/modules.js';
 import { Checkpoint } from '../../io/safetensors.js';
 import { type Assembly, type Modules, partId, type Stack } from '../../model/parts.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
@@ -34,8 +34,8 @@ export interface ModularConfig extends TrainConfig {
   /** How many consecutive layers a module stands for: divisors of the layers of a stack, above 1; of a stack that none divides there are no modules. */
   granularities: readonly number[];
   /**
-   * How often a span is replaced: at first `start` of the spans (default 0.3), then more by the same amount at each step, until at the share
-   * `full` of all steps (default 0.5) every span is.
+   * How often a span is replaced: at first `start` of the spans (default 0.3), then more by the same amount at each step, until the share `full`
+   * of all steps (default 0.4) is done. From then on assemblies are drawn that are like those chosen in the end.
    */
   replace?: { start?: number; full?: number };
   /** What modules learn from. */
@@ -62,7 +62,7 @@ export interface ModularResult extends TrainResult {
 }
 
 const ownKeys = [...['from', 'out', 'data', 'evalData', 'heldOut', 'badRows', 'granularities', 'replace', 'losses']];
-const replaceDefaults = { start: 0.3, full: 0.5 };
+const replaceDefaults = { start: 0.3, full: 0.4 };
 const lossDefaults: Required<ModuleLosses> = { task: 1, logits: 1, hidden: 1, attention: 1 };
 const lossNames = Object.keys(lossDefaults) as (keyof ModuleLosses)[];
 
@@ -98,7 +98,6 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
       ...{ engine, batchTokens, recompute },
     });
     const path = assemblyPath(spec, modules, 'speed-first');
-    const settled = [...path, ...assemblyPath(spec, modules, 'size-first')].filter(hasModules);
     // Some of the path: with stacks of equal size the decoder by a third and as small as it gets, then the encoder, too.
     const watched = [path[path.length >> 2], path[path.length >> 1], path.at(-1)!];
     const task: Task<PairBatch> = {
@@ -113,7 +112,7 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
       lossRows,
       async micro(batch, { step, index, total, signal }) {
         const random = new Random(seed, 'assembly', step * resolved.gradAccumulation + index);
-        const assembly = drawAssembly(spec, modules, settled, { progress: step / resolved.steps, replace, random });
+        const assembly = drawAssembly(spec, modules, { progress: step / resolved.steps, replace, random });
         return { ...(await student.run(assembly, batch, { weight: 1 / total, signal })) };
       },
       ...(evalData && {
@@ -194,27 +193,43 @@ function modulesOf(spec: Seq2SeqSpec, granularities: readonly number[]): Modules
   return { encoder: of('encoder'), decoder: of('decoder') };
 }
 
-/** Share of the steps after which all granularities take part, and from which on assemblies are those that will be chosen. */
-const curriculum = 0.4;
-const settling = 0.6;
+/** How often assemblies of the end leave the encoder whole, and how often they are made of the coarsest modules, not the finest. */
+const wholeEncoders = 1 / 2;
+const coarse = 1 / 4;
 
 /**
- * The assembly of a micro-batch, `progress` being the share of the steps that are done. At first spans of the finest granularity are replaced, then
- * those of coarser ones as well; each stack is walked from its first layer on, a granularity is drawn among those that may begin there, and
- * its module taken with probability `min(1, b + k t)`, else its layers. One of three assemblies leaves the encoder whole, which is what the
- * fastest ones do. In the end assemblies are drawn that `assemble` chooses.
+ * The assembly of a micro-batch, `progress` being the share of the steps that are done.
+ *
+ * Up to the share `full` of the steps spans of the finest granularity are replaced, then those of coarser ones as well: each stack is walked from
+ * its first layer on, a granularity is drawn among those that may begin there, and its module taken with a probability that rises from `start`
+ * to 1, else its layers. One of three assemblies leaves the encoder whole.
+ *
+ * From then on assemblies are like those that are chosen in the end: a number of parts is drawn for each stack, all numbers alike, and made
+ * of the finest modules or of the coarsest; half of them leave the encoder whole, as those do that are made for speed.
  */
 export function drawAssembly(
   spec: Record<Stack, { readonly layers: number }>,
   modules: Modules,
-  settled: readonly Assembly[],
   { progress, replace, random }: { progress: number; replace: { start: number; full: number }; random: Random },
 ): Assembly {
-  if (progress >= settling) return settled[random.below(settled.length)];
   const { start, full } = replace;
-  const rate = progress >= full ? 1 : start + (1 - start) * (progress / full);
+  const rung = (stack: Stack, order: 'fine' | 'coarse', parts: (count: number) => number): string[] => {
+    const rungs = ladder(spec[stack].layers, modules[stack], order);
+    return rungs[parts(rungs.length)];
+  };
+  if (progress >= full) {
+    const order = random.uniform() < coarse ? 'coarse' : 'fine';
+    const whole = random.uniform() < wholeEncoders;
+    const encoder = rung('encoder', order, (count) => (whole ? 0 : random.below(count)));
+    const decoder = rung('decoder', order, (count) => random.below(count));
+    if (hasModules({ encoder, decoder })) return { encoder, decoder };
+    // Without a module there is nothing to learn.
+    const smallest = (count: number) => count - 1;
+    return { encoder: rung('encoder', order, smallest), decoder: rung('decoder', order, smallest) };
+  }
+  const rate = start + (1 - start) * (progress / full);
   const sizes = [...new Set([...modules.encoder, ...modules.decoder].map(sizeOf))].sort((a, b) => a - b);
-  const allowed = sizes.slice(0, 1 + Math.floor((progress / curriculum) * (sizes.length - 1) + 1e-9));
+  const allowed = sizes.slice(0, 1 + Math.floor((progress / full) * sizes.length));
   const walk = (stack: Stack, rate: number): string[] => {
     const parts: string[] = [];
     for (let at = 0; at < spec[stack].layers; ) {
@@ -228,7 +243,6 @@ export function drawAssembly(
   };
   const wholeEncoder = random.uniform() < 1 / 3;
   const assembly = { encoder: walk('encoder', wholeEncoder ? 0 : rate), decoder: walk('decoder', rate) };
-  // Without a module there is nothing to learn.
   return hasModules(assembly) ? assembly : { encoder: walk('encoder', 1), decoder: walk('decoder', 1) };
 }
 
