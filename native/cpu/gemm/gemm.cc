@@ -70,7 +70,9 @@ constexpr int64_t kBlockK = 1024;            // steps of k between visits to a t
 constexpr int64_t kBlockRows = 128;          // rows of A that stay in the second-level cache, packed B
 constexpr int64_t kBlockRowsUnpacked = 512;  // B packed on the way: more rows to each packing
 constexpr int64_t kBlockColumns = 256;
-constexpr int64_t kPackedElements = int64_t{1} << 23;  // of A, at a time
+constexpr int64_t kPackedElements = int64_t{1} << 20;  // of A, at a time: they are read again before they leave caches
+constexpr int64_t kRowsInPlace = 256;  // rows of A from which on copies of them cost more than they gain
+constexpr int64_t kSetStride = 1024;   // elements: rows so far apart share one set of the first-level cache
 constexpr int64_t kDepth = 8192;             // steps of k at a time where A and the blocks of C are far larger than caches
 constexpr int64_t kPackInParallel = int64_t{1} << 15;  // elements of A
 constexpr int64_t kWidenInRegisters = 16;   // rows up to which 16-bit panels are widened in the micro-kernel
@@ -127,14 +129,16 @@ class Run {
 
   void operator()() {
     packed_ = p_.transposed || (p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed));
-    const bool direct = !p_.transposed && p_.M == 1 && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
+    const bool contiguous = !p_.transposed && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
+    const bool direct = contiguous && p_.M == 1;
+    inPlace_ = contiguous && packed_ && p_.M >= kRowsInPlace && !p_.a->rows && p_.a->rowStride % kSetStride != 0;
     const int64_t depth = packed_ && !p_.transposed ? p_.K : std::min(p_.K, kDepth);
     const int64_t rowsAtOnce =
-        p_.transposed
+        p_.transposed || inPlace_
             ? p_.M
             : std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(depth, 1)));
     const int64_t stored = p_.transposed ? ceilDiv(p_.N, table_.columns) * table_.columns : rowsAtOnce;
-    float* store = direct ? nullptr : args_.scratch<float>(stored * depth);
+    float* store = direct || inPlace_ ? nullptr : args_.scratch<float>(stored * depth);
     float* patchRows[2] = {};
     for (int i = 0; i < 2; ++i) {
       if (p_.patch[i]) packedU_[i] = patchRows[i] = args_.scratch<float>(rowsAtOnce * p_.patch[i]->P);
@@ -155,7 +159,7 @@ class Run {
           packedB_ = store;
         } else if (direct) {
           packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride + begin_;
-        } else {
+        } else if (!inPlace_) {
           packRows(*p_.a, rows, begin_, end_ - begin_, store);
           packedA_ = store;
         }
@@ -321,7 +325,7 @@ class Run {
                                 : buffers.patch[i] + (panel - block.panel0) * stride;
     const TileFunction function =
         (together > 1 ? table_.strip : table_.tile)[packed ? static_cast<int>(packed->dtype) : 0][rows];
-    function(patch.P, packedU_[i] + m0 * patch.P, source, stride, acc, true, nullptr, 0);
+    function(patch.P, packedU_[i] + m0 * patch.P, 0, source, stride, acc, true, nullptr, 0);
   }
 
   void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t kc, float* to) const {
@@ -392,7 +396,10 @@ class Run {
     const bool last = k0 + kc == p_.K;
     for (int64_t t = block.tile0; t < block.tile1; ++t) {
       const int64_t m0 = tileStart(tiles_, t), rows = tileStart(tiles_, t + 1) - m0;
-      const float* a = p_.transposed ? nullptr : packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
+      const int64_t rowStride = inPlace_ ? p_.a->rowStride : 0;
+      const float* a = p_.transposed ? nullptr
+                       : inPlace_    ? p_.a->data + (base_ + m0) * rowStride + k0
+                                     : packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
       FinishTile done{};
       for (int i = 0; i < p_.count; ++i) {
         float* acc = buffers.acc + i * accBlock_;
@@ -408,8 +415,9 @@ class Run {
           multiplyTransposed(m0, rows, k0, kc, source[i], acc, nextPart, prefetched, buffers.panels);
           continue;
         }
-        const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
-        function(kc, a, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
+        const TileFunction function =
+            inPlace_ ? table_.tileInPlace[rows] : (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
+        function(kc, a, rowStride, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
         if (last && p_.patch[i]) multiplyPatch(i, block, buffers, m0, rows, panel, together, acc);
       }
       if (!last) continue;
@@ -464,6 +472,7 @@ class Run {
   const KernelArgs& args_;
   const KernelTable& table_;
   bool packed_ = false, widen_ = false;
+  bool inPlace_ = false;          // tiles read A where it lies
   int64_t base_ = 0;              // first row of the rows packed now
   int64_t begin_ = 0, end_ = 0;   // steps of k packed now
   RowTiles tiles_{};

@@ -27,10 +27,10 @@ struct F16 {
   ELASTIFORM_INLINE Vec get(const uint16_t* p) { return loadF16(p); }
 };
 
-// One step of k: c += a (column) * b (row of every panel).
+// One step of k: c += a (column, of rows `stride` apart) * b (row of every panel).
 template <int Rows, int Panels, typename B>
-ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, const typename B::Stored* b,
-                            int64_t panelStride) {
+ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, int64_t stride,
+                            const typename B::Stored* b, int64_t panelStride) {
   Vec row[Panels][kVectors];
 #pragma GCC unroll 16
   for (int p = 0; p < Panels; ++p) {
@@ -39,7 +39,7 @@ ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, co
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    const Vec x = splat(a[i]);
+    const Vec x = splat(a[i * stride]);
 #pragma GCC unroll 16
     for (int p = 0; p < Panels; ++p) {
 #pragma GCC unroll 16
@@ -48,9 +48,11 @@ ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, co
   }
 }
 
-template <int Rows, int Panels, typename B>
-void tile(int64_t kc, const float* a, const void* panel, int64_t panelStride, float* acc, bool resume,
-          const void* next, int64_t prefetched) {
+template <int Rows, int Panels, typename B, bool InPlace = false>
+void tile(int64_t kc, const float* a, int64_t rowStride, const void* panel, int64_t panelStride, float* acc,
+          bool resume, const void* next, int64_t prefetched) {
+  const int64_t stride = InPlace ? rowStride : 1;
+  constexpr int64_t kStep = InPlace ? 1 : Rows;
   const auto* b = static_cast<const typename B::Stored*>(panel);
   Vec c[Panels][Rows][kVectors];
 #pragma GCC unroll 16
@@ -70,11 +72,11 @@ void tile(int64_t kc, const float* a, const void* panel, int64_t panelStride, fl
       __builtin_prefetch(ahead, 0, 2);
       if constexpr (kColumns * sizeof(typename B::Stored) > 64) __builtin_prefetch(ahead + 64, 0, 2);
       ahead += kColumns * sizeof(typename B::Stored);
-      step<Rows, Panels, B>(c, a + k * Rows, b + k * kColumns, panelStride);
+      step<Rows, Panels, B>(c, a + k * kStep, stride, b + k * kColumns, panelStride);
     }
   }
 #pragma GCC unroll 4
-  for (; k < kc; ++k) step<Rows, Panels, B>(c, a + k * Rows, b + k * kColumns, panelStride);
+  for (; k < kc; ++k) step<Rows, Panels, B>(c, a + k * kStep, stride, b + k * kColumns, panelStride);
 #pragma GCC unroll 16
   for (int p = 0; p < Panels; ++p) {
 #pragma GCC unroll 16
@@ -516,6 +518,7 @@ constexpr void fill(KernelTable& t) {
   t.tile[0][Rows] = tile<Rows, 1, F32>;
   t.tile[1][Rows] = tile<Rows, 1, Bf16>;
   t.tile[2][Rows] = tile<Rows, 1, F16>;
+  t.tileInPlace[Rows] = tile<Rows, 1, F32, true>;
   t.stripPanels[Rows] = stripPanels(Rows);
   t.transposedTile[Rows] = transposedTile<Rows>;
   t.strip[0][Rows] = tile<Rows, stripPanels(Rows), F32>;
