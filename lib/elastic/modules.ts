@@ -108,17 +108,16 @@ export function ladder(layers: number, modules: readonly Span[], order: 'coarse'
 
 /** In which order assemblies become smaller. */
 export type Strategy = 'speed-first' | 'size-first';
-export const strategies: readonly Strategy[] = ['speed-first', 'size-first'];
 
 /**
- * Assemblies from the whole model to the smallest. `speed-first`: the decoder, which runs once for every token, becomes smaller with coarse modules,
- * then the encoder, which runs once; `size-first`: the stack that has most of its parts left gives up the next one, by the finest modules.
+ * Assemblies from the whole model to the smallest, each stack of the finest modules that make its number of parts: coarser ones save nothing more.
+ * `speed-first`: the decoder, which runs once for every token, becomes smaller, then the encoder, which runs once; `size-first`: the stack that
+ * has most of its parts left gives up the next one.
  */
 export function assemblyPath(sizes: Sizes, modules: Modules, strategy: Strategy): Assembly[] {
-  const order = strategy === 'speed-first' ? 'coarse' : 'fine';
   const rungs = {
-    encoder: ladder(sizes.encoder.layers, modules.encoder, order),
-    decoder: ladder(sizes.decoder.layers, modules.decoder, order),
+    encoder: ladder(sizes.encoder.layers, modules.encoder, 'fine'),
+    decoder: ladder(sizes.decoder.layers, modules.decoder, 'fine'),
   };
   const at = { encoder: 0, decoder: 0 };
   const path: Assembly[] = [];

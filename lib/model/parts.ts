@@ -1,7 +1,8 @@
 // Parts of the stacks of an encoder-decoder model: its layers, and modules that stand for several of them (Modular Transformers, arXiv 2306.02379).
 
-export const stacks = ['encoder', 'decoder'] as const;
-export type Stack = (typeof stacks)[number];
+/** A side of an encoder-decoder model. */
+export type Stack = 'encoder' | 'decoder';
+export const stacks: readonly Stack[] = ['encoder', 'decoder'];
 
 /** Consecutive layers of a stack, counted from 0, both included. */
 export interface Span {
