@@ -12,7 +12,7 @@ import {
   withQuality,
 } from './budget.js';
 import { type Assembly, assemblyPath, assemblyProblem, assemblyText, backboneOf, stacks } from './modules.js';
-import type { ElasticPolicy } from './policy.js';
+import type { ElasticPolicy, Level } from './policy.js';
 
 /** Tokens of a generation: those of its source, and those that are written. */
 export interface Lengths {
@@ -68,25 +68,20 @@ export function resolveAssembly(
     );
   }
   const { modules } = policy;
-  const levels = policy.levels.map(({ name, spec: settings }): LevelPoint => {
+  const levelPoint = ({ name, spec: settings }: Level): LevelPoint => {
     const point = settings.assembly ? pointOf(settings.assembly, spec, name) : fullPoint(name);
     return { name, spec: settings, point };
-  });
-  const path = () =>
-    assemblyPath(spec, modules, 'speed-first').map((assembly): LevelPoint => {
-      const point = pointOf(assembly, spec, null);
-      return { name: assemblyText(assembly), spec: point.spec, point };
-    });
+  };
   if (typeof budget === 'string') {
-    const level = levels.find(({ name }) => name === budget);
-    if (level) return level.point;
-    const names = ['full', ...levels.map(({ name }) => name).filter((name) => name !== 'full')];
+    const level = policy.levels.find(({ name }) => name === budget);
+    if (level) return levelPoint(level).point;
+    const names = ['full', ...policy.levels.map(({ name }) => name).filter((name) => name !== 'full')];
     throw new InvalidArgumentError(`[budget] no level is named '${budget}'; there are ${names.join(', ')}`);
   }
   if (typeof budget === 'number') {
     if (!(budget > 0 && budget < 1))
       throw new InvalidArgumentError(`[budget] a budget must be in (0, 1], got ${budget}`);
-    const points = path();
+    const points = speedPath(spec, policy);
     const chosen = points.find(({ point }) => point.flopsRatio <= budget);
     if (chosen) return chosen.point;
     const least = points.at(-1)!;
@@ -99,11 +94,15 @@ export function resolveAssembly(
     .join();
   const costliestFirst = (points: LevelPoint[]) => points.sort((a, b) => b.point.flopsRatio - a.point.flopsRatio);
   if (keys === 'latencyMs' || keys === 'latencyMs,metric') {
-    const points = costliestFirst([...levels, ...path()]);
+    const points = costliestFirst([...policy.levels.map(levelPoint), ...speedPath(spec, policy)]);
     return withinLatency(budget as Extract<Budget, { latencyMs: number }>, points, context);
   }
   if (keys === 'minQuality') {
-    return withQuality((budget as { minQuality: number }).minQuality, costliestFirst(levels), policy.levels);
+    return withQuality(
+      (budget as { minQuality: number }).minQuality,
+      costliestFirst(policy.levels.map(levelPoint)),
+      policy.levels,
+    );
   }
   const wanted = keys === 'spec' ? (budget as { spec: unknown }).spec : null;
   if (typeof wanted === 'object' && wanted !== null) {
@@ -122,6 +121,21 @@ export function resolveAssembly(
   throw new InvalidArgumentError(
     `[budget] a budget must be a number in (0, 1], 'full', a level, {latencyMs, metric}, {minQuality} or {spec: {assembly}}, got ${JSON.stringify(budget)}`,
   );
+}
+
+const speedPaths = new WeakMap<ElasticPolicy, readonly LevelPoint[]>();
+
+/** The path for speed of a model with modules, found once: calls choose on it. */
+function speedPath(spec: Seq2SeqSpec, policy: ElasticPolicy): readonly LevelPoint[] {
+  let path = speedPaths.get(policy);
+  if (!path) {
+    path = assemblyPath(spec, policy.modules!, 'speed-first').map((assembly) => {
+      const point = pointOf(assembly, spec, null);
+      return { name: assemblyText(assembly), spec: point.spec, point };
+    });
+    speedPaths.set(policy, path);
+  }
+  return path;
 }
 
 function pointOf({ encoder, decoder }: Assembly, spec: Seq2SeqSpec, level: string | null): OperatingPoint {

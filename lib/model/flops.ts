@@ -148,9 +148,9 @@ export function sourceFlops({ encoder, decoder }: Seq2SeqSpec, tokens: number): 
 
 /** FLOPs of reading a source of so many tokens and writing so many of a target. */
 export function writingFlops(spec: Seq2SeqSpec, source: number, target: number): number {
-  let total = sourceFlops(spec, source);
-  for (let before = 0; before < target; before++) total += targetFlops(spec, before, source);
-  return total;
+  // Every token costs as much more than the one before.
+  const [first, last] = [0, target - 1].map((before) => targetFlops(spec, before, source));
+  return sourceFlops(spec, source) + (target * (first + last)) / 2;
 }
 
 /** FLOPs of one token of a target after so many, its logits included, for a source of so many tokens. */

@@ -1,10 +1,12 @@
 // Assemblies of encoder-decoder models at work: the bits of a stock checkpoint of the same layers, in company and alone, by every kind of budget.
 import { describe, expect, it } from 'vitest';
+import { assembledSpec } from '../../lib/elastic/assemblies.js';
 import { writeModules } from '../../lib/elastic/elastify.js';
 import { type Assembly, assemblyPath, backboneOf, type Span } from '../../lib/elastic/modules.js';
 import { readElastic, writeLevels } from '../../lib/elastic/store.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import type { GenerateOptions } from '../../lib/infer/types.js';
+import { writingFlops } from '../../lib/model/flops.js';
 import { readSeq2SeqCases } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
 import {
@@ -60,6 +62,10 @@ describe.each(['bart', 'marian', 't5', 't5-gated'])('%s', (name) => {
         expect({ ids, logprobs }).toEqual({ ids: wanted.ids, logprobs: wanted.logprobs });
         expect(compute.flops).toBe(wanted.compute.flops);
         expect(compute.effective).toEqual({ assembly });
+        if (!('beams' in options)) {
+          const sizes = assembledSpec(specOf(base), assembly);
+          expect(compute.flops).toBe(writingFlops(sizes, sources[1].length, ids.length));
+        }
         expect(compute.ratio).toBeLessThan(1);
         // Layers of the decoder that ran as they are.
         const own = Array.from({ length: 6 }, (_, i) => (assembly.decoder.includes(String(i)) ? 1 : 0));
