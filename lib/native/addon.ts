@@ -85,7 +85,9 @@ export interface NativeEngine {
     program: NativeProgram,
     dims: Int32Array,
     feeds: readonly TypedArray[],
-  ): { promise: Promise<NativeRunResult>; abort(): void };
+  ): { promise: Promise<NativeRunResult>; id: number };
+  /** Ends a run by its id; one that is over already is left alone. */
+  abort(id: number): void;
   dispose(): void;
 }
 

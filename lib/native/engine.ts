@@ -115,8 +115,9 @@ export class Engine implements Disposable {
   ): Promise<NativeRunResult> {
     const { signal } = options;
     signal?.throwIfAborted();
-    const { promise, abort } = wrapNative(() => this.native.run(program.native, dims, feeds));
-    signal?.addEventListener('abort', abort, { once: true });
+    const { promise, id } = wrapNative(() => this.native.run(program.native, dims, feeds));
+    const abort = signal && (() => this.native.abort(id));
+    if (abort) signal.addEventListener('abort', abort, { once: true });
     try {
       const result = await promise;
       signal?.throwIfAborted();
@@ -125,7 +126,7 @@ export class Engine implements Disposable {
       signal?.throwIfAborted();
       throw fromNative(error);
     } finally {
-      signal?.removeEventListener('abort', abort);
+      if (abort) signal.removeEventListener('abort', abort);
     }
   }
 

@@ -48,20 +48,24 @@ class EngineState : public std::enable_shared_from_this<EngineState> {
     napi_value promise;
     if (napi_create_promise(env, &deferred, &promise) != napi_ok) throw Napi::Error::New(env);
     engine_->submit(job);
-    pending_.emplace(job.get(), deferred);
+    pending_.emplace(job.get(), Pending{deferred, ++runs_, job});
     if (pending_.size() == 1) {
       napi_ref_threadsafe_function(env, callback_);
       owner_ = Napi::Persistent(owner);
     }
     Napi::Object handle = Napi::Object::New(env);
     handle.Set("promise", Napi::Value(env, promise));
-    handle.Set("abort", Napi::Function::New(env, [weak = weak_from_this(), weakJob = std::weak_ptr<Job>(job)](
-                                                     const Napi::CallbackInfo&) {
-                 const auto state = weak.lock();
-                 const auto job = weakJob.lock();
-                 if (state && job && state->engine_) state->engine_->abort(job);
-               }));
+    handle.Set("id", static_cast<double>(runs_));
     return handle;
+  }
+
+  // A number and not a function that is made for every run: most are never aborted.
+  void abort(double id) {
+    for (const auto& [_, run] : pending_) {
+      if (static_cast<double>(run.id) != id) continue;
+      if (const auto job = run.job.lock()) engine_->abort(job);
+      return;
+    }
   }
 
   // Aborts what runs and joins the thread. `settle`: JavaScript goes on, so pending promises must reject.
@@ -78,9 +82,9 @@ class EngineState : public std::enable_shared_from_this<EngineState> {
     napi_release_threadsafe_function(callback_, napi_tsfn_release);
     if (!settle) return;
     const Napi::HandleScope scope(env_);
-    for (const auto& [job, deferred] : pending) {
+    for (const auto& [_, run] : pending) {
       const Error error(ErrorCode::Disposed, "[Engine] disposed while a run was pending");
-      napi_reject_deferred(env_, deferred, makeError(env_, error).Value());
+      napi_reject_deferred(env_, run.deferred, makeError(env_, error).Value());
     }
     addonData(env_).external->sync(env_);
   }
@@ -95,7 +99,7 @@ class EngineState : public std::enable_shared_from_this<EngineState> {
     const auto state = static_cast<EngineState*>(context)->shared_from_this();
     const auto found = state->pending_.find(job->get());
     if (found == state->pending_.end()) return;  // rejected by stop()
-    const napi_deferred deferred = found->second;
+    const napi_deferred deferred = found->second.deferred;
     state->pending_.erase(found);
     if (state->pending_.empty()) {
       napi_unref_threadsafe_function(env, state->callback_);
@@ -144,7 +148,13 @@ class EngineState : public std::enable_shared_from_this<EngineState> {
   Napi::Env env_{nullptr};
   napi_threadsafe_function callback_ = nullptr;
   std::unique_ptr<Engine> engine_;
-  std::unordered_map<Job*, napi_deferred> pending_;
+  struct Pending {
+    napi_deferred deferred;
+    uint64_t id;
+    std::weak_ptr<Job> job;
+  };
+  std::unordered_map<Job*, Pending> pending_;
+  uint64_t runs_ = 0;
   Napi::ObjectReference owner_;
 };
 
@@ -154,7 +164,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
  public:
   static Napi::Function define(Napi::Env env) {
     return DefineClass(env, "Engine",
-                       {InstanceMethod<&EngineObject::run>("run"), InstanceMethod<&EngineObject::dispose>("dispose")});
+                       {InstanceMethod<&EngineObject::run>("run"), InstanceMethod<&EngineObject::abort>("abort"),
+                        InstanceMethod<&EngineObject::dispose>("dispose")});
   }
 
   explicit EngineObject(const Napi::CallbackInfo& call) : ObjectWrap(call) {
@@ -192,6 +203,14 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
         job->setFeed(i, dtype, feed.data, feed.elements);
       }
       return state_->run(call.This().As<Napi::Object>(), std::move(job));
+    });
+  }
+
+  Napi::Value abort(const Napi::CallbackInfo& call) {
+    return guarded(call.Env(), [&] {
+      if (!call[0].IsNumber()) fail(ErrorCode::InvalidArgument, "[Engine.abort] id must be a number");
+      state_->abort(call[0].As<Napi::Number>().DoubleValue());
+      return call.Env().Undefined();
     });
   }
 

@@ -240,9 +240,12 @@ Engine::Engine(std::function<void(std::shared_ptr<Job>)> done, std::unique_ptr<D
     : done_(std::move(done)), device_(std::move(device)), thread_([this] { loop(); }) {}
 
 void Engine::submit(std::shared_ptr<Job> job) {
-  const std::lock_guard lock(mutex_);
-  if (stopping_) fail(ErrorCode::Disposed, "[run] the engine is disposed");
-  queue_.push_back(std::move(job));
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) fail(ErrorCode::Disposed, "[run] the engine is disposed");
+    queue_.push_back(std::move(job));
+  }
+  // Not under the lock, which the thread that wakes wants at once.
   wake_.notify_one();
 }
 

@@ -258,11 +258,14 @@ export class Seq2SeqRunner implements Disposable {
   }
 
   async #execute(kind: Work['kind'], chosen: readonly Pending<Work, Ran<RowResult>>[]): Promise<void> {
+    const signals = chosen.map(({ asked }) => asked.signal);
     const stop = new AbortController();
     const stopWhenAlone = () => {
-      if (chosen.every(({ asked }) => asked.signal.aborted)) stop.abort();
+      if (signals.every(({ aborted }) => aborted)) stop.abort();
     };
-    for (const { asked } of chosen) asked.signal.addEventListener('abort', stopWhenAlone);
+    // One that is alone is stopped by its own.
+    const [signal, watched] = signals.length === 1 ? [signals[0], []] : [stop.signal, signals];
+    for (const one of watched) one.addEventListener('abort', stopWhenAlone);
     try {
       const { source, target } = this.#bound();
       source.sync();
@@ -270,15 +273,15 @@ export class Seq2SeqRunner implements Disposable {
       const works = chosen.map(({ asked }) => asked);
       const done =
         kind === 'source'
-          ? await this.#runSources(works as SourceWork[], stop.signal)
-          : await this.#runTargets(kind, works as TargetWork[], stop.signal);
+          ? await this.#runSources(works as SourceWork[], signal)
+          : await this.#runTargets(kind, works as TargetWork[], signal);
       for (const [i, { resolve }] of chosen.entries()) resolve(done[i]);
     } catch (error) {
       this.#keys?.source.invalidate();
       this.#keys?.target.invalidate();
       for (const { asked, reject } of chosen) reject(asked.signal.aborted ? asked.signal.reason : error);
     } finally {
-      for (const { asked } of chosen) asked.signal.removeEventListener('abort', stopWhenAlone);
+      for (const one of watched) one.removeEventListener('abort', stopWhenAlone);
     }
   }
 
