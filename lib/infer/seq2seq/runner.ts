@@ -259,13 +259,13 @@ export class Seq2SeqRunner implements Disposable {
 
   async #execute(kind: Work['kind'], chosen: readonly Pending<Work, Ran<RowResult>>[]): Promise<void> {
     const signals = chosen.map(({ asked }) => asked.signal);
-    const stop = new AbortController();
+    // Work that is alone is stopped by its own signal, other work when all of it is aborted.
+    const stop = signals.length > 1 ? new AbortController() : null;
+    const signal = stop?.signal ?? signals[0];
     const stopWhenAlone = () => {
-      if (signals.every(({ aborted }) => aborted)) stop.abort();
+      if (signals.every(({ aborted }) => aborted)) stop!.abort();
     };
-    // One that is alone is stopped by its own.
-    const [signal, watched] = signals.length === 1 ? [signals[0], []] : [stop.signal, signals];
-    for (const one of watched) one.addEventListener('abort', stopWhenAlone);
+    if (stop) for (const one of signals) one.addEventListener('abort', stopWhenAlone);
     try {
       const { source, target } = this.#bound();
       source.sync();
@@ -281,7 +281,7 @@ export class Seq2SeqRunner implements Disposable {
       this.#keys?.target.invalidate();
       for (const { asked, reject } of chosen) reject(asked.signal.aborted ? asked.signal.reason : error);
     } finally {
-      for (const one of watched) one.removeEventListener('abort', stopWhenAlone);
+      if (stop) for (const one of signals) one.removeEventListener('abort', stopWhenAlone);
     }
   }
 

@@ -1,6 +1,7 @@
 // Encoder-decoder models at work: a text written for a source, greedily, by sampling or by beam search, as a stream.
 import { resolveAssembly, typicalLengths } from '../../elastic/assemblies.js';
 import type { Budget, BudgetContext, OperatingPoint } from '../../elastic/budget.js';
+import { assemblyText } from '../../elastic/modules.js';
 import { sourceFlops, targetFlops } from '../../model/flops.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { ComputeMeter, requireNumbers } from '../compute.js';
@@ -20,6 +21,8 @@ const defaultMaxTokens = 256;
 const endless: Partial<WritingSettings> = {
   ...{ endIds: new Set(), firstIds: [], lastIds: [], minLength: 0, noRepeat: 0, banned: [] },
 };
+/** Assemblies whose sizes are kept. */
+const keptModels = 64;
 const samplingStream = 0x5a;
 const optionNames = [
   ...['maxTokens', 'temperature', 'topK', 'topP', 'stop', 'seed', 'budget', 'signal', 'deadlineMs'],
@@ -39,6 +42,7 @@ export class Seq2Seq implements Disposable {
   readonly network: Seq2SeqNetwork;
   readonly #runner: Seq2SeqRunner;
   readonly #closed: AbortSignal;
+  readonly #models = new Map<string, Assembled>();
 
   constructor(network: Seq2SeqNetwork, closed: AbortSignal) {
     this.network = network;
@@ -84,7 +88,7 @@ export class Seq2Seq implements Disposable {
     { budget, signal = this.#closed }: { budget: Budget; signal?: AbortSignal },
   ): Promise<Float32Array> {
     const { point } = this.#check(source, { budget, maxTokens: target.length, beams: 1 });
-    const model = assembledOf(this.network, point.spec.assembly);
+    const model = this.#assembled(point);
     const { vocab } = this.network.spec.decoder;
     const logits = new Float32Array(target.length * vocab);
     const places = await this.#runner.admit({ model, beams: 1, source: source.length, target: target.length, signal });
@@ -108,6 +112,15 @@ export class Seq2Seq implements Disposable {
 
   [Symbol.dispose](): void {
     this.dispose();
+  }
+
+  /** What runs at a point; the same object while few others are asked for, so that what is known of its sizes stays. */
+  #assembled({ spec: { assembly } }: OperatingPoint): Assembled {
+    const key = assembly ? assemblyText(assembly) : '';
+    const model = this.#models.get(key) ?? assembledOf(this.network, assembly);
+    if (this.#models.size >= keptModels) this.#models.clear();
+    this.#models.set(key, model);
+    return model;
   }
 
   #check(source: string | readonly number[], options: GenerateOptions): Request {
@@ -175,7 +188,7 @@ export class Seq2Seq implements Disposable {
     await Promise.resolve();
     const decoded = this.network.tokenizer?.stream() ?? null;
     const writer = new Writer({ decoded, stop, endIds: settings.endIds, maxTokens, emit });
-    const model = assembledOf(this.network, point.spec.assembly);
+    const model = this.#assembled(point);
     const cost = new Cost(this.network, model);
     let reason: FinishReason = 'length';
     let admitted = Number.NaN;
