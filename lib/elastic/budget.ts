@@ -209,7 +209,7 @@ export function withinLatency(
   });
   if (measured.length === 0) {
     throw new InvalidArgumentError(
-      '[budget] the times measured on this device are of other levels than the model has; measure again with `elastiform eval --record`',
+      '[budget] the times measured on this device are of other levels than the model has; measure again',
     );
   }
   const what = `${metric} of ${call.prompt} tokens${maxTokens > 0 ? ` and ${maxTokens} generated` : ''}`;

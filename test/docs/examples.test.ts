@@ -3,6 +3,7 @@ import { spawnSync } from 'node:child_process';
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { beforeAll, expect, test, vi } from 'vitest';
+import { modularDirectory } from '../infer/modules.js';
 import { temporaryDirectory } from '../temporary.js';
 
 vi.setConfig({ testTimeout: 120_000, hookTimeout: 120_000 });
@@ -85,6 +86,18 @@ test('write-for-source writes for all sources, and beams cost more', () => {
   expect(costs).toHaveLength(4);
   expect(costs[2]).toBeGreaterThan(costs[0]);
   expect(costs[3]).toBeGreaterThan(costs[1]);
+});
+
+test('assemblies writes at several sizes, from the whole model to the smallest', async () => {
+  const { dir } = await modularDirectory('marian');
+  const output = run('assemblies.mjs', dir, '5,9,14,2');
+  expect(output).toMatch(/^encoder 0,1,2,3, decoder 0,1,2,3,4,5: [\d,]+ \(1.00 of the FLOPs, 1.0 times as fast\)/);
+  const ratios = numbers(output, /\(([\d.]+) of the FLOPs/gm);
+  expect(ratios).toHaveLength(5);
+  expect(output).toContain('encoder 0-3, decoder 0-5: ');
+  const speedups = numbers(output, /, ([\d.]+) times as fast\)/gm);
+  for (let i = 1; i < 5; i++) expect(speedups[i]).toBeGreaterThanOrEqual(speedups[i - 1]);
+  expect(ratios.at(-1)).toBeLessThan(0.5);
 });
 
 test('stream-and-abort ends early both ways', () => {
