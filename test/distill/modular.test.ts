@@ -9,7 +9,7 @@ import { openSeq2Seq } from '../../lib/distill/seq2seq/model.js';
 import { drawAssembly } from '../../lib/distill/seq2seq/modular.js';
 import type { PairData } from '../../lib/distill/seq2seq/pairs.js';
 import { type ModuleLosses, type Replacing, replacing } from '../../lib/distill/seq2seq/replacing.js';
-import { type Assembly, assemblyPath, assemblyProblem, type Modules, spansOf } from '../../lib/elastic/modules.js';
+import { type Assembly, assemblyProblem, ladder, type Modules, spansOf } from '../../lib/elastic/modules.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import { finetune, InvalidArgumentError, type ModularConfig, modular, type TrainEvent } from '../../lib/index.js';
 import { sha256File } from '../../lib/io/files.js';
@@ -82,9 +82,11 @@ describe('assemblies that are drawn', () => {
       .filter(({ encoder }) => encoder.length === 12)
       .map(({ decoder }) => decoder.length);
     expect([...new Set(whole)].sort()).toEqual([1, 2, 3, 4, 5]);
-    const speed = assemblyPath(sizes, modules, 'speed-first').slice(1);
-    for (const assembly of speed) expect([...late.keys()]).toContain(JSON.stringify(assembly));
-    expect([...late.values()].some(({ decoder }) => decoder.join() === '0-1,2-3,4-5')).toBe(true);
+    const [encoders, decoders] = [ladder(12, modules.encoder, 'fine'), ladder(6, modules.decoder, 'fine')];
+    for (const decoder of decoders.slice(1))
+      expect([...late.keys()]).toContain(JSON.stringify({ encoder: encoders[0], decoder }));
+    for (const encoder of encoders.slice(1))
+      expect([...late.keys()]).toContain(JSON.stringify({ encoder, decoder: decoders.at(-1) }));
   });
 
   it('are of modules where nothing would be replaced yet', () => {

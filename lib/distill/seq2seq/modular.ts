@@ -63,7 +63,7 @@ export interface ModularResult extends TrainResult {
 
 const ownKeys = [...['from', 'out', 'data', 'evalData', 'heldOut', 'badRows', 'granularities', 'replace', 'losses']];
 const replaceDefaults = { start: 0.3, full: 0.4 };
-const lossDefaults: Required<ModuleLosses> = { task: 1, logits: 1, hidden: 1, attention: 1 };
+const lossDefaults: Required<ModuleLosses> = { task: 1, logits: 1, hidden: 0.5, attention: 0.2 };
 const lossNames = Object.keys(lossDefaults) as (keyof ModuleLosses)[];
 
 /**
@@ -193,9 +193,8 @@ function modulesOf(spec: Seq2SeqSpec, granularities: readonly number[]): Modules
   return { encoder: of('encoder'), decoder: of('decoder') };
 }
 
-/** How often assemblies of the end leave the encoder whole, and how often they are made of the coarsest modules, not the finest. */
+/** How often assemblies of the end leave the encoder whole. */
 const wholeEncoders = 1 / 2;
-const coarse = 1 / 4;
 
 /**
  * The assembly of a micro-batch, `progress` being the share of the steps that are done.
@@ -205,7 +204,7 @@ const coarse = 1 / 4;
  * to 1, else its layers. One of three assemblies leaves the encoder whole.
  *
  * From then on assemblies are like those that are chosen in the end: a number of parts is drawn for each stack, all numbers alike, and made
- * of the finest modules or of the coarsest; half of them leave the encoder whole, as those do that are made for speed.
+ * of the finest modules; half of them leave the encoder whole, as those do that are made for speed.
  */
 export function drawAssembly(
   spec: Record<Stack, { readonly layers: number }>,
@@ -213,19 +212,15 @@ export function drawAssembly(
   { progress, replace, random }: { progress: number; replace: { start: number; full: number }; random: Random },
 ): Assembly {
   const { start, full } = replace;
-  const rung = (stack: Stack, order: 'fine' | 'coarse', parts: (count: number) => number): string[] => {
-    const rungs = ladder(spec[stack].layers, modules[stack], order);
-    return rungs[parts(rungs.length)];
-  };
   if (progress >= full) {
-    const order = random.uniform() < coarse ? 'coarse' : 'fine';
-    const whole = random.uniform() < wholeEncoders;
-    const encoder = rung('encoder', order, (count) => (whole ? 0 : random.below(count)));
-    const decoder = rung('decoder', order, (count) => random.below(count));
-    if (hasModules({ encoder, decoder })) return { encoder, decoder };
+    const rungs = (stack: Stack) => ladder(spec[stack].layers, modules[stack], 'fine');
+    const [encoders, decoders] = [rungs('encoder'), rungs('decoder')];
+    const encoder = random.uniform() < wholeEncoders ? encoders[0] : encoders[random.below(encoders.length)];
+    const decoder = decoders[random.below(decoders.length)];
     // Without a module there is nothing to learn.
-    const smallest = (count: number) => count - 1;
-    return { encoder: rung('encoder', order, smallest), decoder: rung('decoder', order, smallest) };
+    return hasModules({ encoder, decoder })
+      ? { encoder, decoder }
+      : { encoder: encoders.at(-1)!, decoder: decoders.at(-1)! };
   }
   const rate = start + (1 - start) * (progress / full);
   const sizes = [...new Set([...modules.encoder, ...modules.decoder].map(sizeOf))].sort((a, b) => a - b);

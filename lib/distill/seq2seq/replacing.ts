@@ -38,10 +38,10 @@ export interface ModuleLosses {
   logits?: number;
   /**
    * Squared distance of the residual stream after each module from the whole model's after the last layer that it stands for, over that
-   * stream's mean square; summed over modules; default 1.
+   * stream's mean square; summed over modules; default 0.5.
    */
   hidden?: number;
-  /** The same of what each head of the module's attention gives, to itself and to the source, before it is projected; default 1. */
+  /** The same of what each head of the module's attention gives, to itself and to the source, before it is projected; default 0.2. */
   attention?: number;
 }
 
