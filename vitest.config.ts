@@ -20,7 +20,7 @@ export default defineConfig({
             'test/{ops,graph,elastic}/**/*.test.ts',
             'test/kernels/kernels.test.ts',
             'test/model/{decoder,seq2seq}.test.ts',
-            'test/distill/{golden,blocks}.test.ts',
+            'test/distill/{golden,blocks,pairs_golden}.test.ts',
             'test/infer/{generate,narrow,nested,trace}.test.ts',
           ],
           env: { ELASTIFORM_DEVICE: 'simt', ELASTIFORM_THREADS: '1' },

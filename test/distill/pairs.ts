@@ -1,7 +1,9 @@
-// A task for small encoder-decoder models: words in letters, and the same letters the other way round.
-import { mkdirSync, writeFileSync } from 'node:fs';
+// Small encoder-decoder models to train, and a task for them: words in letters, and the same letters the other way round.
+import { cpSync, mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Random } from '../../lib/distill/random.js';
+import { openSafetensors, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
+import { seq2seqDirectory } from '../model/golden.js';
 
 const letters = [...'abcdefgh'];
 const vocabulary = ['<s>', '<pad>', '</s>', '<unk>', ...letters];
@@ -57,3 +59,17 @@ export const smallModel = (more: Record<string, unknown> = {}): Record<string, u
   ...{ encoder_layers: 4, decoder_layers: 4, encoder_attention_heads: 2, decoder_attention_heads: 2 },
   ...{ scale_embedding: true, bos_token_id: 0, pad_token_id: 1, ...more },
 });
+
+/** A golden model whose head has no bias, with a tokenizer, which such models lack. */
+export async function zeroBiased(name: string, dir: string): Promise<string> {
+  cpSync(seq2seqDirectory(name), dir, { recursive: true });
+  writeLetters(dir);
+  using file = openSafetensors(join(seq2seqDirectory(name), 'model.safetensors'));
+  const tensors = file.names().map((tensor): [string, TensorData] => {
+    const values = file.tensor(tensor);
+    const data = tensor === 'final_logits_bias' ? new Float32Array(values.size) : values.readFloat();
+    return [tensor, { dtype: 'f32', shape: [...values.shape], data }];
+  });
+  await writeSafetensors(join(dir, 'model.safetensors'), Object.fromEntries(tensors));
+  return dir;
+}
