@@ -2,7 +2,7 @@
 import { type ExitRuleName, type ExitSetting, exitRules } from '../elastic/exits.js';
 import { type Command, UsageError } from './command.js';
 import { rowFlags, runRows } from './rows.js';
-import { parseLevel } from './shared.js';
+import { budgetForms, parseBudget } from './shared.js';
 
 export const classifyCommand: Command = {
   name: 'classify',
@@ -10,7 +10,7 @@ export const classifyCommand: Command = {
     'Tell the classes of texts or pairs of texts with an encoder that has a classifier. One line of JSON a text.',
   positionals: '<model> [text...]',
   flags: {
-    budget: { type: 'string', short: 'b', value: 'SHARE|LEVEL', help: 'what a text may cost (default: full)' },
+    budget: { type: 'string', short: 'b', value: budgetForms, help: 'what a text may cost (default: full)' },
     exit: {
       type: 'string',
       value: 'RULE:THRESHOLD[:LAYER]|own',
@@ -23,7 +23,7 @@ export const classifyCommand: Command = {
   run(context) {
     const { flags, signal } = context;
     const [asked, rule] = [flags.string('budget'), flags.string('exit')];
-    const budget = asked === undefined ? undefined : parseLevel(asked);
+    const budget = asked === undefined ? undefined : parseBudget(asked);
     const exit = rule === undefined ? undefined : parseExit(rule);
     return runRows(context, 'classify', async (model, inputs, packing) => {
       const options = { ...(budget !== undefined && { budget }), ...(exit !== undefined && { exit }) };

@@ -2,14 +2,14 @@
 import { poolings } from '../model/encoder.js';
 import type { Command } from './command.js';
 import { rowFlags, runRows } from './rows.js';
-import { parseLevel } from './shared.js';
+import { budgetForms, parseBudget } from './shared.js';
 
 export const embedCommand: Command = {
   name: 'embed',
   summary: 'Make one vector of every text or pair of texts with an encoder. One line of JSON a text.',
   positionals: '<model> [text...]',
   flags: {
-    budget: { type: 'string', short: 'b', value: 'SHARE|LEVEL', help: 'what a text may cost (default: full)' },
+    budget: { type: 'string', short: 'b', value: budgetForms, help: 'what a text may cost (default: full)' },
     pooling: {
       type: 'string',
       value: poolings.join('|'),
@@ -27,7 +27,7 @@ export const embedCommand: Command = {
     const dims = flags.integer('dims', { min: 1 });
     const budget = flags.string('budget');
     const asked = {
-      ...(budget !== undefined && { budget: parseLevel(budget) }),
+      ...(budget !== undefined && { budget: parseBudget(budget) }),
       ...(pooling && { pooling }),
       ...(dims && { dims }),
       ...(flags.boolean('normalize') && { normalize: true }),

@@ -2,7 +2,7 @@
 import { routerPlaces } from '../elastic/policy.js';
 import { writeProfile } from '../elastic/profile.js';
 import { loadModel } from '../infer/model.js';
-import { profile } from '../infer/profile.js';
+import { isEncoder, profile } from '../infer/profile.js';
 import { type Command, UsageError } from './command.js';
 import { dataFlags, documentsOf } from './data.js';
 import { columns, Progress } from './progress.js';
@@ -10,7 +10,8 @@ import { loadFlags, loadOptions } from './shared.js';
 
 export const profileCommand: Command = {
   name: 'profile',
-  summary: 'Time prompts and tokens at every level on this device, and keep the times in the model for budgets.',
+  summary:
+    'Time prompts and tokens, or texts of an encoder, at every level on this device; kept in the model for budgets.',
   positionals: '<model>',
   flags: {
     context: { type: 'string', value: 'N,...', help: 'lengths in tokens (default: 16,128,512, as the context holds)' },
@@ -26,14 +27,16 @@ export const profileCommand: Command = {
     );
     const documents = await documentsOf(context, 'data');
     await using model = await loadModel(positionals[0], loadOptions(context));
-    const { policy, tokenizer, spec, dir } = model.network;
+    const encodes = isEncoder(model);
+    const { policy, tokenizer, spec, dir } = encodes ? model.encoder.network : model.network;
     if (!policy)
       throw new UsageError(`[cli] ${dir} has one level, the full model: there is nothing to choose by times`);
-    if (!documents && routerPlaces(policy).length > 0) {
-      throw new UsageError('[cli] what routers let in depends on the text: give --data');
+    if (!documents && (routerPlaces(policy).length > 0 || policy.exits)) {
+      throw new UsageError('[cli] what routers let in, and texts that leave at exits, depend on the text: give --data');
     }
-    // Without routers times do not depend on the text.
-    const ids = documents?.flatMap((text) => tokenizer!.encode(text)) ?? [Math.min(1, spec.vocab - 1)];
+    // Without them times do not depend on the text. An encoder's has special tokens at its ends.
+    const texts = documents && encodes ? [documents.join(' ')] : documents;
+    const ids = texts?.flatMap((text) => tokenizer!.encode(text)) ?? [Math.min(1, spec.vocab - 1)];
     const progress = new Progress('profile');
     const times = await profile(model, {
       ...{ ids, signal, ...(lengths && { lengths }), ...(batches && { batches }) },
@@ -48,8 +51,8 @@ export const profileCommand: Command = {
         columns([
           ['level', 'prompts', 'milliseconds', ...times.lengths.map((n) => `${n} tokens`)],
           ...levels.flatMap(({ level, prefillMs, decodeMs }) => [
-            [level, '1', 'prompt', ...ms(prefillMs)],
-            [level, '1', 'next token', ...ms(decodeMs)],
+            [level, '1', decodeMs ? 'prompt' : 'text', ...ms(prefillMs)],
+            ...(decodeMs ? [[level, '1', 'next token', ...ms(decodeMs)]] : []),
             ...together
               .filter((b) => b.level === level)
               .map((b) => [level, `${b.batch}`, 'prompts', ...ms(b.prefillMs)]),

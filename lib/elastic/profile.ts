@@ -29,10 +29,10 @@ export interface MeasuredOn {
 export interface LevelTimes {
   level: string;
   spec: ElasticSpec;
-  /** From a prompt of so many tokens to the token after it. */
+  /** From a prompt of so many tokens to the token after it; of an encoder, reading a text of so many. */
   prefillMs: readonly number[];
-  /** One further token after so many. */
-  decodeMs: readonly number[];
+  /** One further token after so many; absent of an encoder. */
+  decodeMs?: readonly number[];
 }
 
 /** Medians, in milliseconds, of several prompts of equal length in one run, until the token after each. */
@@ -160,7 +160,7 @@ function profileFromJson(json: unknown, file: string): DeviceProfile {
   };
   const levels = (root.levels as unknown[]).map((entry, i): LevelTimes => {
     const { json, ...level } = levelOf(entry, `levels[${i}]`);
-    return { ...level, decodeMs: timesOf(json, `levels[${i}]`, 'decodeMs') };
+    return { ...level, ...(json.decodeMs !== undefined && { decodeMs: timesOf(json, `levels[${i}]`, 'decodeMs') }) };
   });
   const list = root.batches ?? [];
   if (!Array.isArray(list)) read.fail('batches', 'a list', list);
@@ -193,9 +193,9 @@ export function expectedMs(
   { prompt, generated }: { prompt: number; generated: number },
 ): number {
   const first = timeAt(lengths, prefillMs, prompt);
+  if (metric === 'ttft' || !decodeMs) return first;
   // Every token has one more before it than the last; halfway stands for all.
   const next = timeAt(lengths, decodeMs, prompt + generated / 2);
-  if (metric === 'ttft') return first;
   return metric === 'tpot' ? next : first + Math.max(generated - 1, 0) * next;
 }
 

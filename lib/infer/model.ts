@@ -133,15 +133,17 @@ export class ElasticModel implements AsyncDisposable {
 
   /**
    * What a budget means for this model on its device. `length`: tokens of the sequences it is meant for; `maxTokens`: of
-   * these, tokens generated.
+   * these, tokens generated, by decoders.
    * @throws InvalidArgumentError when the model cannot run at that budget.
    */
   resolve(budget: Budget, options: Omit<BudgetContext, 'profile'> = {}): OperatingPoint {
-    checkOptions('resolve', options, ['length', 'maxTokens']);
+    const encoder = this.#model instanceof Encoder ? this.#model : null;
+    checkOptions('resolve', options, encoder ? ['length'] : ['length', 'maxTokens']);
     for (const name of ['length', 'maxTokens'] as const)
       checkNumber('resolve', name, options[name], positiveInteger, 'a positive integer');
     this.#alive('resolve');
     if (this.#model instanceof Seq2Seq) return this.#model.resolve(budget, options);
+    if (encoder) return encoder.resolve('resolve', budget, options.length);
     return resolveFor(this.#decoder('resolve').network, budget, options);
   }
 

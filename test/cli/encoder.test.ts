@@ -202,6 +202,10 @@ describe('exits', () => {
     });
     const file = join(work, 'texts.txt');
     writeFileSync(file, texts.join('\n'));
+    expect((await run('profile', dir)).stderr).toContain('give --data');
+    const timed = json(await run('profile', dir, '--data', file, '--context', '4,8', '--json'));
+    expect(timed).toMatchObject({ lengths: [4, 8], levels: [{ level: 'full', spec: {} }, {}, {}, {}] });
+    expect((await run('classify', dir, 'a cat', '--budget', '100000ms')).stdout).toContain('"ratio":1}');
     const outcome = await run('classify', dir, '--data', file, '--budget', 'exit50', '--batch', '16');
     await using model = await loadModel(dir);
     const expected = await model.classify(texts, { budget: 'exit50' });

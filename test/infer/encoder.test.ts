@@ -252,7 +252,6 @@ describe('refuses', () => {
     ['generate', (model) => model.generate('a')],
     ['score', (model) => model.score(['a'])],
     ['trace', (model) => model.trace('a')],
-    ['resolve', (model) => model.resolve('full')],
     ['model', (model) => evaluate(model, { data: ['a'] })],
   ])('%s of an encoder', (api, call) =>
     using(bert, call, `[${api}] ${bert} is an encoder (bert, feature-extraction), and this needs a decoder`),
@@ -282,7 +281,11 @@ describe('refuses', () => {
       (model) => model.classify('a', { budget: 0.5 }),
       'has the full budget alone: it has no exits and no nested',
     ],
-    [classes, (model) => model.classify('a', { budget: { latencyMs: 5 } }), 'budgets by time are for decoders'],
+    [
+      classes,
+      (model) => model.classify('a', { budget: { latencyMs: 5 } }),
+      'has the full budget alone: it has no exits and no nested',
+    ],
     [classes, (model) => model.classify('a', { exit: true }), '[classify] exit must be absent: the model has no exits'],
     [bert, (model) => model.embed('a', { exit: true } as never), "[embed] unknown option 'exit'"],
     [bert, (model) => model.embed('a', { dims: 25 }), '[embed] dims must be an integer from 1 to 24, got 25'],

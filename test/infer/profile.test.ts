@@ -1,9 +1,9 @@
 // Measuring a model for budgets by latency and quality, and calls that use what was measured.
 import { cpSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import { profileDirectory, writeProfile } from '../../lib/elastic/profile.js';
-import { readElastic } from '../../lib/elastic/store.js';
+import { readElastic, writeLevels } from '../../lib/elastic/store.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import { profile } from '../../lib/infer/profile.js';
 import { evaluate } from '../../lib/infer/quality/evaluate.js';
@@ -11,6 +11,7 @@ import { recordQuality } from '../../lib/infer/quality/quality.js';
 import { InvalidArgumentError } from '../../lib/native/errors.js';
 import { loadAddon } from '../../lib/native/index.js';
 import { stories, temporaryDirectory } from '../distill/tiny.js';
+import { exitClassifier } from './exits.js';
 import { elasticDirectories } from './fixture.js';
 
 let dir: string;
@@ -32,14 +33,14 @@ describe('profile', () => {
     const { isa, threads } = loadAddon().info();
     expect(times.on).toMatchObject({ device: model.network.engine.device, isa, threads, dtype: 'f32' });
     for (const { prefillMs, decodeMs } of times.levels) {
-      for (const ms of [prefillMs, decodeMs]) {
+      for (const ms of [prefillMs, decodeMs!]) {
         expect(ms).toHaveLength(2);
         expect(ms.every((t) => t > 0 && t < 60_000)).toBe(true);
       }
     }
     const full = times.levels[0];
     // Five times the rows in one run, against one row.
-    expect(full.prefillMs[1]).toBeGreaterThan(full.decodeMs[1] / 2);
+    expect(full.prefillMs[1]).toBeGreaterThan(full.decodeMs![1] / 2);
   });
 
   it('lengths and ids are checked, and a signal ends it', async () => {
@@ -145,5 +146,77 @@ describe('recordQuality', () => {
     await expect(recordQuality(temporaryDirectory(), shares)).rejects.toThrow(InvalidArgumentError);
     expect(readFileSync(join(dir, 'elastic_config.json'), 'utf8')).toBe(before);
     expect(readdirSync(dir)).not.toContain(profileDirectory);
+  });
+});
+
+describe('an encoder with exits', () => {
+  let own: string;
+  const text = [2, ...Array.from({ length: 50 }, (_, i) => 5 + ((i * i) % 80)), 3];
+  beforeAll(async () => {
+    own = await exitClassifier();
+    await writeLevels(own, [
+      { name: 'full', spec: {} },
+      { name: 'deep', spec: { exit: { rule: 'maxprob', threshold: 0.8 } }, flopsRatio: 0.85 },
+      { name: 'fast', spec: { exit: { rule: 'margin', threshold: 0.3 } }, flopsRatio: 0.5 },
+    ]);
+  });
+
+  it('is timed at every level by texts of the lengths asked for', async () => {
+    await using encoder = await loadModel(own);
+    const classify = vi.spyOn(encoder, 'classify');
+    const times = await profile(encoder, { ids: text, lengths: [3, 12] });
+    expect(times.levels.map(({ level }) => level)).toEqual(['full', 'deep', 'fast']);
+    for (const { prefillMs, decodeMs } of times.levels) {
+      expect(prefillMs).toHaveLength(2);
+      expect(prefillMs.every((t) => t > 0 && t < 60_000)).toBe(true);
+      expect(decodeMs).toBeUndefined();
+    }
+    const timed = classify.mock.calls.map(([[ids]]) => ids as number[]);
+    expect(new Set(timed.map(({ length }) => length))).toEqual(new Set([3, 12]));
+    for (const ids of timed) expect([ids[0], ids.at(-1)]).toEqual([2, 3]);
+    // Where texts leave differs, so levels with exits are timed on several.
+    expect(new Set(timed.map(String)).size).toBeGreaterThan(8);
+    await expect(profile(encoder, { ids: text, batches: [2] })).rejects.toThrow(/batches are for decoders/);
+    await expect(profile(encoder, { ids: text, lengths: [25] })).rejects.toThrow(
+      /ascending numbers of tokens up to 24/,
+    );
+  });
+
+  it('takes budgets by time, for texts of a length', async () => {
+    await using bare = await loadModel(own);
+    await expect(bare.classify('The cat', { budget: { latencyMs: 5 } })).rejects.toThrow(
+      /needs times measured on this device .* measure here: elastiform profile/,
+    );
+    const { levels } = bare.info;
+    // 100, 80 and 60 ms of two tokens, ten times that of 22.
+    const times = levels.map(({ name, spec }, i) => ({ level: name, spec, prefillMs: [100 - 20 * i, 1000 - 200 * i] }));
+    const on = bare.encoder.network.measuredOn();
+    await writeProfile(own, { version: 1, on, lengths: [2, 22], levels: times });
+    await using timed = await loadModel(own);
+    for (const [length, latencyMs, level] of [
+      [2, 100, 'full'],
+      [2, 99, 'deep'],
+      [12, 500, 'deep'],
+      [12, 400, 'fast'],
+    ] as const) {
+      expect(timed.resolve({ latencyMs }, { length }).level).toBe(level);
+    }
+    // Calls mean texts as long as the context, which holds fewer than 128 tokens: 1090, 872 and 654 ms.
+    for (const [latencyMs, level] of [
+      [1100, 'full'],
+      [900, 'deep'],
+      [700, 'fast'],
+    ] as const) {
+      const [{ compute }] = await timed.classify('The cat', { budget: { latencyMs } });
+      expect(compute.level).toBe(level);
+      expect(compute.requested).toEqual({ latencyMs });
+    }
+    await expect(timed.classify('The cat', { budget: { latencyMs: 600 } })).rejects.toThrow(
+      /the fastest, fast, takes 654/,
+    );
+    await expect(timed.classify('a', { budget: { latencyMs: 600, metric: 'tpot' } })).rejects.toThrow(
+      /metric must be total or ttft: .* is an encoder/,
+    );
+    expect(() => timed.resolve('full', { maxTokens: 3 })).toThrow(/unknown option 'maxTokens'/);
   });
 });

@@ -13,7 +13,7 @@ import { EncoderPrograms, type End, packedTexts, type StageRun } from './program
 import { compacted, encodeRow, encodeRows, type Row } from './rows.js';
 
 const defaultBatch = 64;
-/** Tokens of the texts that shares of FLOPs are for, where the context holds as many. */
+/** Tokens of the texts that shares of FLOPs and times are for, where the context holds as many. */
 const budgetTokens = 128;
 
 /** What one text took, in all its windows. */
@@ -62,7 +62,7 @@ export class Encoder implements Disposable {
     const { budget = 'full', exit, signal } = options;
     const problem = exit === undefined ? null : settingProblem(exit, policy?.exits);
     if (problem) throw new InvalidArgumentError(`[classify] exit must be ${problem}`);
-    const point = this.#resolve('classify', budget);
+    const point = this.resolve('classify', budget);
     const setting = exit ?? point.exit;
     const exits = setting ? usableExits(setting, policy!.exits!) : [];
     if (setting && exits.length === 0) this.#warnOfNoExit(setting);
@@ -100,7 +100,7 @@ export class Encoder implements Disposable {
     const within = (n: number) => positiveInteger(n) && n <= spec.hidden;
     checkNumber('embed', 'dims', dims, within, `an integer from 1 to ${spec.hidden}`);
     const { budget = 'full', signal } = options;
-    const point = this.#resolve('embed', budget);
+    const point = this.resolve('embed', budget);
     if (point.exit) throw new InvalidArgumentError('[embed] budget leaves at exits, and those are for classify');
     const { widths } = point;
     const readings = new Map<number, Reading>();
@@ -173,17 +173,23 @@ export class Encoder implements Disposable {
     return values;
   }
 
-  #resolve(api: string, budget: Budget): OperatingPoint {
-    const { spec, policy, maxContext, dir } = this.network;
-    if (typeof budget === 'object' && budget !== null && 'latencyMs' in budget) {
-      throw new InvalidArgumentError(`[${api}] budgets by time are for decoders, and ${dir} is an encoder`);
+  /**
+   * What a budget means for texts of so many tokens, alone on this device.
+   * @throws InvalidArgumentError when the model cannot run at that budget.
+   */
+  resolve(api: string, budget: Budget, length = Math.min(this.network.maxContext, budgetTokens)): OperatingPoint {
+    const { spec, policy, dir, profiles, measuredOn } = this.network;
+    if (typeof budget === 'object' && budget !== null && 'latencyMs' in budget && budget.metric === 'tpot') {
+      throw new InvalidArgumentError(
+        `[${api}] metric must be total or ttft: ${dir} is an encoder and generates nothing`,
+      );
     }
     if (!policy && budget !== 'full' && budget !== 1) {
       throw new InvalidArgumentError(
         `[${api}] ${dir} has the full budget alone: it has no exits and no nested feed-forwards, got ${JSON.stringify(budget)}`,
       );
     }
-    return resolveBudget(budget, spec, policy, { length: Math.min(maxContext, budgetTokens) });
+    return resolveBudget(budget, spec, policy, { length, profile: () => profiles.of(measuredOn()) });
   }
 
   #warnOfNoExit(setting: unknown): void {

@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { ElasticPolicy } from '../../elastic/policy.js';
+import { type MeasuredOn, Profiles } from '../../elastic/profile.js';
 import { readElastic } from '../../elastic/store.js';
 import { Checkpoint } from '../../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../../io/tokenizer.js';
@@ -12,6 +13,7 @@ import { readSentenceSettings, type SentenceSettings } from '../../model/sentenc
 import type { EncoderSpec } from '../../model/spec.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { Engine, loadAddon } from '../../native/index.js';
+import { measuredOn } from '../machine.js';
 import { checkContext, type ModelStart, type RouterTensors, routerTensors } from '../network.js';
 import { owning } from '../owning.js';
 import type { LoadOptions } from '../types.js';
@@ -28,6 +30,10 @@ export interface EncoderNetwork extends Pick<SentenceSettings, 'pooling' | 'norm
   readonly tokenizer: Tokenizer | null;
   /** Tokens of a text. */
   readonly maxContext: number;
+  /** What was measured of this model's levels, here or on other machines. */
+  readonly profiles: Profiles;
+  /** What times measured now depend on. */
+  measuredOn(): MeasuredOn;
   /** Hash of what its features depend on: weights, tokenizer and configuration. */
   fingerprint(): Promise<string>;
   dispose(): void;
@@ -76,6 +82,8 @@ export async function loadEncoder(
       maxContext: options.maxContext ?? Math.min(sentence?.maxTokens ?? spec.maxPositions, spec.maxPositions),
       pooling: sentence?.pooling ?? 'mean',
       normalize: sentence?.normalize ?? false,
+      profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256, `elastiform profile ${dir} --data FILE`),
+      measuredOn: () => measuredOn(engine, loaded.dtype),
       async fingerprint() {
         const parts = [await checkpoint.sha256(), tokenizer?.sha256 ?? '', JSON.stringify(config)];
         return createHash('sha256').update(parts.join('\n')).digest('hex');
