@@ -197,8 +197,8 @@ export class Seq2SeqRunner implements Disposable {
 
   async #turn(): Promise<void> {
     do {
-      // Lets every generation say what it wants next after what it got.
-      await setImmediate();
+      // Lets every generation say what it wants next after what it got; where there is only one, it has said it.
+      if (!this.#alone()) await setImmediate();
       this.#work = this.#work.filter(stillWanted);
       this.#waiting = this.#waiting.filter(stillWanted);
       this.#admitWaiting();
@@ -208,6 +208,13 @@ export class Seq2SeqRunner implements Disposable {
       }
     } while (this.#work.length > 0);
     this.#turning = false;
+  }
+
+  /** Whether all hypotheses that have places are in the one piece of work there is. */
+  #alone(): boolean {
+    const [only] = this.#work;
+    if (this.#work.length !== 1 || this.#waiting.length > 0 || only.asked.kind === 'source') return false;
+    return only.asked.rows.length === this.#network.maxSequences - this.#freeSlots.length;
   }
 
   #admitWaiting(): void {
