@@ -82,12 +82,11 @@ const gap = (first: number, last: number) =>
   first === last ? `layer ${first} is missing` : `layers ${first} to ${last} are missing`;
 
 /**
- * Of every number of parts the best assembly of one stack, from all layers down. `coarse`: with the fewest modules, so that most layers stay as they
- * are; `fine`: with the least sum of squares of the layers that modules save. Of equal ones that whose modules stand higher.
+ * Of every number of parts the best assembly of one stack, from all layers down: that of the finest modules, with the least sum of squares of the
+ * layers that each saves. Of equal ones that whose modules stand higher.
  */
-export function ladder(layers: number, modules: readonly Span[], order: 'coarse' | 'fine'): string[][] {
+export function ladder(layers: number, modules: readonly Span[]): string[][] {
   type Stretch = { readonly cost: number; readonly parts: readonly string[] };
-  const costOf = ({ first, last }: Span) => (order === 'coarse' ? 1 : (last - first) ** 2);
   // By the layer that a stretch up to the top begins at, the best one of every number of parts.
   const from: Map<number, Stretch>[] = Array.from({ length: layers + 1 }, () => new Map());
   from[layers].set(0, { cost: 0, parts: [] });
@@ -95,7 +94,7 @@ export function ladder(layers: number, modules: readonly Span[], order: 'coarse'
     // The layer itself first: a module must be better to come lower.
     const parts = [{ first, last: first }, ...modules.filter((module) => module.first === first)];
     for (const span of parts) {
-      const own = span.last > first ? costOf(span) : 0;
+      const own = (span.last - first) ** 2;
       for (const [count, rest] of from[span.last + 1]) {
         const cost = own + rest.cost;
         if (cost >= (from[first].get(count + 1)?.cost ?? Number.POSITIVE_INFINITY)) continue;
@@ -116,8 +115,8 @@ export type Strategy = 'speed-first' | 'size-first';
  */
 export function assemblyPath(sizes: Sizes, modules: Modules, strategy: Strategy): Assembly[] {
   const rungs = {
-    encoder: ladder(sizes.encoder.layers, modules.encoder, 'fine'),
-    decoder: ladder(sizes.decoder.layers, modules.decoder, 'fine'),
+    encoder: ladder(sizes.encoder.layers, modules.encoder),
+    decoder: ladder(sizes.decoder.layers, modules.decoder),
   };
   const at = { encoder: 0, decoder: 0 };
   const path: Assembly[] = [];

@@ -82,7 +82,7 @@ describe('assemblies that are drawn', () => {
       .filter(({ encoder }) => encoder.length === 12)
       .map(({ decoder }) => decoder.length);
     expect([...new Set(whole)].sort()).toEqual([1, 2, 3, 4, 5]);
-    const [encoders, decoders] = [ladder(12, modules.encoder, 'fine'), ladder(6, modules.decoder, 'fine')];
+    const [encoders, decoders] = [ladder(12, modules.encoder), ladder(6, modules.decoder)];
     for (const decoder of decoders.slice(1))
       expect([...late.keys()]).toContain(JSON.stringify({ encoder: encoders[0], decoder }));
     for (const encoder of encoders.slice(1))

@@ -250,10 +250,9 @@ describe('an assembly', () => {
 describe('paths', () => {
   const six = spansOf(6, [2, 3, 6]);
   it('a ladder has the best assembly of every number of parts', () => {
-    const texts = (order: 'coarse' | 'fine') => ladder(6, six, order).map((parts) => parts.join(' '));
-    expect(texts('coarse')).toEqual(['0 1 2 3 4 5', '0 1 2 3 4-5', '0 1 2 3-5', '0-1 2 3-5', '0-2 3-5', '0-5']);
-    expect(texts('fine')).toEqual(['0 1 2 3 4 5', '0 1 2 3 4-5', '0 1 2-3 4-5', '0-1 2-3 4-5', '0-2 3-5', '0-5']);
-    expect(ladder(4, [], 'fine')).toEqual([['0', '1', '2', '3']]);
+    const texts = ladder(6, six).map((parts) => parts.join(' '));
+    expect(texts).toEqual(['0 1 2 3 4 5', '0 1 2 3 4-5', '0 1 2-3 4-5', '0-1 2-3 4-5', '0-2 3-5', '0-5']);
+    expect(ladder(4, [])).toEqual([['0', '1', '2', '3']]);
     // The same as the best of all assemblies, one by one.
     const twelve = spansOf(12, [2, 3, 4, 6, 12]);
     const all = (first: number): string[][] =>
@@ -266,21 +265,17 @@ describe('paths', () => {
       const [first, last = first] = part.split('-').map(Number);
       return last - first;
     };
-    for (const [order, cost] of [
-      ['coarse', (parts: string[]) => parts.filter((part) => saved(part) > 0).length],
-      ['fine', (parts: string[]) => parts.reduce((sum, part) => sum + saved(part) ** 2, 0)],
-    ] as const) {
-      const found = ladder(12, twelve, order);
-      const counts = [...new Set(all(0).map(({ length }) => length))].sort((a, b) => b - a);
-      expect(found.map(({ length }) => length)).toEqual(counts);
-      for (const parts of found) {
-        const least = Math.min(
-          ...all(0)
-            .filter(({ length }) => length === parts.length)
-            .map(cost),
-        );
-        expect(cost(parts)).toBe(least);
-      }
+    const cost = (parts: string[]) => parts.reduce((sum, part) => sum + saved(part) ** 2, 0);
+    const found = ladder(12, twelve);
+    const counts = [...new Set(all(0).map(({ length }) => length))].sort((a, b) => b - a);
+    expect(found.map(({ length }) => length)).toEqual(counts);
+    for (const parts of found) {
+      const least = Math.min(
+        ...all(0)
+          .filter(({ length }) => length === parts.length)
+          .map(cost),
+      );
+      expect(cost(parts)).toBe(least);
     }
   });
 

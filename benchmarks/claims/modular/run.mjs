@@ -92,7 +92,7 @@ const checked = (result) => {
 
 const all = spansOf(layers, SETTINGS.granularities);
 /** The decoder becomes smaller first, which runs for every token, then the encoder; both by the finest modules. */
-const rungs = ladder(layers, all, 'fine');
+const rungs = ladder(layers, all);
 const path = [
   ...rungs.map((decoder) => ({ encoder: rungs[0], decoder })),
   ...rungs.slice(1).map((encoder) => ({ encoder, decoder: rungs.at(-1) })),

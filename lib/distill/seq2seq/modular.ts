@@ -213,7 +213,7 @@ export function drawAssembly(
 ): Assembly {
   const { start, full } = replace;
   if (progress >= full) {
-    const rungs = (stack: Stack) => ladder(spec[stack].layers, modules[stack], 'fine');
+    const rungs = (stack: Stack) => ladder(spec[stack].layers, modules[stack]);
     const [encoders, decoders] = [rungs('encoder'), rungs('decoder')];
     const encoder = random.uniform() < wholeEncoders ? encoders[0] : encoders[random.below(encoders.length)];
     const decoder = decoders[random.below(decoders.length)];
