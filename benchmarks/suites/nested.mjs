@@ -67,11 +67,9 @@ export async function nested({ start, threads, rounds, repeats, quick, cache, di
         ...{ key: together ? 'at once' : 'width by width', child: children.slice, command: 'texts' },
         args: { ...setting, count, together },
       }));
-      const [once, byWidth] = await Promise.all(
-        contestants.map(async ({ child, command, args }) => (await child.ask(command, args)).ids),
-      );
-      if (once.join() !== byWidth.join())
-        throw new Error('texts beside others of other widths are not what they are alone');
+      const ids = [];
+      for (const { child, command, args } of contestants) ids.push((await child.ask(command, args)).ids.join());
+      if (ids[0] !== ids[1]) throw new Error('texts beside others of other widths are not what they are alone');
       mixed[count] = await roundRobin(contestants, { rounds, repeats });
     }
     const gain = (count) => mixed[count]['width by width'].median / mixed[count]['at once'].median;
