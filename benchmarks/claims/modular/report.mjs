@@ -59,11 +59,13 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
     `granularities ${settings.granularities.join(', ')} for both stacks: one \`modular\` run of ${settings.modular.steps} steps. Layer dropping keeps as many layers, evenly: as they are, and trained with`,
     'the same losses from the same teacher, the layers that are kept learning together, everything else frozen. **Equally trained** means as many',
     `steps in all: ${share} for each of the ${dropped.length} sizes from 1.5x on, ${settings.modular.steps} together, while modules serve all sizes from one run.`,
-    long.length > 0
-      ? `Besides, each size alone got all ${settings.modular.steps} steps: ${settings.dropped.length} times what modules cost.`
-      : `What dropping does with all ${settings.modular.steps} steps for each size, ${settings.dropped.length} times the cost, is measured with \`--long\`.`,
+    ...(long.length > 0
+      ? [
+          `Some sizes were also trained alone with all ${settings.modular.steps} steps, each as long as all modules together.`,
+        ]
+      : []),
     '',
-    `Machine: ${machine.cpu}, ${machine.availableParallelism} cores${time && bound ? `, of whose time other processes took ${percent(time.others, 0)} while words were timed and ${percent(bound.others, 0)} while layers were` : ''}. One command: \`npm run claims:modular\`.`,
+    `Machine: ${machine.cpu}, ${machine.availableParallelism} cores, ${machine.threads} of them used${time && bound ? `, of whose time other processes took ${percent(time.others, 0)} while words were timed and ${percent(bound.others, 0)} while layers were` : ''}. One command: \`npm run claims:modular\`.`,
     ...(base && modular
       ? [
           `Training took ${minutes(base.seconds)} minutes for the model, ${minutes(modular.seconds)} for modules${dropped.length > 0 ? `, ${minutes(sum(dropped))} for dropped layers` : ''}.`,

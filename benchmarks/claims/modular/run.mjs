@@ -2,7 +2,7 @@
 import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { ladder, spansOf } from '../../../dist/elastic/modules.js';
-import { finetune, modular } from '../../../dist/index.js';
+import { finetune, getRuntime, modular } from '../../../dist/index.js';
 import { machineFacts } from '../../harness/machine.mjs';
 import { cellsIn, readOptions } from '../cells.mjs';
 import { evenSpans, modulesOf, speedUps, trainDropped, wordQuality, writeRandom, writeStock } from './measure.mjs';
@@ -110,7 +110,13 @@ const seconds = async (run) => {
 };
 
 const { model, base, modular: training, losses, granularities } = SETTINGS;
-const measured = { settings: SETTINGS, machine: machineFacts(), points: [], dropped: [], long: [] };
+const measured = {
+  settings: SETTINGS,
+  machine: { ...machineFacts(), threads: getRuntime().threads },
+  points: [],
+  dropped: [],
+  long: [],
+};
 const trainKey = { version: SETTINGS.version, words: SETTINGS.words, model, base, batchTokens: SETTINGS.batchTokens };
 measured.base = await kept({ what: 'base', ...trainKey }, async () => {
   const start = { model, tokenizer, out: dir('base') };
