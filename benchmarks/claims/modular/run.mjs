@@ -36,7 +36,7 @@ const SETTINGS = {
   granularities: [2, 3, 6],
   base: { steps: quick ? 2 : 4000, lr: 3e-3 },
   /** Steps of modules, and of all sizes of layer dropping together. */
-  modular: { steps: quick ? 5 : 1200, lr: 3e-3 },
+  modular: { steps: quick ? 5 : 2400, lr: 3e-3 },
   losses: { task: 1, logits: 1, hidden: 0.5, attention: 0.2 },
   batchTokens: 2048,
   /** Sizes that dropped layers are trained with all of the steps for, with --long: encoder and decoder. */
@@ -44,7 +44,7 @@ const SETTINGS = {
     [6, 3],
     [6, 1],
   ],
-  timed: { words: quick ? 2 : 40, rounds: quick ? 1 : 7 },
+  timed: { words: quick ? 2 : 40, rounds: quick ? 1 : 9 },
   /** A shape at which time goes into layers: that of BART-base but for the vocabulary. */
   bound: {
     model: {
@@ -54,7 +54,7 @@ const SETTINGS = {
     },
     source: 16,
     tokens: quick ? 4 : 30,
-    rounds: quick ? 1 : 5,
+    rounds: quick ? 1 : 7,
   },
 };
 

@@ -203,8 +203,9 @@ const wholeEncoders = 1 / 2;
  * its first layer on, a granularity is drawn among those that may begin there, and its module taken with a probability that rises from `start`
  * to 1, else its layers. One of three assemblies leaves the encoder whole.
  *
- * From then on assemblies are like those that are chosen in the end: a number of parts is drawn for each stack, all numbers alike, and made
- * of the finest modules; half of them leave the encoder whole, as those do that are made for speed.
+ * From then on assemblies are like those that are chosen in the end, made of the finest modules: a number of parts is drawn for each stack, the
+ * more often the more layers it saves, as what stands for more has more to learn; half of them leave the encoder whole, as those do that
+ * are made for speed.
  */
 export function drawAssembly(
   spec: Record<Stack, { readonly layers: number }>,
@@ -213,14 +214,17 @@ export function drawAssembly(
 ): Assembly {
   const { start, full } = replace;
   if (progress >= full) {
-    const rungs = (stack: Stack) => ladder(spec[stack].layers, modules[stack]);
-    const [encoders, decoders] = [rungs('encoder'), rungs('decoder')];
-    const encoder = random.uniform() < wholeEncoders ? encoders[0] : encoders[random.below(encoders.length)];
-    const decoder = decoders[random.below(decoders.length)];
+    const whole = random.uniform() < wholeEncoders;
+    const draw = (stack: Stack): string[] => {
+      const { layers } = spec[stack];
+      const chances = ladder(layers, modules[stack]).flatMap((parts) =>
+        Array.from({ length: layers - parts.length }, () => parts),
+      );
+      return chances.length > 0 ? chances[random.below(chances.length)] : numbered(layers);
+    };
+    const assembly = { encoder: whole ? numbered(spec.encoder.layers) : draw('encoder'), decoder: draw('decoder') };
     // Without a module there is nothing to learn.
-    return hasModules({ encoder, decoder })
-      ? { encoder, decoder }
-      : { encoder: encoders.at(-1)!, decoder: decoders.at(-1)! };
+    return hasModules(assembly) ? assembly : { ...assembly, encoder: draw('encoder') };
   }
   const rate = start + (1 - start) * (progress / full);
   const sizes = [...new Set([...modules.encoder, ...modules.decoder].map(sizeOf))].sort((a, b) => a - b);
@@ -231,7 +235,7 @@ export function drawAssembly(
       const spans = modules[stack].filter((span) => span.first === at && allowed.includes(sizeOf(span)));
       const span = spans.length > 0 ? spans[random.below(spans.length)] : { first: at, last: at };
       if (random.uniform() < rate) parts.push(partId(span));
-      else for (let layer = span.first; layer <= span.last; layer++) parts.push(partId({ first: layer, last: layer }));
+      else parts.push(...numbered(spec[stack].layers).slice(span.first, span.last + 1));
       at = span.last + 1;
     }
     return parts;
@@ -240,5 +244,8 @@ export function drawAssembly(
   const assembly = { encoder: walk('encoder', wholeEncoder ? 0 : rate), decoder: walk('decoder', rate) };
   return hasModules(assembly) ? assembly : { encoder: walk('encoder', 1), decoder: walk('decoder', 1) };
 }
+
+/** All layers of a stack, as parts. */
+const numbered = (layers: number): string[] => Array.from({ length: layers }, (_, i) => `${i}`);
 
 const sizeOf = ({ first, last }: { first: number; last: number }): number => last - first + 1;
