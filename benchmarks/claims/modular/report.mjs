@@ -126,6 +126,7 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
           '## Where layers cost the time',
           '',
           `A model of BART-base's shape but for the vocabulary (${settings.bound.model.d_model} features, random weights): ${settings.bound.tokens} tokens for a source of ${settings.bound.source}, one at a time, in turns with the full model, the fastest of ${settings.bound.rounds} turns of each.`,
+          'A token reads all weights of the decoder once: those of fewer layers may stay in caches, which makes more of the ratio than there are layers.',
           '',
           '| parts of the decoder | layer ratio | speed-up of a token | share of the ratio | of a whole text |',
           '| --- | --- | --- | --- | --- |',
