@@ -1,9 +1,9 @@
 // `elastiform cost-eff`: gives a fine-tuned classifier exits and makes it slim.
 import { type CostEffConfig, type CostEffModel, type CostEffResult, costEff } from '../distill/encoder/cost_eff.js';
-import { type Command, exitCodes, UsageError } from './command.js';
+import type { Command } from './command.js';
 import { isMapping } from './config.js';
 import { exampleFlags, exampleOptions } from './finetune.js';
-import { readConfig, trainingOptions, trainingReporter } from './training.js';
+import { readConfig, requireSettings, runTraining, trainingOptions } from './training.js';
 
 const { steps: _, lr: __, ...flags } = exampleFlags;
 
@@ -47,23 +47,11 @@ export const costEffCommand: Command = {
       }),
     );
     if (Object.keys(sizes).length > 0) merged.target = { ...(isMapping(merged.target) ? merged.target : {}), ...sizes };
-    const missing = { from: '--from', data: '--data', target: '--heads and --ffn' };
-    for (const [key, flag] of Object.entries(missing)) {
-      if (merged[key] === undefined)
-        throw new UsageError(`[cli] '${key}' is missing: give ${flag}, or a --config file that has it`);
-    }
-    const reporter = trainingReporter('cost-eff');
-    let result: CostEffResult;
-    try {
-      const hooks = { onEvent: reporter.event, signal: context.signal };
+    requireSettings(merged, { from: '--from', data: '--data', target: '--heads and --ffn' });
+    return runTraining(context, 'cost-eff', table, (hooks) => {
       const start = () => costEff({ ...(merged as unknown as CostEffConfig), ...hooks });
-      result = await (config ? config.blame([...overridden, 'target'], start) : start());
-    } finally {
-      reporter.finish();
-    }
-    if (context.json) context.printJson(result);
-    else context.print(table(result));
-    return result.stopped === 'signal' ? exitCodes.interrupted : exitCodes.ok;
+      return config ? config.blame([...overridden, 'target'], start) : start();
+    });
   },
 };
 

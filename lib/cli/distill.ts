@@ -6,7 +6,15 @@ import { activationTypes } from '../native/index.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { dataSource } from './data.js';
 import { dtypes, loadFlags } from './shared.js';
-import { readConfig, runTraining, sampleOption, trainingFlags, trainingOptions, widthFlags } from './training.js';
+import {
+  readConfig,
+  runTraining,
+  sampleOption,
+  trainingFlags,
+  trainingOptions,
+  trainingOutcome,
+  widthFlags,
+} from './training.js';
 
 /** `kl=0.5` or `kl`. */
 function lossTerm(text: string): LossTerm {
@@ -64,7 +72,7 @@ export const distillCommand: Command = {
     if (merged.plan === undefined)
       throw new UsageError('[cli] the plan to train is missing: elastiform distill <plan>');
     if (merged.data === undefined) throw new UsageError('[cli] the training data is missing: give --data');
-    return runTraining(context, 'distill', (hooks) => {
+    return runTraining(context, 'distill', trainingOutcome, (hooks) => {
       const start = () => distill({ ...(merged as unknown as DistillConfig), ...hooks });
       return config ? config.blame(overridden, start) : start();
     });

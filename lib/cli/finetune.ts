@@ -3,7 +3,7 @@ import { classMetrics, type Metric, numberMetrics } from '../distill/encoder/cla
 import { type FinetuneConfig, finetune } from '../distill/encoder/finetune.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { type ConfigFile, isMapping } from './config.js';
-import { readConfig, runTraining, trainingFlags, trainingOptions } from './training.js';
+import { readConfig, runTraining, trainingFlags, trainingOptions, trainingOutcome } from './training.js';
 
 /** Flags of commands that train on labelled texts. */
 export const exampleFlags = {
@@ -59,7 +59,7 @@ export const finetuneCommand: Command = {
       throw new UsageError('[cli] data is missing: give --data or a --config file that has it');
     if (merged.from === undefined && merged.model === undefined)
       throw new UsageError('[cli] a model is missing: give --from, or model and tokenizer in the --config file');
-    return runTraining(context, 'finetune', (hooks) => {
+    return runTraining(context, 'finetune', trainingOutcome, (hooks) => {
       const start = () => finetune({ ...(merged as unknown as FinetuneConfig), ...hooks });
       return config ? config.blame(overridden, start) : start();
     });

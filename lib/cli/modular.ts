@@ -1,9 +1,9 @@
 // `elastiform modular`: trains modules that each stand for several layers of an encoder-decoder model.
 import { type ModularConfig, type ModularResult, modular } from '../distill/seq2seq/modular.js';
 import { assemblyText } from '../elastic/modules.js';
-import { type Command, exitCodes, UsageError } from './command.js';
+import type { Command } from './command.js';
 import { exampleFlags, exampleOptions } from './finetune.js';
-import { readConfig, trainingOptions, trainingReporter } from './training.js';
+import { readConfig, requireSettings, runTraining, trainingOptions } from './training.js';
 
 const { metric: _, 'pair-field': __, ...flags } = exampleFlags;
 
@@ -27,23 +27,11 @@ export const modularCommand: Command = {
       from: flags.string('from'),
       granularities: flags.list('granularities')?.map(Number),
     });
-    const missing = { from: '--from', data: '--data', granularities: '--granularities' };
-    for (const [key, flag] of Object.entries(missing)) {
-      if (merged[key] === undefined)
-        throw new UsageError(`[cli] '${key}' is missing: give ${flag}, or a --config file that has it`);
-    }
-    const reporter = trainingReporter('modular');
-    let result: ModularResult;
-    try {
-      const hooks = { onEvent: reporter.event, signal: context.signal };
+    requireSettings(merged, { from: '--from', data: '--data', granularities: '--granularities' });
+    return runTraining(context, 'modular', table, (hooks) => {
       const start = () => modular({ ...(merged as unknown as ModularConfig), ...hooks });
-      result = await (config ? config.blame(overridden, start) : start());
-    } finally {
-      reporter.finish();
-    }
-    if (context.json) context.printJson({ ...result, last: reporter.last() });
-    else context.print(table(result));
-    return result.stopped === 'signal' ? exitCodes.interrupted : exitCodes.ok;
+      return config ? config.blame(overridden, start) : start();
+    });
   },
 };
 

@@ -3,7 +3,15 @@ import { type PretrainConfig, pretrain } from '../distill/pretrain.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { type ConfigFile, isMapping } from './config.js';
 import { dataSource } from './data.js';
-import { readConfig, runTraining, sampleOption, trainingFlags, trainingOptions, widthFlags } from './training.js';
+import {
+  readConfig,
+  runTraining,
+  sampleOption,
+  trainingFlags,
+  trainingOptions,
+  trainingOutcome,
+  widthFlags,
+} from './training.js';
 
 export const pretrainCommand: Command = {
   name: 'pretrain',
@@ -30,7 +38,7 @@ export const pretrainCommand: Command = {
     for (const key of [...(merged.from === undefined ? ['model', 'tokenizer'] : []), 'data']) {
       if (merged[key] === undefined) throw new UsageError(`[cli] '${key}' is missing: give it in the --config file`);
     }
-    return runTraining(context, 'pretrain', (hooks) => {
+    return runTraining(context, 'pretrain', trainingOutcome, (hooks) => {
       const start = () => pretrain({ ...(merged as unknown as PretrainConfig), ...hooks });
       return config ? config.blame(overridden, start) : start();
     });

@@ -90,29 +90,43 @@ export function trainingOptions(
   return { merged, overridden: overridden.map((key) => (key === 'optimizer' ? 'optimizer.lr' : key)) };
 }
 
-/** Runs a training with progress on stderr and reports how it ended. */
-export async function runTraining(
+/** Refuses a run that lacks settings, each named with the flag that gives it. */
+export function requireSettings(
+  merged: Readonly<Record<string, unknown>>,
+  flags: Readonly<Record<string, string>>,
+): void {
+  for (const [key, flag] of Object.entries(flags)) {
+    if (merged[key] === undefined)
+      throw new UsageError(`[cli] '${key}' is missing: give ${flag}, or a --config file that has it`);
+  }
+}
+
+/** How a training ended, in a line. */
+export function trainingOutcome({ dir, step, best, stopped }: TrainResult): string {
+  const bestText = best ? `, best ${best.metric.toFixed(4)} at step ${best.step}` : '';
+  const how = { done: 'done', early: 'stopped early', signal: 'interrupted and saved; run it again to continue' }[
+    stopped
+  ];
+  return `${dir}: ${step} steps${bestText} (${how})\n`;
+}
+
+/** Runs a training with progress on stderr and reports how it ended, to people as `text` says it. */
+export async function runTraining<R extends Pick<TrainResult, 'stopped'>>(
   context: CommandContext,
   label: string,
-  start: (hooks: Pick<TrainConfig, 'onEvent' | 'signal'>) => Promise<TrainResult>,
+  text: (result: R) => string,
+  start: (hooks: Pick<TrainConfig, 'onEvent' | 'signal'>) => Promise<R>,
 ): Promise<number> {
   const reporter = trainingReporter(label);
-  let result: TrainResult;
+  let result: R;
   try {
     result = await start({ onEvent: reporter.event, signal: context.signal });
   } finally {
     reporter.finish();
   }
-  const { step, best, stopped } = result;
   if (context.json) context.printJson({ ...result, last: reporter.last() });
-  else {
-    const bestText = best ? `, best ${best.metric.toFixed(4)} at step ${best.step}` : '';
-    const how = { done: 'done', early: 'stopped early', signal: 'interrupted and saved; run it again to continue' }[
-      stopped
-    ];
-    context.print(`${result.dir}: ${step} steps${bestText} (${how})\n`);
-  }
-  return stopped === 'signal' ? exitCodes.interrupted : exitCodes.ok;
+  else context.print(text(result));
+  return result.stopped === 'signal' ? exitCodes.interrupted : exitCodes.ok;
 }
 
 export interface TrainingReporter {
