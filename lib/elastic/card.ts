@@ -58,14 +58,18 @@ export function modelCard(policy: ElasticPolicy, task: EncoderTask | null = null
   ].join('\n')}\n`;
 }
 
-/** README.md of an extracted slice with `widths` units, whose corrections may be `merged` into its weights. */
-export function sliceCard(base: ElasticPolicy['base'], widths: readonly number[], merged: boolean): string {
+/** README.md of an extracted slice with `widths` units, without some layers, whose corrections may be `merged` into its weights. */
+export function sliceCard(
+  base: ElasticPolicy['base'],
+  { widths, skipped, merged }: { widths: readonly number[]; skipped: readonly number[]; merged: boolean },
+): string {
   const { name, revision, license } = base;
   const alike = widths.every((units) => units === widths[0]);
   const of = alike ? `${widths[0]} units in every layer` : `${widths.join(', ')} units, layer by layer`;
   return `${[
     ...head(base, `A slice of ${name}`),
     `Feed-forwards of ${of}, extracted from ${name}${revision ? `, revision ${revision}` : ''}${merged ? ', its corrections merged in' : ''}.`,
+    ...(skipped.length > 0 ? ['', `Layers left out, by their numbers in ${name}: ${skipped.join(', ')}.`] : []),
     '',
     `Licence of the base: ${license ?? 'not known'}.`,
   ].join('\n')}\n`;

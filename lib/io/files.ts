@@ -185,13 +185,15 @@ export async function readJsonText(path: string): Promise<{ text: string; json: 
  * 50, which JavaScript does not tell apart.
  */
 export function jsonWithFloats(object: object, fields: readonly string[]): string {
-  const marked = (value: unknown): unknown => {
-    if (Array.isArray(value)) return value.map(marked);
-    // Large ones are written with an exponent, as floats.
-    return typeof value === 'number' && /^-?\d+$/.test(String(value)) ? `\0${value}.0` : value;
-  };
-  const text = JSON.stringify(object, (key, value) => (fields.includes(key) ? marked(value) : value), 2);
+  const text = JSON.stringify(object, (key, value) => (fields.includes(key) ? asFloats(value) : value), 2);
   return unmarked(text);
+}
+
+/** A number, or the numbers of a list, as `editJson` takes them to be written with a point. */
+export function asFloats(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(asFloats);
+  // Large ones are written with an exponent, as floats.
+  return typeof value === 'number' && /^-?\d+$/.test(String(value)) ? `\0${value}.0` : value;
 }
 
 /** Texts that begin with NUL as numbers. */

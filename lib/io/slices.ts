@@ -1,4 +1,5 @@
-// Copies of checkpoints whose tensors keep some of their rows or columns, or get other values: streamed, whatever their size.
+// Copies of checkpoints whose tensors keep some of their rows or columns, get other values or names, or are left out: streamed,
+// whatever their size.
 import { existsSync } from 'node:fs';
 import { type FileHandle, open } from 'node:fs/promises';
 import { basename, join } from 'node:path';
@@ -24,6 +25,8 @@ export interface Slice {
 
 /** What becomes of a tensor in a copy. */
 export interface TensorPlan {
+  /** Its name in the copy; null: it is left out. Absent: its own. */
+  name?: string | null;
   /** Absent: all of it. */
   slice?: Slice;
   /**
@@ -41,8 +44,8 @@ export interface CopyOptions {
 }
 
 /**
- * Copies the weights of a checkpoint, file by file and with the same names and index. Only what is kept is read, a few MiB
- * at a time.
+ * Copies the weights of a checkpoint, file by file; a file of which nothing is kept is left out, and the index names what is
+ * written. Only what is kept is read, a few MiB at a time.
  *
  * @param planOf null: the whole tensor as it is
  * @returns bytes of the tensors that were written
@@ -54,17 +57,15 @@ export async function copyCheckpoint(
   { signal, onProgress }: CopyOptions = {},
 ): Promise<number> {
   using checkpoint = Checkpoint.open(from);
-  const shards = new Map<string, string[]>();
-  for (const name of checkpoint.names()) {
-    const { file } = checkpoint.info(name);
-    shards.set(file, [...(shards.get(file) ?? []), name]);
-  }
-  const total = checkpoint.names().length;
+  const copied = checkpoint.names().flatMap((stored) => {
+    const { name = stored, ...plan } = planOf(stored) ?? {};
+    return name === null ? [] : [{ name, info: checkpoint.info(stored), ...plan }];
+  });
   let [done, bytes] = [0, 0];
-  for (const [file, names] of shards) {
+  for (const file of new Set(copied.map(({ info }) => info.file))) {
     // Wide elements first: every tensor is then aligned to its element size.
-    const tensors = names
-      .map((name) => ({ name, info: checkpoint.info(name), ...planOf(name) }))
+    const tensors = copied
+      .filter(({ info }) => info.file === file)
       .sort((a, b) => elementBytes(b.info.dtype) - elementBytes(a.info.dtype) || a.info.begin - b.info.begin);
     const { head, size } = safetensorsHeader(
       tensors.map(({ name, info, slice }) => ({ name, dtype: info.dtype, shape: keptShape(info.shape, slice) })),
@@ -77,7 +78,7 @@ export async function copyCheckpoint(
         await writeAll(handle, head);
         for (const { info, ...plan } of tensors) {
           await copyTensor(source, handle, info, plan, signal);
-          await onProgress?.(++done, total);
+          await onProgress?.(++done, copied.length);
         }
       });
     } finally {
@@ -88,7 +89,11 @@ export async function copyCheckpoint(
   if (existsSync(index)) {
     const json = (await readJson(index)) as { metadata?: object };
     const metadata = { ...json.metadata, total_size: bytes };
-    await writeFileAtomic(join(out, checkpointIndex), `${JSON.stringify({ ...json, metadata }, null, 2)}\n`);
+    const weight_map = Object.fromEntries(copied.map(({ name, info }) => [name, basename(info.file)]));
+    await writeFileAtomic(
+      join(out, checkpointIndex),
+      `${JSON.stringify({ ...json, metadata, weight_map }, null, 2)}\n`,
+    );
   }
   return bytes;
 }

@@ -154,6 +154,22 @@ const ACTS: Readonly<Record<string, Act>> = {
 export const actOf = (config: Config, field: string, otherwise: string): Act =>
   ACTS[config.choice(field, Object.keys(ACTS), otherwise)];
 
+/** Types of layers of the architectures that have several. */
+const TYPES: Readonly<Record<string, (config: Config) => LayerType[]>> = {
+  qwen2: (config) => qwenTypes(config),
+  qwen3: (config) => qwenTypes(config),
+  gemma2: (config) => typesOfLayers(config, config.layers('num_hidden_layers'), (layer) => layer % 2 === 0),
+  gemma3_text(config) {
+    const every = config.int('sliding_window_pattern', 6);
+    return typesOfLayers(config, config.layers('num_hidden_layers'), (layer) => (layer + 1) % every !== 0);
+  },
+  gemma3n_text: (config) => gemma3nSettings(config).layers.map(({ type }) => type),
+};
+
+/** The types of a decoder's layers, as its config.json lists them or else is read; null: the architecture has one type. */
+export const layerTypesOf = (config: Config, { type }: Pick<ModelSpec, 'type'>): LayerType[] | null =>
+  TYPES[type]?.(config) ?? null;
+
 const READERS: Readonly<Record<string, (config: Config) => ModelSpec>> = {
   llama: (config) => llamaSpec(config),
   mistral(config) {
@@ -168,13 +184,11 @@ const READERS: Readonly<Record<string, (config: Config) => ModelSpec>> = {
     return gemmaSpec(config, { act: 'gelu_tanh', kvHeads: 16 });
   },
   gemma2(config) {
-    const types = typesOfLayers(config, config.layers('num_hidden_layers'), (layer) => layer % 2 === 0);
-    const spec = gemmaSpec(config, { kvHeads: 4, ...gemmaWindows(config, types) });
+    const spec = gemmaSpec(config, { kvHeads: 4, ...gemmaWindows(config, TYPES.gemma2(config)) });
     return { ...spec, ...gemmaScores(config, { score: 50, logit: 30 }), postNorms: true };
   },
   gemma3_text(config) {
-    const every = config.int('sliding_window_pattern', 6);
-    const types = typesOfLayers(config, config.layers('num_hidden_layers'), (layer) => (layer + 1) % every !== 0);
+    const types = TYPES.gemma3_text(config);
     const spec = gemmaSpec(config, {
       ...{ longest: 131072, kvHeads: 4, ...gemmaWindows(config, types) },
       rope(headDim) {
@@ -325,10 +339,18 @@ function llamaSpec(config: Config, defaults: LlamaDefaults = {}): ModelSpec {
 }
 
 function qwenDefaults(config: Config): LlamaDefaults {
-  const window = config.boolean('use_sliding_window', false) ? config.optionalInt('sliding_window', 4096) : null;
-  const from = config.int('max_window_layers', 28, 0);
-  const types = typesOfLayers(config, config.layers('num_hidden_layers'), (layer) => window !== null && layer >= from);
+  const window = qwenWindow(config);
+  const types = qwenTypes(config);
   return { longest: 32768, kvHeads: 32, window: (layer) => (types[layer] === 'full_attention' ? 0 : (window ?? 0)) };
+}
+
+const qwenWindow = (config: Config): number | null =>
+  config.boolean('use_sliding_window', false) ? config.optionalInt('sliding_window', 4096) : null;
+
+function qwenTypes(config: Config): LayerType[] {
+  const slides = qwenWindow(config) !== null;
+  const from = config.int('max_window_layers', 28, 0);
+  return typesOfLayers(config, config.layers('num_hidden_layers'), (layer) => slides && layer >= from);
 }
 
 /** Llama with scaled embeddings and norms of 1 + weight. */

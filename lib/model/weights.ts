@@ -515,6 +515,32 @@ export function storedUnits(
   );
 }
 
+/** The layer that a decoder's stored tensor is of, and its name were the layer another; null: it is of none alone. */
+export function storedLayer(
+  { family }: Pick<ModelSpec, 'family'>,
+  name: string,
+): { layer: number; renamed: (layer: number) => string } | null {
+  const layers = family === 'gpt2' ? /^((?:transformer\.)?h\.)(\d+)(\..*)$/ : /^((?:model\.)?layers\.)(\d+)(\..*)$/;
+  const [, before, layer, after] = layers.exec(name) ?? [];
+  return layer === undefined ? null : { layer: Number(layer), renamed: (other) => `${before}${other}${after}` };
+}
+
+/**
+ * The stored tensors in which parts of all layers lie side by side, by their names in files, with and without the prefix: the
+ * axis of what is stored that they lie along, and how long one is.
+ */
+export function storedParts(spec: ModelSpec): Map<string, { axis: 0 | 1; size: number }> {
+  return new Map(
+    slots(spec).flatMap(({ name, shape, file }) => {
+      const found = /^layers\.0\.streams\.(embed|projection)\.weight$/.exec(name);
+      if (!found) return [];
+      const axis = found[1] === 'embed' ? (1 as const) : (0 as const);
+      const part = { axis, size: shape[axis] };
+      return [file.name, PREFIX[spec.family] + file.name].map((stored) => [stored, part] as const);
+    }),
+  );
+}
+
 /** Where each weight of a decoder, or each that `kept` keeps by its name, lies in its flat vector. */
 export const parameterPlan = (spec: ModelSpec, kept: (name: string) => boolean = () => true): ParameterPlan =>
   planOf(slots(spec).filter(({ name }) => kept(name)));

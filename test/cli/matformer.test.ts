@@ -66,6 +66,10 @@ test('a model is nested, trained, measured, searched and extracted', async () =>
   const uniform = await done('extract', trained, '--width', '0.5', '--no-verify', '--out', at('half'));
   expect(uniform).toMatchObject({ layout: 'uniform', widths: [32, 32, 32], largestDifference: null });
   expect(await done('inspect', at('half'))).toMatchObject({ elastic: false, ffn: 32 });
+  const one = await done('extract', trained, '--width', '0.5', '--skip-layers', '1-2', '--out', at('one'));
+  expect(one).toMatchObject({ layers: [0], widths: [32], largestDifference: 0 });
+  const { stderr } = await run('extract', trained, '--width', '0.5', '--skip-layers', '0-2', '--out', at('none'));
+  expect(stderr).toMatch(/a layer at least must be kept/);
   const { stdout } = await run('inspect', trained);
   expect(stdout).toMatch(/feed-forwards nested at 25.0 %, 50.0 %, 100.0 %/);
   expect(stdout).toMatch(/level +FLOPs +FFN width/);
@@ -110,6 +114,15 @@ test.each([
   [['extract', 'm', '--level', 'a', '--width', '1', '--out', 'o'], /extract needs --level or --width, one of them/],
   [['extract', 'm', '--width', 'wide', '--out', 'o'], /--width must be numbers/],
   [['extract', 'm', '--level', 'a'], /extract needs --out/],
+  [['extract', 'm', '--skip-layers', '1', '--out', 'o'], /extract needs --level or --width, one of them/],
+  [
+    ['extract', 'm', '--level', 'a', '--skip-layers', '3-1', '--out', 'o'],
+    /--skip-layers must be numbers of layers and/,
+  ],
+  [
+    ['extract', 'm', '--level', 'a', '--skip-layers', '1,', '--out', 'o'],
+    /--skip-layers must be numbers of layers and/,
+  ],
   [['search', 'm', '--data', 'd', '--max-params', '9', '--max-flops', '1'], /give one constraint/],
   [['search', 'm', '--data', 'd', '--max-bytes', '2TB'], /--max-bytes must be a number of bytes, KiB, MiB or GiB/],
   [['search', 'm', '--data', 'd', '--max-latency', 'soon'], /--max-latency must be a time/],

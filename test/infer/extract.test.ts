@@ -14,6 +14,7 @@ import { loadModel } from '../../lib/infer/model.js';
 import { evaluate } from '../../lib/infer/quality/evaluate.js';
 import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { specFromConfig } from '../../lib/model/spec.js';
+import { exportWeights, parameterPlan } from '../../lib/model/weights.js';
 import { loadAddon } from '../../lib/native/index.js';
 import { stories, temporaryDirectory, tinyModel, tinyPretraining } from '../distill/tiny.js';
 import { goldenDirectory, largestDifference } from '../model/golden.js';
@@ -142,6 +143,76 @@ test('shards and their index stay, and widths become one', async () => {
   expect(readFileSync(join(out, 'README.md'), 'utf8')).toContain(`Feed-forwards of ${units} units`);
 });
 
+describe('fewer layers', () => {
+  test.each<[string, number]>([
+    ['llama-biased', 0],
+    ['llama-bf16', 1],
+    ['gpt2', 0],
+    ['qwen3', 1],
+    ['gemma2', 0],
+    ['gemma3', 1],
+  ])('%s without layer %i', async (name, skipped) => {
+    const model = join(goldenDirectory, name);
+    const dir = await nest(model);
+    const out = join(temporaryDirectory(), 'out');
+    const result = await extract(dir, { budget: 'ffn50', skipLayers: [skipped], out });
+    expect(result.largestDifference).toBe(0);
+    const mixed = name.startsWith('gemma');
+    expect(result.loadsIn.slice(0, 2)).toEqual(['elastiform', 'transformers']);
+    expect(result.loadsIn).toHaveLength(mixed ? 2 : 3);
+    await using own = await loadModel(out, { device: 'cpu' });
+    await using sliced = await loadModel(dir, { device: 'cpu' });
+    const [left, whole] = [own.network, sliced.network];
+    expect(left.spec.layers).toBe(whole.spec.layers - 1);
+    // Every weight of a layer that stays is that of the model, cut to its first units.
+    for (const [i, layer] of result.layers.entries()) {
+      const [weights, all] = [left.weights.layers[i], whole.weights.layers[layer]];
+      expect(weights.q.weight.readFloat()).toEqual(all.q.weight.readFloat());
+      const up = weights.up.weight.readFloat();
+      expect(up).toEqual(all.up.weight.readFloat().slice(0, up.length));
+      const { window, rope } = left.spec.perLayer[i];
+      expect({ window, rope }).toEqual({
+        window: whole.spec.perLayer[layer].window,
+        rope: whole.spec.perLayer[layer].rope,
+      });
+    }
+    const budget = { spec: { ffnWidth: 0.5 } };
+    expect(await own.logits(ids)).not.toEqual(await sliced.logits(ids, { budget }));
+    const python = process.env.ELASTIFORM_PYTHON;
+    if (!python) return;
+    expect(largestDifference(await own.logits(ids), theirLogits(python, out))).toBeLessThan(1e-4);
+  });
+
+  test('widths of layers left out do not count, and those that stay may not be nested', async () => {
+    const base = await tinyModel(temporaryDirectory());
+    const dir = await nest(base);
+    const widths = { spec: { ffnWidth: [0.5, 1, 0.5] } };
+    const some = { budget: widths, skipLayers: [1] };
+    const result = await extract(dir, { ...some, out: join(temporaryDirectory(), 'out') });
+    expect(result).toMatchObject({ layers: [0, 2], widths: [32, 32], layout: 'uniform', largestDifference: 0 });
+    const mean = { budget: { spec: { ffnWidth: [0.25, 0.25, 0.75] } }, skipLayers: [0], layout: 'uniform' } as const;
+    const alike = await extract(dir, { ...mean, out: join(temporaryDirectory(), 'out') });
+    expect(alike).toMatchObject({ widths: [32, 32], largestDifference: 0 });
+    const first = await nest(base, { layers: [0] });
+    const without = { budget: 'ffn50', skipLayers: [0] } as const;
+    const whole = await extract(first, { ...without, out: join(temporaryDirectory(), 'out') });
+    expect(whole).toMatchObject({ layers: [1, 2], widths: [64, 64], largestDifference: 0 });
+  });
+
+  test('of shards, whose index names what is left', async () => {
+    const dir = await nest(await sharded(join(goldenDirectory, 'llama-biased')));
+    const out = join(temporaryDirectory(), 'out');
+    const result = await extract(dir, { budget: 'ffn50', skipLayers: [0], out });
+    expect(result.largestDifference).toBe(0);
+    const { weight_map, metadata } = JSON.parse(readFileSync(join(out, 'model.safetensors.index.json'), 'utf8'));
+    expect(metadata.total_size).toBe(result.bytes);
+    using checkpoint = Checkpoint.open(out);
+    expect(Object.keys(weight_map).filter((name) => /layers\.[^0]/.test(name))).toEqual([]);
+    for (const [name, file] of Object.entries(weight_map))
+      expect(checkpoint.info(name).file).toBe(join(out, file as string));
+  });
+});
+
 describe('corrections', () => {
   test.each(['llama', 'gpt2'])('are merged into the slice: %s', async (family) => {
     const base = family === 'llama' ? await tinyModel(temporaryDirectory()) : await gpt2Model();
@@ -169,6 +240,12 @@ describe('corrections', () => {
     expect(result.largestDifference).toBeGreaterThan(0);
     await using part = await loadModel(dir, { maxLevel: 'ffn50' });
     expect(await part.logits(ids)).toEqual(wanted);
+    // Without a layer, those of the others stay with them.
+    const less = join(temporaryDirectory(), 'less');
+    const { layers, largestDifference: off } = await extract(dir, { budget: 'ffn50', skipLayers: [0], out: less });
+    expect(layers[0]).toBe(1);
+    expect(off).toBeGreaterThan(0);
+    expect(off).toBeLessThan(1e-3);
     // Whole, the model has no corrections.
     const whole = join(temporaryDirectory(), 'whole');
     expect(await extract(dir, { budget: 'full', out: whole })).toMatchObject({ largestDifference: 0 });
@@ -225,6 +302,32 @@ test('layers of their own width in a configuration are checked', () => {
 
 test('extraction streams: memory does not grow with the checkpoint', async () => {
   // 96 MiB, of which nothing is computed.
+  const { bytes, grown } = await measured(await largeLlama(), await nest(join(goldenDirectory, 'llama-gqa')), {});
+  expect(bytes).toBeGreaterThan(60 * 2 ** 20);
+  expect(grown).toBeLessThan(56 * 2 ** 20);
+});
+
+test('so does leaving out layers, of tables with a part of every layer, too', async () => {
+  // 128 MiB, most of it the layers' own embeddings.
+  const model = temporaryDirectory();
+  const config = {
+    ...{ model_type: 'gemma3n_text', hidden_size: 16, intermediate_size: 16, num_hidden_layers: 4, head_dim: 4 },
+    ...{ num_attention_heads: 2, num_key_value_heads: 1, laurel_rank: 2, altup_num_inputs: 2, num_kv_shared_layers: 0 },
+    ...{ vocab_size: 32, vocab_size_per_layer_input: 32 << 10, hidden_size_per_layer_input: 256 },
+  };
+  writeFileSync(join(model, 'config.json'), JSON.stringify(config));
+  const spec = specFromConfig(config, 'config.json');
+  await writeSafetensors(
+    join(model, 'model.safetensors'),
+    exportWeights(spec, new Float32Array(parameterPlan(spec).size)),
+  );
+  const small = await nest(join(goldenDirectory, 'gemma3n-one'));
+  const { bytes, grown } = await measured(await nest(model), small, { skipLayers: [1] });
+  expect(bytes).toBeGreaterThan(96 * 2 ** 20);
+  expect(grown).toBeLessThan(56 * 2 ** 20);
+});
+
+async function largeLlama(): Promise<string> {
   const model = temporaryDirectory();
   const [hidden, ffn, layers, vocab] = [512, 4096, 2, 22_000];
   const sizes = { hidden_size: hidden, intermediate_size: ffn, num_hidden_layers: layers, vocab_size: vocab };
@@ -248,23 +351,32 @@ test('extraction streams: memory does not grow with the checkpoint', async () =>
     for (const name of ['input', 'post_attention']) tensors[`${at}.${name}_layernorm.weight`] = zeros(hidden);
   }
   await writeSafetensors(join(model, 'model.safetensors'), tensors);
-  const [dir, small] = [await nest(model), await nest(join(goldenDirectory, 'llama-gqa'))];
+  return await nest(model);
+}
+
+/** Bytes that extraction at half the width writes, and those by which the memory of its process grows, after the same of a small model. */
+async function measured(dir: string, small: string, options: object): Promise<{ bytes: number; grown: number }> {
   const out = join(temporaryDirectory(), 'out');
   const lib = pathToFileURL(fileURLToPath(new URL('../../dist/index.js', import.meta.url)));
   const program = `
     const { extract } = await import(${JSON.stringify(lib.href)});
-    const slice = (from, to) => extract(from, { budget: 'ffn50', out: ${JSON.stringify(out)} + to, verify: false });
+    const options = { budget: 'ffn50', verify: false, ...${JSON.stringify(options)} };
+    const slice = (from, to) => extract(from, { ...options, out: ${JSON.stringify(out)} + to });
     await slice(${JSON.stringify(small)}, '-small'); // all code is loaded
     const before = process.resourceUsage().maxRSS;
     const { bytes } = await slice(${JSON.stringify(dir)}, '');
     console.log(JSON.stringify({ bytes, grown: (process.resourceUsage().maxRSS - before) * 1024 }));`;
   const text = execFileSync(process.execPath, ['--input-type=module', '-e', program], { encoding: 'utf8' });
-  const { bytes, grown } = JSON.parse(text) as { bytes: number; grown: number };
-  expect(bytes).toBeGreaterThan(60 * 2 ** 20);
-  expect(grown).toBeLessThan(56 * 2 ** 20);
-});
+  return JSON.parse(text) as { bytes: number; grown: number };
+}
 
 // A Python with transformers, when one is at hand: `ELASTIFORM_PYTHON=/path/to/python npm test`.
+function theirLogits(python: string, dir: string): Float32Array {
+  const script = fileURLToPath(new URL('../../scripts/golden/logits.py', import.meta.url));
+  const logits = execFileSync(python, [script, dir, ids.join()], { encoding: 'utf8' });
+  return Float32Array.from(JSON.parse(logits) as number[]);
+}
+
 const python = process.env.ELASTIFORM_PYTHON;
 if (python) {
   test.each(['llama-biased', 'gpt2', 'llama-bf16', 'gemma2'])(
@@ -273,10 +385,8 @@ if (python) {
       const dir = await nest(join(goldenDirectory, name));
       const out = join(temporaryDirectory(), 'out');
       await extract(dir, { budget: 'ffn50', layout: 'uniform', out });
-      const script = fileURLToPath(new URL('../../scripts/golden/logits.py', import.meta.url));
-      const theirs = JSON.parse(execFileSync(python, [script, out, ids.join()], { encoding: 'utf8' })) as number[];
       await using model = await loadModel(out, { device: 'cpu' });
-      expect(largestDifference(await model.logits(ids), Float32Array.from(theirs))).toBeLessThan(1e-4);
+      expect(largestDifference(await model.logits(ids), theirLogits(python, out))).toBeLessThan(1e-4);
     },
   );
 }

@@ -1,7 +1,11 @@
-// Gemma 3n beyond its golden vectors: slices of feed-forwards at run time are the sliced checkpoint, and what is refused.
+// Gemma 3n beyond its golden vectors: slices of feed-forwards at run time are the sliced checkpoint, slices of fewer layers are
+// what is left of the model, and what is refused.
+import { execFileSync } from 'node:child_process';
+import { existsSync } from 'node:fs';
 import { cp, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { describe, expect, test } from 'vitest';
+import { fileURLToPath } from 'node:url';
+import { beforeAll, describe, expect, test } from 'vitest';
 import { elastify, type Recipe } from '../../lib/elastic/elastify.js';
 import { Graph, Program, scale } from '../../lib/graph/index.js';
 import { extract } from '../../lib/infer/export/extract.js';
@@ -11,7 +15,8 @@ import { type Change, decoder } from '../../lib/model/decoder.js';
 import { normalQuantile } from '../../lib/model/gemma3n.js';
 import { type Selector, type SubLayer, selectEverything } from '../../lib/model/select.js';
 import { sliceConfig } from '../../lib/model/slices.js';
-import { bindWeights, loadWeights } from '../../lib/model/weights.js';
+import { specFromConfig } from '../../lib/model/spec.js';
+import { bindWeights, exportWeights, loadWeights, parameterPlan } from '../../lib/model/weights.js';
 import { InvalidArgumentError } from '../../lib/native/errors.js';
 import { Engine } from '../../lib/native/index.js';
 import { temporaryDirectory } from '../distill/tiny.js';
@@ -104,6 +109,128 @@ describe.each<[string, number | number[]]>([
     await extract(dir, { budget: { spec: { ffnWidth: 8 } }, out: uniform });
     const { intermediate_size } = JSON.parse(await readFile(join(uniform, 'config.json'), 'utf8'));
     expect(intermediate_size).toEqual(Array.isArray(units) ? [8, 8] : 8);
+  });
+});
+
+describe('slices of fewer layers', () => {
+  // Layers 4 and 6 use keys of 2, and 5 those of 3.
+  const config = {
+    ...{ model_type: 'gemma3n_text', architectures: ['Gemma3nForCausalLM'], hidden_size: 12, num_hidden_layers: 7 },
+    ...{
+      num_attention_heads: 4,
+      num_key_value_heads: 2,
+      head_dim: 4,
+      intermediate_size: 16,
+      hidden_activation: 'gelu_pytorch_tanh',
+    },
+    ...{
+      vocab_size: 32,
+      vocab_size_per_layer_input: 32,
+      hidden_size_per_layer_input: 3,
+      laurel_rank: 2,
+      altup_num_inputs: 3,
+    },
+    ...{ num_kv_shared_layers: 3, sliding_window: 4, max_position_embeddings: 64, tie_word_embeddings: true },
+    layer_types: [0, 1, 1, 0, 1, 0, 1].map((slides) => (slides ? 'sliding_attention' : 'full_attention')),
+    activation_sparsity_pattern: [0.8, 0.5, 0, 0.6, 0, 0, 0],
+  };
+  const spec = specFromConfig(config, 'config.json');
+  const plan = parameterPlan(spec);
+  // Numbers without a pattern that a mistaken place could share, around 1 for norms.
+  const flat = new Float32Array(plan.size);
+  for (const { offset, size, decay } of plan.parameters) {
+    for (let i = offset; i < offset + size; i++) flat[i] = 0.8 * Math.sin(i * i * 0.37 + i) + (decay ? 0 : 1);
+  }
+  // As published checkpoints have them: keys where none are used.
+  const unused = (layer: number) => `model.layers.${layer}.self_attn.k_proj.weight`;
+  const keys: TensorData = { dtype: 'f32', shape: [8, 12], data: new Float32Array(96).fill(2) };
+  let dir: string;
+  beforeAll(async () => {
+    const model = temporaryDirectory();
+    const text = JSON.stringify(config).replace('[0.8,0.5,0,0.6,0,0,0]', '[0.8,0.5,0.0,0.6,0.0,0.0,0.0]');
+    await writeFile(join(model, 'config.json'), text);
+    const tensors = { ...exportWeights(spec, flat), [unused(5)]: keys, [unused(6)]: keys };
+    await writeSafetensors(join(model, 'model.safetensors'), tensors, { format: 'pt' });
+    dir = join(temporaryDirectory(), 'nested');
+    await elastify(model, { kind: 'matformer', granularities: [0.5, 1], alignment: 4 }, { out: dir });
+  });
+
+  /** What must be in the file, from the weights of the whole model by their names. */
+  function expected(kept: readonly number[], widths: readonly number[], skip: readonly number[]) {
+    const sliced = specFromConfig(sliceConfig(config, { skip, ffn: widths }), 'config.json');
+    const own = parameterPlan(sliced);
+    const values = new Float32Array(own.size);
+    for (const { name, shape, offset, size } of own.parameters) {
+      const whole = name.replace(/^layers\.(\d+)/, (_, layer) => `layers.${kept[Number(layer)]}`);
+      const from = plan.parameters.find((other) => other.name === whole)!;
+      const [columns, of] = [shape[1] ?? size, from.shape[1] ?? from.size];
+      for (let i = 0; i < size; i++)
+        values[offset + i] = flat[from.offset + Math.floor(i / columns) * of + (i % columns)];
+    }
+    return exportWeights(sliced, values);
+  }
+
+  test.each<[number[], number[], number | number[], number[]]>([
+    [[5], [0, 1, 2, 3, 4, 6], 8, new Array(6).fill(8)],
+    [
+      [1, 0, 4],
+      [2, 3, 5, 6],
+      [4, 4, 8, 16, 4, 12, 8],
+      [8, 16, 12, 8],
+    ],
+    [[2, 4, 6], [0, 1, 3, 5], 1, new Array(4).fill(16)],
+    [[3, 2, 6, 5, 4], [0, 1], 8, [8, 8]],
+  ])('without %j', async (skipLayers, layers, ffnWidth, widths) => {
+    const out = join(temporaryDirectory(), 'out');
+    const options = { budget: { spec: { ffnWidth } }, layout: 'per-layer', skipLayers, out } as const;
+    const result = await extract(dir, options);
+    expect(result).toMatchObject({ layers, widths, largestDifference: 0, loadsIn: ['elastiform', 'transformers'] });
+    const written = JSON.parse(await readFile(join(out, 'config.json'), 'utf8'));
+    const { intermediate_size, ...fields } = sliceConfig(config, { skip: skipLayers, ffn: widths });
+    expect(written).toEqual({ ...fields, intermediate_size: new Set(widths).size > 1 ? widths : widths[0] });
+    const skipped = skipLayers.toSorted((a, b) => a - b).join(', ');
+    expect(await readFile(join(out, 'README.md'), 'utf8')).toMatch(new RegExp(`Layers left out, .*: ${skipped}\\.`));
+    using file = openSafetensors(join(out, 'model.safetensors'));
+    const tensors: Record<string, TensorData> = expected(layers, widths, skipLayers);
+    for (const layer of [5, 6]) if (layers.includes(layer)) tensors[unused(layers.indexOf(layer))] = keys;
+    expect(file.names().sort()).toEqual(Object.keys(tensors).sort());
+    for (const [name, { shape, data }] of Object.entries(tensors)) {
+      expect(file.info(name).shape, name).toEqual(shape);
+      expect(file.tensor(name).readFloat(), name).toEqual(data);
+    }
+    const python = process.env.ELASTIFORM_PYTHON;
+    if (!python) return;
+    const script = fileURLToPath(new URL('../../scripts/golden/logits.py', import.meta.url));
+    const theirs = JSON.parse(execFileSync(python, [script, out, ids.join()], { encoding: 'utf8' })) as number[];
+    await using model = await loadModel(out, { device: 'cpu' });
+    expect(largestDifference(await model.logits(ids), theirs)).toBeLessThan(1e-4);
+  });
+
+  test.each<[number[], RegExp]>([
+    [[2], /layer 2 owns the keys and values that layer 4 uses: skip both or neither/],
+    [[2, 4], /layer 2 owns the keys and values that layer 6 uses/],
+    [[3], /layer 3 owns the keys and values that layer 5 uses/],
+    [[7], /layers to skip must be different ids from 0 to 6, got \[7\]/],
+    [[1, 1], /layers to skip must be different ids/],
+    [[0, 1, 2, 3, 4, 5, 6], /a layer at least must be kept/],
+  ])('without %j is refused', async (skipLayers, message) => {
+    const out = join(temporaryDirectory(), 'out');
+    const run = extract(dir, { budget: 'full', skipLayers, out });
+    await expect(run).rejects.toThrow(message);
+    await expect(run).rejects.toThrow(InvalidArgumentError);
+    expect(existsSync(out)).toBe(false);
+  });
+
+  test('sparsity that the file leaves to the defaults is written as numbers with a point', async () => {
+    const { activation_sparsity_pattern: _, ...rest } = config;
+    const model = temporaryDirectory();
+    await writeFile(join(model, 'config.json'), JSON.stringify(rest));
+    await writeSafetensors(join(model, 'model.safetensors'), exportWeights(spec, flat), { format: 'pt' });
+    const [nested, out] = [join(temporaryDirectory(), 'nested'), join(temporaryDirectory(), 'out')];
+    await elastify(model, { kind: 'matformer', granularities: [0.5, 1] }, { out: nested });
+    await extract(nested, { budget: 'full', skipLayers: [0], out });
+    const text = (await readFile(join(out, 'config.json'), 'utf8')).replaceAll(/\s/g, '');
+    expect(text).toContain('"activation_sparsity_pattern":[0.0,0.0,0.0,0.0,0.0,0.0]');
   });
 });
 

@@ -1,6 +1,7 @@
 // Slices of Gemma 3n from configurations alone: published parameter counts, what is written, and what is refused.
 import { describe, expect, it } from 'vitest';
-import { effectiveParameters, sliceConfig } from '../../lib/model/slices.js';
+import { effectiveParameters, fieldsOfLayers, keptLayers, sliceConfig, specOfLayers } from '../../lib/model/slices.js';
+import { specFromConfig } from '../../lib/model/spec.js';
 import { InvalidArgumentError, InvalidFileError } from '../../lib/native/errors.js';
 
 // google/gemma-3n-E4B; all that is left out has the value of transformers' defaults.
@@ -66,6 +67,41 @@ describe('effective parameters', () => {
   });
 });
 
+describe('fields of other architectures', () => {
+  const llama = { model_type: 'llama', hidden_size: 8, intermediate_size: 8, num_attention_heads: 2, vocab_size: 8 };
+  const windows = { max_position_embeddings: 64, sliding_window: 4, num_key_value_heads: 2, head_dim: 4 };
+  const alternating = ['sliding_attention', 'full_attention', 'sliding_attention', 'full_attention'];
+  it.each<[string, object, object]>([
+    ['llama', { num_hidden_layers: 4 }, { num_hidden_layers: 2 }],
+    ['llama', { num_hidden_layers: 4, layer_types: alternating }, { layer_types: [alternating[0], alternating[2]] }],
+    ['mistral', { ...windows, num_hidden_layers: 4 }, { num_hidden_layers: 2 }],
+    // Every other layer has a window, every third, and those from the second on; then as the file lists them.
+    ['gemma2', { ...windows, num_hidden_layers: 4 }, { layer_types: [alternating[0], alternating[2]] }],
+    [
+      'gemma3_text',
+      { ...windows, num_hidden_layers: 4, sliding_window_pattern: 3 },
+      { layer_types: ['sliding_attention', 'full_attention'] },
+    ],
+    [
+      'qwen2',
+      { ...windows, num_hidden_layers: 4, use_sliding_window: true, max_window_layers: 1 },
+      { layer_types: ['full_attention', 'sliding_attention'] },
+    ],
+    ['qwen3', { ...windows, num_hidden_layers: 4 }, { num_hidden_layers: 2 }],
+    [
+      'qwen3',
+      { ...windows, num_hidden_layers: 4, use_sliding_window: true, layer_types: alternating },
+      { layer_types: [alternating[0], alternating[2]] },
+    ],
+  ])('%s %j', (model_type, more, expected) => {
+    const json = { ...llama, ...more, model_type };
+    const spec = specFromConfig(json, 'config.json');
+    const fields = fieldsOfLayers(spec, json, [0, 2], 'config.json');
+    expect(fields).toEqual({ num_hidden_layers: 2, ...expected });
+    expect(specFromConfig({ ...json, ...fields }, 'config.json')).toEqual(specOfLayers(spec, [0, 2]));
+  });
+});
+
 describe('sliceConfig', () => {
   it('keeps what belongs to the layers kept', () => {
     const config = sliceConfig(e4b, { skip: [3, 20, 24, 30], ffn: 8192 });
@@ -81,6 +117,36 @@ describe('sliceConfig', () => {
     expect((again.intermediate_size as number[])[29]).toBe(4096 + 29);
   });
 
+  it('of all sets of layers of a small model leaves the keys that were used, or refuses', () => {
+    const types = ['full', 'sliding', 'sliding', 'full', 'sliding', 'full', 'sliding'].map(
+      (type) => `${type}_attention`,
+    );
+    const sizes = { hidden_size: 8, num_attention_heads: 2, vocab_size: 8, head_dim: 4, max_position_embeddings: 8 };
+    const config = { ...e4b, ...sizes, num_hidden_layers: 7, num_kv_shared_layers: 3, layer_types: types };
+    const json = { ...config, intermediate_size: 8, activation_sparsity_pattern: to(0, 6).map((i) => i / 10) };
+    const spec = specFromConfig(json, 'config.json');
+    expect(spec.perLayer.map(({ keysOf }) => keysOf)).toEqual([null, null, null, null, 2, 3, 2]);
+    let refused = 0;
+    for (let set = 0; set < 2 ** 7 - 1; set++) {
+      const skip = to(0, 6).filter((layer) => set & (1 << layer));
+      const orphan = to(0, 6).find((layer) => {
+        const { keysOf } = spec.perLayer[layer];
+        return keysOf !== null && !skip.includes(layer) && skip.includes(keysOf);
+      });
+      if (orphan !== undefined) {
+        refused++;
+        const message = `layer ${spec.perLayer[orphan].keysOf} owns the keys and values that layer ${orphan} uses`;
+        expect(() => keptLayers(spec.perLayer, skip)).toThrow(message);
+        continue;
+      }
+      const kept = keptLayers(spec.perLayer, skip);
+      const written = { ...json, ...fieldsOfLayers(spec, json, kept, 'config.json') };
+      expect(specFromConfig(written, 'config.json'), `without ${skip}`).toEqual(specOfLayers(spec, kept));
+    }
+    // 4 or 6 without 2: three of eight sets; 5 without 3: one of four. Without all of them there is nothing to refuse, or keep.
+    expect(refused).toBe(127 - 128 * (1 - 3 / 8) * (1 - 1 / 4) + 1);
+  });
+
   it('skips the owners of keys with all that use them', () => {
     expect(sliceConfig(e4b, { skip: to(18, 34), ffn: 8192 })).toMatchObject({
       num_hidden_layers: 18,
@@ -92,6 +158,7 @@ describe('sliceConfig', () => {
     [{ skip: [18], ffn: 8192 }, 'layer 18 owns the keys and values that layer 20 uses'],
     [{ skip: [19, 20], ffn: 8192 }, 'layer 19 owns the keys and values that layer 24 uses'],
     [{ skip: [35], ffn: 8192 }, 'layers to skip must be different ids from 0 to 34, got [35]'],
+    [{ skip: 3, ffn: 8192 }, 'layers to skip must be different ids from 0 to 34, got 3'],
     [{ skip: [1.5], ffn: 8192 }, 'layers to skip must be different ids'],
     [{ skip: [2, 2], ffn: 8192 }, 'layers to skip must be different ids'],
     [{ skip: to(0, 34), ffn: 8192 }, 'a layer at least must be kept'],

@@ -1,5 +1,5 @@
 // Checkpoints that were written, compared with what they were made from: by the logits of one sequence of ids.
-import { type CallOptions, loadModel } from '../model.js';
+import { type CallOptions, type ElasticModel, loadModel } from '../model.js';
 import type { LoadOptions } from '../types.js';
 
 /** Logits of the same ids by any model with that vocabulary, on the CPU. */
@@ -8,6 +8,11 @@ export async function probeLogits(
   { budget, signal, ...options }: LoadOptions & CallOptions,
 ): Promise<Float32Array> {
   await using model = await loadModel(dir, { ...options, device: 'cpu', signal });
+  return await logitsOf(model, { budget, signal });
+}
+
+/** The same of a model that is loaded. */
+export async function logitsOf(model: ElasticModel, { budget, signal }: CallOptions): Promise<Float32Array> {
   const { vocab, maxContext } = model.info;
   const ids = Array.from({ length: Math.min(32, maxContext) }, (_, i) => (i * 7919 + 1) % vocab);
   return await model.logits(ids, { ...(budget !== undefined && { budget }), signal });
