@@ -3,7 +3,7 @@ import type { OperatingPoint } from '../elastic/budget.js';
 import { patched } from '../elastic/lora.js';
 import { nestedWidth, nestedWidths, widthDims } from '../elastic/nested.js';
 import { inferenceSelector, recordedExperts, recordedSelector, routerNodes } from '../elastic/rows.js';
-import { crossEntropy, type Dim, divergence, Graph, type Node, Program, sample } from '../graph/index.js';
+import { crossEntropy, type Dim, divergence, Graph, KeptPrograms, type Node, Program, sample } from '../graph/index.js';
 import { decoder, finalNorm, logits } from '../model/decoder.js';
 import { type Selector, selectEverything } from '../model/select.js';
 import { bindWeights, type DecoderNodes } from '../model/weights.js';
@@ -69,38 +69,26 @@ function decisionKey({ lora, loraAtFull }: Network, { full, thresholds, widthGro
  */
 export const maxDraftTokens = 16;
 
-/** Programs kept at a time: on a device each holds memory for its longest run. */
+/** Programs kept at a time. */
 const keptPrograms = 4;
 
-/** Programs by what they compute, compiled when first needed; the one unused for longest makes room. */
+/** The programs of a network, by what they compute and the budgets that they are for. */
 export class ProgramCache {
   readonly #network: Network;
-  readonly #kept: number;
-  readonly #programs = new Map<string, Program>();
+  readonly #programs: KeptPrograms;
 
   constructor(network: Network, kept = keptPrograms) {
     this.#network = network;
-    this.#kept = kept;
+    this.#programs = new KeptPrograms(kept);
   }
 
   /** The program of `name` for a budget. */
   get(name: string, decisions: Decisions, compile: () => Program): Program {
-    const key = `${name} ${decisionKey(this.#network, decisions)}`;
-    const program = this.#programs.get(key) ?? compile();
-    this.#programs.delete(key);
-    this.#programs.set(key, program);
-    if (this.#programs.size > this.#kept) {
-      const [oldest] = this.#programs.keys();
-      // A run under way keeps what it needs.
-      this.#programs.get(oldest)!.dispose();
-      this.#programs.delete(oldest);
-    }
-    return program;
+    return this.#programs.get(`${name} ${decisionKey(this.#network, decisions)}`, compile);
   }
 
   dispose(): void {
-    for (const program of this.#programs.values()) program.dispose();
-    this.#programs.clear();
+    this.#programs.dispose();
   }
 }
 

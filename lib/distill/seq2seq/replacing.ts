@@ -6,6 +6,7 @@ import {
   dot,
   Graph,
   hiddenDistance,
+  KeptPrograms,
   type Node,
   Program,
   scale,
@@ -16,6 +17,7 @@ import { type Assembly, type Modules, type Stack, spanOf, stacks } from '../../m
 import { decodeTarget, encodeSource } from '../../model/seq2seq.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
 import {
+  assembled,
   bindSeq2Seq,
   moduleWeights,
   type Seq2SeqNodes,
@@ -103,13 +105,7 @@ export async function replacing(
     const node = (name: string) => graph.state(trainable.view(name), name);
     const base = bindSeq2Seq(graph, weights);
     const own = moduleWeights(spec, modules, ({ name }) => node(name));
-    const partsOf = <L>(stack: Stack, layers: readonly L[], of: ReadonlyMap<string, L>): L[] =>
-      assembly[stack].map((part) => of.get(part) ?? layers[Number(part)]);
-    const student: Seq2SeqNodes = {
-      ...base,
-      encoder: { ...base.encoder, layers: partsOf('encoder', base.encoder.layers, own.encoder) },
-      decoder: { ...base.decoder, layers: partsOf('decoder', base.decoder.layers, own.decoder) },
-    };
+    const student = assembled(base, own, assembly);
     const inputs = pairInputs(graph, batchTokens);
     const sourceWeight = graph.feed('sourceWeight', 'f32', [inputs.sourceRows]);
     const theirs = bothStacks(graph, spec, base, inputs, false);
@@ -163,20 +159,9 @@ export async function replacing(
     return Program.compile(graph, engine);
   };
 
-  const programs = new Map<string, Program>();
-  const programOf = (assembly: Assembly, train: boolean): Program => {
-    const key = JSON.stringify([train, assembly.encoder, assembly.decoder]);
-    const program = programs.get(key) ?? build(assembly, train);
-    // The order of the map is that of use.
-    programs.delete(key);
-    programs.set(key, program);
-    if (programs.size > keptPrograms) {
-      const [oldest, unused] = programs.entries().next().value!;
-      programs.delete(oldest);
-      unused.dispose();
-    }
-    return program;
-  };
+  const programs = new KeptPrograms(keptPrograms);
+  const programOf = (assembly: Assembly, train: boolean): Program =>
+    programs.get(JSON.stringify([train, assembly.encoder, assembly.decoder]), () => build(assembly, train));
   return {
     trainable,
     async run(assembly, batch, { weight, signal }) {
@@ -206,7 +191,7 @@ export async function replacing(
       return { loss: total.loss / tokens, divergence: total.divergence / tokens, accuracy: total.accuracy / tokens };
     },
     [Symbol.dispose]() {
-      for (const program of programs.values()) program.dispose();
+      programs.dispose();
       trainable.dispose();
     },
   };

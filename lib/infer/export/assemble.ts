@@ -34,7 +34,7 @@ import { checkNumber, checkOptions, positiveInteger } from '../options.js';
 import { median } from '../quality/statistics.js';
 import type { Seq2Seq } from '../seq2seq/seq2seq.js';
 import type { LoadOptions } from '../types.js';
-import { largestDifference } from './compared.js';
+import { largestDifference, probeIds } from './compared.js';
 
 /** Options of `assemble`. At most one of `speedup`, `size`, `latencyMs` and the lists says what to choose; without, only the path is shown. */
 export interface AssembleOptions extends Pick<LoadOptions, 'device' | 'activations' | 'threads' | 'dtype' | 'signal'> {
@@ -237,9 +237,6 @@ function asLevel(spec: Seq2SeqSpec, assembly: Assembly): Level {
   const name = assemblyText(assembly);
   return { name, spec: name === assemblyText(backboneOf(spec)) ? {} : { assembly } };
 }
-
-const probeIds = (tokens: number, vocab: number): number[] =>
-  Array.from({ length: tokens }, (_, i) => (i * 7919 + 1) % vocab);
 
 /**
  * Times generations by some assemblies in turns, so that what else the machine does is shared by all.

@@ -2,6 +2,10 @@
 import { type CallOptions, type ElasticModel, loadModel } from '../model.js';
 import type { LoadOptions } from '../types.js';
 
+/** Ids that models are compared on. */
+export const probeIds = (tokens: number, vocab: number): number[] =>
+  Array.from({ length: tokens }, (_, i) => (i * 7919 + 1) % vocab);
+
 /** Logits of the same ids by any model with that vocabulary, on the CPU. */
 export async function probeLogits(
   dir: string,
@@ -14,8 +18,10 @@ export async function probeLogits(
 /** The same of a model that is loaded. */
 export async function logitsOf(model: ElasticModel, { budget, signal }: CallOptions): Promise<Float32Array> {
   const { vocab, maxContext } = model.info;
-  const ids = Array.from({ length: Math.min(32, maxContext) }, (_, i) => (i * 7919 + 1) % vocab);
-  return await model.logits(ids, { ...(budget !== undefined && { budget }), signal });
+  return await model.logits(probeIds(Math.min(32, maxContext), vocab), {
+    ...(budget !== undefined && { budget }),
+    signal,
+  });
 }
 
 export const largestDifference = (a: Float32Array, b: Float32Array): number =>

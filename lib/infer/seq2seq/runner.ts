@@ -1,6 +1,6 @@
 // Runs what generations of an encoder-decoder model want next, packed into common runs, in turns.
 import { setImmediate } from 'node:timers/promises';
-import { Graph, Program, type RunResult, sample } from '../../graph/index.js';
+import { Graph, KeptPrograms, Program, type RunResult, sample } from '../../graph/index.js';
 import { cacheSource, decodeTarget, encodeSource, targetLogits } from '../../model/seq2seq.js';
 import { bindSeq2Seq } from '../../model/seq2seq_weights.js';
 import { DisposedError, InvalidArgumentError } from '../../native/errors.js';
@@ -75,7 +75,7 @@ interface Admission {
 
 export class Seq2SeqRunner implements Disposable {
   readonly #network: Seq2SeqNetwork;
-  readonly #programs = new Map<string, Program>();
+  readonly #programs = new KeptPrograms(keptPrograms);
   readonly #freeSlots: number[];
   #keys: { readonly source: PagedKeys; readonly target: PagedKeys } | null = null;
   #reserved = 0;
@@ -158,8 +158,7 @@ export class Seq2SeqRunner implements Disposable {
 
   dispose(): void {
     this.#disposed = true;
-    for (const program of this.#programs.values()) program.dispose();
-    this.#programs.clear();
+    this.#programs.dispose();
     this.#keys?.source.dispose();
     this.#keys?.target.dispose();
     this.#keys = null;
@@ -339,11 +338,11 @@ export class Seq2SeqRunner implements Disposable {
   }
 
   #chooser(): Program {
-    return this.#kept('choose', () => {
+    return this.#programs.get('choose', () => {
       const graph = new Graph();
       const logits = graph.feed('logits', 'f32', [1, this.#network.spec.decoder.vocab]);
       graph.output('token', sample(logits, graph.feed('sampling', 'f32', [1, 4])).ids);
-      return graph;
+      return Program.compile(graph, this.#network.engine);
     });
   }
 
@@ -353,7 +352,7 @@ export class Seq2SeqRunner implements Disposable {
    */
   #program(kind: Work['kind'], { key, spec, weights }: Assembled): Program {
     const { maxSequences } = this.#network;
-    return this.#kept(`${kind} ${key}`, () => {
+    return this.#programs.get(`${kind} ${key}`, () => {
       const graph = new Graph();
       const nodes = bindSeq2Seq(graph, weights);
       const keys = this.#bound();
@@ -369,7 +368,7 @@ export class Seq2SeqRunner implements Disposable {
       if (sources) {
         const features = encodeSource(graph, spec, nodes, inputs);
         cacheSource(graph, nodes, { features, offsets: inputs.offsets }, keys.source.caches(graph, slots));
-        return graph;
+        return Program.compile(graph, this.#network.engine);
       }
       const own = keys.target.caches(graph, slots);
       const caches = (layer: number) => [own(layer)];
@@ -381,21 +380,8 @@ export class Seq2SeqRunner implements Disposable {
         graph.output('token', ids);
         graph.output('logprob', logprob);
       }
-      return graph;
+      return Program.compile(graph, this.#network.engine);
     });
-  }
-
-  /** A program by its name; of too many those go that were not used for longest. */
-  #kept(name: string, graph: () => Graph): Program {
-    const program = this.#programs.get(name) ?? Program.compile(graph(), this.#network.engine);
-    this.#programs.delete(name);
-    this.#programs.set(name, program);
-    if (this.#programs.size > keptPrograms) {
-      const [oldest] = this.#programs.keys();
-      this.#programs.get(oldest)!.dispose();
-      this.#programs.delete(oldest);
-    }
-    return program;
   }
 }
 
