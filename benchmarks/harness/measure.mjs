@@ -35,6 +35,21 @@ async function watched(pids, body) {
   return { result, foreign: Math.max(0, foreignTicks / available) };
 }
 
+/**
+ * `body`, run again while other processes used more than 8 % of the machine, up to `repeats` times: its quietest try, and the share
+ * they used then (null where the system does not say).
+ */
+export async function undisturbed(pids, repeats, body) {
+  let best = null;
+  for (let attempt = 0; attempt <= repeats; attempt++) {
+    await sleep(30); // thread pools of the others stop spinning
+    const seen = await watched(pids, body);
+    if (best === null || seen.foreign < best.foreign) best = seen;
+    if (best.foreign === null || best.foreign <= FOREIGN_LIMIT) break;
+  }
+  return best;
+}
+
 export const median = (values) => {
   const sorted = [...values].sort((a, b) => a - b);
   const half = sorted.length >> 1;
@@ -63,13 +78,7 @@ export async function roundRobin(contestants, { rounds, repeats, batchMs = 0 }) 
   for (let round = 0; round < rounds; round++) {
     for (let turn = 0; turn < contestants.length; turn++) {
       const c = contestants[(turn + round) % contestants.length];
-      let best = null;
-      for (let attempt = 0; attempt <= repeats; attempt++) {
-        await sleep(30); // thread pools of the others stop spinning
-        const seen = await watched(pids, () => c.child.ask(c.command, { ...c.args, batchMs }));
-        if (best === null || seen.foreign < best.foreign) best = seen;
-        if (best.foreign === null || best.foreign <= FOREIGN_LIMIT) break;
-      }
+      const best = await undisturbed(pids, repeats, () => c.child.ask(c.command, { ...c.args, batchMs }));
       foreign.get(c.key).push(best.foreign);
       times.get(c.key).push(best.result.ms);
     }

@@ -75,7 +75,7 @@ function stepFeeds(ids, start) {
 // The tokens of a prompt and those after it, run as `generate` runs them: milliseconds of each part.
 async function timeText(prompt, next) {
   const { signal } = new AbortController();
-  const sequence = new Sequence(scheduler, dense);
+  const sequence = new Sequence(scheduler, { point: dense, adapter: 0 });
   await sequence.admit(prompt.length + next.length, signal);
   sequence.ids.push(...prompt, ...next);
   const options = { temperature: 0, topK: 0, topP: 1, seed: 0, given: prompt.length, signal };

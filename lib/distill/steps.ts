@@ -197,11 +197,12 @@ function segmentCredit(r: RoutedPlace, span: Node, dy: Node, from: Node, to: Nod
 }
 
 /**
- * The gradient of a loss of the student's output with respect to routers whose gates are straight-through, as a loss to be
- * differentiated: sum over routers and scores of score times credit. At gate value 1 the derivative of the loss by the gate
- * says nothing about what was left out; its credit is what its output would change, and the full model has computed that
- * output: a sub-layer's before and after, and of an expert the units that the last product reads, and behind that the norm of
- * all that the sub-layer adds where there is one.
+ * Of a loss of the student's output, for routers whose gates are straight-through: `emit` gets for each of them what is to be
+ * differentiated with respect to its parameters, the sum over its scores of score times credit. At gate value 1 the derivative of
+ * the loss by the gate says nothing about what was left out; its credit is what its output would change, and the full model has
+ * computed that output: a sub-layer's before and after, and of an expert the units that the last product reads, and behind that the
+ * norm of all that the sub-layer adds where there is one. Each is emitted as soon as the loss has been differentiated back to
+ * its sub-layer, so that what only it reads need not be kept.
  */
 function credited(
   loss: Node,
@@ -209,31 +210,37 @@ function credited(
   student: readonly Change[],
   full: Inside,
   { spec, layers }: Pick<DecoderNodes, 'layers'> & { spec: ModelSpec },
-  offsets: Node,
-  weight: Node,
-): Node {
+  { offsets, weight }: { offsets: Node; weight: Node },
+  emit: (router: RoutedPlace | RoutedExperts, credits: Node) => void,
+): void {
   const subLayer = (layer: number, place: Place) => 2 * layer + (place === 'attn' ? 0 : 1);
   const last = (r: RoutedPlace | RoutedExperts) => subLayer(r.layer, 'places' in r ? r.places.at(-1)! : r.place);
-  const dys = gradients(
-    loss,
-    [...tokens, ...experts].map((r) => student[last(r)].after),
-  );
-  const ofRows = tokens.map((r, i) => {
+  const ofRows = (r: RoutedPlace, dy: Node): Node => {
     const [{ before }, { after }] = [full.changes[subLayer(r.layer, r.places[0])], full.changes[last(r)]];
     const credit = r.span
-      ? segmentCredit(r, r.span, dys[i], before, after, offsets)
-      : topkCredit(dys[i], before, after, r.z, offsets, r.offsets, weight);
+      ? segmentCredit(r, r.span, dy, before, after, offsets)
+      : topkCredit(dy, before, after, r.z, offsets, r.offsets, weight);
     return dot(r.detached, stopGradient(credit));
-  });
-  const ofExperts = experts.map((r, i) => {
+  };
+  const ofExperts = (r: RoutedExperts, dy: Node): Node => {
     const { o, down, postNorm1, postNorm2 } = layers[r.layer];
     const [last, post] = r.place === 'attn' ? [o, postNorm1] : [down, postNorm2];
     const h = full.units[subLayer(r.layer, r.place)];
     const y = linear(h, last.weight, { bias: last.bias });
-    const [dh] = gradients(post ? norm(spec, y, post) : y, [h], { seed: dys[tokens.length + i] });
+    const [dh] = gradients(post ? norm(spec, y, post) : y, [h], { seed: dy });
     return dot(r.detached.z, stopGradient(expertCredit(h, dh, r.detached, weight, r.rows)));
-  });
-  return [...ofRows, ...ofExperts].reduce((a, b) => add(a, b));
+  };
+  const routers = [...tokens, ...experts];
+  gradients(
+    loss,
+    routers.map((r) => student[last(r)].after),
+    {
+      onGradient: (i, dy) => {
+        const r = routers[i];
+        emit(r, 'places' in r ? ofRows(r, dy) : ofExperts(r, dy));
+      },
+    },
+  );
 }
 
 /**
@@ -301,23 +308,31 @@ export function trainProgram(
     routedExperts,
     weight,
   });
-  const total = (loss: Node): Node => (routers ? add(loss, routers) : loss);
-  const loss = total(output);
+  const loss = routers ? add(output, routers) : output;
   graph.output('loss', loss);
-  // Gates that are not straight-through, and corrections, are in the output itself.
-  const trained = byCredit
-    ? graph.tag('routers', () => {
+  const node = (name: string) => graph.state(trainable.view(name));
+  if (byCredit) {
+    const chosen: Credited = {
+      tokens: policy.gate === 'straight-through' ? routed : [],
+      experts: routedExperts.filter(({ gate }) => gate === 'straight-through'),
+    };
+    credited(
+      output,
+      chosen,
+      changes,
+      full!,
+      { spec, ...weights },
+      { offsets: inputs.offsets, weight },
+      ({ id }, credits) =>
         // Credit is relative to its mean magnitude; it weighs what the terms weigh together.
-        const chosen: Credited = {
-          tokens: policy.gate === 'straight-through' ? routed : [],
-          experts: routedExperts.filter(({ gate }) => gate === 'straight-through'),
-        };
-        const unscaled = credited(output, chosen, changes, full!, { spec, ...weights }, inputs.offsets, weight);
-        const credits = scale(unscaled, 1, credit);
-        return total(byGate || policy.lora ? add(credits, output) : credits);
-      })
-    : loss;
-  trainable.accumulateGradients(graph, trained, (name) => graph.state(trainable.view(name)));
+        graph.tag('routers', () =>
+          trainable.accumulateGradients(graph, scale(credits, 1, credit), node, (name) => name.startsWith(`${id}.`)),
+        ),
+    );
+  }
+  // Gates that are not straight-through, and corrections, are in the output itself.
+  const rest = !byCredit || byGate || policy.lora ? loss : routers;
+  if (rest) trainable.accumulateGradients(graph, rest, node);
   return Program.compile(graph, model.engine);
 }
 

@@ -13,7 +13,7 @@ namespace elastiform::cpu {
 
 // Logits kept at a time. More rows to a chunk make more of every read (and, for the gradient, every packing) of the
 // weight; rows are chunked by shape alone, so results do not depend on the machine.
-constexpr int64_t kLogitsBytes = int64_t{64} << 20;
+constexpr int64_t kLogitsBytes = int64_t{32} << 20;
 
 inline int64_t chunkRows(int64_t R, int64_t V, int64_t matrices) {
   const int64_t most = std::clamp<int64_t>(kLogitsBytes / (matrices * V * 4), 1, std::max<int64_t>(R, 1));
