@@ -116,7 +116,7 @@ function claimsOf({ full, assistant, models, time }) {
   const claims = [];
   const add = (claim, paper, measured, held) => claims.push({ claim, paper, measured, held });
   const whole = (of) => of.points.find(({ threshold }) => threshold === 0);
-  const [half, quarter, classifier] = ['half', 'quarter', 'half-classifier'].map((name) =>
+  const [half, quarter, least, classifier] = ['half', 'quarter', 'least', 'half-classifier'].map((name) =>
     models.find((m) => m.name === name),
   );
   const smallest = quarter ?? half;
@@ -138,17 +138,33 @@ function claimsOf({ full, assistant, models, time }) {
     verdict(retention.value >= 0.965, retention.low >= 0.965),
   );
 
+  const cheapest = assistant.points.toSorted((a, b) => mean(a.flops) - mean(b.flops))[0];
+  // The paper's share of the FLOPs is less than either comes down to alone: each is compared at the fewest that it does.
+  const both = quarter && within(quarter.points, full.flops / 19);
+  if (both && least) {
+    for (const [other, point] of [
+      ['slim only', whole(least)],
+      ['exits only', cheapest],
+    ]) {
+      const d = difference(both, point);
+      add(
+        `slim (quarter) with exits, at 1/${(full.flops / mean(both.flops)).toFixed(1)} of the FLOPs, is better than ${other} at the fewest it comes down to, 1/${(full.flops / mean(point.flops)).toFixed(1)}`,
+        'yes, at equal FLOPs',
+        interval(d, points),
+        verdict(d.value > 0, d.low > 0),
+      );
+    }
+  }
   if (half && quarter) {
-    // At the FLOPs of the slimmest model without exits, and at the fewest that exits alone come down to.
-    const cheapest = assistant.points.toSorted((a, b) => mean(a.flops) - mean(b.flops))[0];
+    // At the FLOPs of a slim model without exits, and at the fewest that exits alone come down to.
     for (const [other, point] of [
       ['slim only (quarter)', whole(quarter)],
       ['exits only', cheapest],
     ]) {
       const limit = mean(point.flops);
-      const both = within(half.points, limit);
-      if (!both) continue;
-      const d = difference(both, point);
+      const near = within(half.points, limit);
+      if (!near) continue;
+      const d = difference(near, point);
       const claim = `slim (half) with exits is better than ${other}, at ${percent(limit / full.flops)} of the FLOPs`;
       add(claim, 'yes', interval(d, points), verdict(d.value > 0, d.low > 0));
     }

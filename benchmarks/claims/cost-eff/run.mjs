@@ -45,10 +45,11 @@ const SETTINGS = {
   chosen: 1000,
   limit: options.quick ? 64 : 10_000,
 };
-/** Slim models: half and a quarter of the heads, a quarter and an eighth of the units; one ranked by the classifier alone. */
+/** Slim models: half and a quarter of the heads, a quarter and an eighth of the units, one head and next to no units; one ranked by the classifier alone. */
 const SLIM = [
   { name: 'half', target: { heads: 2, ffn: 128, rank: 32 }, calibration: 'exits' },
   { name: 'quarter', target: { heads: 1, ffn: 64, rank: 16 }, calibration: 'exits' },
+  { name: 'least', target: { heads: 1, ffn: 8, rank: 16 }, calibration: 'exits' },
   { name: 'half-classifier', target: { heads: 2, ffn: 128, rank: 32 }, calibration: 'classifier' },
 ];
 
