@@ -125,7 +125,10 @@ export const inspect: Command = {
 
 /** The levels of a model with modules, after an empty line. */
 function assemblyLevels({ levels }: ModelInfo): string {
-  const rows = levels.map(({ name, spec }) => [name, spec.assembly ? assemblyText(spec.assembly) : 'all layers']);
+  const rows = levels.map(({ name, spec: { assembly, ffnWidth } }) => [
+    name,
+    `${assembly ? assemblyText(assembly) : 'all layers'}${ffnWidth === undefined ? '' : `, feed-forwards ${ffnWidth}`}`,
+  ]);
   return `\n${columns([['level', 'parts'], ...rows])}`;
 }
 

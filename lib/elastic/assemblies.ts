@@ -1,7 +1,8 @@
-// From a budget to an assembly of an encoder-decoder model, and what assemblies cost.
-import { sourceFlops, writingFlops } from '../model/flops.js';
+// From a budget to what runs of an encoder-decoder model: an assembly, and how much of its parts; and what that costs.
+import { type Seq2SeqFlops, seq2seqFlops, writingFlops } from '../model/flops.js';
 import { type Seq2SeqSpec, withLayers } from '../model/seq2seq_spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
+import type { ElasticSpec } from './axes.js';
 import {
   type Budget,
   type BudgetContext,
@@ -11,7 +12,8 @@ import {
   withinLatency,
   withQuality,
 } from './budget.js';
-import { type Assembly, assemblyPath, assemblyProblem, assemblyText, backboneOf, stacks } from './modules.js';
+import { assemblyPath, assemblyText, backboneOf, settingsProblem, stacks } from './modules.js';
+import { alignedWidth } from './nested.js';
 import type { ElasticPolicy, Level } from './policy.js';
 
 /** Tokens of a generation: those of its source, and those that are written. */
@@ -20,40 +22,63 @@ export interface Lengths {
   readonly target: number;
 }
 
-/** What the cost of an assembly is stated for unless said otherwise. */
+/** What the cost of settings is stated for unless said otherwise. */
 export const typicalLengths: Lengths = { source: 64, target: 64 };
 
-/** The sizes of what an assembly runs. */
-export const assembledSpec = (spec: Seq2SeqSpec, { encoder, decoder }: Assembly): Seq2SeqSpec =>
-  withLayers(spec, { encoder: encoder.length, decoder: decoder.length });
+/** What of a policy decides about the cost of settings; null: of a plain model. */
+type Elastic = Pick<ElasticPolicy, 'nested'> | null;
 
-/** FLOPs of a generation by an assembly over those by the whole model. */
-export const assemblyRatio = (
+/** Units of every feed-forward that run at settings. */
+export function unitsAt({ ffnWidth = 1 }: ElasticSpec, { decoder: { ffn } }: Seq2SeqSpec, policy: Elastic): number {
+  const width = ffnWidth as number;
+  if (width > 1) return width;
+  return width < 1 ? alignedWidth(width, policy!.nested!, ffn) : ffn;
+}
+
+/** The sizes of what runs at settings: as many layers as parts, and their units. */
+export function assembledSpec(spec: Seq2SeqSpec, settings: ElasticSpec, policy: Elastic): Seq2SeqSpec {
+  const { encoder, decoder } = settings.assembly ?? backboneOf(spec);
+  return withLayers(
+    spec,
+    { encoder: encoder.length, decoder: decoder.length },
+    settings.ffnWidth === undefined ? undefined : unitsAt(settings, spec, policy),
+  );
+}
+
+/** FLOPs of what generations run at settings, by formula, as the kernels count them. */
+export const flopsAt = (spec: Seq2SeqSpec, settings: ElasticSpec, policy: Elastic): Seq2SeqFlops =>
+  seq2seqFlops(assembledSpec(spec, settings, policy));
+
+/** FLOPs of a generation at settings over those by the whole model. */
+export const settingsRatio = (
   spec: Seq2SeqSpec,
-  assembly: Assembly,
+  settings: ElasticSpec,
+  policy: Elastic,
   { source, target }: Lengths = typicalLengths,
-): number => writingFlops(assembledSpec(spec, assembly), source, target) / writingFlops(spec, source, target);
+): number =>
+  writingFlops(flopsAt(spec, settings, policy), source, target) / writingFlops(seq2seqFlops(spec), source, target);
 
 /**
- * How many times as fast an assembly is expected to be where writing token by token takes most of the time, as it does for one text at a time: a run then takes
+ * How many times as fast settings are expected to be where writing token by token takes most of the time, as it does for one text at a time: a run then takes
  * about as long as its first row, so that a source counts as one token.
  */
-export const assemblySpeedup = (
+export const settingsSpeedup = (
   spec: Seq2SeqSpec,
-  assembly: Assembly,
+  settings: ElasticSpec,
+  policy: Elastic,
   { source, target }: Lengths = typicalLengths,
 ): number => {
-  const time = (of: Seq2SeqSpec) => writingFlops(of, source, target) - sourceFlops(of, source) + sourceFlops(of, 1);
-  return time(spec) / time(assembledSpec(spec, assembly));
+  const time = (of: Seq2SeqFlops) => writingFlops(of, source, target) - of.source(source) + of.source(1);
+  return time(seq2seqFlops(spec)) / time(flopsAt(spec, settings, policy));
 };
 
 /**
  * What a budget means for an encoder-decoder model: of a number the costliest assembly within that share of the FLOPs of a typical generation, on the path
- * that shrinks the decoder first.
+ * that shrinks the decoder first, with feed-forwards as wide as they are.
  *
  * @param policy null, or one without modules: only the full budget runs
  * @throws InvalidArgumentError when the budget is malformed, names no level, cannot be reached, has an assembly with a gap, an overlap or a part that the
- * model lacks, or needs modules or measurements that are missing.
+ * model lacks, another setting that it lacks, or needs modules or measurements that are missing.
  */
 export function resolveAssembly(
   budget: Budget,
@@ -67,11 +92,10 @@ export function resolveAssembly(
       `[budget] budget ${JSON.stringify(budget)} needs modules, and this model has none; train them with \`elastiform modular\``,
     );
   }
-  const { modules } = policy;
-  const levelPoint = ({ name, spec: settings }: Level): LevelPoint => {
-    const point = settings.assembly ? pointOf(settings.assembly, spec, name) : fullPoint(name);
-    return { name, spec: settings, point };
-  };
+  const levelPoint = ({ name, spec: settings }: Level): LevelPoint => ({
+    ...{ name, spec: settings },
+    point: pointOf(settings, spec, policy, name),
+  });
   if (typeof budget === 'string') {
     const level = policy.levels.find(({ name }) => name === budget);
     if (level) return levelPoint(level).point;
@@ -106,22 +130,23 @@ export function resolveAssembly(
   }
   const wanted = keys === 'spec' ? (budget as { spec: unknown }).spec : null;
   if (typeof wanted === 'object' && wanted !== null) {
-    const settings = wanted as { assembly?: unknown };
-    const other = Object.keys(settings).find((key) => key !== 'assembly');
+    const other = Object.keys(wanted).find((key) => !settingNames.includes(key));
     if (other !== undefined) {
       throw new InvalidArgumentError(
-        `[budget] an encoder-decoder model has the setting assembly alone, got '${other}'`,
+        `[budget] an encoder-decoder model has the settings ${settingNames.join(', ')}, got '${other}'`,
       );
     }
-    if (settings.assembly === undefined) return fullPoint(null);
-    const problem = assemblyProblem(settings.assembly, spec, modules);
-    if (problem) throw new InvalidArgumentError(`[budget] assembly must be ${problem}`);
-    return pointOf(settings.assembly as Assembly, spec, null);
+    const problem = settingsProblem(wanted, spec, policy);
+    if (problem) throw new InvalidArgumentError(`[budget] ${problem}`);
+    return pointOf(wanted, spec, policy, null);
   }
   throw new InvalidArgumentError(
-    `[budget] a budget must be a number in (0, 1], 'full', a level, {latencyMs, metric}, {minQuality} or {spec: {assembly}}, got ${JSON.stringify(budget)}`,
+    `[budget] a budget must be a number in (0, 1], 'full', a level, {latencyMs, metric}, {minQuality} or {spec: {${settingNames.join(', ')}}}, got ${JSON.stringify(budget)}`,
   );
 }
+
+/** Settings that an encoder-decoder model may have. */
+const settingNames = ['assembly', 'ffnWidth'];
 
 const speedPaths = new WeakMap<ElasticPolicy, readonly LevelPoint[]>();
 
@@ -130,7 +155,7 @@ function speedPath(spec: Seq2SeqSpec, policy: ElasticPolicy): readonly LevelPoin
   let path = speedPaths.get(policy);
   if (!path) {
     path = assemblyPath(spec, policy.modules!, 'speed-first').map((assembly) => {
-      const point = pointOf(assembly, spec, null);
+      const point = pointOf({ assembly }, spec, policy, null);
       return { name: assemblyText(assembly), spec: point.spec, point };
     });
     speedPaths.set(policy, path);
@@ -138,13 +163,31 @@ function speedPath(spec: Seq2SeqSpec, policy: ElasticPolicy): readonly LevelPoin
   return path;
 }
 
-function pointOf({ encoder, decoder }: Assembly, spec: Seq2SeqSpec, level: string | null): OperatingPoint {
-  const assembly = { encoder, decoder };
-  if (assemblyText(assembly) === assemblyText(backboneOf(spec))) return fullPoint(level);
-  const counts = stacks.map((stack) => `${assembly[stack].length} of ${spec[stack].layers} layers of the ${stack}`);
+/** The point of settings without a problem; full where they leave all of the model. */
+function pointOf(
+  settings: ElasticSpec,
+  spec: Seq2SeqSpec,
+  policy: ElasticPolicy,
+  level: string | null,
+): OperatingPoint {
+  const backbone = backboneOf(spec);
+  const { encoder, decoder } = settings.assembly ?? backbone;
+  const { ffn } = spec.decoder;
+  const units = unitsAt(settings, spec, policy);
+  const effective: ElasticSpec = {
+    ...(assemblyText({ encoder, decoder }) !== assemblyText(backbone) && { assembly: { encoder, decoder } }),
+    ...(units < ffn && { ffnWidth: units / ffn }),
+  };
+  if (Object.keys(effective).length === 0) return fullPoint(level);
+  const notes = stacks.map(
+    (stack) => `${{ encoder, decoder }[stack].length} of ${spec[stack].layers} layers of the ${stack}`,
+  );
+  if (effective.ffnWidth) notes.push(`feed-forwards of ${units} of ${ffn} units`);
+  const { source, target } = typicalLengths;
   return {
     ...fullPoint(level),
-    ...{ spec: { assembly }, full: false, flopsRatio: assemblyRatio(spec, assembly) },
-    why: `${counts.join(', ')}: ${assemblyText(assembly)}, for ${typicalLengths.source} tokens read and ${typicalLengths.target} written`,
+    ...{ spec: effective, full: false, flopsRatio: settingsRatio(spec, effective, policy) },
+    ...(effective.ffnWidth && { widths: decoder.map(() => units) }),
+    why: `${notes.join(', ')}: ${assemblyText({ encoder, decoder })}, for ${source} tokens read and ${target} written`,
   };
 }

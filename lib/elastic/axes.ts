@@ -118,7 +118,10 @@ export interface ElasticSpec {
   headShare?: Capacity;
   /** Share of the feed-forward's blocks that every token uses, rounded up to whole blocks. */
   blockShare?: Capacity;
-  /** Width of the nested feed-forwards: a share of their units, rounded to the alignment, or a number of units. */
+  /**
+   * Width of the nested feed-forwards: a share of their units, rounded to the alignment, or a number of units. Of an encoder-decoder model
+   * that of all parts of both stacks.
+   */
   ffnWidth?: FfnWidth;
   /** When a text leaves at an exit of an encoder, before all layers have run. */
   exit?: ExitSetting;

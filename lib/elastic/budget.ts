@@ -73,7 +73,7 @@ export interface OperatingPoint {
   spec: ElasticSpec;
   /** Mean share over the routed layers of each axis; 1 where none is routed. */
   capacity: Record<Axis, number>;
-  /** Units of every layer's feed-forward that run, [layers]; null: all of them. */
+  /** Units of every layer's feed-forward that run, [layers], of an encoder-decoder model of every part of the decoder; null: all of them. */
   widths: readonly number[] | null;
   /** When texts leave at exits; null: all layers run. */
   exit: ExitSetting | null;

@@ -28,7 +28,7 @@ import {
   settingProblem,
   thresholdProblem,
 } from './exits.js';
-import { assemblyProblem, spanProblem } from './modules.js';
+import { settingsProblem, spanProblem } from './modules.js';
 import { alignedWidth, type FfnWidth, type Nested, nestedTrainings, unitScores, widthProblem } from './nested.js';
 import {
   type AttentionKeys,
@@ -359,8 +359,7 @@ export function policyFromJson(
   };
   const conflict = nestedConflict(policy);
   if (conflict) read.fail('ffn.layers', conflict, nested!.layers);
-  const routing =
-    routingConflict(policy) ?? encoderConflict(policy, model) ?? modulesConflict(policy, seq2seq !== null);
+  const routing = routingConflict(policy) ?? encoderConflict(policy, model) ?? modulesConflict(policy, seq2seq);
   if (routing) throw new InvalidDataError(`[elastic] ${file}: ${routing}`);
 
   const routers = routerPlaces(policy);
@@ -524,7 +523,14 @@ function readLevels(
     }
     for (const axis of expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
     const spec = specOfAxes(shares);
-    const width = specJson.ffnWidth;
+    const { assembly, ffnWidth: width } = specJson;
+    if (seq2seq) {
+      const problem = settingsProblem(specJson, seq2seq, policy);
+      if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.${problem}`);
+      if (assembly !== undefined) spec.assembly = assembly as Assembly;
+    } else if (assembly !== undefined) {
+      read.fail(`${key}.spec.assembly`, 'absent: assemblies are of encoder-decoder models', assembly);
+    }
     if (width !== undefined) {
       const problem = policy.nested ? widthProblem(width, policy.nested, ffn) : 'must be absent: no layer is nested';
       if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.ffnWidth ${problem}`);
@@ -535,14 +541,6 @@ function readLevels(
       const problem = settingProblem(exit, policy.exits);
       if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.exit must be ${problem}`);
       spec.exit = exit as ExitSetting;
-    }
-    const { assembly } = specJson;
-    if (assembly !== undefined) {
-      const problem = seq2seq
-        ? assemblyProblem(assembly, seq2seq, policy.modules)
-        : 'absent: assemblies are of encoder-decoder models';
-      if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.assembly must be ${problem}`);
-      spec.assembly = assembly as Assembly;
     }
     if (name === 'full' && Object.keys(spec).length > 0) read.fail(`${key}.spec`, "{}: 'full' has no settings", spec);
     const result: Level = { name, spec };

@@ -205,6 +205,8 @@ export async function writeExits(out: string, base: string, exits: readonly Exit
 export interface TrainedModules {
   spec: Modules;
   weights: ReadonlyMap<string, Float32Array>;
+  /** Feed-forwards of layers and modules run at any width; default not. */
+  nested?: Nested;
 }
 
 /**
@@ -219,7 +221,7 @@ export interface TrainedModules {
 export async function writeModules(
   out: string,
   base: string,
-  { spec: modules, weights }: TrainedModules,
+  { spec: modules, weights, nested }: TrainedModules,
   levels: readonly Level[] = [],
 ): Promise<void> {
   const { spec, seq2seq } = await readArchitecture(base);
@@ -228,7 +230,7 @@ export async function writeModules(
       `[elastic] modules are for encoder-decoder models, and ${base} is a ${spec.type} model`,
     );
   }
-  const plain = plainPolicy(spec, {});
+  const plain = plainPolicy(spec, { ...(nested && { nested }) });
   const policy: ElasticPolicy = {
     ...plain,
     ...{ modules, levels: [...plain.levels, ...levels] },

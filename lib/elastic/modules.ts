@@ -9,6 +9,9 @@ import {
   spanOf,
   stacks,
 } from '../model/parts.js';
+import type { ElasticSpec } from './axes.js';
+import { widthProblem } from './nested.js';
+import type { ElasticPolicy } from './policy.js';
 
 export { type Assembly, type Modules, partId, type Span, type Stack, stacks };
 
@@ -47,6 +50,25 @@ export const backboneOf = (sizes: Sizes): Assembly => {
 /** As the command line takes it: `encoder=0,1,2-3;decoder=0-3`. */
 export const assemblyText = (assembly: Assembly): string =>
   stacks.map((stack) => `${stack}=${assembly[stack].join(',')}`).join(';');
+
+/** What is wrong with settings of an encoder-decoder model, beginning with the name of the setting, or null. */
+export function settingsProblem(
+  { assembly, ffnWidth }: { readonly [setting in keyof ElasticSpec]: unknown },
+  sizes: Sizes & { readonly decoder: { readonly ffn: number } },
+  { modules, nested }: Pick<ElasticPolicy, 'modules' | 'nested'>,
+): string | null {
+  const problem = assembly === undefined ? null : assemblyProblem(assembly, sizes, modules);
+  if (problem) return `assembly must be ${problem}`;
+  if (ffnWidth === undefined || ffnWidth === 1) return null;
+  if (!nested) {
+    return `ffnWidth must be absent: no feed-forward of this model is nested; \`elastiform modular --nested\` makes them so, got ${JSON.stringify(ffnWidth)}`;
+  }
+  if (Array.isArray(ffnWidth)) {
+    return `ffnWidth must be one width: all parts of an encoder-decoder model have the same, got ${JSON.stringify(ffnWidth)}`;
+  }
+  const wrong = widthProblem(ffnWidth, nested, sizes.decoder.ffn);
+  return wrong && `ffnWidth ${wrong}`;
+}
 
 /** What is wrong with an assembly for a model with `modules`, or null. */
 export function assemblyProblem(assembly: unknown, sizes: Sizes, modules: Modules | undefined): string | null {

@@ -8,13 +8,13 @@ import { InvalidArgumentError } from '../native/errors.js';
 export const unitScores = ['activation', 'taylor', 'none'] as const;
 export type UnitScores = (typeof unitScores)[number];
 
-/** What was trained at several widths: corrections of a frozen model, the feed-forwards, or everything. */
-export const nestedTrainings = ['lora', 'ffn', 'all'] as const;
+/** What was trained at several widths: corrections of a frozen model, the feed-forwards, everything, or modules beside frozen layers. */
+export const nestedTrainings = ['lora', 'ffn', 'all', 'modules'] as const;
 export type NestedTraining = (typeof nestedTrainings)[number];
 
 /** Layers whose feed-forward runs at any width: a prefix of its units. */
 export interface Nested {
-  /** Ascending. */
+  /** Ascending. Of an encoder-decoder model all of the decoder, and with them those of the encoder and all modules. */
   layers: readonly number[];
   /** Shares of the units that it is trained at, ascending; the last is 1. */
   granularities: readonly number[];
@@ -29,7 +29,10 @@ export interface Nested {
   trained?: NestedTraining;
 }
 
-/** A share of a feed-forward's units in (0, 1], or a number of them above 1; one for all nested layers or one for each. */
+/**
+ * A share of a feed-forward's units in (0, 1], or a number of them above 1; one for all nested layers or one for each. Of an encoder-decoder
+ * model one for all parts.
+ */
 export type FfnWidth = number | readonly number[];
 
 /**
@@ -131,6 +134,9 @@ export function widthLadder(nested: Nested, layers: number, ffn: number): number
 export const sharesSpace = (widths: readonly number[], nested: Nested, ffn: number): boolean =>
   nested.trained !== undefined &&
   nested.layers.every((layer) => granularityWidths(nested, ffn).includes(widths[layer]));
+
+/** The dim of one width for all feed-forwards of a program. */
+export const sharedWidth = 'ffn';
 
 const widthDim = (layer: number, group = 0): string => (group === 0 ? `ffn.${layer}` : `ffn.${layer}/${group}`);
 const groupFeed = (layer: number, group: number): string => `ffn.${layer}/${group}.sequences`;

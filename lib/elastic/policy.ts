@@ -2,6 +2,7 @@
 import type { ExpertGate, ExpertRule } from '../graph/index.js';
 import type { Modules } from '../model/parts.js';
 import { type Place, type Projection, places, projections } from '../model/select.js';
+import type { Seq2SeqSpec } from '../model/seq2seq_spec.js';
 import type { ModelSpec } from '../model/spec.js';
 import {
   type Axis,
@@ -246,12 +247,18 @@ export function encoderConflict(
 /** What encoder-decoder models cannot have and others cannot, or null. */
 export function modulesConflict(
   policy: Routing & Pick<ElasticPolicy, 'lora' | 'nested' | 'exits' | 'modules'>,
-  seq2seq: boolean,
+  seq2seq: Seq2SeqSpec | null,
 ): string | null {
   if (!seq2seq) return policy.modules ? 'modules are for encoder-decoder models' : null;
-  const { lora, nested, exits, modules } = policy;
-  const others = routerPlaces(policy).length > 0 || lora || nested || exits;
-  return modules && !others ? null : 'an encoder-decoder model has modules, and no routers, widths, exits or lora';
+  const { nested, lora, exits, modules, layers } = policy;
+  if (!modules || exits || lora || routerPlaces(policy).length > 0)
+    return 'an encoder-decoder model has modules and nested feed-forwards, and no routers, exits or lora';
+  if (nested && nested.layers.length < layers)
+    return 'nested feed-forwards of an encoder-decoder model are all of them';
+  const { encoder, decoder } = seq2seq;
+  return nested && encoder.ffn !== decoder.ffn
+    ? `nested feed-forwards of an encoder-decoder model are of one width in both stacks, and these have ${encoder.ffn} and ${decoder.ffn} units`
+    : null;
 }
 
 /** Weights and biases of all routers. */

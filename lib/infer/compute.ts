@@ -1,5 +1,5 @@
 // Adds up what the kernels counted and reports it against the full model.
-import { layerOfDim } from '../elastic/nested.js';
+import { layerOfDim, sharedWidth } from '../elastic/nested.js';
 import type { RunResult } from '../graph/index.js';
 import type { Place } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
@@ -42,7 +42,7 @@ export class ComputeMeter {
       const found = subLayerOf(tag);
       if (!found) continue;
       const { layer, place, experts } = found;
-      const share = place === 'mlp' ? (units.get(layer) ?? 1) : 1;
+      const share = place === 'mlp' ? (units.get(layer) ?? (dims[sharedWidth] ?? this.#ffn) / this.#ffn) : 1;
       this.#entered[place][layer] += (share * counter.rows) / experts;
     }
   }

@@ -146,11 +146,25 @@ export function sourceFlops({ encoder, decoder }: Seq2SeqSpec, tokens: number): 
   return encoderFlops(encoder, [tokens], 'none') + decoder.layers * keyValueFlops(decoder, tokens);
 }
 
+/** FLOPs of what generations of an encoder-decoder model are made of. */
+export interface Seq2SeqFlops {
+  /** Of reading a source of so many tokens. */
+  source(tokens: number): number;
+  /** Of one token of a target after so many, for a source of so many. */
+  target(before: number, source: number): number;
+}
+
+/** Those of the model as it is. */
+export const seq2seqFlops = (spec: Seq2SeqSpec): Seq2SeqFlops => ({
+  source: (tokens) => sourceFlops(spec, tokens),
+  target: (before, source) => targetFlops(spec, before, source),
+});
+
 /** FLOPs of reading a source of so many tokens and writing so many of a target. */
-export function writingFlops(spec: Seq2SeqSpec, source: number, target: number): number {
+export function writingFlops(of: Seq2SeqFlops, source: number, target: number): number {
   // Every token costs as much more than the one before.
-  const [first, last] = [0, target - 1].map((before) => targetFlops(spec, before, source));
-  return sourceFlops(spec, source) + (target * (first + last)) / 2;
+  const [first, last] = [0, target - 1].map((before) => of.target(before, source));
+  return of.source(source) + (target * (first + last)) / 2;
 }
 
 /** FLOPs of one token of a target after so many, its logits included, for a source of so many tokens. */

@@ -5,7 +5,7 @@ import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForw
 import type { DecoderInputs } from './decoder.js';
 import type { EncoderInputs, EncoderOptions } from './encoder.js';
 import type { Stack } from './parts.js';
-import { selectEverything } from './select.js';
+import { type Selector, selectEverything } from './select.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
 import { type CrossWeights, partOf, type Seq2SeqNodes, type StackWeights } from './seq2seq_weights.js';
 import type { ModelSpec } from './spec.js';
@@ -25,8 +25,10 @@ export type Source =
     }
   | { readonly caches: (layer: number) => Cache };
 
-/** What training wants of a stack beside what it gives. */
+/** What is selected in a stack, and what training wants of it beside what it gives. */
 export type StackOptions = Pick<EncoderOptions, 'units' | 'recompute'> & {
+  /** Of its layers by their places among those that run; default everything. */
+  readonly selector?: Selector;
   /** Filled with the residual stream after each layer, f32 [N, D]. */
   readonly residuals?: Node[];
 };
@@ -37,10 +39,10 @@ export function encodeSource(
   spec: Seq2SeqSpec,
   weights: Seq2SeqNodes,
   inputs: Pick<EncoderInputs, 'ids' | 'positions' | 'offsets'>,
-  { residuals = [], units, recompute = false }: StackOptions = {},
+  { residuals = [], recompute = false, ...options }: StackOptions = {},
 ): Node {
   const { encoder } = weights;
-  const context = contextOf(graph, spec.encoder, encoder.bias, inputs, units);
+  const context = contextOf(graph, spec.encoder, encoder.bias, inputs, options);
   let x = start(graph, spec.encoder, weights.embed, encoder, inputs);
   encoder.layers.forEach((layer, i) => {
     const at = { stack: 'encoder', part: partOf(encoder, i), i } as const;
@@ -84,10 +86,10 @@ export function decodeTarget(
   weights: Seq2SeqNodes,
   inputs: DecoderInputs,
   source: Source,
-  { residuals = [], units, recompute = false }: StackOptions = {},
+  { residuals = [], recompute = false, ...options }: StackOptions = {},
 ): Node {
   const { decoder } = weights;
-  const context = contextOf(graph, spec.decoder, decoder.bias, inputs, units);
+  const context = contextOf(graph, spec.decoder, decoder.bias, inputs, options);
   let x = start(graph, spec.decoder, weights.embed, decoder, inputs);
   decoder.layers.forEach((layer, i) => {
     const at = { stack: 'decoder', part: partOf(decoder, i), i } as const;
@@ -118,8 +120,8 @@ const contextOf = (
   spec: ModelSpec,
   bias: Node | undefined,
   { positions, offsets }: Pick<DecoderInputs, 'positions' | 'offsets'>,
-  units: Node[] | undefined,
-): BlockContext => ({ graph, spec, positions, offsets, bias, units, selector: selectEverything, keys: new Map() });
+  { units, selector = selectEverything }: Pick<StackOptions, 'units' | 'selector'>,
+): BlockContext => ({ graph, spec, positions, offsets, bias, units, selector, keys: new Map() });
 
 function start(
   graph: Graph,

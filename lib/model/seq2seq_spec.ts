@@ -87,12 +87,13 @@ export function seq2seqSpecFromConfig(json: unknown, file: string): Seq2SeqSpec 
   };
 }
 
-/** The same model with so many layers in each stack, at most as many as it has. */
-export function withLayers(spec: Seq2SeqSpec, layers: Readonly<Record<Stack, number>>): Seq2SeqSpec {
-  const [encoder, decoder] = stacks.map((stack) => ({
-    layers: layers[stack],
-    perLayer: spec[stack].perLayer.slice(0, layers[stack]),
-  }));
+/** The same model with so many layers in each stack, at most as many as it has, and so many units in each feed-forward; default all. */
+export function withLayers(spec: Seq2SeqSpec, layers: Readonly<Record<Stack, number>>, units?: number): Seq2SeqSpec {
+  const [encoder, decoder] = stacks.map((stack) => {
+    const ffn = units ?? spec[stack].ffn;
+    const perLayer = spec[stack].perLayer.slice(0, layers[stack]).map((layer) => ({ ...layer, ffn }));
+    return { layers: layers[stack], ffn, perLayer };
+  });
   return { ...spec, encoder: { ...spec.encoder, ...encoder }, decoder: { ...spec.decoder, ...decoder } };
 }
 

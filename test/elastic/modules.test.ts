@@ -139,17 +139,17 @@ describe('bad modules', () => {
     ['twice', (c) => ({ ...c, modules: { encoder: [], decoder: ['0-2', '0-2'] } }), /decoder\[1\] must be .* once/],
     ['a layer', (c) => ({ ...c, modules: { encoder: ['1'], decoder: [] } }), /encoder\[0\] must be of a span/],
     ['no id', (c) => ({ ...c, modules: { encoder: ['1-0'], decoder: [] } }), /encoder\[0\] must be a span of layers/],
-    ['none', ({ modules: _, ...c }) => c, /an encoder-decoder model has modules, and no routers/],
+    [
+      'none',
+      ({ modules: _, ...c }) => c,
+      /an encoder-decoder model has modules and nested feed-forwards, and no routers/,
+    ],
     [
       'a level with a gap',
       (c) => ({ ...c, levels: [{ name: 'x', spec: { assembly: { encoder: ['0-1', '2-3'], decoder: ['3-5'] } } }] }),
       /levels\[0\]\.spec\.assembly must be parts that cover every layer once: decoder has a gap: layers 0 to 2/,
     ],
-    [
-      'routers',
-      (c) => ({ ...c, lora: { rank: 2, targets: ['q'], layers: [0] } }),
-      /and no routers, widths, exits or lora/,
-    ],
+    ['routers', (c) => ({ ...c, lora: { rank: 2, targets: ['q'], layers: [0] } }), /and no routers, exits or lora/],
   ])('in elastic_config.json are refused: %s', async (_, change, message) => {
     const dir = temporaryDirectory();
     await writeModules(dir, base, { spec: few, weights: copiedModules(base, few) });

@@ -1,6 +1,6 @@
 // Assemblies of encoder-decoder models at work: the bits of a stock checkpoint of the same layers, in company and alone, by every kind of budget.
 import { describe, expect, it } from 'vitest';
-import { assembledSpec } from '../../lib/elastic/assemblies.js';
+import { flopsAt } from '../../lib/elastic/assemblies.js';
 import { writeModules } from '../../lib/elastic/elastify.js';
 import { type Assembly, assemblyPath, backboneOf, type Span } from '../../lib/elastic/modules.js';
 import { readElastic, writeLevels } from '../../lib/elastic/store.js';
@@ -16,8 +16,10 @@ import {
   halved,
   layersOf,
   modularDirectory,
+  nestedAt,
   specOf,
   writeLayers,
+  writeNarrow,
 } from './modules.js';
 
 async function written(model: ElasticModel, source: readonly number[], options: GenerateOptions = {}) {
@@ -63,8 +65,8 @@ describe.each(['bart', 'marian', 't5', 't5-gated'])('%s', (name) => {
         expect(compute.flops).toBe(wanted.compute.flops);
         expect(compute.effective).toEqual({ assembly });
         if (!('beams' in options)) {
-          const sizes = assembledSpec(specOf(base), assembly);
-          expect(compute.flops).toBe(writingFlops(sizes, sources[1].length, ids.length));
+          const flops = flopsAt(specOf(base), { assembly }, null);
+          expect(compute.flops).toBe(writingFlops(flops, sources[1].length, ids.length));
         }
         expect(compute.ratio).toBeLessThan(1);
         // Layers of the decoder that ran as they are.
@@ -75,6 +77,93 @@ describe.each(['bart', 'marian', 't5', 't5-gated'])('%s', (name) => {
       }
     }
     expect(texts.size).toBeGreaterThan(assemblies.length);
+  });
+});
+
+describe('nested feed-forwards', () => {
+  /** Both stacks as wide: golden models have 40 units, or 40 and 32. */
+  const evened = (base: string) => writeNarrow(base, temporaryDirectory(), 32);
+
+  it.each(['marian', 't5', 't5-gated'])(
+    'run as a stock checkpoint of so many units, without new programs: %s',
+    async (name) => {
+      const { sources } = readSeq2SeqCases(name);
+      const { dir, base } = await modularDirectory(name, [], evened, { nested: nestedAt([0.5, 1], 4) });
+      const { ffn } = specOf(base).decoder;
+      await using model = await loadModel(dir);
+      await using whole = await loadModel(base);
+      const full = await written(whole, sources[0]);
+      for (const budget of ['full', { spec: { ffnWidth: 1 } }, { spec: { ffnWidth: ffn } }] as const) {
+        const { compute, ...text } = await written(model, sources[0], { budget });
+        expect(text).toEqual({ ids: full.ids, logprobs: full.logprobs });
+        expect([compute.flops, compute.effective]).toEqual([full.compute.flops, {}]);
+      }
+      for (const [assembly, units] of [
+        [undefined, ffn / 2],
+        [assemblies[2], 8],
+        [assemblies[2], ffn / 2],
+      ] as const) {
+        const layers = await writeLayers(base, temporaryDirectory(), layersOf(assembly ?? backboneOf(specOf(base))));
+        await using oracle = await loadModel(await writeNarrow(layers, temporaryDirectory(), units));
+        for (const options of [{}, { beams: 3 }]) {
+          const wanted = await written(oracle, sources[1], options);
+          const budget = { spec: { ...(assembly && { assembly }), ffnWidth: units } };
+          const { compute, ids, logprobs } = await written(model, sources[1], { ...options, budget });
+          expect({ ids, logprobs }).toEqual({ ids: wanted.ids, logprobs: wanted.logprobs });
+          expect(compute.flops).toBe(wanted.compute.flops);
+          expect(compute.effective).toEqual({ ...(assembly && { assembly }), ffnWidth: units / ffn });
+          const ran = Array.from({ length: 6 }, (_, i) => (!assembly || assembly.decoder.includes(`${i}`) ? 1 : 0));
+          expect([...compute.layersRun.mlp]).toEqual(ran.map((one) => Math.fround((one * units) / ffn)));
+          expect([...compute.layersRun.attn]).toEqual(ran);
+        }
+      }
+    },
+  );
+
+  it('of several widths at once each give the bits that they give alone', async () => {
+    const { sources } = readSeq2SeqCases('marian');
+    const { dir } = await modularDirectory('marian', [], evened, { nested: nestedAt([0.5, 1], 4) });
+    await using model = await loadModel(dir);
+    const budgets = [1, 0.5, 0.25].flatMap((ffnWidth) => [
+      { spec: { ffnWidth } },
+      { spec: { assembly: assemblies[0], ffnWidth } },
+    ]);
+    const alone: Awaited<ReturnType<typeof written>>[] = [];
+    for (const [i, budget] of budgets.entries()) alone.push(await written(model, sources[i % 3], { budget }));
+    const together = await Promise.all(budgets.map((budget, i) => written(model, sources[i % 3], { budget })));
+    for (const [i, { ids, logprobs, compute }] of together.entries()) {
+      expect({ ids, logprobs }).toEqual({ ids: alone[i].ids, logprobs: alone[i].logprobs });
+      expect(compute.effective).toEqual(alone[i].compute.effective);
+    }
+    expect(new Set(alone.map(({ logprobs }) => logprobs.join())).size).toBe(budgets.length);
+  });
+
+  it('have widths that the model has', async () => {
+    const spec = { assembly: assemblies[0], ffnWidth: 0.5 };
+    const { dir } = await modularDirectory('t5', [{ name: 'half', spec }], undefined, {
+      nested: nestedAt([0.5, 1], 4),
+    });
+    await using model = await loadModel(dir);
+    const half = model.resolve('half');
+    const { ffn } = specOf(dir).decoder;
+    expect([half.spec, half.widths]).toEqual([spec, [ffn / 2]]);
+    expect(half.flopsRatio).toBeLessThan(model.resolve({ spec: { assembly: assemblies[0] } }).flopsRatio);
+    // Numbers are assemblies at the full width.
+    expect(model.resolve(0.5).spec).not.toHaveProperty('ffnWidth');
+    const at = (ffnWidth: unknown) => () => model.resolve({ spec: { ffnWidth: ffnWidth as number } });
+    expect(at(6)).toThrow(/ffnWidth must be a multiple of the alignment 4, such as 4 or 8, got 6/);
+    expect(at([0.5, 0.5, 0.5, 0.5, 1, 1])).toThrow(/ffnWidth must be one width: all parts of an encoder-decoder/);
+    expect(at(2)).toThrow(/alignment/);
+    expect(at('wide')).toThrow(/ffnWidth must be a share in \(0, 1\]/);
+    const levels = [{ name: 'odd', spec: { ffnWidth: 6 } }];
+    await expect(modularDirectory('t5', levels, undefined, { nested: nestedAt([0.5, 1], 4) })).rejects.toThrow(
+      /levels\[1\]\.spec\.ffnWidth must be a multiple/,
+    );
+    const some = { nested: { ...nestedAt([0.5, 1], 4), layers: [0, 1] } };
+    await expect(modularDirectory('t5', [], undefined, some)).rejects.toThrow(/are all of them/);
+    await expect(modularDirectory('bart', [], undefined, { nested: nestedAt([0.5, 1], 4) })).rejects.toThrow(
+      /one width in both stacks, and these have 40 and 32 units/,
+    );
   });
 });
 
@@ -208,7 +297,8 @@ describe('budgets', () => {
     expect(at({ spec: { assembly: { encoder, decoder: ['0-2', '4-5'] } } })).toThrow(/decoder has a gap: layer 3/);
     expect(at({ spec: { assembly: { encoder, decoder: ['0-2', '2-3', '4-5'] } } })).toThrow(/has an overlap: 2-3/);
     expect(at({ spec: { assembly: { encoder, decoder: ['0-3', '4-5'] } } })).toThrow(/0-3, which the model lacks/);
-    expect(at({ spec: { ffnWidth: 0.5 } })).toThrow(/has the setting assembly alone, got 'ffnWidth'/);
+    expect(at({ spec: { ffnWidth: 0.5 } })).toThrow(/ffnWidth must be absent: no feed-forward of this model is nested/);
+    expect(at({ spec: { exit: true } })).toThrow(/has the settings assembly, ffnWidth, got 'exit'/);
     expect(at('slow')).toThrow(/no level is named 'slow'; there are full/);
     expect(at(0)).toThrow(/must be in \(0, 1\], got 0/);
     expect(at({ latencyMs: 5 })).toThrow(/needs times measured on this device/);

@@ -1,8 +1,9 @@
 // Encoder-decoder models of several layers with modules that are copies of layers, and stock checkpoints made of such layers.
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { writeModules } from '../../lib/elastic/elastify.js';
+import { type TrainedModules, writeModules } from '../../lib/elastic/elastify.js';
 import { type Modules, type Span, type Stack, spansOf } from '../../lib/elastic/modules.js';
+import type { Nested } from '../../lib/elastic/nested.js';
 import type { Level } from '../../lib/elastic/policy.js';
 import { editJson } from '../../lib/io/files.js';
 import { toBf16 } from '../../lib/io/rounding.js';
@@ -52,6 +53,35 @@ export async function writeLayers(from: string, out: string, layers: Layers): Pr
     ...('encoder_layers' in fields && { encoder_layers: encoder, decoder_layers: decoder }),
     ...('num_hidden_layers' in fields && { num_hidden_layers: encoder }),
   }));
+  writeFileSync(join(out, 'config.json'), config);
+  return out;
+}
+
+/** Writes a checkpoint whose feed-forwards have the first units alone, as a stock directory. */
+export async function writeNarrow(from: string, out: string, units: number): Promise<string> {
+  cpSync(from, out, { recursive: true });
+  using checkpoint = Checkpoint.open(from);
+  const tensors = checkpoint.names().map((name): [string, TensorData] => {
+    const tensor = checkpoint.tensor(name);
+    const stored = { dtype: tensor.dtype, shape: tensor.shape, data: tensor.read() };
+    if (/\.(fc1|wi|wi_0|wi_1)\.(weight|bias)$/.test(name)) {
+      const inputs = tensor.shape[1] ?? 1;
+      return [
+        name,
+        { ...stored, shape: [units, ...tensor.shape.slice(1)], data: stored.data.slice(0, units * inputs) },
+      ];
+    }
+    if (!/\.(fc2|wo)\.weight$/.test(name)) return [name, stored];
+    const [outputs, inputs] = tensor.shape;
+    const data = stored.data.slice(0, outputs * units);
+    for (let row = 0; row < outputs; row++)
+      data.set(stored.data.subarray(row * inputs, row * inputs + units), row * units);
+    return [name, { ...stored, shape: [outputs, units], data }];
+  });
+  await writeSafetensors(join(out, 'model.safetensors'), Object.fromEntries(tensors));
+  const config = editJson(readFileSync(join(from, 'config.json'), 'utf8'), (fields) =>
+    'd_ff' in fields ? { ...fields, d_ff: units } : { ...fields, encoder_ffn_dim: units, decoder_ffn_dim: units },
+  );
   writeFileSync(join(out, 'config.json'), config);
   return out;
 }
@@ -118,13 +148,19 @@ export async function modularDirectory(
   name: string,
   levels: readonly Level[] = [],
   stored: (base: string) => Promise<string> = async (base) => base,
+  more: Pick<TrainedModules, 'nested'> = {},
 ): Promise<{ dir: string; base: string }> {
   const base = await stored(await deepSeq2Seq(name));
   const spec = allModules(specOf(base));
   const dir = temporaryDirectory();
-  await writeModules(dir, base, { spec, weights: copiedModules(base, spec) }, levels);
+  await writeModules(dir, base, { spec, weights: copiedModules(base, spec), ...more }, levels);
   return { dir, base };
 }
+
+/** Feed-forwards of a deepened golden model that run at any width of so many units. */
+export const nestedAt = (granularities: readonly number[], alignment: number): Nested => ({
+  ...{ layers: [0, 1, 2, 3, 4, 5], granularities, alignment, scores: 'none' },
+});
 
 /** The layers of the base that an assembly of copies comes to. */
 export const layersOf = (assembly: Readonly<Record<Stack, readonly string[]>>): Layers => {

@@ -2,11 +2,12 @@
 import { join } from 'node:path';
 import {
   assembledSpec,
-  assemblyRatio,
-  assemblySpeedup,
   type Lengths,
+  settingsRatio,
+  settingsSpeedup,
   typicalLengths,
 } from '../../elastic/assemblies.js';
+import type { ElasticSpec } from '../../elastic/axes.js';
 import type { Budget } from '../../elastic/budget.js';
 import { assemblyCard } from '../../elastic/card.js';
 import {
@@ -154,9 +155,9 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
   const ownHead = weights.head.weight !== weights.embed;
   const costOf = (assembly: Assembly): AssemblyCost => ({
     assembly,
-    parameters: seq2seqParameters(assembledSpec(spec, assembly), ownHead),
-    flopsRatio: assemblyRatio(spec, assembly, lengths),
-    speedup: assemblySpeedup(spec, assembly, lengths),
+    parameters: seq2seqParameters(assembledSpec(spec, { assembly }, policy), ownHead),
+    flopsRatio: settingsRatio(spec, { assembly }, policy, lengths),
+    speedup: settingsSpeedup(spec, { assembly }, policy, lengths),
     ms: null,
   });
   const list = listed ? listedAssembly(spec, modules, { encoder, decoder }) : null;
@@ -165,7 +166,8 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
   if (options.measure || options.record || latencyMs !== undefined) {
     const levels = options.record ? policy.levels : [];
     const timed = [...path, ...(explicit ? [explicit] : [])];
-    const times = await measure(seq2seq, [...timed.map(({ assembly }) => assembly), ...levels.map(assemblyAt(spec))], {
+    const settings = [...timed.map(({ assembly }) => ({ assembly })), ...levels.map((level) => level.spec)];
+    const times = await measure(seq2seq, settings, {
       ...{ lengths, both: options.record === true, signal, onProgress },
     });
     for (const [i, cost] of timed.entries()) cost.ms = times.total[i];
@@ -227,11 +229,6 @@ function choose(path: readonly AssemblyCost[], { speedup, size, latencyMs }: Ass
   );
 }
 
-const assemblyAt =
-  (spec: Seq2SeqSpec) =>
-  ({ spec: { assembly } }: Pick<Level, 'spec'>): Assembly =>
-    assembly ?? backboneOf(spec);
-
 /** As `resolveAssembly` names what it finds by time. */
 function asLevel(spec: Seq2SeqSpec, assembly: Assembly): Level {
   const name = assemblyText(assembly);
@@ -239,14 +236,14 @@ function asLevel(spec: Seq2SeqSpec, assembly: Assembly): Level {
 }
 
 /**
- * Times generations by some assemblies in turns, so that what else the machine does is shared by all.
+ * Times generations at some settings in turns, so that what else the machine does is shared by all.
  *
  * @param options.both at a short source besides the typical one
- * @returns medians: of whole typical generations, and of every assembly at every length of a source
+ * @returns medians: of whole typical generations, and at each of the settings of every length of a source
  */
 async function measure(
   seq2seq: Seq2Seq,
-  assemblies: readonly Assembly[],
+  all: readonly ElasticSpec[],
   {
     lengths: { source, target },
     both,
@@ -256,14 +253,14 @@ async function measure(
 ): Promise<{ lengths: number[]; total: number[]; each: Pick<LevelTimes, 'prefillMs' | 'decodeMs'>[] }> {
   const { vocab } = seq2seq.network.spec.decoder;
   const lengths = both && source > shortSource ? [shortSource, source] : [source];
-  const runs = assemblies.map(() =>
+  const runs = all.map(() =>
     lengths.map(() => ({ total: [] as number[], token: [] as number[], read: [] as number[] })),
   );
   for (let round = 0; round <= timedRounds; round++) {
     onProgress?.({ phase: 'timing assemblies', done: round, total: timedRounds + 1 });
-    for (const [i, assembly] of assemblies.entries()) {
+    for (const [i, spec] of all.entries()) {
       for (const [at, tokens] of lengths.entries()) {
-        const budget: Budget = { spec: { assembly } };
+        const budget: Budget = { spec };
         const ms = await seq2seq.time(probeIds(tokens, vocab), { budget, tokens: target, signal });
         if (round === 0) continue;
         const token = ms.decode / target;

@@ -1,15 +1,21 @@
 // A loaded encoder-decoder model: mapped weights, tokenizers of sources and targets and settings of generation on one engine.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { assembledSpec } from '../../elastic/assemblies.js';
-import { type Assembly, assemblyText } from '../../elastic/modules.js';
+import { flopsAt, unitsAt } from '../../elastic/assemblies.js';
+import type { ElasticSpec } from '../../elastic/axes.js';
+import { assemblyText, backboneOf } from '../../elastic/modules.js';
+import { sharedWidth } from '../../elastic/nested.js';
 import type { ElasticPolicy } from '../../elastic/policy.js';
 import { type MeasuredOn, Profiles } from '../../elastic/profile.js';
 import { readElastic, routerFile } from '../../elastic/store.js';
+import type { Graph } from '../../graph/index.js';
 import { readJson } from '../../io/files.js';
 import { Checkpoint, openSafetensors } from '../../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../../io/tokenizer.js';
 import { Config } from '../../model/config.js';
+import type { Seq2SeqFlops } from '../../model/flops.js';
+import type { Stack } from '../../model/parts.js';
+import { type Selector, selectEverything } from '../../model/select.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
 import {
   assembled,
@@ -56,19 +62,36 @@ export interface Seq2SeqNetwork {
   dispose(): void;
 }
 
-/** What runs of a model: all of it, or an assembly. */
+/** What runs of a model: all of it, or an assembly of parts, of which some of their units. */
 export interface Assembled {
   /** Equal ones run together. */
   readonly key: string;
-  readonly spec: Seq2SeqSpec;
+  /** Equal ones have one program of each kind, which takes the values of dims at each run. */
+  readonly program: string;
   readonly weights: Seq2SeqTensors;
+  readonly dims: Readonly<Record<string, number>>;
+  /** What is selected in the stacks of a program. */
+  select(graph: Graph): Readonly<Record<Stack, Selector>>;
+  readonly flops: Seq2SeqFlops;
 }
 
-/** @param assembly undefined: the whole model */
-export function assembledOf({ spec, weights, modules }: Seq2SeqNetwork, assembly: Assembly | undefined): Assembled {
-  if (!assembly) return { key: '', spec, weights };
-  const key = assemblyText(assembly);
-  return { key, spec: assembledSpec(spec, assembly), weights: assembled(weights, modules, assembly) };
+/** @param settings of an operating point; none: the whole model */
+export function assembledOf({ spec, weights, modules, policy }: Seq2SeqNetwork, settings: ElasticSpec): Assembled {
+  const { ffn } = spec.decoder;
+  const full = Object.keys(settings).length === 0;
+  const assembly = settings.assembly ?? backboneOf(spec);
+  return {
+    key: JSON.stringify(settings),
+    program: full ? 'full' : assemblyText(assembly),
+    weights: full ? weights : assembled(weights, modules, assembly),
+    dims: policy?.nested ? { [sharedWidth]: unitsAt(settings, spec, policy) } : {},
+    select(graph) {
+      const width = policy?.nested ? graph.dim(sharedWidth, ffn) : null;
+      const selector = { ...selectEverything, width: () => width };
+      return { encoder: selector, decoder: selector };
+    },
+    flops: flopsAt(spec, settings, policy),
+  };
 }
 
 /** Bytes of the default caches. */

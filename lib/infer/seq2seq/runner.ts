@@ -245,7 +245,7 @@ export class Seq2SeqRunner implements Disposable {
     }
   }
 
-  /** Of one kind the oldest work, and what of the same assembly fits its run. */
+  /** Of one kind the oldest work, and what of the same settings fits its run. */
   #choose(kind: Work['kind']): Pending<Work, Ran<RowResult>>[] {
     let left = kind === 'source' ? this.#sourceRows() : this.#network.maxSequences;
     const oldest = this.#work.find(({ asked }) => asked.kind === kind)?.asked.model.key;
@@ -295,8 +295,9 @@ export class Seq2SeqRunner implements Disposable {
     const offsets = Int32Array.from({ length: works.length + 1 });
     for (const [s, { ids }] of works.entries()) offsets[s + 1] = offsets[s] + ids.length;
     const rows = offsets[works.length];
-    const run = await this.#program('source', works[0].model).run({
-      dims: { rows, segments: works.length, offsets: works.length + 1 },
+    const { model } = works[0];
+    const run = await this.#program('source', model).run({
+      dims: { rows, segments: works.length, offsets: works.length + 1, ...model.dims },
       feeds: {
         ids: Int32Array.from(works.flatMap(({ ids }) => ids)),
         positions: Int32Array.from(works.flatMap(({ ids }) => [...ids.keys()])),
@@ -311,8 +312,9 @@ export class Seq2SeqRunner implements Disposable {
 
   async #runTargets(kind: 'sampled' | 'logits', works: readonly TargetWork[], signal: AbortSignal) {
     const rows = works.flatMap((work) => work.rows);
-    const run = await this.#program(kind, works[0].model).run({
-      dims: { rows: rows.length, offsets: rows.length + 1 },
+    const { model } = works[0];
+    const run = await this.#program(kind, model).run({
+      dims: { rows: rows.length, offsets: rows.length + 1, ...model.dims },
       feeds: {
         ids: Int32Array.from(rows, ({ token }) => token),
         positions: Int32Array.from(rows, ({ position }) => position),
@@ -350,11 +352,12 @@ export class Seq2SeqRunner implements Disposable {
    * `source`: appends keys and values of sources. `sampled`, `logits`: one row for each of some targets, and a token or the
    * logits after it. Layers of an assembly have the caches of as many first ones.
    */
-  #program(kind: Work['kind'], { key, spec, weights }: Assembled): Program {
-    const { maxSequences } = this.#network;
-    return this.#programs.get(`${kind} ${key}`, () => {
+  #program(kind: Work['kind'], { program, weights, select }: Assembled): Program {
+    const { maxSequences, spec } = this.#network;
+    return this.#programs.get(`${kind} ${program}`, () => {
       const graph = new Graph();
       const nodes = bindSeq2Seq(graph, weights);
+      const selectors = select(graph);
       const keys = this.#bound();
       const sources = kind === 'source';
       const rows = graph.dim('rows', sources ? this.#sourceRows() : maxSequences);
@@ -366,13 +369,14 @@ export class Seq2SeqRunner implements Disposable {
       };
       const slots = feed('slots', segments);
       if (sources) {
-        const features = encodeSource(graph, spec, nodes, inputs);
+        const features = encodeSource(graph, spec, nodes, inputs, { selector: selectors.encoder });
         cacheSource(graph, nodes, { features, offsets: inputs.offsets }, keys.source.caches(graph, slots));
         return Program.compile(graph, this.#network.engine);
       }
       const own = keys.target.caches(graph, slots);
       const caches = (layer: number) => [own(layer)];
-      const x = decodeTarget(graph, spec, nodes, { ...inputs, caches }, { caches: keys.source.caches(graph, slots) });
+      const seen = { caches: keys.source.caches(graph, slots) };
+      const x = decodeTarget(graph, spec, nodes, { ...inputs, caches }, seen, { selector: selectors.decoder });
       const logits = targetLogits(graph, spec, nodes, x);
       if (kind === 'logits') graph.output('logits', logits);
       else {

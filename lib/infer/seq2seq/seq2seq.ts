@@ -1,8 +1,7 @@
 // Encoder-decoder models at work: a text written for a source, greedily, by sampling or by beam search, as a stream.
 import { resolveAssembly, typicalLengths } from '../../elastic/assemblies.js';
 import type { Budget, BudgetContext, OperatingPoint } from '../../elastic/budget.js';
-import { assemblyText } from '../../elastic/modules.js';
-import { sourceFlops, targetFlops } from '../../model/flops.js';
+import { type Seq2SeqFlops, seq2seqFlops } from '../../model/flops.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { ComputeMeter, requireNumbers } from '../compute.js';
 import { type CheckedSampling, checkSampling } from '../engine/generate.js';
@@ -21,7 +20,7 @@ const defaultMaxTokens = 256;
 const endless: Partial<WritingSettings> = {
   ...{ endIds: new Set(), firstIds: [], lastIds: [], minLength: 0, noRepeat: 0, banned: [] },
 };
-/** Assemblies whose sizes are kept. */
+/** Settings of which is kept what they come to. */
 const keptModels = 64;
 const samplingStream = 0x5a;
 const optionNames = [
@@ -115,9 +114,9 @@ export class Seq2Seq implements Disposable {
   }
 
   /** What runs at a point; the same object while few others are asked for, so that what is known of its sizes stays. */
-  #assembled({ spec: { assembly } }: OperatingPoint): Assembled {
-    const key = assembly ? assemblyText(assembly) : '';
-    const model = this.#models.get(key) ?? assembledOf(this.network, assembly);
+  #assembled({ spec: settings }: OperatingPoint): Assembled {
+    const key = JSON.stringify(settings);
+    const model = this.#models.get(key) ?? assembledOf(this.network, settings);
     if (this.#models.size >= keptModels) this.#models.clear();
     this.#models.set(key, model);
     return model;
@@ -286,31 +285,31 @@ export class Seq2Seq implements Disposable {
 class Cost {
   #flops = 0;
   #full = 0;
-  readonly #network: Seq2SeqNetwork;
-  readonly #model: Assembled;
+  readonly #whole: Seq2SeqFlops;
+  readonly #own: Seq2SeqFlops;
   readonly #meter: ComputeMeter;
 
-  constructor(network: Seq2SeqNetwork, model: Assembled) {
-    this.#network = network;
-    this.#model = model;
-    this.#meter = new ComputeMeter(network.spec.decoder);
+  constructor({ spec }: Seq2SeqNetwork, { flops }: Assembled) {
+    this.#whole = seq2seqFlops(spec);
+    this.#own = flops;
+    this.#meter = new ComputeMeter(spec.decoder);
   }
 
   addSource(ran: Ran<RowResult>, tokens: number): void {
-    this.#add(ran, ({ spec }) => sourceFlops(spec, tokens), tokens);
+    this.#add(ran, (of) => of.source(tokens), tokens);
   }
 
   /** @param own rows of the run that were this generation's, each after so many of its target */
   addTargets(ran: Ran<RowResult>, own: number, before: number, source: number): void {
     this.#meter.add(ran.run, ran.rows);
-    this.#add(ran, ({ spec }) => own * targetFlops(spec, before, source), own);
+    this.#add(ran, (of) => own * of.target(before, source), own);
   }
 
   // Of a run that others shared, as much of what was counted as the formula says; alone, all of it.
-  #add({ run, rows }: Ran<RowResult>, byFormula: (of: Pick<Assembled, 'spec'>) => number, own: number): void {
+  #add({ run, rows }: Ran<RowResult>, byFormula: (of: Seq2SeqFlops) => number, own: number): void {
     const counted = Object.values(run.counters).reduce((sum, { flops }) => sum + flops, 0);
-    this.#full += byFormula(this.#network);
-    this.#flops += rows === own ? counted : byFormula(this.#model);
+    this.#full += byFormula(this.#whole);
+    this.#flops += rows === own ? counted : byFormula(this.#own);
   }
 
   report(ms: ComputeReport['ms'], tokens: number): Omit<ComputeReport, 'requested' | 'level' | 'effective'> {
