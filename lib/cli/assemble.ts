@@ -1,5 +1,5 @@
 // `elastiform assemble`: chooses layers and modules of a modular model, and writes them as a stock checkpoint.
-import { assemblyText } from '../elastic/modules.js';
+import { settingsText } from '../elastic/modules.js';
 import { type AssemblyCost, assemble } from '../infer/export/assemble.js';
 import type { Command } from './command.js';
 import { columns, Progress } from './progress.js';
@@ -22,6 +22,7 @@ export const assembleCommand: Command = {
     'latency-ms': { type: 'string', value: 'MS', help: 'at most so long, measured here; the decoder shrinks first' },
     encoder: { type: 'string', value: '0,1,2-3', help: 'parts by name (default: all layers)' },
     decoder: { type: 'string', value: '0-5', help: 'the same of the decoder' },
+    'ffn-width': { type: 'string', value: 'SHARE|UNITS', help: 'of nested feed-forwards (default: all units)' },
     'source-tokens': { type: 'string', value: 'N', help: 'tokens that a typical generation reads (default: 64)' },
     'target-tokens': { type: 'string', value: 'N', help: 'tokens that it writes (default: 64)' },
     measure: { type: 'boolean', help: 'measure the time of every assembly of the path' },
@@ -41,6 +42,7 @@ export const assembleCommand: Command = {
       latencyMs: flags.number('latency-ms', { min: 0 }),
       encoder: flags.list('encoder'),
       decoder: flags.list('decoder'),
+      ffnWidth: flags.number('ffn-width', { min: 0 }),
       sourceTokens: flags.integer('source-tokens', { min: 1 }),
       targetTokens: flags.integer('target-tokens', { min: 1 }),
       saveLevel: flags.string('save-level'),
@@ -61,14 +63,16 @@ export const assembleCommand: Command = {
     print(table(chosen && !onPath ? [...path, chosen] : path, chosen));
     if (chosen && flags.has('save-level')) print(`\nSaved as level ${flags.string('save-level')}\n`);
     if (written) {
-      const { dir, bytes, texts, loadsIn } = written;
+      const { dir, bytes, texts, largestDifference, loadsIn } = written;
+      const exact = 'and their logits are those of the assembly';
+      const near = `are those of the assembly, and logits differ by at most ${largestDifference.toExponential(1)}, as corrections were merged`;
       print(
-        `\n${dir}: ${(bytes / 2 ** 20).toFixed(1)} MiB; ${texts} greedy texts and their logits are those of the assembly\nLoads in ${loadsIn.join(', ')}\n`,
+        `\n${dir}: ${(bytes / 2 ** 20).toFixed(1)} MiB; ${texts} of 3 greedy texts ${largestDifference === 0 ? exact : near}\nLoads in ${loadsIn.join(', ')}\n`,
       );
     } else if (chosen) {
-      print(
-        `\nRun it: elastiform generate ${positionals[0]} --prompt TEXT --budget '${assemblyText(chosen.assembly)}'\n`,
-      );
+      const { assembly, ffnWidth } = chosen;
+      const budget = { assembly, ...(ffnWidth < 1 && { ffnWidth }) };
+      print(`\nRun it: elastiform generate ${positionals[0]} --prompt TEXT --budget '${settingsText(budget)}'\n`);
     }
     return 0;
   },
@@ -77,13 +81,24 @@ export const assembleCommand: Command = {
 /** Assemblies with their costs; the chosen one is marked. */
 function table(path: readonly AssemblyCost[], chosen: AssemblyCost | null): string {
   const timed = path.some(({ ms }) => ms !== null);
-  const title = ['', 'encoder', 'decoder', 'parameters', 'FLOPs', 'expected', ...(timed ? ['ms', 'measured'] : [])];
+  const narrow = path.some(({ ffnWidth }) => ffnWidth < 1);
+  const title = [
+    '',
+    'encoder',
+    'decoder',
+    ...(narrow ? ['FFN units'] : []),
+    'parameters',
+    'FLOPs',
+    'expected',
+    ...(timed ? ['ms', 'measured'] : []),
+  ];
   const rows = path.map((cost) => {
-    const { assembly, parameters, flopsRatio, speedup, ms } = cost;
+    const { assembly, ffnWidth, parameters, flopsRatio, speedup, ms } = cost;
     const times = ms === null ? ['', ''] : [ms.toFixed(2), `${(path[0].ms! / ms).toFixed(2)}x`];
     return [
       cost === chosen ? '>' : '',
-      ...[assembly.encoder.join(','), assembly.decoder.join(','), parameters.toLocaleString('en-US')],
+      ...[assembly.encoder.join(','), assembly.decoder.join(','), ...(narrow ? [percent(ffnWidth)] : [])],
+      parameters.toLocaleString('en-US'),
       ...[percent(flopsRatio), `${speedup.toFixed(2)}x`, ...(timed ? times : [])],
     ];
   });

@@ -1,7 +1,7 @@
 // `elastiform inspect`: what is in a model directory.
 import { axes, axisTraits, meanCapacity, specByAxis } from '../elastic/axes.js';
 import { exitText } from '../elastic/exits.js';
-import { assemblyText, stacks } from '../elastic/modules.js';
+import { settingsText, stacks } from '../elastic/modules.js';
 import { meanWidth } from '../elastic/nested.js';
 import { type ElasticPolicy, routedLayers } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
@@ -125,10 +125,7 @@ export const inspect: Command = {
 
 /** The levels of a model with modules, after an empty line. */
 function assemblyLevels({ levels }: ModelInfo): string {
-  const rows = levels.map(({ name, spec: { assembly, ffnWidth } }) => [
-    name,
-    `${assembly ? assemblyText(assembly) : 'all layers'}${ffnWidth === undefined ? '' : `, feed-forwards ${ffnWidth}`}`,
-  ]);
+  const rows = levels.map(({ name, spec }) => [name, settingsText(spec) || 'all layers']);
   return `\n${columns([['level', 'parts'], ...rows])}`;
 }
 

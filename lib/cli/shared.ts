@@ -1,6 +1,6 @@
 // Flags and conversions that several commands share.
+import type { ElasticSpec } from '../elastic/axes.js';
 import type { Budget } from '../elastic/budget.js';
-import type { Assembly } from '../elastic/modules.js';
 import type { LatencyMetric } from '../elastic/profile.js';
 import type { LoadOptions } from '../infer/types.js';
 import { activationTypes, deviceChoices } from '../native/index.js';
@@ -42,25 +42,32 @@ export function parseLevel(text: string): number | string {
   return value;
 }
 
-/** The same, or `200ms`, `ttft:200ms`, `tpot:20ms`, `quality:0.95`, `encoder=0,1,2-3;decoder=0-3`. */
+/** The same, or `200ms`, `ttft:200ms`, `tpot:20ms`, `quality:0.95`, `encoder=0,1,2-3;decoder=0-3;ffn=0.5`. */
 export function parseBudget(text: string): Budget {
-  if (/^(en|de)coder=/.test(text)) return { spec: { assembly: parseAssembly(text) } };
+  if (/^((en|de)coder|ffn)=/.test(text)) return { spec: parseSettings(text) };
   const [, metric = 'total', ms] = /^(?:(ttft|tpot|total):)?([\d.]+)ms$/.exec(text) ?? [];
   if (ms !== undefined) return { latencyMs: Number(ms), metric: metric as LatencyMetric };
   const [, quality] = /^quality:([\d.]+)$/.exec(text) ?? [];
   return quality === undefined ? parseLevel(text) : { minQuality: Number(quality) };
 }
 
-/** Parts of both stacks, as `assemblyText` writes them; whether they fit is the model's to say. */
-function parseAssembly(text: string): Assembly {
-  const stacks = text.split(';').map((stack) => /^(encoder|decoder)=(.+)$/.exec(stack.trim()) ?? []);
-  const { encoder, decoder } = Object.fromEntries(stacks.map(([, stack, parts]) => [stack, parts?.split(',')]));
-  if (stacks.length === 2 && encoder && decoder) return { encoder, decoder };
-  throw new UsageError(`[cli] an assembly must be encoder=PARTS;decoder=PARTS, got '${text}'`);
+/** Parts of both stacks and a width, as `settingsText` writes them; whether they fit is the model's to say. */
+function parseSettings(text: string): ElasticSpec {
+  const settings = text.split(';').map((one) => /^(encoder|decoder|ffn)=(.+)$/.exec(one.trim()) ?? []);
+  const { encoder, decoder, ffn } = Object.fromEntries(settings.map(([, name, value]) => [name, value]));
+  const known = settings.every(([, name], i) => name && settings.findIndex(([, other]) => other === name) === i);
+  const ffnWidth = ffn === undefined ? undefined : Number(ffn);
+  if (!known || (encoder === undefined) !== (decoder === undefined) || Number.isNaN(ffnWidth)) {
+    throw new UsageError(`[cli] settings must be encoder=PARTS;decoder=PARTS, ffn=WIDTH or all three, got '${text}'`);
+  }
+  return {
+    ...(encoder && { assembly: { encoder: encoder.split(','), decoder: decoder.split(',') } }),
+    ...(ffnWidth !== undefined && { ffnWidth }),
+  };
 }
 
 /** What parseBudget takes, for --help. */
-export const budgetForms = 'SHARE|LEVEL|200ms|ttft:200ms|tpot:20ms|quality:0.95|encoder=0,1-2;decoder=0-2';
+export const budgetForms = 'SHARE|LEVEL|200ms|ttft:200ms|tpot:20ms|quality:0.95|encoder=0,1-2;decoder=0-2;ffn=0.5';
 
 /** Token ids, separated by commas. */
 export function parseIds(text: string): number[] {

@@ -1,6 +1,9 @@
 // From a budget to what runs of an encoder-decoder model: an assembly, and how much of its parts; and what that costs.
 import { type Seq2SeqFlops, seq2seqFlops, writingFlops } from '../model/flops.js';
+import { isModule } from '../model/parts.js';
+import { type Place, type Projection, projections } from '../model/select.js';
 import { type Seq2SeqSpec, withLayers } from '../model/seq2seq_spec.js';
+import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import type { ElasticSpec } from './axes.js';
 import {
@@ -12,6 +15,7 @@ import {
   withinLatency,
   withQuality,
 } from './budget.js';
+import { loraFlops } from './cost.js';
 import { assemblyPath, assemblyText, backboneOf, settingsProblem, stacks } from './modules.js';
 import { alignedWidth } from './nested.js';
 import type { ElasticPolicy, Level } from './policy.js';
@@ -26,7 +30,7 @@ export interface Lengths {
 export const typicalLengths: Lengths = { source: 64, target: 64 };
 
 /** What of a policy decides about the cost of settings; null: of a plain model. */
-type Elastic = Pick<ElasticPolicy, 'nested'> | null;
+type Elastic = Pick<ElasticPolicy, 'nested' | 'lora'> | null;
 
 /** Units of every feed-forward that run at settings. */
 export function unitsAt({ ffnWidth = 1 }: ElasticSpec, { decoder: { ffn } }: Seq2SeqSpec, policy: Elastic): number {
@@ -45,9 +49,31 @@ export function assembledSpec(spec: Seq2SeqSpec, settings: ElasticSpec, policy: 
   );
 }
 
-/** FLOPs of what generations run at settings, by formula, as the kernels count them. */
-export const flopsAt = (spec: Seq2SeqSpec, settings: ElasticSpec, policy: Elastic): Seq2SeqFlops =>
-  seq2seqFlops(assembledSpec(spec, settings, policy));
+/** FLOPs of what generations run at settings that differ from full, by formula, as the kernels count them. */
+export function flopsAt(spec: Seq2SeqSpec, settings: ElasticSpec, policy: Elastic): Seq2SeqFlops {
+  const sizes = assembledSpec(spec, settings, policy);
+  const plain = seq2seqFlops(sizes);
+  const lora = policy?.lora;
+  if (!lora || Object.keys(settings).length === 0) return plain;
+  const { encoder, decoder } = settings.assembly ?? backboneOf(spec);
+  // Modules have no corrections.
+  const corrected = (parts: readonly string[]) => parts.filter((part) => !isModule(part)).length;
+  const of = (model: ModelSpec, place: Place, rows: number, kept: readonly Projection[] = projections) => {
+    const targets = lora.targets.filter((projection) => kept.includes(projection));
+    const one = { tokens: {}, layers: 1, lora: { ...lora, layers: [0], targets } };
+    return loraFlops(model, one, { layer: 0, place, tokens: 1, experts: 1, units: model.ffn }, rows);
+  };
+  const both = (model: ModelSpec, rows: number) => of(model, 'attn', rows) + of(model, 'mlp', rows);
+  return {
+    source: (tokens) =>
+      plain.source(tokens) +
+      corrected(encoder) * both(sizes.encoder, tokens) +
+      corrected(decoder) * of(sizes.decoder, 'attn', tokens, ['k', 'v']),
+    target: (before, source) =>
+      plain.target(before, source) +
+      corrected(decoder) * (both(sizes.decoder, 1) + of(sizes.decoder, 'attn', 1, ['q', 'o'])),
+  };
+}
 
 /** FLOPs of a generation at settings over those by the whole model. */
 export const settingsRatio = (
@@ -170,24 +196,31 @@ function pointOf(
   policy: ElasticPolicy,
   level: string | null,
 ): OperatingPoint {
-  const backbone = backboneOf(spec);
-  const { encoder, decoder } = settings.assembly ?? backbone;
-  const { ffn } = spec.decoder;
-  const units = unitsAt(settings, spec, policy);
-  const effective: ElasticSpec = {
-    ...(assemblyText({ encoder, decoder }) !== assemblyText(backbone) && { assembly: { encoder, decoder } }),
-    ...(units < ffn && { ffnWidth: units / ffn }),
-  };
+  const effective = effectiveSettings(settings, spec, policy);
   if (Object.keys(effective).length === 0) return fullPoint(level);
+  const { encoder, decoder } = effective.assembly ?? backboneOf(spec);
+  const units = unitsAt(effective, spec, policy);
   const notes = stacks.map(
     (stack) => `${{ encoder, decoder }[stack].length} of ${spec[stack].layers} layers of the ${stack}`,
   );
-  if (effective.ffnWidth) notes.push(`feed-forwards of ${units} of ${ffn} units`);
+  if (effective.ffnWidth) notes.push(`feed-forwards of ${units} of ${spec.decoder.ffn} units`);
   const { source, target } = typicalLengths;
   return {
     ...fullPoint(level),
     ...{ spec: effective, full: false, flopsRatio: settingsRatio(spec, effective, policy) },
     ...(effective.ffnWidth && { widths: decoder.map(() => units) }),
     why: `${notes.join(', ')}: ${assemblyText({ encoder, decoder })}, for ${source} tokens read and ${target} written`,
+  };
+}
+
+/** What of settings without a problem differs from full; nothing where they leave all of the model. */
+export function effectiveSettings(settings: ElasticSpec, spec: Seq2SeqSpec, policy: Elastic): ElasticSpec {
+  const backbone = backboneOf(spec);
+  const { encoder, decoder } = settings.assembly ?? backbone;
+  const { ffn } = spec.decoder;
+  const units = unitsAt(settings, spec, policy);
+  return {
+    ...(assemblyText({ encoder, decoder }) !== assemblyText(backbone) && { assembly: { encoder, decoder } }),
+    ...(units < ffn && { ffnWidth: units / ffn }),
   };
 }

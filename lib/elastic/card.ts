@@ -75,13 +75,16 @@ export function sliceCard(
   ].join('\n')}\n`;
 }
 
-/** README.md of an assembly that was written out. */
-export function assemblyCard(base: ElasticPolicy['base'], assembly: Assembly): string {
+/** README.md of an assembly that was written out, with so many units in every feed-forward, and corrections merged in. */
+export function assemblyCard(
+  base: ElasticPolicy['base'],
+  { assembly, units, merged }: { assembly: Assembly; units: number; merged: boolean },
+): string {
   const { name, revision, license } = base;
   const parts = stacks.map((stack) => `${stack} ${assembly[stack].join(', ')}`).join('; ');
   return `${[
     ...head(base, `${name}, assembled`),
-    `Layers and modules of ${name}${revision ? `, revision ${revision}` : ''}: ${parts}. A part such as 2-3 is one layer that was trained to stand for layers 2 to 3.`,
+    `Layers and modules of ${name}${revision ? `, revision ${revision}` : ''}: ${parts}. A part such as 2-3 is one layer that was trained to stand for layers 2 to 3. Feed-forwards have ${units} units${merged ? '; corrections of the layers are merged in' : ''}.`,
     '',
     `Licence of the base: ${license ?? 'not known'}.`,
   ].join('\n')}\n`;

@@ -15,7 +15,7 @@ import { loadWeights, storedUnits } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type ExitHead, exitId } from './exits.js';
 import { planLength, standardLevels } from './levels.js';
-import { loraParameters } from './lora.js';
+import { type Lora, loraParameters, seq2seqLoraParameters } from './lora.js';
 import type { Nested } from './nested.js';
 import {
   type ElasticPolicy,
@@ -207,6 +207,8 @@ export interface TrainedModules {
   weights: ReadonlyMap<string, Float32Array>;
   /** Feed-forwards of layers and modules run at any width; default not. */
   nested?: Nested;
+  /** Corrections of the model's own layers, as the policy has them, and their matrices; default none. */
+  lora?: { policy: NonNullable<ElasticPolicy['lora']>; matrices: Lora };
 }
 
 /**
@@ -221,7 +223,7 @@ export interface TrainedModules {
 export async function writeModules(
   out: string,
   base: string,
-  { spec: modules, weights, nested }: TrainedModules,
+  { spec: modules, weights, nested, lora }: TrainedModules,
   levels: readonly Level[] = [],
 ): Promise<void> {
   const { spec, seq2seq } = await readArchitecture(base);
@@ -234,6 +236,7 @@ export async function writeModules(
   const policy: ElasticPolicy = {
     ...plain,
     ...{ modules, levels: [...plain.levels, ...levels] },
+    ...(lora && { lora: lora.policy }),
     base: await baseOf(base, baseFiles(base)),
   };
   await checkReadable(base, policy);
@@ -253,7 +256,14 @@ export async function writeModules(
     }
     tensors[name] = { dtype, shape, data: rounded(values, dtype) };
   }
-  await writeElastic(out, base, policy, new Map(), null, tensors);
+  for (const { name, id, matrix, shape } of lora ? seq2seqLoraParameters(lora.policy, seq2seq) : []) {
+    const values = lora!.matrices.get(id)?.[matrix];
+    const numbers = shape[0] * shape[1];
+    if (values?.length === numbers && values.every(Number.isFinite)) continue;
+    const what = `must be ${numbers} finite numbers, [${shape}], got ${values?.length ?? 'none'}`;
+    throw new InvalidArgumentError(`[elastic] ${name} ${what}`);
+  }
+  await writeElastic(out, base, policy, new Map(), lora?.matrices ?? null, tensors);
 }
 
 /** What a policy says of its backbone: the checkpoint in `dir`. */

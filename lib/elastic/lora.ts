@@ -12,14 +12,16 @@ import {
   type UnitPart,
   unitAxis,
 } from '../model/select.js';
+import type { Seq2SeqSpec } from '../model/seq2seq_spec.js';
+import { seq2seqModules } from '../model/seq2seq_weights.js';
 import type { ModelSpec } from '../model/spec.js';
-import { moduleOf, storedModules } from '../model/weights.js';
+import { moduleOf, type StoredModule, storedModules } from '../model/weights.js';
 import { InvalidDataError } from '../native/errors.js';
 import { Tensor } from '../native/index.js';
 import { type ExpertAxis, expertAxisOf } from './axes.js';
 import type { ElasticPolicy } from './policy.js';
 
-/** Corrections by `layers.{layer}.{projection}`. */
+/** Corrections by `layers.{layer}.{projection}`, of encoder-decoder models by the names of `seq2seqModules`. */
 export type Lora = ReadonlyMap<string, LoraMatrices>;
 
 export const loraId = (layer: number, projection: Projection): string => `layers.${layer}.${projection}`;
@@ -33,6 +35,8 @@ export interface LoraParameter {
   shape: readonly [number, number];
   part: UnitPart | null;
 }
+
+type LoraTargets = Pick<NonNullable<ElasticPolicy['lora']>, 'rank' | 'targets'>;
 
 /** How many parts a projection is computed in while training; keys and values are cut by their own heads. */
 function partsOf(
@@ -74,6 +78,26 @@ export function loraParameters(policy: Pick<ElasticPolicy, ExpertAxis | 'lora'>,
       });
     }),
   );
+}
+
+/** The same of an encoder-decoder model: of the layers of both its stacks. */
+export function seq2seqLoraParameters({ rank, targets }: LoraTargets, spec: Seq2SeqSpec): LoraParameter[] {
+  const corrected = [...seq2seqModules(spec)].filter(([id]) => targets.includes(id.split('.').at(-1) as Projection));
+  return corrected.flatMap(([id, { inputs, outputs }]): LoraParameter[] => [
+    { name: parameterName(id, 'a'), id, matrix: 'a', shape: [rank, inputs], part: null },
+    { name: parameterName(id, 'b'), id, matrix: 'b', shape: [outputs, rank], part: null },
+  ]);
+}
+
+/** The correction of a matrix of an encoder-decoder model, `tensors` by the names of parameters; null: it has none. */
+export function trainableCorrection<T>(
+  { targets }: LoraTargets,
+  tensors: (name: string) => T,
+): (id: string) => { a: T; b: T } | null {
+  return (id) =>
+    targets.includes(id.split('.').at(-1) as Projection)
+      ? { a: tensors(parameterName(id, 'a')), b: tensors(parameterName(id, 'b')) }
+      : null;
 }
 
 /** The corrections that parameters hold, whole. */
@@ -163,6 +187,14 @@ export class LoraTensors implements Disposable {
         b: Tensor.fromData('f32', [b.length / rank, rank], b),
       });
     }
+  }
+
+  /** The correction of a matrix by its id, null where there is none. */
+  whole(graph: Graph): (id: string) => { a: Node; b: Node } | null {
+    return (id) => {
+      const found = this.#byId.get(id);
+      return found ? { a: graph.weight(found.a), b: graph.weight(found.b) } : null;
+    };
   }
 
   patch(graph: Graph): Patch {
@@ -263,10 +295,16 @@ export function patched<S extends Selector>(selector: S, patch: Patch | null): S
 /**
  * Corrections as modules of a Hugging Face model. Where one module computes several projections (GPT-2's c_attn) their
  * ranks add up: a stacked, b block-diagonal.
+ *
+ * @param all projections of the model; default those of a decoder
  */
-export function loraModules(spec: ModelSpec, lora: Lora): Map<string, LoraMatrices> {
+export function loraModules(
+  spec: ModelSpec,
+  lora: Lora,
+  all: ReadonlyMap<string, StoredModule> = storedModules(spec),
+): Map<string, LoraMatrices> {
   const modules = new Map<string, LoraMatrices>();
-  for (const [id, stored] of storedModules(spec)) {
+  for (const [id, stored] of all) {
     const own = lora.get(id);
     if (!own) continue;
     const { module, moduleOutputs, start } = stored;
@@ -298,10 +336,15 @@ function beside(
 /**
  * The change of each stored tensor by which its correction becomes part of it: b a is added, to the columns that are there.
  *
+ * @param all as `loraModules`
  * @throws InvalidDataError, from the change, when the sum is not finite.
  */
-export function mergedLora(spec: ModelSpec, lora: Lora): (name: string) => TensorPlan['edit'] {
-  const modules = loraModules(spec, lora);
+export function mergedLora(
+  spec: ModelSpec,
+  lora: Lora,
+  all?: ReadonlyMap<string, StoredModule>,
+): (name: string) => TensorPlan['edit'] {
+  const modules = loraModules(spec, lora, all);
   const transposed = spec.family === 'gpt2';
   return (name) => {
     const correction = modules.get(moduleOf(spec, name));
@@ -329,10 +372,15 @@ export function mergedLora(spec: ModelSpec, lora: Lora): (name: string) => Tenso
  * The reverse of loraModules; ranks that do nothing for a projection are left out.
  *
  * @param source names the adapter in messages
+ * @param stored as `loraModules`
  * @throws InvalidDataError when a module is not one of the model's projections or has another shape.
  */
-export function loraOfModules(spec: ModelSpec, modules: ReadonlyMap<string, LoraMatrices>, source: string): Lora {
-  const stored = storedModules(spec);
+export function loraOfModules(
+  spec: ModelSpec,
+  modules: ReadonlyMap<string, LoraMatrices>,
+  source: string,
+  stored: ReadonlyMap<string, StoredModule> = storedModules(spec),
+): Lora {
   const known = new Map([...stored.values()].map((entry) => [entry.module, entry]));
   for (const [module, { rank, a, b }] of modules) {
     const entry = known.get(module);

@@ -51,6 +51,10 @@ export const backboneOf = (sizes: Sizes): Assembly => {
 export const assemblyText = (assembly: Assembly): string =>
   stacks.map((stack) => `${stack}=${assembly[stack].join(',')}`).join(';');
 
+/** Settings as the command line takes them: `encoder=0,1;decoder=0-1;ffn=0.5`. */
+export const settingsText = ({ assembly, ffnWidth }: ElasticSpec): string =>
+  [...(assembly ? [assemblyText(assembly)] : []), ...(ffnWidth === undefined ? [] : [`ffn=${ffnWidth}`])].join(';');
+
 /** What is wrong with settings of an encoder-decoder model, beginning with the name of the setting, or null. */
 export function settingsProblem(
   { assembly, ffnWidth }: { readonly [setting in keyof ElasticSpec]: unknown },

@@ -141,7 +141,10 @@ export interface ElasticPolicy {
   exits?: readonly Exit[];
   /** Spans of an encoder-decoder model's layers for which one layer may stand. */
   modules?: Modules;
-  /** Corrections of projections by matrices of a rank, which every budget below full has. */
+  /**
+   * Corrections of projections by matrices of a rank, which every budget below full has. Of an encoder-decoder model `layers` are all of the
+   * decoder, and with them those of the encoder; projections of attention are those of attention to the source, too.
+   */
   lora?: { rank: number; targets: readonly Projection[]; layers: readonly number[] };
   /** Mean capacities each axis is trained at: drawn uniformly per sequence; equal ends mean one fixed capacity. */
   capacity: Partial<Record<Axis, Range>>;
@@ -251,10 +254,10 @@ export function modulesConflict(
 ): string | null {
   if (!seq2seq) return policy.modules ? 'modules are for encoder-decoder models' : null;
   const { nested, lora, exits, modules, layers } = policy;
-  if (!modules || exits || lora || routerPlaces(policy).length > 0)
-    return 'an encoder-decoder model has modules and nested feed-forwards, and no routers, exits or lora';
-  if (nested && nested.layers.length < layers)
-    return 'nested feed-forwards of an encoder-decoder model are all of them';
+  if (!modules || exits || routerPlaces(policy).length > 0)
+    return 'an encoder-decoder model has modules, nested feed-forwards and lora, and no routers or exits';
+  const some = [nested, lora].some((own) => own && own.layers.length < layers);
+  if (some) return 'nested feed-forwards and lora of an encoder-decoder model are of all its layers';
   const { encoder, decoder } = seq2seq;
   return nested && encoder.ffn !== decoder.ffn
     ? `nested feed-forwards of an encoder-decoder model are of one width in both stacks, and these have ${encoder.ffn} and ${decoder.ffn} units`

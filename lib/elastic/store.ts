@@ -7,9 +7,8 @@ import { basename, dirname, join } from 'node:path';
 import { FileSystemError, inFileSystem, readJson, sha256File, writeFileAtomic } from '../io/files.js';
 import { adapterConfigFile, adapterWeightsFile, readPeft, writePeft } from '../io/peft.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../io/safetensors.js';
-import { type Architecture, readArchitecture, readSpec } from '../model/directory.js';
+import { type Architecture, modulesOf, readArchitecture } from '../model/directory.js';
 import { seq2seqModuleSlots } from '../model/seq2seq_weights.js';
-import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError, InvalidDataError, InvalidFileError } from '../native/errors.js';
 import { modelCard } from './card.js';
 import { policyFromJson, policyToJson } from './config.js';
@@ -135,8 +134,8 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
     }
   }
   const architecture = await readArchitecture(dir);
-  const { spec } = architecture;
-  const policy = policyFromJson(await readJson(configPath), configPath, spec, warnings, architecture.seq2seq);
+  const { spec, seq2seq } = architecture;
+  const policy = policyFromJson(await readJson(configPath), configPath, spec, warnings, seq2seq);
   if (policy.base.weightsSha256 !== weightsSha256(files)) {
     throw new InvalidDataError(`[elastic] ${configPath}: base.weights_sha256 is not that of the weights beside it`);
   }
@@ -147,7 +146,7 @@ export async function readElastic(dir: string): Promise<Elastic | null> {
   return {
     dir,
     warnings,
-    lora: await readLora(dir, policy, spec, files),
+    lora: await readLora(dir, policy, architecture, files),
     ...readRouters(join(dir, routerFile), policy, architecture),
   };
 }
@@ -178,16 +177,16 @@ async function readManifest(path: string, warnings: string[]): Promise<Record<st
 
 async function readLora(
   dir: string,
-  { lora, calibration, nested }: ElasticPolicy,
-  spec: ModelSpec,
+  { lora, calibration, nested, modules }: ElasticPolicy,
+  architecture: Architecture,
   files: Readonly<Record<string, string>>,
 ): Promise<Lora | null> {
   // A plan has none yet.
-  if (!lora || !(calibration || nested?.trained === 'lora')) return null;
+  if (!lora || !(calibration || nested?.trained === 'lora' || modules)) return null;
   const missing = adapterFiles.find((name) => !(name in files));
   if (missing) throw new InvalidFileError(`[elastic] ${join(dir, manifestFile)} lists no hash of ${missing}`);
   const path = join(dir, adapterDirectory);
-  return loraOfModules(spec, await readPeft(path), path);
+  return loraOfModules(architecture.spec, await readPeft(path), path, modulesOf(architecture));
 }
 
 function readRouters(
@@ -282,18 +281,17 @@ export async function writeElastic(
     }
   }
   await writeSafetensors(join(out, routerFile), tensors);
+  const architecture = await readArchitecture(base);
   const adapter = join(out, adapterDirectory);
   if (lora) {
-    const spec = await readSpec(base);
-    const { name } = policy.base;
-    const { rank } = policy.lora!;
-    await writePeft(adapter, loraModules(spec, lora), { base: name, rank, transposed: spec.family === 'gpt2' });
+    const { spec, seq2seq } = architecture;
+    await writePeft(adapter, loraModules(spec, lora, modulesOf(architecture)), {
+      ...{ base: policy.base.name, rank: policy.lora!.rank, transposed: spec.family === 'gpt2' },
+      task: seq2seq ? 'SEQ_2_SEQ_LM' : 'CAUSAL_LM',
+    });
   } else await rm(adapter, { recursive: true, force: true });
   await writeFileAtomic(join(out, elasticConfigFile), `${JSON.stringify(policyToJson(policy), null, 2)}\n`);
-  await writeFileAtomic(
-    join(out, cardFile),
-    modelCard(policy, (await readArchitecture(base)).spec.encoder?.task ?? null),
-  );
+  await writeFileAtomic(join(out, cardFile), modelCard(policy, architecture.spec.encoder?.task ?? null));
   const written = [elasticConfigFile, routerFile, cardFile, ...(lora ? adapterFiles : [])];
   const { name, revision, license } = policy.base;
   const manifest = {

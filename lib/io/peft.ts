@@ -88,16 +88,25 @@ function alphas(config: Record<string, unknown>, fail: (what: string) => never):
   return (module) => patterns.find(({ matches }) => matches.test(module))?.alpha ?? alpha;
 }
 
+/** What an adapter is made for. */
+export interface PeftBase {
+  base: string;
+  rank: number;
+  transposed: boolean;
+  task?: 'CAUSAL_LM' | 'SEQ_2_SEQ_LM';
+}
+
 /**
  * Writes an adapter that `peft` loads over `base`.
  *
  * @param options.rank of most modules: PEFT lists the others
  * @param options.transposed the base stores its matrices [inputs, outputs] (GPT-2)
+ * @param options.task what PEFT calls the base's; default a decoder's
  */
 export async function writePeft(
   dir: string,
   modules: ReadonlyMap<string, LoraMatrices>,
-  { base, rank, transposed }: { base: string; rank: number; transposed: boolean },
+  { base, rank, transposed, task = 'CAUSAL_LM' }: PeftBase,
 ): Promise<void> {
   await inFileSystem('create', dir, () => mkdir(dir, { recursive: true }));
   const tensors: Record<string, TensorData> = {};
@@ -109,7 +118,7 @@ export async function writePeft(
   const pattern = Object.fromEntries(others.map(([module, m]) => [module.replaceAll('.', '\\.'), m.rank]));
   const config = {
     peft_type: 'LORA',
-    task_type: 'CAUSAL_LM',
+    task_type: task,
     base_model_name_or_path: base,
     r: rank,
     // The scale alpha / r is 1: it is in lora_B.

@@ -98,6 +98,11 @@ export async function copyCheckpoint(
   return bytes;
 }
 
+/** A tensor of a file, and what becomes of it in a copy. */
+export interface CopiedTensor extends Omit<TensorPlan, 'name'> {
+  readonly info: TensorInfo;
+}
+
 /**
  * Copies tensors of files into one new file, each under a name of its own, a few MiB at a time.
  *
@@ -105,22 +110,25 @@ export async function copyCheckpoint(
  */
 export async function copyTensors(
   out: string,
-  tensors: ReadonlyMap<string, TensorInfo>,
+  tensors: ReadonlyMap<string, CopiedTensor>,
   { signal, onProgress, metadata = {} }: CopyOptions & { metadata?: Readonly<Record<string, string>> } = {},
 ): Promise<number> {
   // Wide elements first: every tensor is then aligned to its element size.
-  const sorted = [...tensors].sort(([, a], [, b]) => elementBytes(b.dtype) - elementBytes(a.dtype));
+  const sorted = [...tensors].sort(([, a], [, b]) => elementBytes(b.info.dtype) - elementBytes(a.info.dtype));
   const { head, size } = safetensorsHeader(
-    sorted.map(([name, { dtype, shape }]) => ({ name, dtype, shape })),
+    sorted.map(([name, { info, slice }]) => ({ name, dtype: info.dtype, shape: keptShape(info.shape, slice) })),
     metadata,
   );
   const sources = new Map<string, FileHandle>();
   try {
-    for (const [, { file }] of sorted) if (!sources.has(file)) sources.set(file, await open(file, 'r'));
+    for (const [, { info }] of sorted) {
+      const { file } = info;
+      if (!sources.has(file)) sources.set(file, await open(file, 'r'));
+    }
     await replaceFile(out, async (handle) => {
       await writeAll(handle, head);
-      for (const [i, [, info]] of sorted.entries()) {
-        await copyTensor(sources.get(info.file)!, handle, info, {}, signal);
+      for (const [i, [, { info, ...plan }]] of sorted.entries()) {
+        await copyTensor(sources.get(info.file)!, handle, info, plan, signal);
         await onProgress?.(i + 1, sorted.length);
       }
     });

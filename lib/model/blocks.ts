@@ -14,7 +14,6 @@ import {
   gaussianTopk,
   type HeadOptions,
   layerNorm,
-  linear,
   linearAdd,
   type Routed,
   rmsNorm,
@@ -24,7 +23,16 @@ import {
   zeros,
 } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { type Matrix, matrix, type ProductRows, product, productAdd, productGated, weightPart } from './products.js';
+import {
+  type Matrix,
+  matrix,
+  type ProductRows,
+  product,
+  productAdd,
+  productGated,
+  weightPart,
+  wholeMatrix,
+} from './products.js';
 import type { EnteredRows, ExpertSelection, Place, Projection, RowSelection, Selector, UnitPart } from './select.js';
 import type { CrossWeights } from './seq2seq_weights.js';
 import { layerOf, type ModelSpec } from './spec.js';
@@ -214,14 +222,14 @@ export function crossAttentionBlock(
 ): Node {
   const { heads, kvHeads, scoreScale: scale } = spec;
   const x = spec.normPlace === 'pre' ? norm(spec, residual, weights.norm) : residual;
-  const q = linear(x, weights.q.weight, { bias: weights.q.bias });
+  const q = product(x, wholeMatrix(weights.q), { at: null });
   // The last row that a cache holds sees all of them.
   const y =
     'cache' in keys
       ? attentionCached(q, offsets, keys.cache, { heads, kvHeads, scale })
       : attention(q, keys.k, keys.v, keys.offsets, { heads, kvHeads, scale, causal: false, queries: offsets });
   units?.push(y);
-  return linearAdd(residual, y, weights.o.weight, { bias: weights.o.bias });
+  return productAdd(residual, y, wholeMatrix(weights.o), { at: null });
 }
 
 function sharedKeys({ keys }: BlockContext, layer: number, owner: number): LayerKeys {

@@ -4,7 +4,9 @@ import { readJson } from '../io/files.js';
 import { encoderSpecFromConfig } from './encoder_spec.js';
 import { readSentenceSettings } from './sentence_transformers.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from './seq2seq_spec.js';
+import { seq2seqModules } from './seq2seq_weights.js';
 import { isEncoderConfig, isSeq2SeqConfig, type ModelSpec, specFromConfig } from './spec.js';
+import { type StoredModule, storedModules } from './weights.js';
 
 /**
  * Reads a directory's config.json and, of encoders, modules.json.
@@ -23,6 +25,10 @@ export interface Architecture {
   readonly spec: ModelSpec;
   readonly seq2seq: Seq2SeqSpec | null;
 }
+
+/** The linear modules of all projections of a model, by their ids in an adapter. */
+export const modulesOf = ({ spec, seq2seq }: Architecture): Map<string, StoredModule> =>
+  seq2seq ? seq2seqModules(seq2seq) : storedModules(spec);
 
 /**
  * The same of encoder-decoder models, too.

@@ -15,9 +15,12 @@ import { type LowRank, type Projection, type Selector, type UnitPart, unitAxis }
 import type { Affine } from './weights.js';
 
 /** A matrix of a layer, or part of one, as products read it. */
-export interface Matrix extends Affine<Node> {
+export interface Matrix extends Omit<Affine<Node>, 'patch'> {
   readonly patch: LowRank | null;
 }
+
+/** A whole matrix with the correction that it has. */
+export const wholeMatrix = (affine: Affine<Node>): Matrix => ({ ...affine, patch: affine.patch ?? null });
 
 /**
  * A projection of a layer, or a part of its units. A part of the outputs has its part of the bias; a part of the inputs
@@ -26,12 +29,13 @@ export interface Matrix extends Affine<Node> {
 export function matrix(
   { graph, selector }: { graph: Graph; selector: Selector },
   layer: number,
-  { weight, bias }: Affine<Node>,
+  affine: Affine<Node>,
   projection: Projection,
   part?: UnitPart,
 ): Matrix {
+  const { weight, bias } = affine;
   const patch = selector.patch?.(layer, projection, part) ?? null;
-  if (!part) return { weight, bias, patch };
+  if (!part) return patch ? { weight, bias, patch } : wholeMatrix(affine);
   const axis = unitAxis(projection);
   return {
     weight: weightPart(graph, weight, axis, part),

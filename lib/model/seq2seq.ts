@@ -5,6 +5,7 @@ import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForw
 import type { DecoderInputs } from './decoder.js';
 import type { EncoderInputs, EncoderOptions } from './encoder.js';
 import type { Stack } from './parts.js';
+import { product, wholeMatrix } from './products.js';
 import { type Selector, selectEverything } from './select.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
 import { type CrossWeights, partOf, type Seq2SeqNodes, type StackWeights } from './seq2seq_weights.js';
@@ -69,8 +70,8 @@ export function cacheSource(
 }
 
 const crossKeys = ({ k, v }: Pick<CrossWeights<Node>, 'k' | 'v'>, features: Node) => ({
-  k: linear(features, k.weight, { bias: k.bias }),
-  v: linear(features, v.weight, { bias: v.bias }),
+  k: product(features, wholeMatrix(k), { at: null }),
+  v: product(features, wholeMatrix(v), { at: null }),
 });
 
 /**

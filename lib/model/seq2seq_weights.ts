@@ -2,7 +2,7 @@
 import type { Graph, Node } from '../graph/graph.js';
 import type { Checkpoint } from '../io/safetensors.js';
 import { Tensor } from '../native/index.js';
-import { type Assembly, type Modules, partId, type Stack } from './parts.js';
+import { type Assembly, isModule, type Modules, partId, type Stack } from './parts.js';
 import type { Seq2SeqSpec } from './seq2seq_spec.js';
 import type { ModelSpec } from './spec.js';
 import {
@@ -15,6 +15,8 @@ import {
   mapGroup,
   planOf,
   type Slot,
+  type StoredModule,
+  storedModules,
 } from './weights.js';
 
 /** Attention of a decoder to the features of its source. */
@@ -225,6 +227,34 @@ export function assembled<T>(
 }
 
 /**
+ * The same with corrections of the model's own layers among those that run.
+ *
+ * @param patch of a matrix by its name, `decoder.layers.3.cross.q`; null: it has none
+ */
+export function corrected<T>(
+  weights: Seq2SeqWeights<T>,
+  patch: (name: string) => Affine<T>['patch'] | null,
+): Seq2SeqWeights<T> {
+  const group = <G extends object>(name: string, of: G): G =>
+    Object.fromEntries(
+      Object.entries(of).map(([key, value]: [string, object]) => {
+        const own = `${name}.${key}`;
+        if (!('weight' in value)) return [key, group(own, value)];
+        const found = patch(own);
+        return [key, found ? { ...value, patch: found } : value];
+      }),
+    ) as G;
+  const stack = <L extends object>(name: Stack, of: StackWeights<T, L>) => ({
+    ...of,
+    layers: of.layers.map((layer, i) => {
+      const part = partOf(of, i);
+      return isModule(part) ? layer : group(`${name}.layers.${part}`, layer);
+    }),
+  });
+  return { ...weights, encoder: stack('encoder', weights.encoder), decoder: stack('decoder', weights.decoder) };
+}
+
+/**
  * Every weight of modules, named as a layer's are with `decoder.modules.2-3` for `decoder.layers.3`. `file` is where a checkpoint
  * has the weights of the span's last layer.
  */
@@ -321,6 +351,10 @@ export function seq2seqSlots(spec: Seq2SeqSpec, ownHead: boolean): Slot[] {
   assemble<void>(spec, (slot) => void all.push(slot), { headBias: false, ownHead, sines() {}, byDistance() {} });
   return all;
 }
+
+/** The modules of all projections of both stacks, by `encoder.layers.{layer}.{projection}`, of attention to the source `.cross.` before it. */
+export const seq2seqModules = (spec: Seq2SeqSpec): Map<string, StoredModule> =>
+  storedModules(spec.decoder, seq2seqSlots(spec, false));
 
 /**
  * The structure in a graph of weights that `node` gives by name. Tables that are made of others are constants of the graph.

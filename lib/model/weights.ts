@@ -9,6 +9,8 @@ import type { ModelSpec, StreamSpec } from './spec.js';
 export interface Affine<T> {
   readonly weight: T;
   readonly bias?: T;
+  /** A low-rank correction b a of the matrix, a `[r, in]` and b `[out, r]`. */
+  readonly patch?: { readonly a: T; readonly b: T };
 }
 
 export interface LayerWeights<T> {
@@ -400,7 +402,7 @@ export function storedValues(checkpoint: Checkpoint, spec: Pick<ModelSpec, 'fami
 
 const dtypeBytes: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 
-const unitsOf = /^layers\.(\d+)\.(gate|up|down)\.(weight|bias)$/;
+const unitsOf = /^(?:(?:en|de)coder\.)?layers\.(\d+)\.(gate|up|down)\.(weight|bias)$/;
 
 /** The shape of a weight of which the units of a feed-forward are cut to their layer's width. */
 function keptShape({ name, shape }: Slot, widths: readonly number[]): readonly number[] {
@@ -480,11 +482,15 @@ export interface StoredModule {
   readonly moduleOutputs: number;
 }
 
-/** The modules of all projections, by `layers.{layer}.{projection}`. */
-export function storedModules(spec: ModelSpec): Map<string, StoredModule> {
+/**
+ * The modules of all projections, by `layers.{layer}.{projection}`.
+ *
+ * @param all weights of the model; default those of a decoder
+ */
+export function storedModules(spec: ModelSpec, all: readonly Slot[] = slots(spec)): Map<string, StoredModule> {
   return new Map(
-    slots(spec).flatMap(({ name, shape, file }) => {
-      const slot = /^(layers\.\d+\.(?:q|k|v|o|gate|up|down))\.weight$/.exec(name)?.[1];
+    all.flatMap(({ name, shape, file }) => {
+      const slot = /^(.*\blayers\.\d+\.(?:cross\.)?(?:q|k|v|o|gate|up|down))\.weight$/.exec(name)?.[1];
       if (!slot) return [];
       const [outputs, inputs] = shape;
       const module = PREFIX[spec.family] + file.name.replace(/\.weight$/, '');
@@ -492,6 +498,13 @@ export function storedModules(spec: ModelSpec): Map<string, StoredModule> {
       return [[slot, { module, inputs, outputs, start: file.start, moduleOutputs }]];
     }),
   );
+}
+
+/** The axis of what is stored of a weight that the units of a feed-forward lie along; null: it has none. */
+export function storedUnitAxis({ name, file }: Pick<Slot, 'name' | 'file'>): 0 | 1 | null {
+  const [, projection, kind] = /\.(gate|up|down)\.(weight|bias)$/.exec(name) ?? [];
+  if (projection === undefined || (projection === 'down' && kind === 'bias')) return null;
+  return (projection === 'down') === file.transposed || kind === 'bias' ? 0 : 1;
 }
 
 /**
@@ -507,8 +520,8 @@ export function storedUnits(
   return new Map(
     all.flatMap(({ name, file }) => {
       const found = unitsOf.exec(name);
-      if (!found || (found[2] === 'down' && found[3] === 'bias')) return [];
-      const axis = (found[2] === 'down') === file.transposed || found[3] === 'bias' ? (0 as const) : (1 as const);
+      const axis = storedUnitAxis({ name, file });
+      if (!found || axis === null) return [];
       const units = { layer: Number(found[1]), axis };
       return [file.name, PREFIX[spec.family] + file.name].map((stored) => [stored, units] as const);
     }),

@@ -58,11 +58,10 @@ describe('assemble', () => {
       [['assemble', dir, '--decoder', '0-1,1,2-3,4-5'], 1, 'has an overlap: 1 comes after layer 1 is covered'],
       [['assemble', dir, '--speedup', '1.5', '--size', '0.5'], 1, 'choose by one of them'],
       [['assemble', dir, '--speedup', 'fast'], 2, '--speedup must be a number'],
-      [
-        ['generate', dir, '--ids', '5', '--budget', 'encoder=0-3'],
-        2,
-        'an assembly must be encoder=PARTS;decoder=PARTS',
-      ],
+      [['generate', dir, '--ids', '5', '--budget', 'encoder=0-3'], 2, 'settings must be encoder=PARTS;decoder=PARTS'],
+      [['generate', dir, '--ids', '5', '--budget', 'ffn=wide'], 2, "or all three, got 'ffn=wide'"],
+      [['generate', dir, '--ids', '5', '--budget', 'ffn=0.5'], 1, 'no feed-forward of this model is nested'],
+      [['assemble', dir, '--ffn-width', '0.5'], 1, 'ffnWidth must be absent'],
       [['generate', dir, '--ids', '5', '--budget', '20ms'], 1, `measure here: elastiform assemble ${dir} --record`],
     ];
     for (const [args, code, message] of failures) {

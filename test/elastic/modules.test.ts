@@ -142,14 +142,18 @@ describe('bad modules', () => {
     [
       'none',
       ({ modules: _, ...c }) => c,
-      /an encoder-decoder model has modules and nested feed-forwards, and no routers/,
+      /an encoder-decoder model has modules, nested feed-forwards and lora, and no routers/,
     ],
     [
       'a level with a gap',
       (c) => ({ ...c, levels: [{ name: 'x', spec: { assembly: { encoder: ['0-1', '2-3'], decoder: ['3-5'] } } }] }),
       /levels\[0\]\.spec\.assembly must be parts that cover every layer once: decoder has a gap: layers 0 to 2/,
     ],
-    ['routers', (c) => ({ ...c, lora: { rank: 2, targets: ['q'], layers: [0] } }), /and no routers, exits or lora/],
+    [
+      'corrections of some layers',
+      (c) => ({ ...c, lora: { rank: 2, targets: ['q'], layers: [0] } }),
+      /are of all its layers/,
+    ],
   ])('in elastic_config.json are refused: %s', async (_, change, message) => {
     const dir = temporaryDirectory();
     await writeModules(dir, base, { spec: few, weights: copiedModules(base, few) });

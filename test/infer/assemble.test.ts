@@ -14,13 +14,17 @@ import { temporaryDirectory } from '../temporary.js';
 import {
   allModules,
   copiedModules,
+  correctionsOf,
   deepSeq2Seq,
   halved,
   layersOf,
   modularDirectory,
+  nestedAt,
   specOf,
   tensorsOf,
   writeLayers,
+  writeMerged,
+  writeNarrow,
 } from './modules.js';
 
 const whole = (dir: string) => {
@@ -51,7 +55,12 @@ describe.each(seq2seqNames)('%s', (name) => {
     const out = join(temporaryDirectory(), 'stock');
     const { written, chosen } = await assemble(dir, { ...pairs, out });
     expect(chosen!.assembly).toEqual(pairs);
-    expect(written).toMatchObject({ dir: out, texts: 3, loadsIn: ['elastiform', 'transformers', expect.anything()] });
+    expect(written).toMatchObject({
+      dir: out,
+      texts: 3,
+      largestDifference: 0,
+      loadsIn: ['elastiform', 'transformers', expect.anything()],
+    });
     const golden = seq2seqDirectory(name);
     expect(whole(out)).toEqual(whole(golden));
     expect(JSON.parse(readFileSync(join(out, 'config.json'), 'utf8'))).toEqual(
@@ -89,6 +98,59 @@ describe('a stock checkpoint', () => {
     expect(only.chosen!.assembly).toEqual({ encoder: ['0', '1', '2', '3'], decoder: ['0-5'] });
   });
 
+  it.each(['marian', 't5-gated'])('has as many units as were asked for, to the bit: %s', async (name) => {
+    const evened = (base: string) => writeNarrow(base, temporaryDirectory(), 32);
+    const { dir, base } = await modularDirectory(name, [], evened, () => ({ nested: nestedAt([0.5, 1], 4) }));
+    const assembly: Assembly = { encoder: ['0-1', '2', '3'], decoder: ['0', '1', '2', '3-5'] };
+    const out = temporaryDirectory();
+    const { chosen, written } = await assemble(dir, { ...assembly, ffnWidth: 0.5, out });
+    expect(written).toMatchObject({ texts: 3, largestDifference: 0 });
+    expect(chosen).toMatchObject({ assembly, ffnWidth: 0.5 });
+    const layers = await writeLayers(base, temporaryDirectory(), layersOf(assembly));
+    const oracle = await writeNarrow(layers, temporaryDirectory(), 16);
+    expect(whole(out)).toEqual(whole(oracle));
+    expect(specOf(out)).toEqual(specOf(oracle));
+    expect(chosen!.parameters).toBe(seq2seqParameters(specOf(oracle), name === 't5-gated'));
+    expect(readFileSync(join(out, 'README.md'), 'utf8')).toContain('Feed-forwards have 16 units.');
+    // All layers, narrower.
+    const all = await assemble(dir, { ffnWidth: 16, saveLevel: 'half' });
+    expect(all.chosen!.assembly).toEqual(all.path[0].assembly);
+    expect(all.path.map(({ ffnWidth }) => ffnWidth)).toEqual([1, ...all.path.slice(1).map(() => 0.5)]);
+    expect(all.path[1].assembly).toEqual(all.path[0].assembly);
+    expect(all.path[1].speedup).toBeGreaterThan(1);
+    await using model = await loadModel(dir);
+    expect(model.resolve('half').spec).toEqual({ ffnWidth: 0.5 });
+  });
+
+  it.each(['bart', 't5'])('has the corrections of layers in their weights: %s', async (name) => {
+    const { dir, base } = await modularDirectory(name, [], undefined, (from) => ({ lora: correctionsOf(from) }));
+    const assembly: Assembly = { encoder: ['0', '1', '2-3'], decoder: ['0-1', '2', '3', '4', '5'] };
+    const out = temporaryDirectory();
+    const { written } = await assemble(dir, { ...assembly, out });
+    expect(written!.texts).toBe(3);
+    expect(written!.largestDifference).toBeGreaterThan(0);
+    expect(written!.largestDifference).toBeLessThan(1e-4);
+    expect(readFileSync(join(out, 'README.md'), 'utf8')).toContain('corrections of the layers are merged in');
+    // Modules are copies of the last layers of their spans, as these were.
+    const own = correctionsOf(base);
+    const modules = ['encoder.layers.3.', 'decoder.layers.1.'];
+    const matrices = new Map([...own.matrices].filter(([id]) => !modules.some((module) => id.startsWith(module))));
+    const merged = await writeMerged(base, temporaryDirectory(), { matrices });
+    expect(whole(out)).toEqual(tensorsOf(merged, layersOf(assembly)));
+    // All layers are the backbone.
+    const backbone = temporaryDirectory();
+    const { path } = await assemble(dir);
+    const same = await assemble(dir, { ...path[0].assembly, out: backbone });
+    expect(same.written!.largestDifference).toBe(0);
+    expect(whole(backbone)).toEqual(whole(base));
+  });
+
+  it('with corrections in weights of 16 bits is near', async () => {
+    const { dir } = await modularDirectory('t5', [], halved, (from) => ({ lora: correctionsOf(from) }));
+    const { written } = await assemble(dir, { decoder: ['0-1', '2', '3', '4', '5'], out: temporaryDirectory() });
+    expect(written!.largestDifference).toBeGreaterThan(0);
+  });
+
   it('is in the element type of the model', async () => {
     const { dir, base } = await modularDirectory('marian', [], halved);
     const out = temporaryDirectory();
@@ -120,7 +182,7 @@ describe('a choice', () => {
     expect([chosen, written]).toEqual([null, null]);
     expect(path.map(({ assembly }) => assembly)).toEqual(assemblyPath(spec, modules, 'speed-first'));
     expect(path[0]).toEqual({
-      ...{ assembly: path[0].assembly, parameters: seq2seqParameters(spec) },
+      ...{ assembly: path[0].assembly, ffnWidth: 1, parameters: seq2seqParameters(spec) },
       ...{ flopsRatio: 1, speedup: 1, ms: null },
     });
     for (const [i, { flopsRatio, parameters, speedup }] of path.entries()) {
@@ -203,6 +265,8 @@ describe('a choice', () => {
     [{ decoder: ['0-2', '4', '5'] }, /decoder has a gap: layer 3 is missing before 4/],
     [{ decoder: ['0-2', '2', '3-5'] }, /decoder has an overlap/],
     [{ encoder: ['0-2', '3'] }, /encoder has 0-2, which the model lacks/],
+    [{ ffnWidth: 0.5 }, /ffnWidth must be absent: no feed-forward of this model is nested/],
+    [{ ffnWidth: 1, record: true }, /record keeps times of whole feed-forwards/],
     [{ colour: 1 } as AssembleOptions, /unknown option 'colour'/],
   ])('%j is refused', async (options, message) => {
     const { dir } = await modularDirectory('t5');
@@ -227,9 +291,12 @@ if (python) {
   test.each(seq2seqNames)(
     'transformers loads what is written: %s',
     async (name) => {
-      const { dir } = await modularDirectory(name);
+      const evened = (base: string) => writeNarrow(base, temporaryDirectory(), 32);
+      const { dir } = await modularDirectory(name, [], evened, (base) => ({
+        ...{ nested: nestedAt([0.5, 1], 4), lora: correctionsOf(base) },
+      }));
       const out = temporaryDirectory();
-      await assemble(dir, { encoder: ['0-1', '2', '3'], decoder: ['0-2', '3', '4-5'], out });
+      await assemble(dir, { encoder: ['0-1', '2', '3'], decoder: ['0-2', '3', '4-5'], ffnWidth: 0.75, out });
       const { sources, targets } = readSeq2SeqCases(name);
       const script = fileURLToPath(new URL('../../scripts/golden/seq2seq_texts.py', import.meta.url));
       const asked = [out, JSON.stringify(sources), JSON.stringify(targets[0])];

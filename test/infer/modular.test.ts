@@ -1,17 +1,20 @@
 // Assemblies of encoder-decoder models at work: the bits of a stock checkpoint of the same layers, in company and alone, by every kind of budget.
 import { describe, expect, it } from 'vitest';
 import { flopsAt } from '../../lib/elastic/assemblies.js';
-import { writeModules } from '../../lib/elastic/elastify.js';
-import { type Assembly, assemblyPath, backboneOf, type Span } from '../../lib/elastic/modules.js';
+import type { Budget } from '../../lib/elastic/budget.js';
+import { type TrainedModules, writeModules } from '../../lib/elastic/elastify.js';
+import { type Assembly, assemblyPath, backboneOf, type Span, type Stack, stacks } from '../../lib/elastic/modules.js';
 import { readElastic, writeLevels } from '../../lib/elastic/store.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import type { GenerateOptions } from '../../lib/infer/types.js';
 import { writingFlops } from '../../lib/model/flops.js';
-import { readSeq2SeqCases } from '../model/golden.js';
+import { isModule } from '../../lib/model/parts.js';
+import { largestDifference, readSeq2SeqCases } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
 import {
   allModules,
   copiedModules,
+  correctionsOf,
   deepSeq2Seq,
   halved,
   layersOf,
@@ -19,6 +22,7 @@ import {
   nestedAt,
   specOf,
   writeLayers,
+  writeMerged,
   writeNarrow,
 } from './modules.js';
 
@@ -88,7 +92,7 @@ describe('nested feed-forwards', () => {
     'run as a stock checkpoint of so many units, without new programs: %s',
     async (name) => {
       const { sources } = readSeq2SeqCases(name);
-      const { dir, base } = await modularDirectory(name, [], evened, { nested: nestedAt([0.5, 1], 4) });
+      const { dir, base } = await modularDirectory(name, [], evened, () => ({ nested: nestedAt([0.5, 1], 4) }));
       const { ffn } = specOf(base).decoder;
       await using model = await loadModel(dir);
       await using whole = await loadModel(base);
@@ -122,7 +126,7 @@ describe('nested feed-forwards', () => {
 
   it('of several widths at once each give the bits that they give alone', async () => {
     const { sources } = readSeq2SeqCases('marian');
-    const { dir } = await modularDirectory('marian', [], evened, { nested: nestedAt([0.5, 1], 4) });
+    const { dir } = await modularDirectory('marian', [], evened, () => ({ nested: nestedAt([0.5, 1], 4) }));
     await using model = await loadModel(dir);
     const budgets = [1, 0.5, 0.25].flatMap((ffnWidth) => [
       { spec: { ffnWidth } },
@@ -140,9 +144,9 @@ describe('nested feed-forwards', () => {
 
   it('have widths that the model has', async () => {
     const spec = { assembly: assemblies[0], ffnWidth: 0.5 };
-    const { dir } = await modularDirectory('t5', [{ name: 'half', spec }], undefined, {
+    const { dir } = await modularDirectory('t5', [{ name: 'half', spec }], undefined, () => ({
       nested: nestedAt([0.5, 1], 4),
-    });
+    }));
     await using model = await loadModel(dir);
     const half = model.resolve('half');
     const { ffn } = specOf(dir).decoder;
@@ -156,14 +160,103 @@ describe('nested feed-forwards', () => {
     expect(at(2)).toThrow(/alignment/);
     expect(at('wide')).toThrow(/ffnWidth must be a share in \(0, 1\]/);
     const levels = [{ name: 'odd', spec: { ffnWidth: 6 } }];
-    await expect(modularDirectory('t5', levels, undefined, { nested: nestedAt([0.5, 1], 4) })).rejects.toThrow(
+    await expect(modularDirectory('t5', levels, undefined, () => ({ nested: nestedAt([0.5, 1], 4) }))).rejects.toThrow(
       /levels\[1\]\.spec\.ffnWidth must be a multiple/,
     );
     const some = { nested: { ...nestedAt([0.5, 1], 4), layers: [0, 1] } };
-    await expect(modularDirectory('t5', [], undefined, some)).rejects.toThrow(/are all of them/);
-    await expect(modularDirectory('bart', [], undefined, { nested: nestedAt([0.5, 1], 4) })).rejects.toThrow(
+    await expect(modularDirectory('t5', [], undefined, () => some)).rejects.toThrow(/are of all its layers/);
+    await expect(modularDirectory('bart', [], undefined, () => ({ nested: nestedAt([0.5, 1], 4) }))).rejects.toThrow(
       /one width in both stacks, and these have 40 and 32 units/,
     );
+  });
+});
+
+describe('corrections', () => {
+  it.each(['bart', 't5', 't5-gated'])(
+    'run as a stock checkpoint that has them merged, but at full: %s',
+    async (name) => {
+      const { sources, targets } = readSeq2SeqCases(name);
+      const { dir, base } = await modularDirectory(name, [], undefined, (from) => ({ lora: correctionsOf(from) }));
+      const { lora, policy } = (await readElastic(dir))!;
+      const written = correctionsOf(base);
+      expect([policy.lora, lora]).toEqual([written.policy, written.matrices]);
+      await using model = await loadModel(dir);
+      await using whole = await loadModel(base);
+      const ids = targets[0];
+      const logits = (one: ElasticModel, budget: Budget = 'full') => one.seq2seq.logits(sources[1], ids, { budget });
+      const full = await logits(whole);
+      expect(await logits(model)).toEqual(full);
+      expect(await logits(model, { spec: { assembly: backboneOf(specOf(base)) } })).toEqual(full);
+      for (const assembly of assemblies) {
+        // Modules are copies of layers without corrections.
+        const of = (stack: Stack) => assembly[stack].map((part) => isModule(part));
+        const plain = await writeLayers(base, temporaryDirectory(), layersOf(assembly));
+        const own = new Map(
+          stacks.flatMap((stack) =>
+            of(stack).flatMap((module, i) =>
+              module
+                ? []
+                : [...written.matrices].flatMap(([id, matrices]) => {
+                    const layer = `${stack}.layers.${assembly[stack][i]}.`;
+                    return id.startsWith(layer)
+                      ? [[id.replace(layer, `${stack}.layers.${i}.`), matrices] as const]
+                      : [];
+                  }),
+            ),
+          ),
+        );
+        await using oracle = await loadModel(await writeMerged(plain, temporaryDirectory(), { matrices: own }));
+        const [wanted, found] = [await logits(oracle), await logits(model, { spec: { assembly } })];
+        await using without = await loadModel(plain);
+        const size = Math.max(...wanted.map(Math.abs));
+        expect(largestDifference(wanted, found)).toBeLessThan(2e-5 * size);
+        expect(largestDifference(await logits(without), found)).toBeGreaterThan(own.size > 0 ? 0.01 * size : -1);
+      }
+    },
+  );
+
+  it('are counted as they are computed, alone and in company, at any width', async () => {
+    const { sources } = readSeq2SeqCases('t5-gated');
+    const { dir } = await modularDirectory('t5-gated', [], undefined, (from) => ({
+      ...{ lora: correctionsOf(from, 3), nested: nestedAt([0.5, 1], 4) },
+    }));
+    await using model = await loadModel(dir);
+    const { policy, spec } = model.seq2seq.network;
+    const budgets = [
+      { spec: { ffnWidth: 0.5 } },
+      ...assemblies.flatMap((assembly) => [{ spec: { assembly } }, { spec: { assembly, ffnWidth: 0.5 } }]),
+    ];
+    const alone: Awaited<ReturnType<typeof written>>[] = [];
+    for (const budget of budgets) {
+      const own = await written(model, sources[1], { budget });
+      const flops = flopsAt(spec, own.compute.effective, policy);
+      expect(own.compute.flops).toBe(writingFlops(flops, sources[1].length, own.ids.length));
+      alone.push(own);
+    }
+    const together = await Promise.all(budgets.map((budget) => written(model, sources[1], { budget })));
+    for (const [i, { ids, logprobs, compute }] of together.entries()) {
+      expect({ ids, logprobs }).toEqual({ ids: alone[i].ids, logprobs: alone[i].logprobs });
+      expect(compute.flops / alone[i].compute.flops).toBeCloseTo(1, 9);
+    }
+    expect(new Set(alone.map(({ logprobs }) => logprobs.join())).size).toBe(budgets.length);
+  });
+
+  it('that do not fit are not written', async () => {
+    const base = await deepSeq2Seq('t5');
+    const modules = allModules(specOf(base));
+    const write = (change: (lora: NonNullable<TrainedModules['lora']>) => NonNullable<TrainedModules['lora']>) => {
+      const trained = { spec: modules, weights: copiedModules(base, modules), lora: change(correctionsOf(base)) };
+      return writeModules(temporaryDirectory(), base, trained);
+    };
+    const id = 'decoder.layers.2.cross.k';
+    const without = ({ policy, matrices }: NonNullable<TrainedModules['lora']>) => ({
+      ...{ policy, matrices: new Map([...matrices].filter(([own]) => own !== id)) },
+    });
+    await expect(write(without)).rejects.toThrow(
+      /decoder\.layers\.2\.cross\.k\.lora_A must be 48 finite numbers, \[2,24\], got none/,
+    );
+    const some = { rank: 2, targets: ['q'], layers: [0] } as const;
+    await expect(write(({ matrices }) => ({ policy: some, matrices }))).rejects.toThrow(/are of all its layers/);
   });
 });
 

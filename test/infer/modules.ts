@@ -2,14 +2,17 @@
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type TrainedModules, writeModules } from '../../lib/elastic/elastify.js';
+import { mergedLora } from '../../lib/elastic/lora.js';
 import { type Modules, type Span, type Stack, spansOf } from '../../lib/elastic/modules.js';
 import type { Nested } from '../../lib/elastic/nested.js';
 import type { Level } from '../../lib/elastic/policy.js';
 import { editJson } from '../../lib/io/files.js';
 import { toBf16 } from '../../lib/io/rounding.js';
 import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
+import { copyCheckpoint } from '../../lib/io/slices.js';
+import { projections } from '../../lib/model/select.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../lib/model/seq2seq_spec.js';
-import { loadSeq2SeqWeights, seq2seqModuleSlots } from '../../lib/model/seq2seq_weights.js';
+import { loadSeq2SeqWeights, seq2seqModuleSlots, seq2seqModules } from '../../lib/model/seq2seq_weights.js';
 import { readSeq2SeqCases, seq2seqDirectory } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
 
@@ -148,12 +151,12 @@ export async function modularDirectory(
   name: string,
   levels: readonly Level[] = [],
   stored: (base: string) => Promise<string> = async (base) => base,
-  more: Pick<TrainedModules, 'nested'> = {},
+  more: (base: string) => Pick<TrainedModules, 'nested' | 'lora'> = () => ({}),
 ): Promise<{ dir: string; base: string }> {
   const base = await stored(await deepSeq2Seq(name));
   const spec = allModules(specOf(base));
   const dir = temporaryDirectory();
-  await writeModules(dir, base, { spec, weights: copiedModules(base, spec), ...more }, levels);
+  await writeModules(dir, base, { spec, weights: copiedModules(base, spec), ...more(base) }, levels);
   return { dir, base };
 }
 
@@ -161,6 +164,32 @@ export async function modularDirectory(
 export const nestedAt = (granularities: readonly number[], alignment: number): Nested => ({
   ...{ layers: [0, 1, 2, 3, 4, 5], granularities, alignment, scores: 'none' },
 });
+
+/** Corrections of all projections of a deepened golden model. */
+export function correctionsOf(dir: string, rank = 2): NonNullable<TrainedModules['lora']> {
+  const spec = specOf(dir);
+  const targets = projections.filter((projection) => spec.decoder.gated || projection !== 'gate');
+  const policy = { rank, targets, layers: [0, 1, 2, 3, 4, 5] };
+  const wave = (size: number, phase: number) =>
+    Float32Array.from({ length: size }, (_, i) => 0.15 * Math.sin(phase + 1.7 * i));
+  const matrices = [...seq2seqModules(spec)].map(([id, { inputs, outputs }], i) => {
+    return [id, { rank, a: wave(rank * inputs, i), b: wave(outputs * rank, i + 0.5) }] as const;
+  });
+  return { policy, matrices: new Map(matrices) };
+}
+
+/** Writes a checkpoint with such corrections merged into its layers. */
+export async function writeMerged(
+  from: string,
+  out: string,
+  { matrices }: Pick<NonNullable<TrainedModules['lora']>, 'matrices'>,
+): Promise<string> {
+  const { decoder } = specOf(from);
+  const edit = mergedLora(decoder, matrices, seq2seqModules(specOf(from)));
+  await copyCheckpoint(from, out, (name) => ({ edit: edit(name) }));
+  for (const name of ['config.json', 'generation_config.json']) cpSync(join(from, name), join(out, name));
+  return out;
+}
 
 /** The layers of the base that an assembly of copies comes to. */
 export const layersOf = (assembly: Readonly<Record<Stack, readonly string[]>>): Layers => {

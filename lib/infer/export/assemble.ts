@@ -2,14 +2,17 @@
 import { join } from 'node:path';
 import {
   assembledSpec,
+  effectiveSettings,
   type Lengths,
   settingsRatio,
   settingsSpeedup,
   typicalLengths,
+  unitsAt,
 } from '../../elastic/assemblies.js';
 import type { ElasticSpec } from '../../elastic/axes.js';
 import type { Budget } from '../../elastic/budget.js';
 import { assemblyCard } from '../../elastic/card.js';
+import { mergedLora } from '../../elastic/lora.js';
 import {
   type Assembly,
   assemblyPath,
@@ -17,18 +20,26 @@ import {
   assemblyText,
   backboneOf,
   type Modules,
+  settingsProblem,
+  settingsText,
   stacks,
 } from '../../elastic/modules.js';
 import type { Level } from '../../elastic/policy.js';
 import { type LevelTimes, writeProfile } from '../../elastic/profile.js';
 import { copyCompanions, readElastic, routerFile, writeLevels } from '../../elastic/store.js';
 import { editJson, newDirectory, readJsonText, writeFileAtomic } from '../../io/files.js';
-import { Checkpoint, openSafetensors, type TensorInfo } from '../../io/safetensors.js';
-import { copyTensors } from '../../io/slices.js';
+import { Checkpoint, openSafetensors } from '../../io/safetensors.js';
+import { type CopiedTensor, copyTensors } from '../../io/slices.js';
 import { isModule, spanOf } from '../../model/parts.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
-import { seq2seqModuleSlots, seq2seqParameters, storedLayer } from '../../model/seq2seq_weights.js';
-import { nameIn } from '../../model/weights.js';
+import {
+  seq2seqModuleSlots,
+  seq2seqModules,
+  seq2seqParameters,
+  seq2seqSlots,
+  storedLayer,
+} from '../../model/seq2seq_weights.js';
+import { nameIn, storedUnitAxis, storedUnits } from '../../model/weights.js';
 import { InvalidArgumentError, InvalidDataError } from '../../native/errors.js';
 import { loadModel } from '../model.js';
 import { checkNumber, checkOptions, positiveInteger } from '../options.js';
@@ -48,6 +59,8 @@ export interface AssembleOptions extends Pick<LoadOptions, 'device' | 'activatio
   /** Parts by name, `['0', '1', '2-3']`; a stack that is not listed has all its layers. */
   encoder?: readonly string[];
   decoder?: readonly string[];
+  /** Where feed-forwards are nested, the width that all assemblies but the whole model are at: a share of the units or their number; default 1. */
+  ffnWidth?: number;
   /** Tokens that a typical generation reads and writes; default 64 each, or what the context holds. */
   sourceTokens?: number;
   targetTokens?: number;
@@ -66,6 +79,8 @@ export interface AssembleOptions extends Pick<LoadOptions, 'device' | 'activatio
 /** An assembly, and what it costs. */
 export interface AssemblyCost {
   assembly: Assembly;
+  /** Share of the units of every feed-forward. */
+  ffnWidth: number;
   parameters: number;
   /** Of a typical generation, over those of the whole model. */
   flopsRatio: number;
@@ -93,8 +108,10 @@ export interface AssembledCheckpoint {
   dir: string;
   /** Of the weights. */
   bytes: number;
-  /** Sources whose greedy texts, and the logits of their tokens, are the same by both. */
+  /** Of three sources, those whose greedy texts are the same by both. */
   texts: number;
+  /** Largest difference of logits of their tokens: 0, or where corrections were merged into weights what that rounds. */
+  largestDifference: number;
   /** What loads it. */
   loadsIn: readonly string[];
 }
@@ -103,6 +120,8 @@ export interface AssembledCheckpoint {
 const timedRounds = 5;
 /** Tokens of a short source, at which times are recorded besides those of a typical one. */
 const shortSource = 8;
+/** The largest logit may be off by so much of itself where corrections were merged, into weights of 32 or of 16 bits. */
+const tolerances = { wide: 1e-3, narrow: 0.05 };
 const ways = ['speedup', 'size', 'latencyMs'] as const;
 
 /**
@@ -115,18 +134,35 @@ const ways = ['speedup', 'size', 'latencyMs'] as const;
  */
 export async function assemble(model: string, options: AssembleOptions = {}): Promise<AssembleResult> {
   checkOptions('assemble', options, [
-    ...[...ways, 'encoder', 'decoder', 'sourceTokens', 'targetTokens', 'measure', 'record', 'saveLevel', 'out'],
+    ...[
+      ...ways,
+      'encoder',
+      'decoder',
+      'ffnWidth',
+      'sourceTokens',
+      'targetTokens',
+      'measure',
+      'record',
+      'saveLevel',
+      'out',
+    ],
     ...['device', 'activations', 'threads', 'dtype', 'signal', 'onProgress'],
   ]);
-  const { speedup, size, latencyMs, encoder, decoder, out, saveLevel, signal, onProgress } = options;
+  const { speedup, size, latencyMs, encoder, decoder, ffnWidth, out, saveLevel, signal, onProgress } = options;
   checkNumber('assemble', 'speedup', speedup, (n) => n >= 1, 'at least 1');
   checkNumber('assemble', 'size', size, (n) => n > 0 && n <= 1, 'in (0, 1]');
   checkNumber('assemble', 'latencyMs', latencyMs, (n) => n > 0, 'above 0');
   for (const name of ['sourceTokens', 'targetTokens'] as const)
     checkNumber('assemble', name, options[name], positiveInteger, 'a positive integer');
-  const listed = encoder !== undefined || decoder !== undefined;
+  const byWay = ways.some((way) => options[way] !== undefined);
+  const listed = encoder !== undefined || decoder !== undefined || (ffnWidth !== undefined && !byWay);
   const asked = [...ways.filter((way) => options[way] !== undefined), ...(listed ? ['encoder and decoder'] : [])];
   if (asked.length > 1) throw new InvalidArgumentError(`[assemble] choose by one of them, got ${asked.join(' and ')}`);
+  if (options.record && ffnWidth !== undefined) {
+    throw new InvalidArgumentError(
+      '[assemble] record keeps times of whole feed-forwards and of levels: leave out ffnWidth, or save a level first',
+    );
+  }
   if (asked.length === 0 && (out !== undefined || saveLevel !== undefined)) {
     throw new InvalidArgumentError(
       '[assemble] which assembly? Give speedup, size, latencyMs, or the parts of encoder and decoder',
@@ -148,25 +184,38 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
     throw new InvalidArgumentError(`[assemble] ${dir} has no modules; train them with \`elastiform modular\``);
   }
   const { modules } = policy;
+  const problem = settingsProblem({ ffnWidth }, spec, policy);
+  if (problem) throw new InvalidArgumentError(`[assemble] ${problem}`);
   const lengths = {
     source: options.sourceTokens ?? Math.min(typicalLengths.source, maxContext),
     target: options.targetTokens ?? Math.min(typicalLengths.target, maxContext),
   };
   const ownHead = weights.head.weight !== weights.embed;
-  const costOf = (assembly: Assembly): AssemblyCost => ({
-    assembly,
-    parameters: seq2seqParameters(assembledSpec(spec, { assembly }, policy), ownHead),
-    flopsRatio: settingsRatio(spec, { assembly }, policy, lengths),
-    speedup: settingsSpeedup(spec, { assembly }, policy, lengths),
-    ms: null,
-  });
+  const settingsOf = (assembly: Assembly, width = ffnWidth): ElasticSpec =>
+    effectiveSettings({ assembly, ffnWidth: width }, spec, policy);
+  const costOf = (assembly: Assembly, width = ffnWidth): AssemblyCost => {
+    const settings = settingsOf(assembly, width);
+    return {
+      ...{ assembly, ffnWidth: (settings.ffnWidth as number) ?? 1 },
+      parameters: seq2seqParameters(assembledSpec(spec, settings, policy), ownHead),
+      flopsRatio: settingsRatio(spec, settings, policy, lengths),
+      speedup: settingsSpeedup(spec, settings, policy, lengths),
+      ms: null,
+    };
+  };
   const list = listed ? listedAssembly(spec, modules, { encoder, decoder }) : null;
-  const path = assemblyPath(spec, modules, size === undefined ? 'speed-first' : 'size-first').map(costOf);
+  const assemblies = assemblyPath(spec, modules, size === undefined ? 'speed-first' : 'size-first');
+  const path = assemblies.map((assembly) => costOf(assembly));
+  // The whole model comes first, whatever the width.
+  if (path[0].ffnWidth < 1) path.unshift(costOf(assemblies[0], 1));
   const explicit = list && costOf(list);
   if (options.measure || options.record || latencyMs !== undefined) {
     const levels = options.record ? policy.levels : [];
     const timed = [...path, ...(explicit ? [explicit] : [])];
-    const settings = [...timed.map(({ assembly }) => ({ assembly })), ...levels.map((level) => level.spec)];
+    const settings = [
+      ...timed.map((cost) => settingsOf(cost.assembly, cost.ffnWidth)),
+      ...levels.map((level) => level.spec),
+    ];
     const times = await measure(seq2seq, settings, {
       ...{ lengths, both: options.record === true, signal, onProgress },
     });
@@ -182,10 +231,11 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
   }
   const chosen = explicit ?? (asked.length > 0 ? choose(path, options) : null);
   if (chosen && saveLevel !== undefined) {
-    const level = { name: saveLevel, spec: { assembly: chosen.assembly }, flopsRatio: chosen.flopsRatio };
+    const { assembly, ffnWidth: width, flopsRatio } = chosen;
+    const level = { name: saveLevel, spec: { assembly, ...(width < 1 && { ffnWidth: width }) }, flopsRatio };
     await writeLevels(dir, [...policy.levels.filter(({ name }) => name !== saveLevel), level]);
   }
-  const written = chosen && out !== undefined ? await writeAssembly(model, out, chosen.assembly, options) : null;
+  const written = chosen && out !== undefined ? await writeAssembly(model, out, chosen, options) : null;
   return { path, chosen, written };
 }
 
@@ -283,25 +333,36 @@ async function measure(
 async function writeAssembly(
   model: string,
   out: string,
-  assembly: Assembly,
+  { assembly, ffnWidth }: AssemblyCost,
   { signal, onProgress }: AssembleOptions,
 ): Promise<AssembledCheckpoint> {
   const configPath = join(model, 'config.json');
   const { text, json } = await readJsonText(configPath);
   const spec = seq2seqSpecFromConfig(json, configPath);
-  const { policy } = (await readElastic(model))!;
+  const { policy, lora } = (await readElastic(model))!;
+  const settings = effectiveSettings({ assembly, ffnWidth }, spec, policy);
+  const units = unitsAt(settings, spec, policy);
+  const merged = lora !== null && Object.keys(settings).length > 0;
+  const edit = merged ? mergedLora(spec.decoder, lora, seq2seqModules(spec)) : () => undefined;
+  const ofLayers = storedUnits(spec.decoder, seq2seqSlots(spec, false));
+  const cut = (axis: 0 | 1 | null | undefined) =>
+    axis == null || units === spec.decoder.ffn ? {} : { slice: { axis, kept: units } };
   return await newDirectory('assemble', out, async (dir) => {
     using checkpoint = Checkpoint.open(model);
     using modules = openSafetensors(join(model, routerFile));
-    const tensors = new Map<string, TensorInfo>();
+    const tensors = new Map<string, CopiedTensor>();
     const layers = /^((?:model\.)?(encoder|decoder)\.(?:layers|block)\.)(\d+)(\..*)$/;
     for (const name of checkpoint.names()) {
       const [, before, stack, layer, after] = layers.exec(name) ?? [];
       // T5's table of distances, which its first layer has, is the stack's.
       const own = before === undefined || name.endsWith('SelfAttention.relative_attention_bias.weight');
       const at = own ? -1 : assembly[stack as 'encoder'].indexOf(layer);
-      if (own) tensors.set(name, checkpoint.info(name));
-      else if (at >= 0) tensors.set(`${before}${at}${after}`, checkpoint.info(name));
+      const info = checkpoint.info(name);
+      if (own) tensors.set(name, { info });
+      else if (at >= 0) {
+        const plan = { ...cut(ofLayers.get(name)?.axis), edit: edit(name) };
+        tensors.set(`${before}${at}${after}`, { info, ...plan });
+      }
     }
     for (const stack of stacks) {
       for (const [at, part] of assembly[stack].entries()) {
@@ -311,7 +372,7 @@ async function writeAssembly(
         for (const slot of seq2seqModuleSlots(spec, only)) {
           const stored = nameIn(checkpoint, spec.decoder, slot)!;
           const name = stored.replace(storedLayer(spec, stack, span.last), storedLayer(spec, stack, at));
-          tensors.set(name, modules.info(slot.name));
+          tensors.set(name, { info: modules.info(slot.name), ...cut(storedUnitAxis(slot)) });
         }
       }
     }
@@ -322,44 +383,61 @@ async function writeAssembly(
     });
     await copyCompanions(model, dir);
     const { encoder, decoder } = assembly;
-    const [first, second] =
-      spec.decoder.family === 't5' ? ['num_layers', 'num_decoder_layers'] : ['encoder_layers', 'decoder_layers'];
+    const t5 = spec.decoder.family === 't5';
+    const [first, second] = t5 ? ['num_layers', 'num_decoder_layers'] : ['encoder_layers', 'decoder_layers'];
+    const widths = t5 ? { d_ff: units } : { encoder_ffn_dim: units, decoder_ffn_dim: units };
     const config = editJson(text, (fields) => ({
       ...fields,
       ...{ [first]: encoder.length, [second]: decoder.length },
       ...('num_hidden_layers' in fields && { num_hidden_layers: encoder.length }),
+      ...(units < spec.decoder.ffn && widths),
     }));
     await writeFileAtomic(join(dir, 'config.json'), `${config}\n`);
-    await writeFileAtomic(join(dir, 'README.md'), assemblyCard(policy.base, assembly));
-    const texts = await compare(model, assembly, dir, signal);
+    await writeFileAtomic(join(dir, 'README.md'), assemblyCard(policy.base, { assembly, units, merged }));
+    const compared = await compare(model, settings, dir, { merged, signal });
     const loadsIn = ['elastiform', 'transformers', `other runtimes that read ${spec.type} checkpoints`];
-    return { dir: out, bytes, texts, loadsIn };
+    return { dir: out, bytes, ...compared, loadsIn };
   });
 }
 
-/** Compares greedy texts of some sources and the logits of their tokens, by the assembly and by the checkpoint that was written; returns how many. */
-async function compare(model: string, assembly: Assembly, written: string, signal?: AbortSignal): Promise<number> {
+/**
+ * Compares greedy texts of some sources and the logits of their tokens, at the settings and by the checkpoint that was written. Products with
+ * corrections beside a matrix round otherwise than with their sum, so with corrections that were `merged` logits may differ a little, and texts where
+ * two tokens are as likely; else all must be the same to the bit.
+ */
+async function compare(
+  model: string,
+  settings: ElasticSpec,
+  written: string,
+  { merged, signal }: { merged: boolean; signal?: AbortSignal },
+): Promise<Pick<AssembledCheckpoint, 'texts' | 'largestDifference'>> {
   const loading: LoadOptions = { device: 'cpu', ...(signal && { signal }) };
   await using before = await loadModel(model, loading);
   await using after = await loadModel(written, loading);
-  const { spec, maxContext, settings } = before.seq2seq.network;
+  const { spec, maxContext, settings: writing, weights } = before.seq2seq.network;
   const { vocab } = spec.decoder;
   const maxTokens = Math.min(16, maxContext);
-  const sources = [3, 9, 24].map((tokens) => probeIds(Math.min(tokens, maxContext), vocab));
-  for (const source of sources) {
-    const budget: Budget = { spec: { assembly } };
+  const budget: Budget = { spec: settings };
+  const tolerance = tolerances[weights.embed.dtype === 'f32' ? 'wide' : 'narrow'];
+  let [texts, largest] = [0, 0];
+  for (const tokens of [3, 9, 24]) {
+    const source = probeIds(Math.min(tokens, maxContext), vocab);
     const textOf = (one: typeof before, options: { budget?: Budget }) =>
       one.generate(source, { ...options, maxTokens, beams: 1, ...(signal && { signal }) }).ids;
     const [own, theirs] = [await textOf(before, { budget }), await textOf(after, {})];
-    const target = [settings.startId, ...own.slice(0, -1)];
+    const target = [writing.startId, ...own.slice(0, -1)];
     const logits = await before.seq2seq.logits(source, target, { budget, ...(signal && { signal }) });
     const others = await after.seq2seq.logits(source, target, { budget: 'full', ...(signal && { signal }) });
     const difference = largestDifference(logits, others);
-    if (own.join() !== theirs.join() || difference !== 0) {
+    const most = merged ? tolerance * logits.reduce((size, value) => Math.max(size, Math.abs(value)), 0) : 0;
+    const same = own.join() === theirs.join();
+    if (!(difference <= most) || !(same || merged)) {
       throw new InvalidDataError(
-        `[assemble] the checkpoint that was written does not compute what ${assemblyText(assembly)} does (logits differ by ${difference}): nothing was written`,
+        `[assemble] the checkpoint that was written does not compute what ${settingsText(settings) || 'the whole model'} does (logits differ by ${difference}, more than ${most}): nothing was written`,
       );
     }
+    texts += Number(same);
+    largest = Math.max(largest, difference);
   }
-  return sources.length;
+  return { texts, largestDifference: largest };
 }

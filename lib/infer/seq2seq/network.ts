@@ -3,6 +3,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { flopsAt, unitsAt } from '../../elastic/assemblies.js';
 import type { ElasticSpec } from '../../elastic/axes.js';
+import { LoraTensors } from '../../elastic/lora.js';
 import { assemblyText, backboneOf } from '../../elastic/modules.js';
 import { sharedWidth } from '../../elastic/nested.js';
 import type { ElasticPolicy } from '../../elastic/policy.js';
@@ -19,9 +20,12 @@ import { type Selector, selectEverything } from '../../model/select.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
 import {
   assembled,
+  bindSeq2Seq,
+  corrected,
   loadSeq2SeqWeights,
   type ModuleWeights,
   moduleWeights,
+  type Seq2SeqNodes,
   type Seq2SeqTensors,
 } from '../../model/seq2seq_weights.js';
 import { InvalidArgumentError } from '../../native/errors.js';
@@ -43,6 +47,8 @@ export interface Seq2SeqNetwork {
   /** Of modules; none in a plain model. */
   readonly modules: ModuleWeights<Tensor>;
   readonly policy: ElasticPolicy | null;
+  /** Corrections of its own layers, in use at every budget but the full one. */
+  readonly lora: LoraTensors | null;
   /** Of the model, and of its modules. */
   readonly weightBytes: number;
   /** What was measured of its assemblies, here or on other machines. */
@@ -68,23 +74,30 @@ export interface Assembled {
   readonly key: string;
   /** Equal ones have one program of each kind, which takes the values of dims at each run. */
   readonly program: string;
-  readonly weights: Seq2SeqTensors;
   readonly dims: Readonly<Record<string, number>>;
-  /** What is selected in the stacks of a program. */
+  /** The weights of a program, and what is selected in its stacks. */
+  bind(graph: Graph): Seq2SeqNodes;
   select(graph: Graph): Readonly<Record<Stack, Selector>>;
   readonly flops: Seq2SeqFlops;
 }
 
 /** @param settings of an operating point; none: the whole model */
-export function assembledOf({ spec, weights, modules, policy }: Seq2SeqNetwork, settings: ElasticSpec): Assembled {
+export function assembledOf(
+  { spec, weights, modules, policy, lora }: Seq2SeqNetwork,
+  settings: ElasticSpec,
+): Assembled {
   const { ffn } = spec.decoder;
   const full = Object.keys(settings).length === 0;
   const assembly = settings.assembly ?? backboneOf(spec);
   return {
     key: JSON.stringify(settings),
     program: full ? 'full' : assemblyText(assembly),
-    weights: full ? weights : assembled(weights, modules, assembly),
     dims: policy?.nested ? { [sharedWidth]: unitsAt(settings, spec, policy) } : {},
+    bind(graph) {
+      if (full) return bindSeq2Seq(graph, weights);
+      const nodes = bindSeq2Seq(graph, assembled(weights, modules, assembly));
+      return lora ? corrected(nodes, lora.whole(graph)) : nodes;
+    },
     select(graph) {
       const width = policy?.nested ? graph.dim(sharedWidth, ffn) : null;
       const selector = { ...selectEverything, width: () => width };
@@ -136,6 +149,7 @@ export async function loadSeq2Seq(
     const loaded = own(loadSeq2SeqWeights(spec, checkpoint, options.dtype ? { dtype: options.dtype } : {}));
     const none = { weights: { encoder: new Map(), decoder: new Map() }, bytes: 0 };
     const modules = elastic ? own(loadModules(dir, spec, elastic.policy, options.dtype)) : none;
+    const lora = elastic?.lora ? own(new LoraTensors(elastic.lora)) : null;
     progress(2);
     const has = (name: string) => existsSync(join(dir, name));
     const sourceTokenizer = has('tokenizer.json') ? await loadTokenizer(dir) : null;
@@ -144,7 +158,15 @@ export async function loadSeq2Seq(
     if (options.threads !== undefined) loadAddon().setThreads(options.threads);
     const engine = own(new Engine(options.device, { activations: options.activations, weights: loaded.dtype }));
     return {
-      ...{ dir, spec, engine, weights: loaded.weights, modules: modules.weights, policy: elastic?.policy ?? null },
+      ...{
+        dir,
+        spec,
+        engine,
+        weights: loaded.weights,
+        modules: modules.weights,
+        policy: elastic?.policy ?? null,
+        lora,
+      },
       ...{ weightBytes: loaded.bytes + modules.bytes, settings },
       profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256, `elastiform assemble ${dir} --record`),
       measuredOn: () => measuredOn(engine, loaded.dtype),

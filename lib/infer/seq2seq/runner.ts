@@ -2,7 +2,6 @@
 import { setImmediate } from 'node:timers/promises';
 import { Graph, KeptPrograms, Program, type RunResult, sample } from '../../graph/index.js';
 import { cacheSource, decodeTarget, encodeSource, targetLogits } from '../../model/seq2seq.js';
-import { bindSeq2Seq } from '../../model/seq2seq_weights.js';
 import { DisposedError, InvalidArgumentError } from '../../native/errors.js';
 import type { Assembled, Seq2SeqNetwork } from './network.js';
 import { PagedKeys } from './paged_keys.js';
@@ -352,11 +351,11 @@ export class Seq2SeqRunner implements Disposable {
    * `source`: appends keys and values of sources. `sampled`, `logits`: one row for each of some targets, and a token or the
    * logits after it. Layers of an assembly have the caches of as many first ones.
    */
-  #program(kind: Work['kind'], { program, weights, select }: Assembled): Program {
+  #program(kind: Work['kind'], { program, bind, select }: Assembled): Program {
     const { maxSequences, spec } = this.#network;
     return this.#programs.get(`${kind} ${program}`, () => {
       const graph = new Graph();
-      const nodes = bindSeq2Seq(graph, weights);
+      const nodes = bind(graph);
       const selectors = select(graph);
       const keys = this.#bound();
       const sources = kind === 'source';
