@@ -54,8 +54,9 @@ export type {
 } from './elastic/elastify.js';
 export { type TrainedModules, writeExits, writeModules } from './elastic/elastify.js';
 export type { Exit, ExitHead, ExitRule, ExitRuleName, ExitSetting } from './elastic/exits.js';
+export type { Lora } from './elastic/lora.js';
 export type { Assembly, Modules, Span, Stack } from './elastic/modules.js';
-export type { FfnWidth } from './elastic/nested.js';
+export type { FfnWidth, Nested, NestedTraining } from './elastic/nested.js';
 export type { AttentionKeys, GateMode, Level, QualityValue, Range } from './elastic/policy.js';
 export {
   type BatchTimes,
@@ -126,6 +127,7 @@ export type {
   Usage,
 } from './infer/types.js';
 export { FileSystemError } from './io/files.js';
+export type { LoraMatrices } from './io/peft.js';
 export type { Place } from './model/select.js';
 export type { NativeInfo } from './native/addon.js';
 export type { Activations, DeviceChoice } from './native/engine.js';

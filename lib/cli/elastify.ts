@@ -12,6 +12,22 @@ import { dataFlags, dataSource } from './data.js';
 import { Progress } from './progress.js';
 import { percent } from './shared.js';
 
+/** Nested feed-forwards, but for how their units are ranked. */
+export const nestingFlags = {
+  nested: {
+    type: 'string',
+    value: 'SHARE,...,1',
+    help: 'nested feed-forwards, which run at any width, with these shares of their units to train at',
+  },
+  alignment: { type: 'string', value: 'UNITS', help: 'widths are multiples of it (default: up to 64)' },
+} as const;
+
+/** Corrections of projections. */
+export const loraFlags = {
+  lora: { type: 'string', value: 'RANK', help: 'train corrections of this rank' },
+  'lora-targets': { type: 'string', value: 'q,v,...', help: `projections to correct, of ${projections.join(', ')}` },
+} as const;
+
 export const elastifyCommand: Command = {
   name: 'elastify',
   summary: 'Attach routers to a pretrained model, or nest its feed-forwards, and write the plan that `distill` trains.',
@@ -44,20 +60,14 @@ export const elastifyCommand: Command = {
     'head-share': { type: 'string', value: 'C|LOW:HIGH', help: 'share of heads to train for (default: 0.3:1)' },
     blocks: { type: 'string', value: 'N', help: 'cut the FFN into N blocks, of which every token uses a share' },
     'block-share': { type: 'string', value: 'C|LOW:HIGH', help: 'share of blocks to train for (default: 0.3:1)' },
-    nested: {
-      type: 'string',
-      value: 'SHARE,...,1',
-      help: 'nested feed-forwards, which run at any width, with these shares of their units to train at',
-    },
-    alignment: { type: 'string', value: 'UNITS', help: 'widths are multiples of it (default: up to 64)' },
+    ...nestingFlags,
     rank: {
       type: 'string',
       value: unitScores.join('|'),
       help: 'units by importance, measured on --data, the first in every width (default: none)',
     },
     ...dataFlags,
-    lora: { type: 'string', value: 'RANK', help: 'train corrections of this rank' },
-    'lora-targets': { type: 'string', value: 'q,v,...', help: `projections to correct, of ${projections.join(', ')}` },
+    ...loraFlags,
     layers: {
       type: 'string',
       value: 'all|even|0,1,...',
@@ -142,7 +152,7 @@ const routes = (given: Readonly<Record<string, unknown>>): boolean =>
   Object.keys(given).some((key) => given[key] !== undefined && !nestingOnly.includes(key));
 
 /** Settings of nested feed-forwards; null without the flag. */
-function nestedFlags(flags: FlagReader): Record<string, unknown> | null {
+export function nestedFlags(flags: FlagReader): Record<string, unknown> | null {
   const granularities = flags.numbers('nested', 'shares');
   const rest = { alignment: flags.integer('alignment', { min: 1 }), rank: flags.choice('rank', unitScores) };
   const given = Object.entries(rest).filter(([, value]) => value !== undefined);

@@ -1,7 +1,9 @@
 // `elastiform modular`: trains modules that each stand for several layers of an encoder-decoder model.
 import { type ModularConfig, type ModularResult, modular } from '../distill/seq2seq/modular.js';
-import { assemblyText } from '../elastic/modules.js';
-import type { Command } from './command.js';
+import { settingsText } from '../elastic/modules.js';
+import { unitScores } from '../elastic/nested.js';
+import { type Command, type FlagReader, UsageError } from './command.js';
+import { loraFlags, nestedFlags, nestingFlags } from './elastify.js';
 import { exampleFlags, exampleOptions } from './finetune.js';
 import { readConfig, requireSettings, runTraining, trainingOptions } from './training.js';
 
@@ -16,9 +18,16 @@ export const modularCommand: Command = {
     ...flags,
     from: { type: 'string', value: 'DIR', help: 'encoder-decoder model that does its task; `finetune` makes one' },
     granularities: { type: 'string', value: 'N,...', help: 'how many consecutive layers a module stands for' },
+    ...nestingFlags,
+    rank: {
+      type: 'string',
+      value: unitScores.join('|'),
+      help: 'with --nested: units by importance, the first in every width (default: activation)',
+    },
+    ...loraFlags,
   },
   example:
-    'elastiform modular --from models/phonemes --data words.tsv --held-out 0.02 --granularities 2,3,6 --steps 4000 --out run',
+    'elastiform modular --from models/phonemes --data words.tsv --held-out 0.02 --granularities 2,3,6 --steps 4000 --out run\n  elastiform modular --from models/phonemes --data words.tsv --granularities 2,3 --lora 8 --nested 0.5,1 --epochs 5 --out run',
   async run(context) {
     const { flags } = context;
     const config = await readConfig(flags);
@@ -26,6 +35,8 @@ export const modularCommand: Command = {
       ...exampleOptions(flags, config),
       from: flags.string('from'),
       granularities: flags.list('granularities')?.map(Number),
+      nested: nestedFlags(flags) ?? undefined,
+      lora: loraOption(flags),
     });
     requireSettings(merged, { from: '--from', data: '--data', granularities: '--granularities' });
     return runTraining(context, 'modular', table, (hooks) => {
@@ -35,13 +46,26 @@ export const modularCommand: Command = {
   },
 };
 
+function loraOption(flags: FlagReader): { rank: number; targets?: string[] } | undefined {
+  const rank = flags.integer('lora', { min: 1 });
+  const targets = flags.list('lora-targets');
+  if (rank === undefined && targets) throw new UsageError('[cli] --lora-targets needs --lora');
+  return rank === undefined ? undefined : { rank, ...(targets && { targets: [...targets] }) };
+}
+
 function table({ dir, step, stopped, assemblies = [] }: ModularResult): string {
   if (stopped === 'signal') return `${dir}: ${step} steps (interrupted and saved; run it again to continue)\n`;
   const cells = (layers: string, loss: string, kl: string, accuracy: string, parts: string) =>
     `${layers.padEnd(8)}${loss.padStart(8)}${kl.padStart(12)}${accuracy.padStart(10)}  ${parts}\n`;
-  const rows = assemblies.map(({ assembly, loss, divergence, accuracy }) => {
+  const rows = assemblies.map(({ assembly, ffnWidth, loss, divergence, accuracy }) => {
     const layers = `${assembly.encoder.length}+${assembly.decoder.length}`;
-    return cells(layers, loss.toFixed(4), divergence.toFixed(4), accuracy.toFixed(4), assemblyText(assembly));
+    return cells(
+      layers,
+      loss.toFixed(4),
+      divergence.toFixed(4),
+      accuracy.toFixed(4),
+      settingsText({ assembly, ffnWidth }),
+    );
   });
   const head = rows.length > 0 ? cells('layers', 'loss', 'divergence', 'accuracy', '(of held-out tokens)') : '';
   return `${head}${rows.join('')}${dir}: ${step} steps\n`;

@@ -1,15 +1,7 @@
 // Batches in programs: the feeds and dims every training program takes, and the texts a config asks for.
 import type { Graph } from '../graph/index.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import {
-  type Batch,
-  type DataSource,
-  readDocuments,
-  type Sequences,
-  splitHeldOut,
-  type TokenData,
-  type TrainingData,
-} from './data.js';
+import { type Batch, type DataSource, readDocuments, type Sequences, splitHeldOut, type TrainingData } from './data.js';
 
 /** Declares dims and feeds of a batch: `ids`, `positions` i32 [rows], `offsets` i32 [segments + 1]. */
 export function batchInputs(graph: Graph, batchTokens: number) {
@@ -53,8 +45,13 @@ export function* firstShare<B>(data: TrainingData<B>, rows: number, count: numbe
 }
 
 /** Shuffled batches of the data until they hold `tokens`, or all of it. */
-export function firstBatches(data: TokenData, rows: number, tokens: number, seed: number): Batch[] {
-  const batches: Batch[] = [];
+export function firstBatches<B extends Pick<Batch, 'ids'>>(
+  data: Pick<TrainingData<B>, 'next'>,
+  rows: number,
+  tokens: number,
+  seed: number,
+): B[] {
+  const batches: B[] = [];
   let cursor = { epoch: 0, segment: 0 };
   for (let count = 0; count < tokens && cursor.epoch === 0; ) {
     const next = data.next(cursor, rows, seed);

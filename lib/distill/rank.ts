@@ -19,12 +19,12 @@ import { loadTokenizer } from '../io/tokenizer.js';
 import { decoder, finalNorm } from '../model/decoder.js';
 import { readSpec } from '../model/directory.js';
 import { encoder } from '../model/encoder.js';
-import { bindEncoder, type EncoderTensors } from '../model/encoder_weights.js';
+import { bindEncoder } from '../model/encoder_weights.js';
 import { selectEverything } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
-import { bindWeights, type DecoderTensors, type LoadedWeights, loadWeights } from '../model/weights.js';
+import { bindWeights, type LayerWeights, type LoadedWeights, loadWeights } from '../model/weights.js';
 import { InvalidArgumentError, InvalidDataError } from '../native/errors.js';
-import { type DeviceChoice, Engine } from '../native/index.js';
+import { type DeviceChoice, Engine, type Tensor } from '../native/index.js';
 import { batchInputs, firstBatches } from './batches.js';
 import { type DataSource, readDocuments, TokenData } from './data.js';
 import { lossRun } from './pretrain.js';
@@ -98,15 +98,20 @@ async function rankUnits(
   return new Map(
     layers.map((layer, i) => [
       layer,
-      orderOf(dir, layer, scores === 'taylor' ? sums[i] : contributions(sums[i], loaded.weights, layer)),
+      orderOf(
+        'elastify',
+        dir,
+        `layer ${layer}`,
+        scores === 'taylor' ? sums[i] : contributions(sums[i], loaded.weights, layer),
+      ),
     ]),
   );
 }
 
-/** Units, the most important first. */
-function orderOf(dir: string, layer: number, importance: Float64Array): Uint32Array {
+/** Units of a part of the model in `dir`, the most important first. */
+export function orderOf(api: string, dir: string, part: string, importance: Float64Array): Uint32Array {
   if (!importance.every(Number.isFinite)) {
-    throw new InvalidDataError(`[elastify] layer ${layer} computes NaN: check the weights of ${dir}`);
+    throw new InvalidDataError(`[${api}] ${part} computes NaN: check the weights of ${dir}`);
   }
   return Uint32Array.from(importance.keys()).sort((a, b) => importance[b] - importance[a] || a - b);
 }
@@ -151,7 +156,12 @@ async function rankEncoderUnits(
     }
     [start, done] = [end, done + count];
   }
-  return new Map(layers.map((layer, i) => [layer, orderOf(dir, layer, contributions(sums[i], weights, layer))]));
+  return new Map(
+    layers.map((layer, i) => [
+      layer,
+      orderOf('elastify', dir, `layer ${layer}`, contributions(sums[i], weights, layer)),
+    ]),
+  );
 }
 
 /** Sums of squares over rows of all units of an encoder, f32 [ffn] each: outputs `layer 0`, `layer 1`, ... */
@@ -196,9 +206,9 @@ function squaresProgram(spec: ModelSpec, loaded: LoadedWeights, engine: Engine, 
 }
 
 /** Square roots of sums of squares times the norms of the columns of a layer's down projection. */
-function contributions(
+export function contributions(
   squares: Float64Array,
-  weights: Pick<DecoderTensors | EncoderTensors, 'layers'>,
+  weights: { readonly layers: readonly Pick<LayerWeights<Tensor>, 'down'>[] },
   layer: number,
 ): Float64Array {
   const down = weights.layers[layer].down.weight;

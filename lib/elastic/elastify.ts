@@ -11,7 +11,7 @@ import { encoderSlots, loadEncoderWeights } from '../model/encoder_weights.js';
 import type { Modules } from '../model/parts.js';
 import { loadSeq2SeqWeights, seq2seqModuleSlots } from '../model/seq2seq_weights.js';
 import type { EncoderSpec, ModelSpec } from '../model/spec.js';
-import { loadWeights, storedUnits } from '../model/weights.js';
+import { loadWeights, type StoredUnits, storedUnits } from '../model/weights.js';
 import { InvalidArgumentError } from '../native/errors.js';
 import { type ExitHead, exitId } from './exits.js';
 import { planLength, standardLevels } from './levels.js';
@@ -126,7 +126,9 @@ export async function elastify(
   await replaceDirectory('elastify', out, async (dir) => {
     let policy: ElasticPolicy = { ...partial, levels, base };
     if (ranked) {
-      await writePermuted(model, dir, spec, await order!(ranked));
+      const orders = await order!(ranked);
+      const units = spec.encoder ? storedUnits(spec, encoderSlots(spec as EncoderSpec)) : storedUnits(spec);
+      await writePermuted(model, dir, units, ({ layer }) => orders.get(layer));
       const { weightsSha256 } = await baseOf(dir, names);
       const nested = { ...ranked, permutedFrom: base.weightsSha256 };
       policy = { ...policy, nested, base: { ...base, weightsSha256 } };
@@ -139,13 +141,22 @@ export async function elastify(
   return { dir: out, trainableParameters, trainableShare: trainableParameters / backbone, warnings };
 }
 
-/** The same model with the units of its feed-forwards in another order. */
-async function writePermuted(model: string, out: string, spec: ModelSpec, orders: UnitOrders): Promise<void> {
-  const units = spec.encoder ? storedUnits(spec, encoderSlots(spec as EncoderSpec)) : storedUnits(spec);
+/**
+ * The same model with the units of its feed-forwards in another order.
+ *
+ * @param units the stored tensors that have some
+ * @param order of the units of each, if it is another
+ */
+export async function writePermuted(
+  model: string,
+  out: string,
+  units: ReadonlyMap<string, StoredUnits>,
+  order: (of: StoredUnits) => Uint32Array | undefined,
+): Promise<void> {
   await copyCheckpoint(model, out, (name) => {
-    const { layer, axis } = units.get(name) ?? {};
-    const kept = layer === undefined ? undefined : orders.get(layer);
-    return kept ? { slice: { axis: axis!, kept } } : null;
+    const found = units.get(name);
+    const kept = found && order(found);
+    return kept ? { slice: { axis: found.axis, kept } } : null;
   });
   await copyCompanions(model, out);
 }
@@ -207,6 +218,8 @@ export interface TrainedModules {
   weights: ReadonlyMap<string, Float32Array>;
   /** Feed-forwards of layers and modules run at any width; default not. */
   nested?: Nested;
+  /** The directory that the base was made of by putting its units in order; default the base. */
+  origin?: string;
   /** Corrections of the model's own layers, as the policy has them, and their matrices; default none. */
   lora?: { policy: NonNullable<ElasticPolicy['lora']>; matrices: Lora };
 }
@@ -223,7 +236,7 @@ export interface TrainedModules {
 export async function writeModules(
   out: string,
   base: string,
-  { spec: modules, weights, nested, lora }: TrainedModules,
+  { spec: modules, weights, nested, lora, origin }: TrainedModules,
   levels: readonly Level[] = [],
 ): Promise<void> {
   const { spec, seq2seq } = await readArchitecture(base);
@@ -232,12 +245,15 @@ export async function writeModules(
       `[elastic] modules are for encoder-decoder models, and ${base} is a ${spec.type} model`,
     );
   }
-  const plain = plainPolicy(spec, { ...(nested && { nested }) });
+  const own = await baseOf(base, baseFiles(base));
+  const made = origin === undefined || origin === base ? null : await baseOf(origin, baseFiles(origin));
+  const ordered = nested && made ? { ...nested, permutedFrom: made.weightsSha256 } : nested;
+  const plain = plainPolicy(spec, { ...(ordered && { nested: ordered }) });
   const policy: ElasticPolicy = {
     ...plain,
     ...{ modules, levels: [...plain.levels, ...levels] },
     ...(lora && { lora: lora.policy }),
-    base: await baseOf(base, baseFiles(base)),
+    base: { ...(made ?? own), weightsSha256: own.weightsSha256 },
   };
   await checkReadable(base, policy);
   const slots = seq2seqModuleSlots(seq2seq, modules);

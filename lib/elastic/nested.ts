@@ -2,15 +2,14 @@
 import { type Dim, type Graph, routeThreshold, zeros } from '../graph/index.js';
 import type { RowsAtWidth, Selector } from '../model/select.js';
 import type { ModelSpec } from '../model/spec.js';
-import { InvalidArgumentError } from '../native/errors.js';
 
 /** How units were ordered before training, the most important first: by scores of activations or of gradients, or not. */
 export const unitScores = ['activation', 'taylor', 'none'] as const;
 export type UnitScores = (typeof unitScores)[number];
 
 /** What was trained at several widths: corrections of a frozen model, the feed-forwards, everything, or modules beside frozen layers. */
-export const nestedTrainings = ['lora', 'ffn', 'all', 'modules'] as const;
-export type NestedTraining = (typeof nestedTrainings)[number];
+export type NestedTraining = 'lora' | 'ffn' | 'all' | 'modules';
+export const nestedTrainings: readonly NestedTraining[] = ['lora', 'ffn', 'all', 'modules'];
 
 /** Layers whose feed-forward runs at any width: a prefix of its units. */
 export interface Nested {
@@ -138,6 +137,12 @@ export const sharesSpace = (widths: readonly number[], nested: Nested, ffn: numb
 /** The dim of one width for all feed-forwards of a program. */
 export const sharedWidth = 'ffn';
 
+/** One width for all feed-forwards of a program, as that dim. */
+export function oneWidth(graph: Graph, ffn: number): NonNullable<Selector['width']> {
+  const dim = graph.dim(sharedWidth, ffn);
+  return () => dim;
+}
+
 const widthDim = (layer: number, group = 0): string => (group === 0 ? `ffn.${layer}` : `ffn.${layer}/${group}`);
 const groupFeed = (layer: number, group: number): string => `ffn.${layer}/${group}.sequences`;
 
@@ -246,7 +251,7 @@ export function layerOfDim(name: string): number | null {
 /**
  * Checks granularities and alignment for a model and returns them as a policy has them.
  *
- * @throws InvalidArgumentError when shares are none of a multiple of the alignment each, or two have the same width.
+ * Fails for shares that are none of a multiple of the alignment each, or two that have the same width.
  */
 export function nestedOf(
   {
@@ -258,11 +263,8 @@ export function nestedOf(
     alignment?: number;
   },
   ffn: number,
-  api: string,
+  fail: (what: string) => never,
 ): Nested {
-  const fail = (what: string): never => {
-    throw new InvalidArgumentError(`[${api}] ${what}`);
-  };
   const shown = JSON.stringify(granularities);
   const list = Array.isArray(granularities) && granularities.length > 0;
   if (!list || !granularities.every((share) => typeof share === 'number' && share > 0 && share <= 1)) {

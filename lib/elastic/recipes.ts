@@ -165,7 +165,7 @@ function matformerPolicy(
   if (!unitScores.includes(rank)) fail(`rank must be one of ${unitScores.join(', ')}, got ${JSON.stringify(rank)}`);
   const own = layersOf(layers, spec.layers, fail);
   const targets = spec.gated ? (['gate', 'up', 'down'] as const) : (['up', 'down'] as const);
-  const nested = nestedOf({ granularities, alignment, layers: own, scores: rank }, spec.ffn, 'elastify');
+  const nested = nestedOf({ granularities, alignment, layers: own, scores: rank }, spec.ffn, fail);
   return { ...plainPolicy(spec, { nested }), ...(lora && { lora: loraOf({ targets, ...lora }, spec, fail) }) };
 }
 
@@ -306,7 +306,8 @@ function blocksOf(
   return { layers, count, ...choiceOf('blocks', gate, rule, fail) };
 }
 
-function loraOf(
+/** Corrections of a recipe as a policy has them. */
+export function loraOf(
   { rank, targets = ['q', 'v'], layers = 'all', ...rest }: LoraRecipe,
   spec: ModelSizes,
   fail: Fail,

@@ -500,6 +500,15 @@ export function storedModules(spec: ModelSpec, all: readonly Slot[] = slots(spec
   );
 }
 
+/** A stored tensor that has units of a feed-forward. */
+export interface StoredUnits {
+  /** Whose they are: `layers.0`, of an encoder-decoder model `encoder.layers.0`. */
+  readonly part: string;
+  readonly layer: number;
+  /** Of what is stored, along which they lie. */
+  readonly axis: 0 | 1;
+}
+
 /** The axis of what is stored of a weight that the units of a feed-forward lie along; null: it has none. */
 export function storedUnitAxis({ name, file }: Pick<Slot, 'name' | 'file'>): 0 | 1 | null {
   const [, projection, kind] = /\.(gate|up|down)\.(weight|bias)$/.exec(name) ?? [];
@@ -516,13 +525,14 @@ export function storedUnitAxis({ name, file }: Pick<Slot, 'name' | 'file'>): 0 |
 export function storedUnits(
   spec: ModelSpec,
   all: readonly Pick<Slot, 'name' | 'file'>[] = slots(spec),
-): Map<string, { layer: number; axis: 0 | 1 }> {
+): Map<string, StoredUnits> {
   return new Map(
     all.flatMap(({ name, file }) => {
       const found = unitsOf.exec(name);
       const axis = storedUnitAxis({ name, file });
       if (!found || axis === null) return [];
-      const units = { layer: Number(found[1]), axis };
+      const part = name.slice(0, name.indexOf(`.${found[2]}.`));
+      const units = { part, layer: Number(found[1]), axis };
       return [file.name, PREFIX[spec.family] + file.name].map((stored) => [stored, units] as const);
     }),
   );

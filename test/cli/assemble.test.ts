@@ -61,7 +61,7 @@ describe('assemble', () => {
       [['generate', dir, '--ids', '5', '--budget', 'encoder=0-3'], 2, 'settings must be encoder=PARTS;decoder=PARTS'],
       [['generate', dir, '--ids', '5', '--budget', 'ffn=wide'], 2, "or all three, got 'ffn=wide'"],
       [['generate', dir, '--ids', '5', '--budget', 'ffn=0.5'], 1, 'no feed-forward of this model is nested'],
-      [['assemble', dir, '--ffn-width', '0.5'], 1, 'ffnWidth must be absent'],
+      [['assemble', dir, '--width', '0.5'], 1, 'ffnWidth must be absent'],
       [['generate', dir, '--ids', '5', '--budget', '20ms'], 1, `measure here: elastiform assemble ${dir} --record`],
     ];
     for (const [args, code, message] of failures) {

@@ -42,6 +42,25 @@ it('trains from files and says what came of it', async () => {
   });
 });
 
+it('trains corrections and nested feed-forwards with them, which budgets then run', async () => {
+  const out = join(work, 'composed');
+  const composed = ['--lora', '2', '--lora-targets', 'v,q', '--nested', '0.5,1', '--rank', 'taylor'];
+  const more = ['--held-out', '0.2', '--bad-rows', 'skip', '--steps', '3'];
+  const outcome = await run(...args, ...more, ...composed, '--out', out);
+  expect(outcome.stdout).toMatch(/^4\+4 .* 0\.0000 .*encoder=0,1,2,3;decoder=0,1,2,3$/m);
+  expect(outcome.stdout).toMatch(/^1\+1 .*encoder=0-3;decoder=0-3;ffn=0\.5$/m);
+  const config = json(await run('inspect', out, '--json'));
+  expect(config).toMatchObject({ modules: { decoder: ['0-1', '2-3', '0-3'] } });
+  const budget = 'encoder=0-1,2,3;decoder=0,1,2-3;ffn=0.5';
+  const written = await run('generate', out, '--prompt', 'a b c', '--max-tokens', '4', '--budget', budget, '--json');
+  expect(json(written)).toMatchObject({
+    usage: { compute: { effective: { assembly: { decoder: ['0', '1', '2-3'] }, ffnWidth: 0.5 } } },
+  });
+  const stock = await run('assemble', out, '--decoder', '0,1,2-3', '--width', '0.5', '--out', join(work, 'stock'));
+  expect(stock.stdout).toMatch(/of 3 greedy texts are those of the assembly, and logits differ by at most \d/);
+  expect(stock.stdout).toMatch(/^> +0,1,2,3 +0,1,2-3 +50\.0 %/m);
+});
+
 it('is interrupted, saves, and goes on from there', async () => {
   const out = join(work, 'long');
   const running = start([...args, '--bad-rows', 'skip', '--steps', '100000', '--out', out]);
@@ -58,6 +77,9 @@ it('is interrupted, saves, and goes on from there', async () => {
 it.each([
   [['modular', '--out', join(work, 'x')], "'from' is missing: give --from", 2],
   [['modular', ...flags, '--steps', '1', '--out', join(work, 'x')], "'granularities' is missing", 2],
+  [[...args, '--steps', '1', '--lora-targets', 'q', '--out', join(work, 'x')], '--lora-targets needs --lora', 2],
+  [[...args, '--steps', '1', '--rank', 'taylor', '--out', join(work, 'x')], '--rank needs --nested', 2],
+  [[...args, '--steps', '1', '--nested', '0.5', '--out', join(work, 'x')], 'nested: granularities must end with 1', 1],
   [
     [...args.with(args.indexOf('2,4'), '3'), '--steps', '1', '--bad-rows', 'skip', '--out', join(work, 'x')],
     'that divide 4 encoder',

@@ -1,17 +1,20 @@
 // Modules of encoder-decoder models: which assemblies are drawn, what they lose, and the run: its modules, resuming, bad settings.
-import { readFileSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it, test } from 'vitest';
 import { BadRows, readExamples } from '../../lib/distill/encoder/examples.js';
 import { Random } from '../../lib/distill/random.js';
 import { encodePairs } from '../../lib/distill/seq2seq/finetune.js';
 import { openSeq2Seq } from '../../lib/distill/seq2seq/model.js';
-import { drawAssembly } from '../../lib/distill/seq2seq/modular.js';
+import { drawAssembly, drawWidth } from '../../lib/distill/seq2seq/modular.js';
 import type { PairData } from '../../lib/distill/seq2seq/pairs.js';
-import { type ModuleLosses, type Replacing, replacing } from '../../lib/distill/seq2seq/replacing.js';
+import { type Composed, type ModuleLosses, type Replacing, replacing } from '../../lib/distill/seq2seq/replacing.js';
+import type { Budget } from '../../lib/elastic/budget.js';
 import { type Assembly, assemblyProblem, ladder, type Modules, spansOf } from '../../lib/elastic/modules.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import { finetune, InvalidArgumentError, type ModularConfig, modular, type TrainEvent } from '../../lib/index.js';
+import { loadModel } from '../../lib/infer/model.js';
+import { logSoftmax } from '../../lib/infer/seq2seq/writing.js';
 import { sha256File } from '../../lib/io/files.js';
 import { Checkpoint } from '../../lib/io/safetensors.js';
 import { loadSeq2SeqWeights } from '../../lib/model/seq2seq_weights.js';
@@ -99,6 +102,7 @@ const losses: Required<ModuleLosses> = { task: 1, logits: 0.7, hidden: 0.5, atte
 async function opened<T>(
   of: (layers: number) => Modules,
   use: (student: Replacing, pairs: PairData) => Promise<T>,
+  composed: Composed = {},
 ): Promise<T> {
   const model = await openSeq2Seq('modular', { from: base }, 0);
   const bad = new BadRows('modular', false);
@@ -112,7 +116,7 @@ async function opened<T>(
   using engine = new Engine('cpu');
   using checkpoint = Checkpoint.open(base);
   using loaded = loadSeq2SeqWeights(model.spec, checkpoint);
-  const options = { engine, batchTokens: 512 };
+  const options = { engine, batchTokens: 512, ...composed };
   const { spec } = model;
   using student = await replacing(spec, checkpoint, loaded.weights, of(4), pairs, losses, options);
   return await use(student, pairs);
@@ -127,10 +131,10 @@ describe('an assembly', () => {
       async (student, pairs) => {
         const copies = { encoder: ['0', '1', '2', '3'], decoder: ['0', '1', '2', '3'] };
         const { batch } = pairs.next({ epoch: 0, segment: 0 }, 512, null);
-        const terms = await student.run(copies, batch, { weight: 1 / batch.target.targets.length });
+        const terms = await student.run({ assembly: copies }, batch, { weight: 1 / batch.target.targets.length });
         expect(terms).toMatchObject({ logits: 0, hidden: 0, attention: 0 });
         expect(terms.loss).toBe(terms.task);
-        const quality = await student.quality(copies, pairs);
+        const quality = await student.quality({ assembly: copies }, pairs);
         expect(quality.divergence).toBe(0);
         expect(quality.loss).toBeGreaterThan(0.1);
       },
@@ -141,7 +145,7 @@ describe('an assembly', () => {
       const assembly = { encoder: ['0-1', '2', '3'], decoder: ['0-1', '2', '3'] };
       const { batch } = pairs.next({ epoch: 0, segment: 0 }, 128, null);
       const at = { weight: 1 / batch.target.targets.length };
-      const terms = await student.run(assembly, batch, at);
+      const terms = await student.run({ assembly }, batch, at);
       for (const name of ['task', 'logits', 'hidden', 'attention'] as const)
         expect(terms[name], name).toBeGreaterThan(0);
       const sum = terms.task + 0.7 * terms.logits + 0.5 * terms.hidden + 0.3 * terms.attention;
@@ -167,7 +171,7 @@ describe('an assembly', () => {
         }
         const lossAt = async (step: number) => {
           trainable.params.write(values.map((x, i) => x + step * direction[i]));
-          return (await student.run(assembly, batch, at)).loss;
+          return (await student.run({ assembly }, batch, at)).loss;
         };
         const step = 2e-4;
         const measured = ((await lossAt(step)) - (await lossAt(-step))) / (2 * step);
@@ -175,6 +179,105 @@ describe('an assembly', () => {
         expect(Math.abs(measured - expected) / Math.abs(expected), prefix).toBeLessThan(0.03);
       }
     }));
+});
+
+describe('corrections and widths', () => {
+  const layers = [0, 1, 2, 3];
+  const lora = { rank: 2, targets: ['q', 'k', 'v', 'o', 'up', 'down'], layers } as const;
+  const nested = { layers, granularities: [0.5, 1], alignment: 8, scores: 'none' } as const;
+  const pairs = (layers: number): Modules => ({ encoder: spansOf(layers, [2]), decoder: spansOf(layers, [2]) });
+  const assembly = { encoder: ['0-1', '2', '3'], decoder: ['0', '1', '2-3'] };
+
+  it('begin as nothing: an assembly loses what it loses without them', async () => {
+    const terms = (composed: Composed) =>
+      opened(
+        pairs,
+        async (student, data) => {
+          const { batch } = data.next({ epoch: 0, segment: 0 }, 256, null);
+          return await student.run({ assembly }, batch, { weight: 1 });
+        },
+        composed,
+      );
+    expect(await terms({ lora, nested })).toEqual(await terms({}));
+  });
+
+  it('leave the whole model as it is, and no other', () =>
+    opened(
+      pairs,
+      async (student, data) => {
+        const { trainable } = student;
+        trainable.params.write(trainable.params.readFloat().map((x, i) => x + 0.02 * Math.sin(i)));
+        const whole = { encoder: ['0', '1', '2', '3'], decoder: ['0', '1', '2', '3'] };
+        const at = async (ffnWidth?: number, of = whole) =>
+          (await student.quality({ assembly: of, ...(ffnWidth && { ffnWidth }) }, data)).divergence;
+        expect([await at(), await at(1), await at(64)]).toEqual([0, 0, 0]);
+        const kept = { encoder: whole.encoder, decoder: ['0', '1', '2-3'] };
+        const found = [await at(0.5), await at(32), await at(0.5, kept), await at(undefined, kept)];
+        expect(found[0]).toBe(found[1]);
+        expect(found[0]).toBeGreaterThan(0.01);
+        expect(new Set(found).size).toBe(3);
+      },
+      { lora, nested },
+    ));
+
+  it('have the gradients that the loss has, of kept layers and of the units that run', () =>
+    opened(
+      pairs,
+      async (student, data) => {
+        const { batch } = data.next({ epoch: 0, segment: 0 }, 128, null);
+        const at = { weight: 1 / batch.target.targets.length };
+        const { trainable } = student;
+        const { parameters } = trainable.plan;
+        const random = new Random(1, 'direction');
+        const start = trainable.params.readFloat();
+        for (const { name, offset, size } of parameters) {
+          if (!name.includes('lora_B')) continue;
+          for (let i = offset; i < offset + size; i++) start[i] = 0.05 * random.normal();
+        }
+        trainable.params.write(start);
+        const settings = { assembly, ffnWidth: 0.5 };
+        await student.run(settings, batch, at);
+        const gradients = trainable.grads.readFloat();
+        const of = (wanted: (name: string) => boolean) => parameters.filter(({ name }) => wanted(name));
+        const learns = /^encoder\.(modules\.0-1|layers\.[23])\.|^decoder\.(modules\.2-3|layers\.[01])\./;
+        for (const { name, offset, size } of parameters) {
+          const own = gradients.subarray(offset, offset + size);
+          expect([name, own.some((x) => x !== 0)]).toEqual([name, learns.test(name)]);
+          // Of units beyond the first half nothing is learned.
+          if (/^encoder\.modules\.0-1\.up\.weight$/.test(name))
+            expect(own.subarray(size / 2).some((x) => x !== 0)).toBe(false);
+        }
+        for (const group of [/lora_A$/, /lora_B$/, /cross\.[qkvo]\.lora/, /modules/]) {
+          const direction = new Float32Array(start.length);
+          for (const { offset, size } of of((name) => group.test(name) && learns.test(name)))
+            for (let i = offset; i < offset + size; i++) direction[i] = random.normal();
+          const lossAt = async (step: number) => {
+            trainable.params.write(start.map((x, i) => x + step * direction[i]));
+            return (await student.run(settings, batch, at)).loss;
+          };
+          const step = 5e-4;
+          const measured = ((await lossAt(step)) - (await lossAt(-step))) / (2 * step);
+          const expected = gradients.reduce((total, g, i) => total + g * direction[i], 0);
+          expect(Math.abs(measured - expected) / Math.abs(expected), `${group}`).toBeLessThan(0.03);
+        }
+      },
+      { lora, nested },
+    ));
+
+  it('widths are drawn whole more often than not', () => {
+    const { granularities } = { granularities: [0.25, 0.5, 1] };
+    const draw = (corrections: boolean) =>
+      Array.from({ length: 600 }, (_, i) => drawWidth({ granularities }, corrections, new Random(3, 'test', i)));
+    const count = (width: number | undefined) => draw(true).filter(({ ffnWidth }) => ffnWidth === width).length;
+    expect(count(undefined) + count(0.25) + count(0.5)).toBe(600);
+    expect(count(undefined)).toBeGreaterThan(350);
+    expect(Math.min(count(0.25), count(0.5))).toBeGreaterThan(60);
+    // Some of the narrower ones run all layers, where these have corrections to learn.
+    const all = (corrections: boolean) => draw(corrections).filter((settings) => 'assembly' in settings);
+    expect(all(false)).toEqual([]);
+    expect(all(true).length).toBeGreaterThan(40);
+    expect(all(true).every(({ ffnWidth }) => ffnWidth !== undefined)).toBe(true);
+  });
 });
 
 const tiny = (name: string, more: Partial<ModularConfig> = {}): ModularConfig => ({
@@ -206,8 +309,67 @@ test('modules learn to replace layers, the model stays as it is, and what is wri
   expect(readFileSync(join(result.dir, 'metrics.jsonl'), 'utf8')).toContain('"attention":');
 });
 
+test('with corrections and widths, what is written is what was measured', async () => {
+  const nested = { granularities: [0.5, 1] };
+  const events: TrainEvent[] = [];
+  const result = await modular(
+    tiny('composed', { lora: { rank: 4 }, nested, onEvent: (event) => void events.push(event) }),
+  );
+  expect(events.some((event) => event.type === 'measure' && event.what === 'importance')).toBe(true);
+  const { dir, assemblies } = result;
+  const { policy } = (await readElastic(dir))!;
+  expect(policy.lora).toEqual({ rank: 4, targets: ['q', 'k', 'v', 'o', 'up', 'down'], layers: [0, 1, 2, 3] });
+  expect(policy.nested).toMatchObject({ ...nested, scores: 'activation', trained: 'modules' });
+  expect(existsSync(join(dir, 'ordered'))).toBe(false);
+  const [files, before] = [Checkpoint.open(dir), Checkpoint.open(base)];
+  using _ = { [Symbol.dispose]: () => [files, before].map((file) => file.dispose()) };
+  // The same units in another order.
+  const up = (file: Checkpoint) => file.tensor('model.encoder.layers.1.fc1.bias').readFloat();
+  expect(up(files)).not.toEqual(up(before));
+  expect(up(files).sort()).toEqual(up(before).sort());
+  expect(policy.base.name).toBe('base');
+  await using model = await loadModel(dir);
+  await using plain = await loadModel(base);
+  const { tokenizer, sourceTokenizer, settings } = model.seq2seq.network;
+  const some = evalData.examples.map(({ text, label }) => ({
+    source: sourceTokenizer!.encode(text),
+    target: tokenizer!.encode(label),
+  }));
+  const lossOf = async (one: typeof model, budget: Budget) => {
+    let [loss, tokens] = [0, 0];
+    for (const { source, target } of some) {
+      const read = [settings.startId, ...target.slice(0, -1)];
+      const logits = await one.seq2seq.logits(source, read, { budget });
+      const { vocab } = one.seq2seq.network.spec.decoder;
+      for (const [i, id] of target.entries()) loss -= logSoftmax(logits.subarray(i * vocab, (i + 1) * vocab))[id];
+      tokens += target.length;
+    }
+    return loss / tokens;
+  };
+  expect(await lossOf(plain, 'full')).toBeCloseTo(assemblies![0].loss, 4);
+  const settingsOf = assemblies!.map(({ assembly, ffnWidth }) => ({ assembly, ...(ffnWidth && { ffnWidth }) }));
+  expect(settingsOf.filter(({ ffnWidth }) => ffnWidth === 0.5)).toHaveLength(settingsOf.length / 2);
+  for (const i of [0, 1, 2, 3, settingsOf.length - 1]) {
+    expect(await lossOf(model, { spec: settingsOf[i] }), JSON.stringify(settingsOf[i])).toBeCloseTo(
+      assemblies![i].loss,
+      4,
+    );
+  }
+});
+
 test('stopped and started again, on another number of threads, it ends at the same bits', async () => {
-  const config = tiny('once', { steps: 8, evalEvery: 4, saveEvery: 3, gradAccumulation: 2, gradCheckpointing: true });
+  const composed = {
+    lora: { rank: 2, targets: ['q', 'up'] },
+    nested: { granularities: [0.5, 1], rank: 'taylor' },
+  } as const;
+  const config = tiny('once', {
+    ...composed,
+    steps: 8,
+    evalEvery: 4,
+    saveEvery: 3,
+    gradAccumulation: 2,
+    gradCheckpointing: true,
+  });
   await modular(config);
   const out = join(root, 'twice');
   const controller = new AbortController();
@@ -227,8 +389,9 @@ test('stopped and started again, on another number of threads, it ends at the sa
   } finally {
     addon.setThreads(2);
   }
-  const hash = (dir: string) => sha256File(join(dir, 'elastic_router.safetensors'));
-  expect(await hash(out)).toBe(await hash(config.out));
+  for (const file of ['elastic_router.safetensors', 'adapter/adapter_model.safetensors', 'model.safetensors'])
+    expect(await sha256File(join(out, file))).toBe(await sha256File(join(config.out, file)));
+  await expect(modular({ ...config, out, lora: { rank: 4 } })).rejects.toThrow('was made with');
   await expect(modular({ ...config, out, granularities: [2] })).rejects.toThrow('was made with granularities');
 });
 
@@ -239,6 +402,21 @@ test.each([
   ['a rate above 1', { replace: { start: 2 } }, 'replace.start must be a number from 0 to 1, got 2'],
   ['an unknown rate', { replace: { end: 1 } }, "unknown key of replace 'end'; it takes start, full"],
   ['a negative loss', { losses: { hidden: -1 } }, 'losses.hidden must be a number of zero or more, got -1'],
+  ['no rank', { lora: {} as never }, 'lora.rank must be a positive integer, got undefined'],
+  ['corrections of nothing', { lora: { rank: 2, targets: [] } }, 'lora.targets must be some of q, k, v, o, up, down'],
+  [
+    'a gate that is not there',
+    { lora: { rank: 2, targets: ['gate'] } },
+    'lora.targets must be some of q, k, v, o, up, down',
+  ],
+  ['corrections of some layers', { lora: { rank: 2, layers: [1] } as never }, "unknown key of lora 'layers'"],
+  ['no narrower width', { nested: { granularities: [1] } }, 'nested: granularities must have one below 1, got [1]'],
+  ['no whole width', { nested: { granularities: [0.5] } }, 'nested: granularities must end with 1'],
+  [
+    'an order that is none',
+    { nested: { granularities: [0.5, 1], rank: 'size' as never } },
+    'nested: rank must be one of',
+  ],
   ['no loss', { losses: { task: 0, logits: 0, hidden: 0, attention: 0 } }, 'something to learn'],
   ['no model', { from: '' }, 'from must be the path of a directory'],
   ['two held-out parts', { heldOut: 0.1 }, 'give evalData or heldOut, not both'],

@@ -1,10 +1,18 @@
 // Modular Transformers (arXiv 2306.02379), after what is known of it: modules of several granularities learn to replace spans of layers.
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
 import { writeModules } from '../../elastic/elastify.js';
-import { assemblyPath, assemblyText, granularityProblem, ladder, spansOf } from '../../elastic/modules.js';
+import { type Lora, loraOfParameters, seq2seqLoraParameters } from '../../elastic/lora.js';
+import { assemblyPath, granularityProblem, ladder, settingsText, spansOf } from '../../elastic/modules.js';
+import { type Nested, nestedOf, unitScores } from '../../elastic/nested.js';
+import type { ElasticPolicy } from '../../elastic/policy.js';
+import { type LoraRecipe, loraOf, type MatformerRecipe } from '../../elastic/recipes.js';
+import { replaceDirectory } from '../../io/files.js';
 import { Checkpoint } from '../../io/safetensors.js';
 import { type Assembly, type Modules, partId, type Stack } from '../../model/parts.js';
+import { type Projection, projections } from '../../model/select.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
-import { loadSeq2SeqWeights } from '../../model/seq2seq_weights.js';
+import { loadSeq2SeqWeights, seq2seqModuleSlots } from '../../model/seq2seq_weights.js';
 import { InvalidArgumentError } from '../../native/errors.js';
 import { Engine } from '../../native/index.js';
 import { BadRows, type ExampleSource } from '../encoder/examples.js';
@@ -15,6 +23,7 @@ import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } fro
 import { encodePairs, lossRows } from './finetune.js';
 import { openSeq2Seq } from './model.js';
 import type { PairBatch } from './pairs.js';
+import { writeOrdered } from './rank.js';
 import { type AssemblyQuality, type ModuleLosses, replacing } from './replacing.js';
 
 /** Settings of `modular`. */
@@ -40,18 +49,31 @@ export interface ModularConfig extends TrainConfig {
   replace?: { start?: number; full?: number };
   /** What modules learn from. */
   losses?: ModuleLosses;
+  /**
+   * Corrections of a rank for projections (default all) of the model's own layers, attention to the source included, which learn with the modules;
+   * every budget below full has them. Default none.
+   */
+  lora?: Pick<LoraRecipe, 'rank' | 'targets'>;
+  /**
+   * Makes feed-forwards of layers and modules run at any width, a prefix of their units; two of three micro-batches are at full width, the others at one
+   * of these shares. `rank` as of `elastify`, measured on the data: by default 'activation', so that the model is written with its units in
+   * that order, the same function.
+   */
+  nested?: Pick<MatformerRecipe, 'granularities' | 'alignment' | 'rank'>;
 }
 
 /** An assembly, and how it does on held-out pairs. */
 export interface MeasuredAssembly extends AssemblyQuality {
   assembly: Assembly;
+  /** Share of the units of feed-forwards; absent: all. */
+  ffnWidth?: number;
 }
 
 /** How a `modular` run ended. */
 export interface ModularResult extends TrainResult {
   /** Modules of both stacks. */
   modules: Modules;
-  /** Of held-out pairs: the whole model first, then ever smaller assemblies, those that speed asks for. */
+  /** Of held-out pairs: the whole model first, then ever smaller assemblies, those that speed asks for; nested ones at each width. */
   assemblies?: readonly MeasuredAssembly[];
   /** Pairs trained on, and held out. */
   examples: { train: number; heldOut: number };
@@ -61,7 +83,9 @@ export interface ModularResult extends TrainResult {
   truncated: number;
 }
 
-const ownKeys = [...['from', 'out', 'data', 'evalData', 'heldOut', 'badRows', 'granularities', 'replace', 'losses']];
+const ownKeys = [
+  ...['from', 'out', 'data', 'evalData', 'heldOut', 'badRows', 'granularities', 'replace', 'losses', 'lora', 'nested'],
+];
 const replaceDefaults = { start: 0.3, full: 0.4 };
 const lossDefaults: Required<ModuleLosses> = { task: 1, logits: 1, hidden: 0.5, attention: 0.2 };
 const lossNames = Object.keys(lossDefaults) as (keyof ModuleLosses)[];
@@ -69,7 +93,7 @@ const lossNames = Object.keys(lossDefaults) as (keyof ModuleLosses)[];
 /**
  * Trains modules of an encoder-decoder model: one layer for every span of i consecutive layers, for each granularity i and both stacks. At
  * each micro-batch an assembly of layers and modules is drawn and run beside the whole model, which stays frozen; its modules learn from the
- * targets and from the whole model's logits, hidden states and attention. See docs/modular.md for what is drawn when. The same config gives
+ * targets and from the whole model's logits, hidden states and attention. See docs/methods/modular.md for what is drawn when. The same config gives
  * the same bits whatever the thread count, and a killed run, started again, continues to the same bits.
  *
  * @throws InvalidArgumentError for a bad config or a model that cannot have modules, InvalidDataError for bad rows unless they are left out,
@@ -82,6 +106,8 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
     const model = await openSeq2Seq('modular', { from }, seed);
     const { spec } = model;
     const modules = modulesOf(spec, config.granularities);
+    const lora = config.lora && loraOf({ targets: targetsOf(spec), ...config.lora }, spec.decoder, fail);
+    const nested = config.nested && nestedIn(spec, config.nested);
     const bad = new BadRows('modular', config.badRows === 'skip');
     const rows = await readPairs('modular', config, bad);
     const { data, evalData } = await encodePairs('modular', config, rows, model, bad);
@@ -89,17 +115,30 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
     const losses = { ...lossDefaults, ...config.losses };
     const replace = { ...replaceDefaults, ...config.replace };
 
-    using engine = new Engine(config.device);
-    using checkpoint = Checkpoint.open(from);
-    using loaded = loadSeq2SeqWeights(spec, checkpoint);
     const { batchTokens } = resolved;
     const recompute = config.gradCheckpointing ?? false;
+    using engine = new Engine(config.device);
+    // Of nested feed-forwards the same function with its units in order; gone when all is written.
+    await using ordered = nested && nested.scores !== 'none' ? temporary(join(config.out, 'ordered')) : null;
+    if (ordered) {
+      using checkpoint = Checkpoint.open(from);
+      using loaded = loadSeq2SeqWeights(spec, checkpoint);
+      const { scores } = nested!;
+      const ranked = { spec, weights: loaded.weights, scores, data, engine, batchTokens, onEvent: config.onEvent };
+      await replaceDirectory('modular', ordered.dir, (dir) => writeOrdered(from, dir, ranked));
+    }
+    const base = ordered?.dir ?? from;
+    using checkpoint = Checkpoint.open(base);
+    using loaded = loadSeq2SeqWeights(spec, checkpoint);
     using student = await replacing(spec, checkpoint, loaded.weights, modules, data, losses, {
-      ...{ engine, batchTokens, recompute },
+      ...{ engine, batchTokens, recompute, seed, lora, nested },
     });
     const path = assemblyPath(spec, modules, 'speed-first');
     // Some of the path: with stacks of equal size the decoder by a third and as small as it gets, then the encoder, too.
-    const watched = [path[path.length >> 2], path[path.length >> 1], path.at(-1)!];
+    const some = [path[path.length >> 2], path[path.length >> 1], path.at(-1)!];
+    const watched = some.flatMap((assembly) => atWidths(assembly, nested));
+    // Of all layers there is nothing to compare but what comes of them.
+    const learning = lora !== undefined && losses.task + losses.logits > 0;
     const task: Task<PairBatch> = {
       api: 'modular',
       engine,
@@ -108,18 +147,23 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
       identity: {
         ...{ method: 'modular', from: model.sha256, granularities: config.granularities, replace, losses },
         ...{ evalData: evalData?.sha256() ?? null, sequenceLength: data.sequenceLength },
+        ...(lora && { lora }),
+        ...(nested && { nested }),
       },
       lossRows,
       async micro(batch, { step, index, total, signal }) {
-        const random = new Random(seed, 'assembly', step * resolved.gradAccumulation + index);
+        const number = step * resolved.gradAccumulation + index;
+        const random = new Random(seed, 'assembly', number);
         const assembly = drawAssembly(spec, modules, { progress: step / resolved.steps, replace, random });
-        return { ...(await student.run(assembly, batch, { weight: 1 / total, signal })) };
+        const drawn = nested ? drawWidth(nested, learning, new Random(seed, 'width', number)) : {};
+        const settings = { assembly, ...drawn };
+        return { ...(await student.run(settings, batch, { weight: 1 / total, signal })) };
       },
       ...(evalData && {
         async evaluate(signal?: AbortSignal) {
           const levels: Record<string, Record<string, number>> = {};
-          for (const assembly of watched)
-            levels[assemblyText(assembly)] = { ...(await student.quality(assembly, evalData, signal)) };
+          for (const settings of watched)
+            levels[settingsText(settings)] = { ...(await student.quality(settings, evalData, signal)) };
           const values = Object.values(levels);
           return { levels, metric: values.reduce((sum, { loss }) => sum + loss, 0) / values.length };
         },
@@ -128,9 +172,16 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
     const result = await train(task, resolved, config.out, config);
     const assemblies: MeasuredAssembly[] = [];
     if (result.stopped !== 'signal') {
-      await writeModules(config.out, from, { spec: modules, weights: student.trainable.values() });
+      const values = student.trainable.values();
+      await writeModules(config.out, base, {
+        ...{ spec: modules, origin: from },
+        weights: new Map(seq2seqModuleSlots(spec, modules).map(({ name }) => [name, values.get(name)!])),
+        ...(nested && { nested: { ...nested, trained: 'modules' } }),
+        ...(lora && { lora: { policy: lora, matrices: trainedLora(lora, spec, values) } }),
+      });
       if (evalData) {
-        for (const assembly of path) assemblies.push({ assembly, ...(await student.quality(assembly, evalData)) });
+        for (const settings of path.flatMap((assembly) => atWidths(assembly, nested)))
+          assemblies.push({ ...settings, ...(await student.quality(settings, evalData)) });
       }
     }
     return {
@@ -143,12 +194,13 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
   });
 }
 
+const fail = (what: string): never => {
+  throw new InvalidArgumentError(`[modular] ${what}`);
+};
+
 function check(config: ModularConfig): void {
   checkConfig('modular', config, ownKeys);
-  const fail = (what: string): never => {
-    throw new InvalidArgumentError(`[modular] ${what}`);
-  };
-  const { from, granularities, replace = {}, losses = {} } = config;
+  const { from, granularities, replace = {}, losses = {}, lora = {}, nested = {} } = config;
   if (typeof from !== 'string' || from === '')
     fail(`from must be the path of a directory, got ${JSON.stringify(from)}`);
   checkExampleConfig('modular', config);
@@ -158,11 +210,13 @@ function check(config: ModularConfig): void {
     new Set(granularities).size !== granularities.length
   )
     fail(`granularities must be different integers above 1, got ${JSON.stringify(granularities)}`);
-  for (const [name, group] of Object.entries({ replace, losses })) {
+  for (const [name, group] of Object.entries({ replace, losses, lora, nested })) {
     if (typeof group !== 'object' || group === null) fail(`${name} must be an object, got ${JSON.stringify(group)}`);
   }
   checkKeys('modular', 'key of replace', replace, Object.keys(replaceDefaults));
   checkKeys('modular', 'key of losses', losses, lossNames);
+  checkKeys('modular', 'key of lora', lora, ['rank', 'targets']);
+  checkKeys('modular', 'key of nested', nested, ['granularities', 'alignment', 'rank']);
   for (const [name, value] of Object.entries(replace)) {
     if (!(typeof value === 'number' && value >= 0 && value <= 1))
       fail(`replace.${name} must be a number from 0 to 1, got ${String(value)}`);
@@ -174,6 +228,65 @@ function check(config: ModularConfig): void {
   if (Object.values({ ...lossDefaults, ...losses }).every((factor) => factor === 0))
     fail('losses must leave something to learn: one of them above 0');
 }
+
+const targetsOf = ({ decoder: { gated } }: Seq2SeqSpec): Projection[] =>
+  projections.filter((projection) => gated || projection !== 'gate');
+
+function nestedIn(
+  { encoder, decoder }: Seq2SeqSpec,
+  { granularities, alignment, rank = 'activation' }: NonNullable<ModularConfig['nested']>,
+): Nested {
+  const wrong = (what: string) => fail(`nested: ${what}`);
+  if (encoder.ffn !== decoder.ffn) {
+    wrong(`feed-forwards of both stacks must have as many units, and these have ${encoder.ffn} and ${decoder.ffn}`);
+  }
+  if (!unitScores.includes(rank)) wrong(`rank must be one of ${unitScores.join(', ')}, got ${JSON.stringify(rank)}`);
+  const layers = Array.from({ length: decoder.layers }, (_, layer) => layer);
+  const nested = nestedOf({ granularities, alignment, layers, scores: rank }, decoder.ffn, wrong);
+  if (granularities.length < 2) wrong(`granularities must have one below 1, got ${JSON.stringify(granularities)}`);
+  return nested;
+}
+
+function trainedLora(
+  lora: NonNullable<ElasticPolicy['lora']>,
+  spec: Seq2SeqSpec,
+  values: ReadonlyMap<string, Float32Array>,
+): Lora {
+  return loraOfParameters(seq2seqLoraParameters(lora, spec), lora.rank, (name) => values.get(name)!);
+}
+
+/** An assembly with all units, and with as many as each granularity has. */
+const atWidths = (assembly: Assembly, nested: Nested | undefined): { assembly: Assembly; ffnWidth?: number }[] => [
+  { assembly },
+  ...(nested?.granularities ?? [])
+    .filter((share) => share < 1)
+    .toReversed()
+    .map((ffnWidth) => ({ assembly, ffnWidth })),
+];
+
+/** How often a micro-batch runs all units, and of the others how often it runs all layers, if they have corrections. */
+const wholeWidths = 2 / 3;
+const allLayers = 1 / 3;
+
+/**
+ * What a micro-batch has of settings beside its assembly, or in place of it: nothing where all units run. Most assemblies will be run whole, and
+ * narrower ones learn by the same modules. All layers, narrower, have nothing to learn but corrections.
+ */
+export function drawWidth(
+  { granularities }: Pick<Nested, 'granularities'>,
+  corrections: boolean,
+  random: Random,
+): { ffnWidth?: number; assembly?: undefined } {
+  if (random.uniform() < wholeWidths) return {};
+  const ffnWidth = granularities[random.below(granularities.length - 1)];
+  return corrections && random.uniform() < allLayers ? { ffnWidth, assembly: undefined } : { ffnWidth };
+}
+
+/** A directory that is gone when its block ends. */
+const temporary = (dir: string) => ({
+  dir,
+  [Symbol.asyncDispose]: () => rm(dir, { recursive: true, force: true }),
+});
 
 const hasModules = ({ encoder, decoder }: Assembly): boolean =>
   [...encoder, ...decoder].some((part) => part.includes('-'));

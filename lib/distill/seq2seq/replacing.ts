@@ -1,4 +1,11 @@
-// Modules of an encoder-decoder model in training: assemblies run beside the whole model, which teaches them, and only modules learn.
+// Modules of an encoder-decoder model in training: assemblies run beside the whole model, which teaches them; modules learn, and corrections of layers.
+
+import { effectiveSettings, unitsAt } from '../../elastic/assemblies.js';
+import type { ElasticSpec } from '../../elastic/axes.js';
+import { initialLora, loraInputs, seq2seqLoraParameters, trainableCorrection } from '../../elastic/lora.js';
+import { backboneOf } from '../../elastic/modules.js';
+import { type Nested, oneWidth, sharedWidth } from '../../elastic/nested.js';
+import type { ElasticPolicy } from '../../elastic/policy.js';
 import {
   add,
   crossEntropy,
@@ -14,11 +21,13 @@ import {
 } from '../../graph/index.js';
 import type { Checkpoint } from '../../io/safetensors.js';
 import { type Assembly, type Modules, type Stack, spanOf, stacks } from '../../model/parts.js';
-import { decodeTarget, encodeSource } from '../../model/seq2seq.js';
+import { selectEverything } from '../../model/select.js';
+import { decodeTarget, encodeSource, type StackOptions } from '../../model/seq2seq.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
 import {
   assembled,
   bindSeq2Seq,
+  corrected,
   moduleWeights,
   type Seq2SeqNodes,
   type Seq2SeqTensors,
@@ -27,6 +36,7 @@ import {
 import { planOf, storedValues } from '../../model/weights.js';
 import type { Engine } from '../../native/index.js';
 import { firstShare, wholeEpoch } from '../batches.js';
+import { Random } from '../random.js';
 import { Trainable } from '../trainable.js';
 import { lossRows } from './finetune.js';
 import { headInput, pairInputs, pairRun } from './model.js';
@@ -52,12 +62,12 @@ export type ModuleTerms = Record<'loss' | keyof ModuleLosses, number>;
 
 /** Assemblies of a model whose modules are trained. */
 export interface Replacing extends Disposable {
-  /** Weights of all modules, by the names of `seq2seqModuleSlots`. */
+  /** Weights of all modules, by the names of `seq2seqModuleSlots`, and corrections, by those of `seq2seqLoraParameters`. */
   readonly trainable: Trainable;
-  /** Adds the gradient of an assembly's modules to `trainable.grads`, every token of a target weighing `weight`. */
-  run(assembly: Assembly, batch: PairBatch, at: { weight: number; signal?: AbortSignal }): Promise<ModuleTerms>;
+  /** Adds the gradient of what learns at some settings to `trainable.grads`, every token of a target weighing `weight`. */
+  run(settings: ElasticSpec, batch: PairBatch, at: { weight: number; signal?: AbortSignal }): Promise<ModuleTerms>;
   /** Cross-entropy of a target's token, nats, KL from the whole model's tokens, and the share of tokens that are the likeliest. */
-  quality(assembly: Assembly, data: PairData, signal?: AbortSignal): Promise<AssemblyQuality>;
+  quality(settings: ElasticSpec, data: PairData, signal?: AbortSignal): Promise<AssemblyQuality>;
 }
 
 /** Of the tokens of held-out targets, each after the right ones before it. */
@@ -76,11 +86,20 @@ const keptPrograms = 32;
 /** The last products read of a layer's values: its attention's, of a decoder also that to the source, and its feed-forward's. */
 const unitsOf = { encoder: 2, decoder: 3 } as const;
 
+/** What there is besides modules. */
+export interface Composed {
+  /** Corrections of the layers, which learn with the modules and are in use at all settings but the full ones. */
+  readonly lora?: NonNullable<ElasticPolicy['lora']>;
+  /** Feed-forwards run at the width of the settings. */
+  readonly nested?: Nested;
+}
+
 /**
  * Modules begin as copies of the last layers of their spans: what their attention gives and what they leave behind then has the features of
- * what it is compared with.
+ * what it is compared with. Corrections begin as nothing.
  *
  * @param weights of the whole model, which stays as it is
+ * @param options.seed of the first factors of corrections
  */
 export async function replacing(
   spec: Seq2SeqSpec,
@@ -89,27 +108,45 @@ export async function replacing(
   modules: Modules,
   data: PairData,
   losses: Required<ModuleLosses>,
-  { engine, batchTokens, recompute = false }: { engine: Engine; batchTokens: number; recompute?: boolean },
+  {
+    engine,
+    batchTokens,
+    recompute = false,
+    seed = 0,
+    ...composed
+  }: { engine: Engine; batchTokens: number; recompute?: boolean; seed?: number } & Composed,
 ): Promise<Replacing> {
+  const { lora } = composed;
   const slots = seq2seqModuleSlots(spec, modules);
-  const plan = planOf(slots);
+  const corrections = lora ? seq2seqLoraParameters(lora, spec) : [];
+  const plan = planOf([...slots, ...corrections]);
   const trainable = new Trainable(plan);
   const initial = new Float32Array(plan.size);
   const place = new Map(plan.parameters.map(({ name, offset }) => [name, offset]));
   for (const slot of slots) initial.set(storedValues(checkpoint, spec.decoder, slot)!, place.get(slot.name)!);
+  const random = new Random(seed, 'lora');
+  for (const parameter of corrections) {
+    initial.set(
+      initialLora(parameter, loraInputs(parameter), () => random.uniform()),
+      place.get(parameter.name)!,
+    );
+  }
   trainable.params.write(initial);
 
   const squares = await meanSquares(spec, weights, data, { engine, batchTokens });
-  const build = (assembly: Assembly, train: boolean): Program => {
+  const build = (assembly: Assembly, { full, narrow, train }: { full: boolean; narrow: boolean; train: boolean }) => {
     const graph = new Graph();
     const node = (name: string) => graph.state(trainable.view(name), name);
     const base = bindSeq2Seq(graph, weights);
     const own = moduleWeights(spec, modules, ({ name }) => node(name));
-    const student = assembled(base, own, assembly);
+    const parted = assembled(base, own, assembly);
+    const student = lora && !full ? corrected(parted, trainableCorrection(lora, node)) : parted;
+    // At full width there is no dim, and what is alike is computed once for both.
+    const selector = narrow ? { ...selectEverything, width: oneWidth(graph, spec.decoder.ffn) } : selectEverything;
     const inputs = pairInputs(graph, batchTokens);
     const sourceWeight = graph.feed('sourceWeight', 'f32', [inputs.sourceRows]);
-    const theirs = bothStacks(graph, spec, base, inputs, false);
-    const mine = bothStacks(graph, spec, student, inputs, recompute);
+    const theirs = bothStacks(graph, spec, base, inputs);
+    const mine = bothStacks(graph, spec, student, inputs, { recompute, selector });
     const parts: Node[] = [];
     const sum = (name: keyof ModuleLosses, nodes: readonly Node[]) => {
       if (nodes.length === 0) return;
@@ -150,22 +187,28 @@ export async function replacing(
     sum('hidden', hidden);
     sum('attention', attention);
     const loss = parts.reduce(add);
-    const learns = new Set(
-      stacks.flatMap((stack) =>
-        assembly[stack].flatMap((part) => (own[stack].has(part) ? [`${stack}.modules.${part}.`] : [])),
-      ),
+    const learn = stacks.flatMap((stack) =>
+      assembly[stack].map((part) => `${stack}.${own[stack].has(part) ? 'modules' : 'layers'}.${part}.`),
     );
-    trainable.accumulateGradients(graph, loss, node, (name) => [...learns].some((prefix) => name.startsWith(prefix)));
+    trainable.accumulateGradients(graph, loss, node, (name) => learn.some((prefix) => name.startsWith(prefix)));
     return Program.compile(graph, engine);
   };
 
   const programs = new KeptPrograms(keptPrograms);
-  const programOf = (assembly: Assembly, train: boolean): Program =>
-    programs.get(JSON.stringify([train, assembly.encoder, assembly.decoder]), () => build(assembly, train));
+  const programOf = (settings: ElasticSpec, train: boolean) => {
+    const effective = effectiveSettings(settings, spec, composed);
+    const { assembly = backboneOf(spec) } = effective;
+    const full = Object.keys(effective).length === 0;
+    const narrow = effective.ffnWidth !== undefined;
+    const key = JSON.stringify([train, full, narrow, assembly.encoder, assembly.decoder]);
+    const dims: Record<string, number> = narrow ? { [sharedWidth]: unitsAt(effective, spec, composed) } : {};
+    return { program: programs.get(key, () => build(assembly, { full, narrow, train })), dims };
+  };
   return {
     trainable,
-    async run(assembly, batch, { weight, signal }) {
-      const { outputs } = await programOf(assembly, true).run({ ...moduleRun(batch, weight), signal });
+    async run(settings, batch, { weight, signal }) {
+      const { program, dims } = programOf(settings, true);
+      const { outputs } = await program.run({ ...moduleRun(batch, weight, dims), signal });
       const term = (name: keyof ModuleLosses) => outputs[name]?.[0] ?? 0;
       const terms = {
         task: term('task'),
@@ -177,12 +220,12 @@ export async function replacing(
       const loss = losses.task * task + losses.logits * logits + losses.hidden * hidden + losses.attention * attention;
       return { loss, ...terms };
     },
-    async quality(assembly, data, signal) {
-      const program = programOf(assembly, false);
+    async quality(settings, data, signal) {
+      const { program, dims } = programOf(settings, false);
       const total = { loss: 0, divergence: 0, accuracy: 0 };
       let tokens = 0;
       for (const batch of wholeEpoch(data, batchTokens)) {
-        const { outputs } = await program.run({ ...moduleRun(batch, 1), signal });
+        const { outputs } = await program.run({ ...moduleRun(batch, 1, dims), signal });
         total.loss += outputs.task[0];
         total.divergence += outputs.logits[0];
         total.accuracy += outputs.accuracy[0];
@@ -210,12 +253,12 @@ function bothStacks(
   spec: Seq2SeqSpec,
   weights: Seq2SeqNodes,
   { source, target }: Pick<ReturnType<typeof pairInputs>, 'source' | 'target'>,
-  recompute: boolean,
+  options: Pick<StackOptions, 'recompute' | 'selector'> = {},
 ): { readonly x: Node } & Record<Stack, Taps<Node>> {
   const taps = { encoder: { residuals: [], units: [] }, decoder: { residuals: [], units: [] } };
-  const features = encodeSource(graph, spec, weights, source, { ...taps.encoder, recompute });
+  const features = encodeSource(graph, spec, weights, source, { ...taps.encoder, ...options });
   const attended = { features, offsets: source.offsets };
-  const x = decodeTarget(graph, spec, weights, target, attended, { ...taps.decoder, recompute });
+  const x = decodeTarget(graph, spec, weights, target, attended, { ...taps.decoder, ...options });
   return { x, ...taps };
 }
 
@@ -232,7 +275,7 @@ async function meanSquares(
   const graph = new Graph();
   const inputs = pairInputs(graph, batchTokens);
   const sourceWeight = graph.feed('sourceWeight', 'f32', [inputs.sourceRows]);
-  const all = bothStacks(graph, spec, bindSeq2Seq(graph, weights), inputs, false);
+  const all = bothStacks(graph, spec, bindSeq2Seq(graph, weights), inputs);
   const each = <T>(f: (node: Node, name: string, rowWeight: Node) => T): Record<Stack, Taps<T>> => {
     const of = (stack: Stack, kind: keyof Taps<T>) =>
       all[stack][kind].map((node, i) =>
@@ -254,10 +297,10 @@ async function meanSquares(
   return each((_, name) => sums.get(name) || 1);
 }
 
-/** Dims and feeds of a batch; the rows of its sources weigh as much as its targets do together. */
-function moduleRun(batch: PairBatch, weight: number) {
+/** Dims and feeds of a batch, and `more` dims; the rows of its sources weigh as much as its targets do together. */
+function moduleRun(batch: PairBatch, weight: number, more: Readonly<Record<string, number>> = {}) {
   const { dims, feeds } = pairRun(batch, weight);
   const { length } = batch.source.ids;
   const sourceWeight = new Float32Array(length).fill((weight * lossRows(batch)) / length);
-  return { dims, feeds: { ...feeds, sourceWeight } };
+  return { dims: { ...dims, ...more }, feeds: { ...feeds, sourceWeight } };
 }

@@ -5,7 +5,7 @@ import { flopsAt, unitsAt } from '../../elastic/assemblies.js';
 import type { ElasticSpec } from '../../elastic/axes.js';
 import { LoraTensors } from '../../elastic/lora.js';
 import { assemblyText, backboneOf } from '../../elastic/modules.js';
-import { sharedWidth } from '../../elastic/nested.js';
+import { oneWidth, sharedWidth } from '../../elastic/nested.js';
 import type { ElasticPolicy } from '../../elastic/policy.js';
 import { type MeasuredOn, Profiles } from '../../elastic/profile.js';
 import { readElastic, routerFile } from '../../elastic/store.js';
@@ -99,8 +99,7 @@ export function assembledOf(
       return lora ? corrected(nodes, lora.whole(graph)) : nodes;
     },
     select(graph) {
-      const width = policy?.nested ? graph.dim(sharedWidth, ffn) : null;
-      const selector = { ...selectEverything, width: () => width };
+      const selector = { ...selectEverything, ...(policy?.nested && { width: oneWidth(graph, ffn) }) };
       return { encoder: selector, decoder: selector };
     },
     flops: flopsAt(spec, settings, policy),
