@@ -88,7 +88,7 @@ export class Tensor implements Disposable {
 
   /**
    * Part `index` of `count` equal parts along an axis of a matrix, as a slice that lives as long as this tensor: the same
-   * object at every call, so that programs share its packed copy.
+   * object at every call. Its products read the packed copy of this tensor where its rows fill whole panels of that.
    */
   part(axis: 0 | 1, index: number, count: number): Tensor {
     const key = `${axis} ${index} ${count}`;

@@ -653,6 +653,71 @@ void testLosses() {
   });
 }
 
+// Parts of a weight, and of a patch's b, have the bits of their values, and read the packed copy of the whole unless their
+// rows begin within a panel.
+void testParts() {
+  for (int round = 0; round < 120; ++round) {
+    const int axis = static_cast<int>(pick(0, 1));
+    const int64_t count = pick(1, 4), size = axis == 0 && coin() ? pick(1, 3) * kernels().columns : pick(1, 70);
+    const int64_t other = pick(1, 100), M = coin() ? pick(1, 5) : pick(1, 300);
+    const auto frozen = [](Weight& w) {
+      if (w.tensor.storage->writable) w.tensor.packAs = DType::F32;  // its values were not rounded for packing
+      w.tensor.storage->writable = false;
+    };
+    const auto partOf = [&](Weight& w, int along, int64_t index) {
+      auto part = std::make_unique<Tensor>();
+      part->storage = w.tensor.storage;
+      part->dtype = w.tensor.dtype, part->packAs = w.tensor.packAs;
+      part->rank = 2, part->shape = w.tensor.shape, part->strides = w.tensor.strides;
+      part->shape[static_cast<size_t>(along)] /= count;
+      part->byteOffset = static_cast<size_t>(index * part->shape[static_cast<size_t>(along)] *
+                                             part->strides[static_cast<size_t>(along)]) * dtypeSize(part->dtype);
+      part->whole = {std::shared_ptr<Tensor>(), &w.tensor};
+      part->partAxis = along, part->partIndex = index;
+      return part;
+    };
+    Weight w(axis == 0 ? count * size : other, axis == 1 ? count * size : other), low(count * size, pick(1, 6));
+    frozen(w), frozen(low);
+    const bool transposed = coin(), patched = axis == 0 && !transposed && coin();
+    const int64_t before = packedBytesTotal();
+    std::vector<std::unique_ptr<Tensor>> parts;
+    for (int64_t index = 0; index < count; ++index) {
+      Tensor& part = *parts.emplace_back(partOf(w, axis, index));
+      const TensorView v = test::viewOf(part);
+      const MatrixB b = transposed ? weightTransposedB(v) : weightB(v);
+      const int64_t N = v.dim(transposed ? 1 : 0), K = v.dim(transposed ? 0 : 1), P = patched ? low.K : 0;
+      const auto x = random(M * K), u = random(M * low.K);
+      Patch patch;
+      if (patched) patch = {u.data(), P, weightB(test::viewOf(*parts.emplace_back(partOf(low, 0, index))))};
+      std::vector<float> out(static_cast<size_t>(M * N)), want(out.size(), 0.0f);
+      const int64_t firstRow = axis == 0 ? index * size : 0, firstColumn = axis == 1 ? index * size : 0;
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+          float& c = want[static_cast<size_t>(m * N + n)];
+          for (int64_t k = 0; k < K; ++k) {
+            c = chain(c, x[static_cast<size_t>(m * K + k)],
+                      w.at(firstRow + (transposed ? k : n), firstColumn + (transposed ? n : k)));
+          }
+          for (int64_t k = 0; k < P; ++k) c = chain(c, u[static_cast<size_t>(m * P + k)], low.at(firstRow + n, k));
+        }
+      }
+      setThreadCount(static_cast<int>(pick(1, 3)));
+      Counters counters;
+      Scratch scratch;
+      gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
+           {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch}, patch);
+      CHECK(sameBits(out, want), "part %lld of %lld along axis %d wrong: %lld x %lld x %lld, transposed %d, patched %d",
+            static_cast<long long>(index), static_cast<long long>(count), axis, static_cast<long long>(M),
+            static_cast<long long>(N), static_cast<long long>(K), transposed, patched);
+      const bool shares = axis == 1 || size % kernels().columns == 0;
+      CHECK((b.packed == weightB(w.view()).packed) == shares, "part of %lld along axis %d", static_cast<long long>(size), axis);
+    }
+    if (!patched && axis == 1) {
+      CHECK(packedBytesTotal() - before == packedBytes(*weightB(w.view()).packed), "parts share one packed copy");
+    }
+  }
+}
+
 void testAccounting() {
   const int64_t before = packedBytesTotal();
   {
@@ -678,6 +743,7 @@ int testGemm() {
     testTables();
     testLinear();
     testLosses();
+    testParts();
     testAccounting();
   }
   useKernels(isa());

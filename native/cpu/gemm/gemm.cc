@@ -109,7 +109,7 @@ struct Product {
   const Patch* patch[2] = {nullptr, nullptr};  // to each of b; null where it has none
   // The product is computed as C^T = W^T A^T: M and N are exchanged, the tiles are rows of the transposed weight, read
   // where its panels lie, and b[0] is A, packed on the way.
-  const PackedWeight* transposed = nullptr;
+  const MatrixB* transposed = nullptr;
 };
 
 // A block of C: rows of tiles [tile0, tile1), panels [panel0, panel1).
@@ -214,7 +214,7 @@ class Run {
     panels_ = ceilDiv(p_.N, table_.columns);
     strip_ = 1;
     if (packed_ && !p_.transposed && tiles_.count == 1) strip_ = p_.count == 1 ? table_.stripPanels[rows] : 1;
-    widen_ = p_.transposed ? p_.transposed->dtype != DType::F32
+    widen_ = p_.transposed ? p_.transposed->packed->dtype != DType::F32
                            : packed_ && rows > kWidenInRegisters && (narrow(0) || (p_.count == 2 && narrow(1)));
     // One tile needs each panel once: no reason to leave it before the end of K.
     const int64_t kMost = packed_ && !p_.transposed && tiles_.count == 1 ? std::max<int64_t>(p_.K, 1) : kBlockK;
@@ -301,7 +301,7 @@ class Run {
         continue;
       }
       for (int64_t panel = 0; panel < panels; ++panel) {  // a gated product whose other weight is not packed
-        unpack(*b.packed, block.panel0 + panel, k0, kc, to + panel * kc * table_.columns);
+        unpack(b, block.panel0 + panel, k0, kc, to + panel * kc * table_.columns);
       }
     }
   }
@@ -321,26 +321,28 @@ class Run {
     const Patch& patch = *p_.patch[i];
     const PackedWeight* packed = patch.b.packed;
     const int64_t stride = (packed ? packed->K : patch.P) * table_.columns;
-    const void* source = packed ? static_cast<const void*>(panelAt(*packed, panel, 0))
+    const void* source = packed ? static_cast<const void*>(panelAt(patch.b, panel, 0))
                                 : buffers.patch[i] + (panel - block.panel0) * stride;
     const TileFunction function =
         (together > 1 ? table_.strip : table_.tile)[packed ? static_cast<int>(packed->dtype) : 0][rows];
     function(patch.P, packedU_[i] + m0 * patch.P, 0, source, stride, acc, true, nullptr, 0);
   }
 
-  void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t kc, float* to) const {
+  void unpack(const MatrixB& b, int64_t panel, int64_t k0, int64_t kc, float* to) const {
     const int64_t count = kc * table_.columns;
-    const char* from = panelAt(w, panel, k0);
-    if (w.dtype == DType::F32) {
+    const char* from = panelAt(b, panel, k0);
+    if (b.packed->dtype == DType::F32) {
       std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
     } else {
-      table_.widen(from, w.dtype, count, to);
+      table_.widen(from, b.packed->dtype, count, to);
     }
   }
 
-  const char* panelAt(const PackedWeight& w, int64_t panel, int64_t k) const {
-    return static_cast<const char*>(w.data) +
-           (panel * w.K + k) * table_.columns * static_cast<int64_t>(dtypeSize(w.dtype));
+  // Step k of a panel of B in the packed copy.
+  const char* panelAt(const MatrixB& b, int64_t panel, int64_t k) const {
+    const PackedWeight& w = *b.packed;
+    const int64_t at = (b.packedN / table_.columns + panel) * w.K + b.packedK + k;
+    return static_cast<const char*>(w.data) + at * table_.columns * static_cast<int64_t>(dtypeSize(w.dtype));
   }
 
   const char* panelOfRows(int64_t panel, int64_t k) const {
@@ -373,7 +375,7 @@ class Run {
         continue;
       }
       const PackedWeight& w = *p_.b[i]->packed;
-      source[i] = panelAt(w, panel, k0);
+      source[i] = panelAt(*p_.b[i], panel, k0);
       type[i] = static_cast<int>(w.dtype);
       panelStride[i] = w.K * columns;
       if (widen_ && w.dtype != DType::F32) {
@@ -383,9 +385,9 @@ class Run {
         type[i] = 0;
       } else if (together == 1) {
         if (panel + 1 < block.panel1) {
-          next[i] = panelAt(w, panel + 1, k0);
+          next[i] = panelAt(*p_.b[i], panel + 1, k0);
         } else if (k0 + kc < end_) {
-          next[i] = panelAt(w, block.panel0, k0 + kc);
+          next[i] = panelAt(*p_.b[i], block.panel0, k0 + kc);
         }
       }
     }
@@ -443,9 +445,9 @@ class Run {
   // One tile of the transposed weight against one panel of rows.
   void multiplyTransposed(int64_t m0, int64_t rows, int64_t k0, int64_t kc, const char* panel, float* acc,
                           const char* next, int64_t prefetched, float* wide) const {
-    const PackedWeight& w = *p_.transposed;
+    const PackedWeight& w = *p_.transposed->packed;
     const int64_t columns = table_.columns, size = static_cast<int64_t>(dtypeSize(w.dtype));
-    const char* first = static_cast<const char*>(w.data) + (k0 / columns * w.K + m0) * columns * size;
+    const char* first = panelAt(*p_.transposed, k0 / columns, m0);
     const float* a = reinterpret_cast<const float*>(first);
     int64_t stride = w.K * columns;
     if (widen_) {
@@ -490,7 +492,7 @@ class Run {
   int64_t workerElements_ = 0;
 };
 
-std::shared_ptr<const PackedWeight> pack(const TensorView& view, const Tensor& w) {
+std::shared_ptr<const PackedWeight> pack(const Tensor& w) {
   const KernelTable& table = kernels();
   auto result = std::make_shared<PackedWeight>();
   PackedWeight& packed = *result;
@@ -516,7 +518,7 @@ std::shared_ptr<const PackedWeight> pack(const TensorView& view, const Tensor& w
   if (bytes >= 2 * hugePage) madvise(packed.data, bytes / hugePage * hugePage, MADV_HUGEPAGE);
 #endif
 
-  const MatrixB source{view.data, view.dtype, w.strides[0], w.strides[1]};
+  const MatrixB source{w.data(), w.dtype, w.strides[0], w.strides[1]};
   parallelFor(panels,
               [&](int64_t panel, int) {
                 const int64_t at = panel * panelElements;
@@ -547,6 +549,12 @@ std::shared_ptr<const PackedWeight> pack(const TensorView& view, const Tensor& w
   return result;
 }
 
+// Parts of one weight all share its copy, or all have their own.
+bool readsWhole(const Tensor& part) {
+  return part.whole && part.whole->packAs == part.packAs &&
+         (part.partAxis == 1 || part.shape[0] % kernels().columns == 0);
+}
+
 bool packable(const TensorView& w) { return w.tensor && !w.tensor->storage->writable; }
 
 }  // namespace
@@ -567,7 +575,7 @@ void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, c
                      .ks = a.cols,
                      .ns = a.rows};
   Product product{N, M, K, nullptr, {&rows, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
-  product.transposed = b.packed;
+  product.transposed = &b;
   Run{product, args}();
 }
 
@@ -587,10 +595,14 @@ void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB&
 MatrixB weightB(const TensorView& w) {
   MatrixB b{w.data, w.dtype, w.strides[0], w.strides[1]};
   if (!packable(w)) return b;
-  Tensor& tensor = *w.tensor;
-  const std::lock_guard<std::mutex> lock(tensor.packMutex);
-  if (!tensor.packed) tensor.packed = pack(w, tensor);
-  b.packed = tensor.packed.get();
+  Tensor* tensor = w.tensor;
+  while (readsWhole(*tensor)) {
+    (tensor->partAxis == 0 ? b.packedN : b.packedK) += tensor->partIndex * tensor->shape[tensor->partAxis];
+    tensor = tensor->whole.get();
+  }
+  const std::lock_guard<std::mutex> lock(tensor->packMutex);
+  if (!tensor->packed) tensor->packed = pack(*tensor);
+  b.packed = tensor->packed.get();
   return b;
 }
 

@@ -25,8 +25,9 @@ struct MatrixA {
 };
 
 // Element (n, k) is data[n(n) * nStride + k(k) * kStride] of `dtype`, n(n) = ns ? ns[n] : n, and k likewise. With
-// `packed`, that copy is read instead (prefixes of N and K of it are fine); without, blocks are packed while they are
-// needed. `transposed`: B is the transpose of the packed weight; A must then have no colScale.
+// `packed`, that copy is read instead, from its element (packedN, packedK) on (prefixes of N and K of it are fine);
+// without, blocks are packed while they are needed. `transposed`: B is the transpose of what is read of the packed copy;
+// A must then have no colScale.
 struct MatrixB {
   const void* data;
   DType dtype;
@@ -35,6 +36,7 @@ struct MatrixB {
   const int32_t* ks = nullptr;
   const int32_t* ns = nullptr;
   bool transposed = false;
+  int64_t packedN = 0, packedK = 0;  // packedN begins a panel
 };
 
 // More columns of A and B (LoRA): C += u b^T, u [M, P] contiguous, b [N, P]. None where u is null.
@@ -73,7 +75,8 @@ void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB&
                const GatedEpilogue& epilogue, float* out, int64_t ldOut, const KernelArgs& args,
                const Patch& gatePatch, const Patch& upPatch);
 
-// The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock.
+// The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock. A part of a weight reads the
+// copy of the whole, unless its rows begin within a panel.
 MatrixB weightB(const TensorView& w);
 // The same weight as B of the input gradient: n runs over inputs, k over outputs. Reads the same packed copy.
 MatrixB weightTransposedB(const TensorView& w);
