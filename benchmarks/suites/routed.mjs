@@ -1,5 +1,5 @@
-// Token routing at capacity 0.5 against our own dense code: the feed-forward layers alone, and the whole model; texts at
-// different budgets in one run against one after the other.
+// Routing of tokens, heads and blocks at capacity 0.5 against our own dense code: the feed-forward layers alone, and the whole
+// model; what routers themselves cost; texts at different budgets in one run against one after the other.
 import { roundRobin } from '../harness/measure.mjs';
 import { milliseconds, number, table, target } from '../harness/report.mjs';
 
@@ -11,8 +11,8 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
     const libraries = { elastiform: await child.ask('routed', { dir, threads, rows: ROWS }) };
     const data = { rows: ROWS, capacity: 0.5 };
     for (const [what, modes] of [
-      ['ffn', ['dense', 'routed']],
-      ['model', ['dense', 'routed', 'routed, all keys', 'heads', 'blocks']],
+      ['ffn', ['dense', 'routed', 'blocks', 'many blocks']],
+      ['model', ['dense', 'routed', 'routed, all keys', 'heads', 'blocks', 'routers']],
     ]) {
       log(`routed: ${what}`);
       const contestants = modes.map((mode) => ({
@@ -40,8 +40,12 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
     );
     const speedup = mixedTimes.alone.median / mixedTimes.together.median;
     data.mixed = { ...mixed, milliseconds: mixedTimes, ratios, speedup };
+    const overhead = 1 / data.model.speedup.routers;
+    const saved = (what, mode) => (1 - 1 / data[what].speedup[mode]) / (1 - 1 / data[what].flopsRatio[mode]);
     const rows = [
       ['12 feed-forward layers', 'ffn', 'routed'],
+      ['the same, half of 8 blocks of every token', 'ffn', 'blocks'],
+      ['the same, half of 16 blocks of every token', 'ffn', 'many blocks'],
       ['whole model, both places', 'model', 'routed'],
       ['the same, rows left out still are keys', 'model', 'routed, all keys'],
       ['half the heads of every token', 'model', 'heads'],
@@ -55,9 +59,10 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
         milliseconds(data[what].milliseconds[mode]),
         number(data[what].speedup[mode], 2),
         number(data[what].flopsRatio[mode], 2),
-        number((1 - 1 / data[what].speedup[mode]) / (1 - 1 / data[what].flopsRatio[mode]), 2),
+        number(saved(what, mode), 2),
       ]),
     );
+    const routersText = `With a router in every place that lets all rows in, the model takes ${number(overhead, 3)} times as long as without.`;
     const mixedText = table(
       [
         `${mixed.texts} texts of ${mixed.length} tokens, ${mixed.capacities.length} budgets`,
@@ -73,10 +78,12 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
     return {
       libraries,
       data,
-      text: `${text}\n\n${mixedText}`,
+      text: `${text}\n\n${routersText}\n\n${mixedText}`,
       targets: [
         target('routed FFN at 0.5 over dense FFN', 1.85, data.ffn.speedup.routed),
         target('routed model at 0.5 over dense prefill', 1.7, data.model.speedup.routed),
+        target('time saved over FLOPs saved, half of 8 FFN blocks', 0.85, saved('ffn', 'blocks')),
+        target('time with routers that let all in over time without', 1.02, overhead, { most: true }),
       ],
     };
   } finally {

@@ -98,6 +98,7 @@ const routed = {};
 const policyAt = (recipe) => policyOf({ kind: 'elastiformer', ...recipe }, network.spec);
 const TOKENS = { attn: 0.5, mlp: 0.5 };
 const BLOCKS = { count: 8, share: 0.5 };
+const MANY_BLOCKS = { count: 16, share: 0.5 };
 const HEADS = { group: 'head', share: 0.5 };
 
 // Top-k selection in every layer at the given places; routers are random, so that the rows chosen are spread out.
@@ -236,18 +237,19 @@ await serve({
     };
     const dims = { rows, segments: 1, offsets: 2 };
     const whole = (select) => compilePrefill(network, { rows, segments: 1 }, select);
-    const wholeRouted = (recipe) => {
+    const wholeRouted = (recipe, capacity = 0.5) => {
       const policy = policyAt(recipe);
       return {
         program: whole((graph, _, segments) => routeAll(graph, segments, policy)),
         dims,
-        feeds: { ...model, ...capacityFeeds(policy, 1, () => 0.5) },
+        feeds: { ...model, ...capacityFeeds(policy, 1, () => capacity) },
       };
     };
     routed.model = {
       dense: { program: whole(() => selectEverything), dims, feeds: model },
       routed: wholeRouted({ tokens: TOKENS, keys: 'selected' }),
       'routed, all keys': wholeRouted({ tokens: TOKENS }),
+      routers: wholeRouted({ tokens: TOKENS }, 1),
       heads: wholeRouted({ heads: HEADS }),
       blocks: wholeRouted({ blocks: BLOCKS }),
     };
@@ -269,14 +271,19 @@ await serve({
       return Program.compile(graph, network.engine);
     };
     const ffn = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
-    const policy = policyAt({ tokens: { mlp: 0.5 } });
-    routed.ffn = {
-      dense: { program: layersOnly(() => selectEverything), dims: {}, feeds: ffn },
-      routed: {
+    const layersRouted = (recipe) => {
+      const policy = policyAt(recipe);
+      return {
         program: layersOnly((graph) => routeAll(graph, 1, policy)),
         dims: {},
         feeds: { ...ffn, ...capacityFeeds(policy, 1, () => 0.5) },
-      },
+      };
+    };
+    routed.ffn = {
+      dense: { program: layersOnly(() => selectEverything), dims: {}, feeds: ffn },
+      routed: layersRouted({ tokens: { mlp: 0.5 } }),
+      blocks: layersRouted({ blocks: BLOCKS }),
+      'many blocks': layersRouted({ blocks: MANY_BLOCKS }),
     };
     return facts();
   },
