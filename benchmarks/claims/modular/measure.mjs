@@ -82,9 +82,9 @@ export async function trainDropped({ from, out, spans, data, evalData, losses, o
     const task = {
       ...{ api: 'modular', engine, trainable: student.trainable, data: pairs.data, lossRows },
       identity: { method: 'dropped', from: model.sha256, spans, losses },
-      micro: (batch, { total, signal }) => student.run(assembly, batch, { weight: 1 / total, signal }),
+      micro: (batch, { total, signal }) => student.run({ assembly }, batch, { weight: 1 / total, signal }),
       async evaluate() {
-        const quality = await student.quality(assembly, pairs.evalData);
+        const quality = await student.quality({ assembly }, pairs.evalData);
         return { levels: { dropped: { ...quality } }, metric: quality.loss };
       },
     };
@@ -111,14 +111,16 @@ export function editDistance(a, b) {
 }
 
 /**
- * Writes words with a directory, greedily. A word is right where it is written as any of its pronunciations; its phoneme errors are those
+ * Writes words with a directory at a budget, greedily. A word is right where it is written as any of its pronunciations; its phoneme errors are those
  * towards the nearest one, over that one's length.
  *
  * @returns of every word whether it is right, its errors, and the phonemes of the nearest pronunciation
  */
-export async function wordQuality(dir, words) {
+export async function wordQuality(dir, words, budget = 'full') {
   const model = await loadModel(dir, { device: 'cpu' });
-  const written = await Promise.all(words.map(({ text }) => model.generate(text, { beams: 1, maxTokens: 30 }).text));
+  const written = await Promise.all(
+    words.map(({ text }) => model.generate(text, { beams: 1, maxTokens: 30, budget }).text),
+  );
   await model.dispose();
   return words.map(({ labels }, i) => {
     const phonemes = written[i].split(' ').filter(Boolean);

@@ -24,7 +24,18 @@ const sign = ({ low, high }) => (low > 0 ? 'yes' : high < 0 ? 'no' : 'within noi
  * @param measured what was measured: what was not is absent, and so are the claims about it
  * @returns {{ markdown: string, claims: object[], summary: object }}
  */
-export function reportOf({ settings, machine, base, modular, points: path, dropped, long, time: words, bound: turns }) {
+export function reportOf({
+  settings,
+  machine,
+  base,
+  modular,
+  corrected,
+  points: path,
+  dropped,
+  long,
+  time: words,
+  bound: turns,
+}) {
   // The full model in turns with itself takes the same time, unless other work disturbs both.
   const calm = (measured) => measured && [measured[0].all, measured[0].token].every((x) => Math.abs(x - 1) <= 0.05);
   const [time, bound] = [calm(words?.measured) ? words : null, calm(turns?.points) ? turns : null];
@@ -35,7 +46,7 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
   const layers = settings.model.decoder_layers;
   const rows = path
     .filter(({ words }) => words)
-    .map(({ assembly, words, dropped: plain }, i) => {
+    .map(({ assembly, words, corrected: fitted, dropped: plain }, i) => {
       const of = (list) => list.find(({ size }) => size.join('+') === sizeOf(assembly))?.words;
       const trained = { share: of(dropped), long: of(long) };
       return {
@@ -43,6 +54,11 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
         ...(time && { speedUp: time.measured[i].all, speedUpToken: time.measured[i].token, ms: time.measured[i].ms }),
         ...{ exact: exact(withCount(words)), errorRate: errorRate(words) },
         plain: { exact: exact(withCount(plain)), more: difference(words, plain) },
+        ...(fitted && {
+          corrected: { exact: exact(withCount(fitted)), more: difference(fitted, words) },
+          ...(trained.share && { correctedTrained: { more: difference(fitted, trained.share) } }),
+          ...(trained.long && { correctedLong: { more: difference(fitted, trained.long) } }),
+        }),
         ...(trained.share && {
           trained: { exact: exact(withCount(trained.share)), more: difference(words, trained.share) },
         }),
@@ -63,7 +79,7 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
     'pronunciations; phoneme errors are edits towards the nearest one, over its length. Intervals are 95 % bootstraps over words, differences are paired.',
     '',
     `The model: mBART's architecture, ${model.encoder_layers}+${layers} layers of ${model.d_model} features, trained here from scratch (\`finetune\`, ${settings.base.steps} steps of ${settings.batchTokens} tokens). Modules of`,
-    `granularities ${settings.granularities.join(', ')} for both stacks: one \`modular\` run of ${settings.modular.steps} steps. Layer dropping keeps as many layers, evenly: as they are, and trained with`,
+    `granularities ${settings.granularities.join(', ')} for both stacks: one \`modular\` run of ${settings.modular.steps} steps, and another one with corrections of rank ${settings.lora.rank} of the layers that stay. Layer dropping keeps as many layers, evenly: as they are, and trained with`,
     'the same losses from the same teacher, the layers that are kept learning together, everything else frozen. Trained means as many',
     `steps in all: ${share} for each of the ${dropped.length} sizes from 1.5x on, ${settings.modular.steps} together, while modules serve all sizes from one run.`,
     ...(long.length > 0
@@ -80,7 +96,7 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
       : []),
     ...(base && modular
       ? [
-          `Training took ${minutes(base.seconds)} minutes for the model, ${minutes(modular.seconds)} for modules${dropped.length > 0 ? `, ${minutes(sum(dropped))} for dropped layers` : ''}.`,
+          `Training took ${minutes(base.seconds)} minutes for the model, ${minutes(modular.seconds)} for modules${corrected ? `, ${minutes(corrected.seconds)} with corrections` : ''}${dropped.length > 0 ? `, ${minutes(sum(dropped))} for dropped layers` : ''}.`,
         ]
       : ['', 'Nothing is measured yet.']),
     '',
@@ -93,14 +109,16 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
     'Layer ratio: layers of the decoder over parts of it. Speed-up: time of `generate`, one word at a time, in turns with the full model, the fastest of',
     `${settings.timed.rounds} turns of each, of this small model, where a step costs as much outside of layers as in them.`,
     '',
-    '| encoder+decoder | layer ratio | speed-up | words right | phoneme errors | dropped | dropped, trained | modules better, points |',
-    '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    '| encoder+decoder | layer ratio | speed-up | words right | phoneme errors | with corrections | dropped | dropped, trained | modules better, points | with corrections better |',
+    '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ...rows.map((r) =>
       [
         ...['', r.layers, times(r.ratio), cell(r.speedUp, times), interval(r.exact), interval(r.errorRate)],
+        cell(r.corrected?.exact, (x) => interval(x)),
         percent(r.plain.exact.value),
         cell(r.trained?.exact, (x) => interval(x)),
         cell(r.trained?.more, (x) => interval(x, points)),
+        cell(r.correctedTrained?.more, (x) => interval(x, points)),
         '',
       ]
         .join(' | ')
@@ -113,11 +131,14 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
           '',
           `## Dropped layers of one size alone, ${settings.modular.steps} steps`,
           '',
-          '| encoder+decoder | words right | modules better, points |',
-          '| --- | --- | --- |',
+          '| encoder+decoder | words right | modules better, points | with corrections better |',
+          '| --- | --- | --- | --- |',
           ...rows
             .filter(({ long }) => long)
-            .map(({ layers, long }) => `| ${layers} | ${interval(long.exact)} | ${interval(long.more, points)} |`),
+            .map(
+              ({ layers, long, correctedLong }) =>
+                `| ${layers} | ${interval(long.exact)} | ${interval(long.more, points)} | ${cell(correctedLong?.more, (x) => interval(x, points))} |`,
+            ),
         ]
       : []),
     ...(bound
@@ -145,7 +166,7 @@ export function reportOf({ settings, machine, base, modular, points: path, dropp
       settings,
       machine,
       others: { words: words?.others, layers: turns?.others },
-      training: { base, modular, dropped: sum(dropped), long: sum(long) },
+      training: { base, modular, corrected, dropped: sum(dropped), long: sum(long) },
       points: rows,
       bound,
     },
@@ -183,9 +204,11 @@ function claimsOf(rows, bound, settings) {
     );
   }
   for (const [kind, asked] of [
-    ['plain', 'better than dropped layers as they are'],
-    ['trained', 'better than dropped layers that had as many steps in all'],
-    ['long', 'better than dropped layers of one size that had as many steps alone'],
+    ['plain', 'modules are better than dropped layers as they are'],
+    ['trained', 'modules are better than dropped layers that had as many steps in all'],
+    ['correctedTrained', 'with corrections they are'],
+    ['long', 'modules are better than dropped layers of one size that had as many steps alone'],
+    ['correctedLong', 'with corrections they are'],
   ]) {
     const some = smaller.filter((row) => row.ratio >= 1.5 && row[kind]);
     if (some.length === 0) continue;
@@ -193,7 +216,7 @@ function claimsOf(rows, bound, settings) {
     const lost = some.filter((row) => row[kind].more.value <= 0);
     push(
       asked,
-      kind === 'long' ? 'at the sizes tried' : 'at every size from 1.5x on',
+      kind.toLowerCase().endsWith('long') ? 'at the sizes tried' : 'at every size from 1.5x on',
       some.map((row) => `${row.layers}: ${points(row[kind].more.value)} (${sign(row[kind].more)})`).join('; '),
       worse.length === 0
         ? 'held'

@@ -38,6 +38,8 @@ const SETTINGS = {
   /** Steps of modules, and of all sizes of layer dropping together. */
   modular: { steps: quick ? 5 : 2400, lr: 3e-3 },
   losses: { task: 1, logits: 1, hidden: 0.5, attention: 0.2 },
+  /** Of the layers that stay beside modules, in a run of modules of its own. */
+  lora: { rank: 8 },
   batchTokens: 2048,
   /** Sizes that dropped layers are trained with all of the steps for, with --long: encoder and decoder. */
   long: [
@@ -123,12 +125,17 @@ measured.base = await kept({ what: 'base', ...trainKey }, async () => {
   const { value, seconds: took } = await seconds(() => finetune({ ...settings('base', base), ...start }));
   return { ...checked(value).best, examples: value.examples, seconds: took };
 });
+/** Modules, and beside them corrections of layers or none. */
+const trainModules = (name, key, more) =>
+  kept({ what: name, ...key }, async () => {
+    const start = { from: dir('base'), out: dir(name), granularities, losses, ...more };
+    const { value, seconds: took } = await seconds(() => modular({ ...settings(name, training), ...start }));
+    return { best: checked(value).best, seconds: took };
+  });
 const modularKey = { ...trainKey, training, losses, granularities };
-measured.modular = await kept({ what: 'modular', ...modularKey }, async () => {
-  const start = { from: dir('base'), out: dir('modular'), granularities, losses };
-  const { value, seconds: took } = await seconds(() => modular({ ...settings('modules', training), ...start }));
-  return { best: checked(value).best, seconds: took };
-});
+const correctedKey = { ...modularKey, lora: SETTINGS.lora };
+measured.modular = await trainModules('modular', modularKey, {});
+measured.corrected = await trainModules('corrected', correctedKey, { lora: SETTINGS.lora });
 
 const quality = (what, directory) =>
   kept({ what: `quality ${what}`, ...modularKey }, async () => wordQuality(await directory(), words.heldOut));
@@ -141,7 +148,13 @@ if (measured.modular) {
     );
     const plain = { encoder: keptOf(assembly.encoder.length), decoder: keptOf(assembly.decoder.length) };
     const dropped = await quality(`dropped ${name}`, () => writeStock(dir('base'), dir(`plain-${name}`), plain));
-    measured.points.push({ assembly, words: own, dropped });
+    const budget = assembly === path[0] ? 'full' : { spec: { assembly } };
+    const corrected =
+      measured.corrected &&
+      (await kept({ what: `quality corrected ${name}`, ...correctedKey }, () =>
+        wordQuality(dir('corrected'), words.heldOut, budget),
+      ));
+    measured.points.push({ assembly, words: own, corrected, dropped });
     if (own) say(`${name}: ${((100 * own.filter(({ right }) => right).length) / own.length).toFixed(1)} % right`);
   }
 }
