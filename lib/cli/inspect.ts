@@ -3,7 +3,7 @@ import { axes, axisTraits, meanCapacity, specByAxis } from '../elastic/axes.js';
 import { exitText } from '../elastic/exits.js';
 import { settingsText, stacks } from '../elastic/modules.js';
 import { meanWidth } from '../elastic/nested.js';
-import { type ElasticPolicy, routedLayers } from '../elastic/policy.js';
+import { type ElasticPolicy, routedLayers, type SourceTokens } from '../elastic/policy.js';
 import { loadModel } from '../infer/model.js';
 import type { Network } from '../infer/network.js';
 import type { ModelInfo } from '../infer/types.js';
@@ -26,7 +26,7 @@ export const inspect: Command = {
     const stored = [...new Set(checkpoint.names().map((name) => checkpoint.info(name).dtype))].sort();
     const parameters = `${info.parameters.toLocaleString('en-US')} stored as ${stored.join(', ')}`;
     if ('settings' in loaded) {
-      const { spec, settings, sourceTokenizer, tokenizer } = loaded;
+      const { spec, settings, sourceTokenizer, tokenizer, policy } = loaded;
       const { encoder, decoder } = spec;
       const vocabOf = (side: typeof tokenizer) => side && { vocab: side.vocabSize };
       if (json) {
@@ -61,6 +61,14 @@ export const inspect: Command = {
           ['vocabulary', `${info.vocab}${how.join('')}`],
           ['context', `${info.maxContext} of ${info.maxPositions} positions, for sources and for targets`],
           ...(modules ? stacks.map((stack) => [`modules, ${stack}`, modules[stack].join(', ') || 'none']) : []),
+          ...(policy?.sourceTokens
+            ? [
+                [
+                  'routers',
+                  `${sourceText(policy.sourceTokens)}, ${info.routerParameters.toLocaleString('en-US')} parameters`,
+                ],
+              ]
+            : []),
           ['search', settings.beams > 1 ? `${settings.beams} beams` : 'greedy'],
         ]).replaceAll(/(?<=\S) {2,}/g, '  '),
       );
@@ -128,6 +136,12 @@ function assemblyLevels({ levels }: ModelInfo): string {
   const rows = levels.map(({ name, spec }) => [name, settingsText(spec) || 'all layers']);
   return `\n${columns([['level', 'parts'], ...rows])}`;
 }
+
+/** Which tokens are routed in an encoder, and for which shares. */
+const sourceText = ({ capacity }: SourceTokens): string => {
+  const each = Object.entries(capacity).map(([place, [low, high]]) => `${place} (${percent(low)} to ${percent(high)})`);
+  return `tokens of the encoder into ${each.join(', ')}`;
+};
 
 /** What is elastic besides routers. */
 function elasticParts(policy: ElasticPolicy | null): string[] {

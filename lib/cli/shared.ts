@@ -1,5 +1,5 @@
 // Flags and conversions that several commands share.
-import type { ElasticSpec } from '../elastic/axes.js';
+import type { Capacity, ElasticSpec } from '../elastic/axes.js';
 import type { Budget } from '../elastic/budget.js';
 import type { LatencyMetric } from '../elastic/profile.js';
 import type { LoadOptions } from '../infer/types.js';
@@ -42,32 +42,39 @@ export function parseLevel(text: string): number | string {
   return value;
 }
 
-/** The same, or `200ms`, `ttft:200ms`, `tpot:20ms`, `quality:0.95`, `encoder=0,1,2-3;decoder=0-3;ffn=0.5`. */
+/** The same, or `200ms`, `ttft:200ms`, `tpot:20ms`, `quality:0.95`, `encoder=0,1,2-3;decoder=0-3;ffn=0.5;attn=0.7;mlp=0.5`. */
 export function parseBudget(text: string): Budget {
-  if (/^((en|de)coder|ffn)=/.test(text)) return { spec: parseSettings(text) };
+  if (/^((en|de)coder|ffn|attn|mlp)=/.test(text)) return { spec: parseSettings(text) };
   const [, metric = 'total', ms] = /^(?:(ttft|tpot|total):)?([\d.]+)ms$/.exec(text) ?? [];
   if (ms !== undefined) return { latencyMs: Number(ms), metric: metric as LatencyMetric };
   const [, quality] = /^quality:([\d.]+)$/.exec(text) ?? [];
   return quality === undefined ? parseLevel(text) : { minQuality: Number(quality) };
 }
 
-/** Parts of both stacks and a width, as `settingsText` writes them; whether they fit is the model's to say. */
+/** Parts of both stacks, a width and shares of tokens, as `settingsText` writes them; whether they fit is the model's to say. */
 function parseSettings(text: string): ElasticSpec {
-  const settings = text.split(';').map((one) => /^(encoder|decoder|ffn)=(.+)$/.exec(one.trim()) ?? []);
-  const { encoder, decoder, ffn } = Object.fromEntries(settings.map(([, name, value]) => [name, value]));
+  const settings = text.split(';').map((one) => /^(encoder|decoder|ffn|attn|mlp)=(.+)$/.exec(one.trim()) ?? []);
+  const { encoder, decoder, ffn, ...others } = Object.fromEntries(settings.map(([, name, value]) => [name, value]));
   const known = settings.every(([, name], i) => name && settings.findIndex(([, other]) => other === name) === i);
+  const shareOf = (value: string): Capacity => (value.includes(',') ? value.split(',').map(Number) : Number(value));
   const ffnWidth = ffn === undefined ? undefined : Number(ffn);
-  if (!known || (encoder === undefined) !== (decoder === undefined) || Number.isNaN(ffnWidth)) {
-    throw new UsageError(`[cli] settings must be encoder=PARTS;decoder=PARTS, ffn=WIDTH or all three, got '${text}'`);
+  const shares = known ? Object.entries(others).map(([place, value]) => [place, shareOf(value)] as const) : [];
+  const numbers = [ffnWidth ?? 1, ...shares.flatMap(([, share]) => share)];
+  if (!known || (encoder === undefined) !== (decoder === undefined) || numbers.some(Number.isNaN)) {
+    throw new UsageError(
+      `[cli] settings must be some of encoder=PARTS;decoder=PARTS, ffn=WIDTH, attn=SHARE and mlp=SHARE, got '${text}'`,
+    );
   }
   return {
     ...(encoder && { assembly: { encoder: encoder.split(','), decoder: decoder.split(',') } }),
     ...(ffnWidth !== undefined && { ffnWidth }),
+    ...(shares.length > 0 && { tokenCapacity: Object.fromEntries(shares) }),
   };
 }
 
 /** What parseBudget takes, for --help. */
-export const budgetForms = 'SHARE|LEVEL|200ms|ttft:200ms|tpot:20ms|quality:0.95|encoder=0,1-2;decoder=0-2;ffn=0.5';
+export const budgetForms =
+  'SHARE|LEVEL|200ms|ttft:200ms|tpot:20ms|quality:0.95|encoder=0,1-2;decoder=0-2;ffn=0.5;mlp=0.5';
 
 /** Token ids, separated by commas. */
 export function parseIds(text: string): number[] {

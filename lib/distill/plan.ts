@@ -9,7 +9,7 @@ import {
 } from '../elastic/lora.js';
 import { type ElasticPolicy, type Router, type Routing, routerPlaces } from '../elastic/policy.js';
 import type { ModelSpec } from '../model/spec.js';
-import type { ParameterPlan } from '../model/weights.js';
+import { type ParameterPlan, planOf } from '../model/weights.js';
 import { InvalidDataError } from '../native/errors.js';
 import type { Random } from './random.js';
 import type { Trainable } from './trainable.js';
@@ -22,22 +22,30 @@ type Trained = Routing & Pick<ElasticPolicy, 'hidden' | 'lora'>;
  * @param loraLrScale learning rate of corrections over that of routers
  */
 export function trainablePlan(policy: Trained, spec: ModelSpec, loraLrScale = 1): ParameterPlan {
-  let offset = 0;
-  const place = (name: string, shape: readonly number[], decay: boolean) => {
-    const size = shape.reduce((product, n) => product * n, 1);
-    offset += size;
-    return { name, shape, offset: offset - size, size, decay };
-  };
-  const routers = routerPlaces(policy);
-  const weights = routers.map(({ id, outputs }) => place(`${id}.weight`, [outputs, policy.hidden], true));
-  const decayCount = offset;
-  const biases = routers.map(({ id, outputs }) => place(`${id}.bias`, [outputs], false));
-  const routed = { offset: 0, size: offset, decayCount, lrScale: 1 };
-  const lora = loraParameters(policy, spec).map(({ name, shape }) => place(name, shape, true));
-  const size = offset - routed.size;
-  const corrections = { offset: routed.size, size, decayCount: size, lrScale: loraLrScale };
-  const groups = [routed, corrections].filter((group) => group.size > 0);
-  return { parameters: [...weights, ...biases, ...lora], size: offset, decayCount, groups };
+  const routers = routerPlaces(policy).map(({ id, outputs }) => routerSlots(id, policy.hidden, outputs));
+  return joinedPlans([
+    { plan: planOf(routers.flat()), lrScale: 1 },
+    { plan: planOf(loraParameters(policy, spec)), lrScale: loraLrScale },
+  ]);
+}
+
+/** Weight and bias of a router as parameters. */
+export const routerSlots = (id: string, hidden: number, outputs: number) => [
+  { name: `${id}.weight`, shape: [outputs, hidden] },
+  { name: `${id}.bias`, shape: [outputs] },
+];
+
+/** Plans end to end, each a group with a factor of its own for the learning rate; empty ones are left out. */
+export function joinedPlans(plans: readonly { plan: ParameterPlan; lrScale: number }[]): ParameterPlan {
+  let size = 0;
+  const groups: NonNullable<ParameterPlan['groups']>[number][] = [];
+  const parameters = plans.flatMap(({ plan, lrScale }) => {
+    const offset = size;
+    size += plan.size;
+    if (plan.size > 0) groups.push({ offset, size: plan.size, decayCount: plan.decayCount, lrScale });
+    return plan.parameters.map((parameter) => ({ ...parameter, offset: offset + parameter.offset }));
+  });
+  return { parameters, size, decayCount: plans[0].plan.decayCount, groups };
 }
 
 /**

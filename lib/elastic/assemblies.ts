@@ -1,11 +1,11 @@
 // From a budget to what runs of an encoder-decoder model: an assembly, and how much of its parts; and what that costs.
 import { type Seq2SeqFlops, seq2seqFlops, writingFlops } from '../model/flops.js';
 import { isModule } from '../model/parts.js';
-import { type Place, type Projection, projections } from '../model/select.js';
+import { type Place, type Projection, places, projections } from '../model/select.js';
 import { type Seq2SeqSpec, withLayers } from '../model/seq2seq_spec.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import type { ElasticSpec } from './axes.js';
+import { axisTraits, type ElasticSpec, meanCapacity } from './axes.js';
 import {
   type Budget,
   type BudgetContext,
@@ -16,9 +16,10 @@ import {
   withQuality,
 } from './budget.js';
 import { loraFlops } from './cost.js';
-import { assemblyPath, assemblyText, backboneOf, settingsProblem, stacks } from './modules.js';
+import { assemblyPath, assemblyText, backboneOf, settingNames, settingsProblem, stacks } from './modules.js';
 import { alignedWidth } from './nested.js';
 import type { ElasticPolicy, Level } from './policy.js';
+import { entering, savedSourceFlops, sourceCapacities } from './source_routing.js';
 
 /** Tokens of a generation: those of its source, and those that are written. */
 export interface Lengths {
@@ -52,26 +53,44 @@ export function assembledSpec(spec: Seq2SeqSpec, settings: ElasticSpec, policy: 
 /** FLOPs of what generations run at settings that differ from full, by formula, as the kernels count them. */
 export function flopsAt(spec: Seq2SeqSpec, settings: ElasticSpec, policy: Elastic): Seq2SeqFlops {
   const sizes = assembledSpec(spec, settings, policy);
-  const plain = seq2seqFlops(sizes);
+  const { encoder, decoder } = settings.assembly ?? backboneOf(spec);
+  const capacities = sourceCapacities(encoder.length, settings.tokenCapacity);
+  const whole = seq2seqFlops(sizes);
+  const plain: Seq2SeqFlops = {
+    ...whole,
+    source: (tokens) => whole.source(tokens) - savedSourceFlops(sizes.encoder, capacities, tokens),
+  };
   const lora = policy?.lora;
   if (!lora || Object.keys(settings).length === 0) return plain;
-  const { encoder, decoder } = settings.assembly ?? backboneOf(spec);
   // Modules have no corrections.
   const corrected = (parts: readonly string[]) => parts.filter((part) => !isModule(part)).length;
-  const of = (model: ModelSpec, place: Place, rows: number, kept: readonly Projection[] = projections) => {
+  const of = (
+    model: ModelSpec,
+    place: Place,
+    rows: number,
+    { kept = projections, share = 1 }: { kept?: readonly Projection[]; share?: number } = {},
+  ) => {
     const targets = lora.targets.filter((projection) => kept.includes(projection));
-    const one = { tokens: {}, layers: 1, lora: { ...lora, layers: [0], targets } };
-    return loraFlops(model, one, { layer: 0, place, tokens: 1, experts: 1, units: model.ffn }, rows);
+    const tokens = { attn: { layers: [0], keys: 'all' }, mlp: { layers: [0] } } as const;
+    const one = { tokens, layers: 1, lora: { ...lora, layers: [0], targets } };
+    const shares = { tokens: entering(share, rows) / rows, experts: 1, units: model.ffn };
+    return loraFlops(model, one, { layer: 0, place, ...shares }, rows);
   };
-  const both = (model: ModelSpec, rows: number) => of(model, 'attn', rows) + of(model, 'mlp', rows);
+  const ofPart = (part: string, i: number, rows: number): number =>
+    isModule(part)
+      ? 0
+      : places.reduce((sum, place) => sum + of(sizes.encoder, place, rows, { share: capacities[place][i] }), 0);
   return {
     source: (tokens) =>
       plain.source(tokens) +
-      corrected(encoder) * both(sizes.encoder, tokens) +
-      corrected(decoder) * of(sizes.decoder, 'attn', tokens, ['k', 'v']),
+      encoder.reduce((sum, part, i) => sum + ofPart(part, i, tokens), 0) +
+      corrected(decoder) * of(sizes.decoder, 'attn', tokens, { kept: ['k', 'v'] }),
     target: (before, source) =>
       plain.target(before, source) +
-      corrected(decoder) * (both(sizes.decoder, 1) + of(sizes.decoder, 'attn', 1, ['q', 'o'])),
+      corrected(decoder) *
+        (of(sizes.decoder, 'attn', 1) +
+          of(sizes.decoder, 'mlp', 1) +
+          of(sizes.decoder, 'attn', 1, { kept: ['q', 'o'] })),
   };
 }
 
@@ -171,9 +190,6 @@ export function resolveAssembly(
   );
 }
 
-/** Settings that an encoder-decoder model may have. */
-const settingNames = ['assembly', 'ffnWidth'];
-
 const speedPaths = new WeakMap<ElasticPolicy, readonly LevelPoint[]>();
 
 /** The path for speed of a model with modules, found once: calls choose on it. */
@@ -204,9 +220,18 @@ function pointOf(
     (stack) => `${{ encoder, decoder }[stack].length} of ${spec[stack].layers} layers of the ${stack}`,
   );
   if (effective.ffnWidth) notes.push(`feed-forwards of ${units} of ${spec.decoder.ffn} units`);
+  const capacities = sourceCapacities(encoder.length, effective.tokenCapacity);
+  const mean = { attn: meanCapacity(capacities.attn), mlp: meanCapacity(capacities.mlp) };
+  for (const place of places.filter((place) => mean[place] < 1)) {
+    const [low] = policy.sourceTokens!.capacity[place]!;
+    const below = mean[place] < low ? `, below the ${low * 100} % it was trained for` : '';
+    notes.push(`${(mean[place] * 100).toFixed(1)} % ${axisTraits[place].of} of the encoder${below}`);
+  }
   const { source, target } = typicalLengths;
+  const full = fullPoint(level);
   return {
-    ...fullPoint(level),
+    ...full,
+    capacity: { ...full.capacity, ...mean },
     ...{ spec: effective, full: false, flopsRatio: settingsRatio(spec, effective, policy) },
     ...(effective.ffnWidth && { widths: decoder.map(() => units) }),
     why: `${notes.join(', ')}: ${assemblyText({ encoder, decoder })}, for ${source} tokens read and ${target} written`,
@@ -219,8 +244,13 @@ export function effectiveSettings(settings: ElasticSpec, spec: Seq2SeqSpec, poli
   const { encoder, decoder } = settings.assembly ?? backbone;
   const { ffn } = spec.decoder;
   const units = unitsAt(settings, spec, policy);
+  const capacities = sourceCapacities(encoder.length, settings.tokenCapacity);
+  const routed = places.filter((place) => capacities[place].some((share) => share < 1));
   return {
     ...(assemblyText({ encoder, decoder }) !== assemblyText(backbone) && { assembly: { encoder, decoder } }),
     ...(units < ffn && { ffnWidth: units / ffn }),
+    ...(routed.length > 0 && {
+      tokenCapacity: Object.fromEntries(routed.map((place) => [place, settings.tokenCapacity![place]])),
+    }),
   };
 }

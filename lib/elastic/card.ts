@@ -31,6 +31,9 @@ export function modelCard(policy: ElasticPolicy, task: EncoderTask | null = null
     ...(modules
       ? stacks.map((stack) => `${modules[stack].length} modules of the ${stack}, each a layer that stands for several`)
       : []),
+    ...(policy.sourceTokens
+      ? [`routers for tokens of the encoder (${Object.keys(policy.sourceTokens.capacity).join(', ')})`]
+      : []),
   ];
   const runs = policy.calibration !== null || nested !== undefined || policy.levels.length > 1 || modules !== undefined;
   const chosen = fastest ? `budget: '${fastest}'` : exits ? 'exit: true' : 'budget: 0.8';

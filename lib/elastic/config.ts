@@ -1,7 +1,7 @@
 // elastic_config.json: a policy as the file has it, and back, with everything checked.
 import { type ExpertGate, type ExpertRule, expertGates, expertRules } from '../graph/index.js';
 import { type Assembly, type Modules, partId, type Span, type Stack, spanOf, stacks } from '../model/parts.js';
-import type { Projection } from '../model/select.js';
+import { type Projection, places } from '../model/select.js';
 import type { Seq2SeqSpec } from '../model/seq2seq_spec.js';
 import type { ModelSpec } from '../model/spec.js';
 import { InvalidDataError } from '../native/errors.js';
@@ -10,6 +10,7 @@ import {
   axisTraits,
   type Capacity,
   capacityRule,
+  type ElasticSpec,
   type ExpertAxis,
   expertAxes,
   isCapacity,
@@ -28,7 +29,7 @@ import {
   settingProblem,
   thresholdProblem,
 } from './exits.js';
-import { settingsProblem, spanProblem } from './modules.js';
+import { settingNames, settingsProblem, spanProblem } from './modules.js';
 import { alignedWidth, type FfnWidth, type Nested, nestedTrainings, unitScores, widthProblem } from './nested.js';
 import {
   type AttentionKeys,
@@ -50,12 +51,17 @@ import {
   routedLayers,
   routerPlaces,
   routingConflict,
+  type SourceTokens,
+  sourceRouters,
   targetProblem,
 } from './policy.js';
 import { type Json, Reader } from './reader.js';
 
 /** How tokens are chosen while training and afterwards. */
 const tokenRules = { train: 'top-k', decode: 'threshold' } as const;
+/** The same of tokens of a source, which is there as a whole, and which of them attention attends to. */
+const sourceRules = { train: 'top-k', decode: 'top-k' } as const;
+const sourceKeys = { keys: 'all' } as const;
 /** The same of whole sequences: they are chosen among those of a batch, and by their first rows for as long as they go on. */
 const sequenceRules = { train: 'top-k', decode: 'threshold', decide_at: 'prefill' } as const;
 
@@ -119,8 +125,16 @@ export function policyToJson(policy: ElasticPolicy): Json {
     ...(policy.modules && {
       modules: Object.fromEntries(stacks.map((stack) => [stack, policy.modules![stack].map(partId)])),
     }),
+    ...(policy.sourceTokens && {
+      source_tokens: Object.fromEntries(
+        Object.entries(policy.sourceTokens.capacity).map(([place, range]) => [
+          place,
+          { ...(place === 'attn' && sourceKeys), ...sourceRules, train_capacity: range },
+        ]),
+      ),
+    }),
     ...(lora && { lora: { rank: lora.rank, targets: lora.targets, layers: lora.layers } }),
-    routers: routerPlaces(policy).map(({ id, axis, outputs }) => ({
+    routers: [...routerPlaces(policy), ...sourceRouters(policy)].map(({ id, axis, outputs }) => ({
       id,
       kind: axisTraits[axis].router,
       act: axisTraits[axis].act,
@@ -176,6 +190,7 @@ export function policyFromJson(
     'ffn',
     'exits',
     'modules',
+    'source_tokens',
     'lora',
     'routers',
     'calibration',
@@ -322,6 +337,24 @@ export function policyFromJson(
     read.fail('modules', 'absent: they are for encoder-decoder models', root.modules);
   }
 
+  let sourceTokens: SourceTokens | undefined;
+  if (root.source_tokens !== undefined) {
+    if (!seq2seq) read.fail('source_tokens', 'absent: they are of encoder-decoder models', root.source_tokens);
+    const json = read.object(root.source_tokens, 'source_tokens');
+    read.known(json, 'source_tokens.', places);
+    const routed = places.filter((place) => json[place] !== undefined);
+    if (routed.length === 0) read.fail('source_tokens', `some of ${places.join(', ')}`, json);
+    const ranges = routed.map((place) => {
+      const key = `source_tokens.${place}`;
+      const entry = read.object(json[place], key);
+      const rules = { ...(place === 'attn' && sourceKeys), ...sourceRules };
+      read.known(entry, `${key}.`, [...Object.keys(rules), 'train_capacity']);
+      rulesAt(entry, key, rules);
+      return [place, rangeAt(entry.train_capacity, `${key}.train_capacity`)];
+    });
+    sourceTokens = { layers: seq2seq!.encoder.layers, capacity: Object.fromEntries(ranges) };
+  }
+
   let lora: ElasticPolicy['lora'];
   if (root.lora !== undefined) {
     const entry = read.object(root.lora, 'lora');
@@ -352,6 +385,7 @@ export function policyFromJson(
     ...(nested && { nested }),
     ...(exits && { exits }),
     ...(modules && { modules }),
+    ...(sourceTokens && { sourceTokens }),
     ...(lora && { lora }),
     capacity,
     calibration: null,
@@ -362,7 +396,7 @@ export function policyFromJson(
   const routing = routingConflict(policy) ?? encoderConflict(policy, model) ?? modulesConflict(policy, seq2seq);
   if (routing) throw new InvalidDataError(`[elastic] ${file}: ${routing}`);
 
-  const routers = routerPlaces(policy);
+  const routers = [...routerPlaces(policy), ...sourceRouters(policy)];
   const expected = routers.map((r) => r.id);
   if (!Array.isArray(root.routers)) read.fail('routers', 'a list', root.routers);
   const listed = (root.routers as unknown[]).map((entry, i) => {
@@ -505,7 +539,7 @@ function readLevels(
     names.add(name);
     if (name === '') read.fail(`${key}.name`, 'a name', name);
     const specJson = read.object(level.spec, `${key}.spec`);
-    read.known(specJson, `${key}.spec.`, specKeys);
+    read.known(specJson, `${key}.spec.`, seq2seq ? settingNames : specKeys);
     const shares: Partial<Record<Axis, Capacity>> = {};
     const shareAt = (value: unknown, axis: Axis): void => {
       if (value === undefined) return;
@@ -514,20 +548,22 @@ function readLevels(
       shares[axis] = value as Capacity;
     };
     for (const setting of ['tokenCapacity', 'sequenceCapacity'] as const) {
-      if (specJson[setting] === undefined) continue;
+      if (specJson[setting] === undefined || seq2seq) continue;
       const capacity = read.object(specJson[setting], `${key}.spec.${setting}`);
       read.known(capacity, `${key}.spec.${setting}.`, targets);
       for (const target of targets) {
         shareAt(capacity[target], setting === 'tokenCapacity' ? target : sequenceAxis(target));
       }
     }
-    for (const axis of expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
+    for (const axis of seq2seq ? [] : expertAxes) shareAt(specJson[axisTraits[axis].setting], axis);
     const spec = specOfAxes(shares);
     const { assembly, ffnWidth: width } = specJson;
     if (seq2seq) {
       const problem = settingsProblem(specJson, seq2seq, policy);
       if (problem) throw new InvalidDataError(`[elastic] ${read.file}: ${key}.spec.${problem}`);
       if (assembly !== undefined) spec.assembly = assembly as Assembly;
+      if (specJson.tokenCapacity !== undefined)
+        spec.tokenCapacity = specJson.tokenCapacity as ElasticSpec['tokenCapacity'];
     } else if (assembly !== undefined) {
       read.fail(`${key}.spec.assembly`, 'absent: assemblies are of encoder-decoder models', assembly);
     }

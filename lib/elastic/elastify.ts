@@ -25,6 +25,8 @@ import {
   type Routing,
   routerParameters,
   routerPlaces,
+  type SourceTokens,
+  sourceRouters,
 } from './policy.js';
 import { provenanceOf } from './provenance.js';
 import { fail, type PartialPolicy, plainPolicy, policyOf, type Recipe } from './recipes.js';
@@ -222,6 +224,8 @@ export interface TrainedModules {
   origin?: string;
   /** Corrections of the model's own layers, as the policy has them, and their matrices; default none. */
   lora?: { policy: NonNullable<ElasticPolicy['lora']>; matrices: Lora };
+  /** Routers of the encoder's tokens, by the ids of `sourceRouters`: weight [hidden], bias [1]. */
+  routing?: { capacity: SourceTokens['capacity']; routers: ReadonlyMap<string, Router> };
 }
 
 /**
@@ -236,7 +240,7 @@ export interface TrainedModules {
 export async function writeModules(
   out: string,
   base: string,
-  { spec: modules, weights, nested, lora, origin }: TrainedModules,
+  { spec: modules, weights, nested, lora, routing, origin }: TrainedModules,
   levels: readonly Level[] = [],
 ): Promise<void> {
   const { spec, seq2seq } = await readArchitecture(base);
@@ -253,6 +257,7 @@ export async function writeModules(
     ...plain,
     ...{ modules, levels: [...plain.levels, ...levels] },
     ...(lora && { lora: lora.policy }),
+    ...(routing && { sourceTokens: { layers: seq2seq.encoder.layers, capacity: routing.capacity } }),
     base: { ...(made ?? own), weightsSha256: own.weightsSha256 },
   };
   await checkReadable(base, policy);
@@ -279,7 +284,15 @@ export async function writeModules(
     const what = `must be ${numbers} finite numbers, [${shape}], got ${values?.length ?? 'none'}`;
     throw new InvalidArgumentError(`[elastic] ${name} ${what}`);
   }
-  await writeElastic(out, base, policy, new Map(), lora?.matrices ?? null, tensors);
+  for (const { id } of sourceRouters(policy)) {
+    const { weight, bias } = routing!.routers.get(id) ?? {};
+    const finite = [...(weight ?? []), ...(bias ?? [])].every(Number.isFinite);
+    if (weight?.length === spec.hidden && bias?.length === 1 && finite) continue;
+    throw new InvalidArgumentError(
+      `[elastic] ${id} must have ${spec.hidden} finite weights and a bias, got ${weight?.length ?? 'none'} and ${bias?.length ?? 'none'}`,
+    );
+  }
+  await writeElastic(out, base, policy, routing?.routers ?? new Map(), lora?.matrices ?? null, tensors);
 }
 
 /** What a policy says of its backbone: the checkpoint in `dir`. */

@@ -12,6 +12,7 @@ import {
 import type { ElasticSpec } from './axes.js';
 import { widthProblem } from './nested.js';
 import type { ElasticPolicy } from './policy.js';
+import { tokenCapacityProblem } from './source_routing.js';
 
 export { type Assembly, type Modules, partId, type Span, type Stack, stacks };
 
@@ -51,18 +52,28 @@ export const backboneOf = (sizes: Sizes): Assembly => {
 export const assemblyText = (assembly: Assembly): string =>
   stacks.map((stack) => `${stack}=${assembly[stack].join(',')}`).join(';');
 
-/** Settings as the command line takes them: `encoder=0,1;decoder=0-1;ffn=0.5`. */
-export const settingsText = ({ assembly, ffnWidth }: ElasticSpec): string =>
-  [...(assembly ? [assemblyText(assembly)] : []), ...(ffnWidth === undefined ? [] : [`ffn=${ffnWidth}`])].join(';');
+/** Settings as the command line takes them: `encoder=0,1;decoder=0-1;ffn=0.5;attn=0.5;mlp=1,0.5`. */
+export const settingsText = ({ assembly, ffnWidth, tokenCapacity = {} }: ElasticSpec): string =>
+  [
+    ...(assembly ? [assemblyText(assembly)] : []),
+    ...(ffnWidth === undefined ? [] : [`ffn=${ffnWidth}`]),
+    ...Object.entries(tokenCapacity).map(([place, share]) => `${place}=${share}`),
+  ].join(';');
+
+/** Settings that an encoder-decoder model may have. */
+export const settingNames: readonly string[] = ['assembly', 'ffnWidth', 'tokenCapacity'];
 
 /** What is wrong with settings of an encoder-decoder model, beginning with the name of the setting, or null. */
 export function settingsProblem(
-  { assembly, ffnWidth }: { readonly [setting in keyof ElasticSpec]: unknown },
+  { assembly, ffnWidth, tokenCapacity }: { readonly [setting in keyof ElasticSpec]: unknown },
   sizes: Sizes & { readonly decoder: { readonly ffn: number } },
-  { modules, nested }: Pick<ElasticPolicy, 'modules' | 'nested'>,
+  { modules, nested, sourceTokens }: Pick<ElasticPolicy, 'modules' | 'nested' | 'sourceTokens'>,
 ): string | null {
   const problem = assembly === undefined ? null : assemblyProblem(assembly, sizes, modules);
   if (problem) return `assembly must be ${problem}`;
+  const { encoder } = (assembly as Assembly | undefined) ?? backboneOf(sizes);
+  const unrouted = tokenCapacityProblem(tokenCapacity, encoder.length, sourceTokens);
+  if (unrouted) return unrouted;
   if (ffnWidth === undefined || ffnWidth === 1) return null;
   if (!nested) {
     return `ffnWidth must be absent: no feed-forward of this model is nested; \`elastiform modular --nested\` makes them so, got ${JSON.stringify(ffnWidth)}`;

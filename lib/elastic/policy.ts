@@ -1,6 +1,6 @@
 // What is elastic in a model: which sub-layers are routed, by which gates, how capacities map to thresholds, named levels.
 import type { ExpertGate, ExpertRule } from '../graph/index.js';
-import type { Modules } from '../model/parts.js';
+import { isModule, type Modules, partId } from '../model/parts.js';
 import { type Place, type Projection, places, projections } from '../model/select.js';
 import type { Seq2SeqSpec } from '../model/seq2seq_spec.js';
 import type { ModelSpec } from '../model/spec.js';
@@ -115,6 +115,14 @@ export type ModelSizes = Pick<ModelSpec, 'layers' | 'hidden' | 'ffn' | 'gated' |
 export const ownKeysRule = (count: number, kvHeads: number): string | null =>
   count === kvHeads ? null : `'all' where heads share keys: ${count} experts share ${kvHeads}`;
 
+/** Sub-layers of an encoder that tokens of a source enter or skip: those of all its layers and modules. */
+export interface SourceTokens {
+  /** Of the encoder. */
+  readonly layers: number;
+  /** Where there are routers, and the mean capacities that they are trained at. */
+  readonly capacity: Readonly<Partial<Record<Place, Range>>>;
+}
+
 export interface ElasticPolicy {
   version: 1;
   /** The unchanged backbone this policy belongs to. */
@@ -141,6 +149,8 @@ export interface ElasticPolicy {
   exits?: readonly Exit[];
   /** Spans of an encoder-decoder model's layers for which one layer may stand. */
   modules?: Modules;
+  /** Sub-layers of an encoder-decoder model's encoder that tokens of a source enter or skip. */
+  sourceTokens?: SourceTokens;
   /**
    * Corrections of projections by matrices of a rank, which every budget below full has. Of an encoder-decoder model `layers` are all of the
    * decoder, and with them those of the encoder; projections of attention are those of attention to the source, too.
@@ -232,9 +242,35 @@ export function routerPlaces(policy: Routing): RouterPlace[] {
   ).flat();
 }
 
+/** A router of an encoder-decoder model, and the part of the encoder that it is of. */
+export interface SourceRouter {
+  readonly id: string;
+  readonly part: string;
+  readonly axis: Place;
+  readonly outputs: 1;
+}
+
+/** `encoder.layers.2.attn.token`, `encoder.modules.2-3.mlp.token`: the name of a router in files. */
+export const sourceRouterId = (part: string, place: Place): string =>
+  `encoder.${isModule(part) ? 'modules' : 'layers'}.${part}.${place}.token`;
+
+/** Every router of an encoder-decoder model: those of the encoder's layers, then those of its modules. */
+export function sourceRouters({
+  sourceTokens,
+  modules,
+}: Pick<ElasticPolicy, 'sourceTokens' | 'modules'>): SourceRouter[] {
+  if (!sourceTokens) return [];
+  const layers = Array.from({ length: sourceTokens.layers }, (_, i) => String(i));
+  const routed = places.filter((place) => sourceTokens.capacity[place]);
+  return [...layers, ...(modules?.encoder ?? []).map(partId)].flatMap((part) =>
+    routed.map((axis) => ({ id: sourceRouterId(part, axis), part, axis, outputs: 1 as const })),
+  );
+}
+
 /** Everything of a policy that has a weight [outputs, hidden] and a bias: routers in the order of execution, heads of exits. */
-export const headIds = (policy: Routing & Pick<ElasticPolicy, 'exits'>): string[] => [
+export const headIds = (policy: Routing & Pick<ElasticPolicy, 'exits' | 'sourceTokens' | 'modules'>): string[] => [
   ...routerPlaces(policy).map(({ id }) => id),
+  ...sourceRouters(policy).map(({ id }) => id),
   ...(policy.exits ?? []).map(({ afterLayer }) => exitId(afterLayer)),
 ];
 
@@ -265,8 +301,9 @@ export function modulesConflict(
 }
 
 /** Weights and biases of all routers. */
-export function routerParameters(policy: Routing & Pick<ElasticPolicy, 'hidden'>): number {
-  return routerPlaces(policy).reduce((sum, { outputs }) => sum + outputs * (policy.hidden + 1), 0);
+export function routerParameters(policy: Routing & Pick<ElasticPolicy, 'hidden' | 'sourceTokens' | 'modules'>): number {
+  const all = [...routerPlaces(policy), ...sourceRouters(policy)];
+  return all.reduce((sum, { outputs }) => sum + outputs * (policy.hidden + 1), 0);
 }
 
 /** The share of experts that tokens use on the mean when a share is asked for: whole ones, at least one. */

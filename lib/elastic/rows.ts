@@ -190,14 +190,14 @@ function chosenExperts(
 }
 
 /**
- * Top-k routing, for training: of the rows of every segment, or of whole segments among those of the batch. Feeds
+ * Top-k routing, for training, and where sequences are whole when they are run: of the rows of every segment, or of whole segments among those of the batch. Feeds
  * `capacity.<router id>`, f32 [segments] or [1], one per router; with `explore` also `noise.<router id>`, f32 [rows, 1] or
  * [segments, 1], which counts in choosing; `spanFeed`. `routed` fills, in the order of execution, while
  * the decoder is built. A straight-through gate has the value 1 and so needs no operand; its gradient is `topkCredit`'s.
  */
 export function trainingSelector(
   graph: Graph,
-  policy: ElasticPolicy,
+  policy: Omit<Routing, 'layers'> & Pick<ElasticPolicy, 'gate'>,
   routers: (id: string) => RouterNodes,
   segments: Dim | number,
   { explore = false }: { explore?: boolean } = {},

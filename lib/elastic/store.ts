@@ -14,7 +14,15 @@ import { modelCard } from './card.js';
 import { policyFromJson, policyToJson } from './config.js';
 import { exitId } from './exits.js';
 import { type Lora, loraModules, loraOfModules } from './lora.js';
-import { type ElasticPolicy, hasQuantiles, headIds, type Level, type Router, routerPlaces } from './policy.js';
+import {
+  type ElasticPolicy,
+  hasQuantiles,
+  headIds,
+  type Level,
+  type Router,
+  routerPlaces,
+  sourceRouters,
+} from './policy.js';
 
 export const elasticConfigFile = 'elastic_config.json';
 export const routerFile = 'elastic_router.safetensors';
@@ -222,6 +230,10 @@ function readRouters(
       }
     }
     quantiles.set(id, table);
+  }
+  for (const { id, outputs } of sourceRouters(policy)) {
+    const bias = load(`${id}.bias`, [outputs]);
+    routers.set(id, { weight: load(`${id}.weight`, [outputs, policy.hidden]), bias });
   }
   for (const { afterLayer } of policy.exits ?? []) {
     const id = exitId(afterLayer);

@@ -440,7 +440,8 @@ function infoOf(network: AnyNetwork): ModelInfo {
         maxContext,
         weightBytes,
         parameters: seq2seqParameters(spec, head.weight !== embed),
-        ...{ labels: [], elastic: policy !== null, calibrated: policy !== null, routerParameters: 0, adapters: [] },
+        ...{ labels: [], elastic: policy !== null, calibrated: policy !== null, adapters: [] },
+        routerParameters: policy ? routerParameters(policy) : 0,
         levels: policy?.levels ?? [],
         ...(modules && {
           modules: { encoder: modules.encoder.map(partId), decoder: modules.decoder.map(partId) },

@@ -2,7 +2,7 @@
 import type { Graph, Node } from '../graph/graph.js';
 import { type Cache, cacheAppend, linear, scale } from '../graph/index.js';
 import { attentionBlock, type BlockContext, crossAttentionBlock, embed, feedForwardBlock, norm } from './blocks.js';
-import type { DecoderInputs } from './decoder.js';
+import type { Change, DecoderInputs } from './decoder.js';
 import type { EncoderInputs, EncoderOptions } from './encoder.js';
 import type { Stack } from './parts.js';
 import { product, wholeMatrix } from './products.js';
@@ -28,10 +28,15 @@ export type Source =
 
 /** What is selected in a stack, and what training wants of it beside what it gives. */
 export type StackOptions = Pick<EncoderOptions, 'units' | 'recompute'> & {
-  /** Of its layers by their places among those that run; default everything. */
+  /**
+   * Of its layers by their places among those that run; default everything. Rows that it keeps out of a sub-layer, or all where that does not
+   * run, are normalised after it all the same.
+   */
   readonly selector?: Selector;
   /** Filled with the residual stream after each layer, f32 [N, D]. */
   readonly residuals?: Node[];
+  /** Filled with what each attention to itself and feed-forward added to and the sum, before that is normalised, f32 [N, D]. */
+  readonly changes?: Change[];
 };
 
 /** Features of sources, f32 [N, D]. Work is counted under `embed`, `E{layer}.attn`, `E{layer}.mlp`. */
@@ -116,13 +121,15 @@ export function targetLogits(graph: Graph, spec: Seq2SeqSpec, { head }: Seq2SeqN
   return graph.tag('head', () => linear(scale(x, spec.headScale), head.weight, { bias: head.bias }));
 }
 
+type StackContext = BlockContext & Pick<StackOptions, 'changes'>;
+
 const contextOf = (
   graph: Graph,
   spec: ModelSpec,
   bias: Node | undefined,
   { positions, offsets }: Pick<DecoderInputs, 'positions' | 'offsets'>,
-  { units, selector = selectEverything }: Pick<StackOptions, 'units' | 'selector'>,
-): BlockContext => ({ graph, spec, positions, offsets, bias, units, selector, keys: new Map() });
+  { units, changes, selector = selectEverything }: Pick<StackOptions, 'units' | 'changes' | 'selector'>,
+): StackContext => ({ graph, spec, positions, offsets, bias, units, changes, selector, keys: new Map() });
 
 function start(
   graph: Graph,
@@ -149,19 +156,32 @@ interface Place {
 }
 
 function selfAttention(
-  context: BlockContext,
-  { stack, part, i }: Place,
+  context: StackContext,
+  at: Place,
   x: Node,
   layer: LayerWeights<Node>,
   caches?: DecoderInputs['caches'],
 ): Node {
-  return context.graph.tag(seq2seqTag(stack, part, 'attn'), () =>
-    leave(context.spec, attentionBlock(context, i, x, layer, caches && ((parts) => caches(i, parts))), layer.norm1),
+  return subLayer(context, at, 'attn', x, layer.norm1, () =>
+    attentionBlock(context, at.i, x, layer, caches && ((parts) => caches(at.i, parts))),
   );
 }
 
-function feedForward(context: BlockContext, { stack, part, i }: Place, x: Node, layer: LayerWeights<Node>): Node {
-  return context.graph.tag(seq2seqTag(stack, part, 'mlp'), () =>
-    leave(context.spec, feedForwardBlock(context, i, x, layer), layer.norm2),
-  );
+function feedForward(context: StackContext, at: Place, x: Node, layer: LayerWeights<Node>): Node {
+  return subLayer(context, at, 'mlp', x, layer.norm2, () => feedForwardBlock(context, at.i, x, layer));
+}
+
+function subLayer(
+  { graph, spec, selector, changes }: StackContext,
+  { stack, part, i }: Place,
+  place: 'attn' | 'mlp',
+  before: Node,
+  norm: Affine<Node>,
+  build: () => Node,
+): Node {
+  return graph.tag(seq2seqTag(stack, part, place), () => {
+    const after = selector.runs(i, place) ? build() : before;
+    changes?.push({ before, after });
+    return leave(spec, after, norm);
+  });
 }

@@ -14,11 +14,11 @@ import {
   type Modules,
   spansOf,
 } from '../../lib/elastic/modules.js';
-import { elasticConfigFile, manifestFile, readElastic, routerFile, writeLevels } from '../../lib/elastic/store.js';
+import { elasticConfigFile, readElastic, routerFile, writeLevels } from '../../lib/elastic/store.js';
 import { sha256File } from '../../lib/io/files.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { seq2seqModuleSlots } from '../../lib/model/seq2seq_weights.js';
-import { allModules, copiedModules, deepSeq2Seq, halved, modularDirectory, specOf } from '../infer/modules.js';
+import { allModules, copiedModules, deepSeq2Seq, halved, modularDirectory, sealed, specOf } from '../infer/modules.js';
 import { goldenDirectory } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
 
@@ -27,14 +27,6 @@ const refusal = (call: () => Promise<unknown>) =>
     () => null,
     (error: Error & { code: string }) => error,
   );
-
-/** Lists the hash that a file has now. */
-async function sealed(dir: string, name: string): Promise<void> {
-  const path = join(dir, manifestFile);
-  const manifest = JSON.parse(readFileSync(path, 'utf8'));
-  manifest.files[name] = await sha256File(join(dir, name));
-  writeFileSync(path, JSON.stringify(manifest));
-}
 
 const few: Modules = { encoder: spansOf(4, [2]), decoder: spansOf(6, [3, 6]) };
 let base: string;

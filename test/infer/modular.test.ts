@@ -391,7 +391,7 @@ describe('budgets', () => {
     expect(at({ spec: { assembly: { encoder, decoder: ['0-2', '2-3', '4-5'] } } })).toThrow(/has an overlap: 2-3/);
     expect(at({ spec: { assembly: { encoder, decoder: ['0-3', '4-5'] } } })).toThrow(/0-3, which the model lacks/);
     expect(at({ spec: { ffnWidth: 0.5 } })).toThrow(/ffnWidth must be absent: no feed-forward of this model is nested/);
-    expect(at({ spec: { exit: true } })).toThrow(/has the settings assembly, ffnWidth, got 'exit'/);
+    expect(at({ spec: { exit: true } })).toThrow(/has the settings assembly, ffnWidth, tokenCapacity, got 'exit'/);
     expect(at('slow')).toThrow(/no level is named 'slow'; there are full/);
     expect(at(0)).toThrow(/must be in \(0, 1\], got 0/);
     expect(at({ latencyMs: 5 })).toThrow(/needs times measured on this device/);

@@ -5,8 +5,9 @@ import { type TrainedModules, writeModules } from '../../lib/elastic/elastify.js
 import { mergedLora } from '../../lib/elastic/lora.js';
 import { type Modules, type Span, type Stack, spansOf } from '../../lib/elastic/modules.js';
 import type { Nested } from '../../lib/elastic/nested.js';
-import type { Level } from '../../lib/elastic/policy.js';
-import { editJson } from '../../lib/io/files.js';
+import { type Level, type SourceTokens, sourceRouters } from '../../lib/elastic/policy.js';
+import { manifestFile } from '../../lib/elastic/store.js';
+import { editJson, sha256File } from '../../lib/io/files.js';
 import { toBf16 } from '../../lib/io/rounding.js';
 import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
 import { copyCheckpoint } from '../../lib/io/slices.js';
@@ -146,12 +147,26 @@ export function allModules(spec: Seq2SeqSpec): Modules {
   return { encoder: of('encoder'), decoder: of('decoder') };
 }
 
+/** Routers of tokens with different scores, for all layers and such modules of an encoder. */
+export function someRouting(
+  spec: Seq2SeqSpec,
+  modules: Modules,
+  capacity: SourceTokens['capacity'] = { attn: [0.3, 1], mlp: [0.3, 1] },
+): NonNullable<TrainedModules['routing']> {
+  const sourceTokens = { layers: spec.encoder.layers, capacity };
+  const routers = sourceRouters({ sourceTokens, modules }).map(({ id }, router) => {
+    const weight = Float32Array.from({ length: spec.encoder.hidden }, (_, i) => Math.sin((router + 2) * (i + 1)));
+    return [id, { weight, bias: Float32Array.of(0.1 * router) }] as const;
+  });
+  return { capacity, routers: new Map(routers) };
+}
+
 /** An elastic directory with such modules over a deepened golden model. */
 export async function modularDirectory(
   name: string,
   levels: readonly Level[] = [],
   stored: (base: string) => Promise<string> = async (base) => base,
-  more: (base: string) => Pick<TrainedModules, 'nested' | 'lora'> = () => ({}),
+  more: (base: string) => Pick<TrainedModules, 'nested' | 'lora' | 'routing'> = () => ({}),
 ): Promise<{ dir: string; base: string }> {
   const base = await stored(await deepSeq2Seq(name));
   const spec = allModules(specOf(base));
@@ -208,4 +223,12 @@ export async function halved(from: string): Promise<string> {
   });
   await writeSafetensors(join(out, 'model.safetensors'), Object.fromEntries(tensors));
   return out;
+}
+
+/** Lists the hash that a file has now. */
+export async function sealed(dir: string, name: string): Promise<void> {
+  const path = join(dir, manifestFile);
+  const manifest = JSON.parse(readFileSync(path, 'utf8'));
+  manifest.files[name] = await sha256File(join(dir, name));
+  writeFileSync(path, JSON.stringify(manifest));
 }

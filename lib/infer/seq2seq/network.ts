@@ -8,8 +8,10 @@ import { assemblyText, backboneOf } from '../../elastic/modules.js';
 import { oneWidth, sharedWidth } from '../../elastic/nested.js';
 import type { ElasticPolicy } from '../../elastic/policy.js';
 import { type MeasuredOn, Profiles } from '../../elastic/profile.js';
+import { routerNodes } from '../../elastic/rows.js';
+import { type SourceCapacities, sourceCapacities, sourceSelector } from '../../elastic/source_routing.js';
 import { readElastic, routerFile } from '../../elastic/store.js';
-import type { Graph } from '../../graph/index.js';
+import type { Dim, Graph } from '../../graph/index.js';
 import { readJson } from '../../io/files.js';
 import { Checkpoint, openSafetensors } from '../../io/safetensors.js';
 import { loadTokenizer, type Tokenizer } from '../../io/tokenizer.js';
@@ -31,7 +33,14 @@ import {
 import { InvalidArgumentError } from '../../native/errors.js';
 import { Engine, loadAddon, type Tensor } from '../../native/index.js';
 import { measuredOn } from '../machine.js';
-import { checkContext, defaultContext, defaultSequences, type ModelStart } from '../network.js';
+import {
+  checkContext,
+  defaultContext,
+  defaultSequences,
+  type ModelStart,
+  type RouterTensors,
+  routerTensors,
+} from '../network.js';
 import { owning } from '../owning.js';
 import type { LoadOptions } from '../types.js';
 import { type WritingSettings, writingSettings } from './writing.js';
@@ -46,6 +55,8 @@ export interface Seq2SeqNetwork {
   readonly weights: Seq2SeqTensors;
   /** Of modules; none in a plain model. */
   readonly modules: ModuleWeights<Tensor>;
+  /** Of the encoder's tokens, by their ids; none in a plain model. */
+  readonly routers: ReadonlyMap<string, RouterTensors>;
   readonly policy: ElasticPolicy | null;
   /** Corrections of its own layers, in use at every budget but the full one. */
   readonly lora: LoraTensors | null;
@@ -70,37 +81,41 @@ export interface Seq2SeqNetwork {
 
 /** What runs of a model: all of it, or an assembly of parts, of which some of their units. */
 export interface Assembled {
-  /** Equal ones run together. */
+  /** Equal ones run together: in the decoder, and if `sourceKey` of their capacities is equal, too, in the encoder. */
   readonly key: string;
   /** Equal ones have one program of each kind, which takes the values of dims at each run. */
   readonly program: string;
+  /** Of the encoder's tokens. */
+  readonly capacities: SourceCapacities;
   readonly dims: Readonly<Record<string, number>>;
-  /** The weights of a program, and what is selected in its stacks. */
+  /** The weights of a program, and what is selected in its stacks, if it reads so many sources. */
   bind(graph: Graph): Seq2SeqNodes;
-  select(graph: Graph): Readonly<Record<Stack, Selector>>;
+  select(graph: Graph, sources: Dim): Readonly<Record<Stack, Selector>>;
   readonly flops: Seq2SeqFlops;
 }
 
 /** @param settings of an operating point; none: the whole model */
-export function assembledOf(
-  { spec, weights, modules, policy, lora }: Seq2SeqNetwork,
-  settings: ElasticSpec,
-): Assembled {
+export function assembledOf(network: Seq2SeqNetwork, settings: ElasticSpec): Assembled {
+  const { spec, weights, modules, routers, policy, lora } = network;
   const { ffn } = spec.decoder;
   const full = Object.keys(settings).length === 0;
   const assembly = settings.assembly ?? backboneOf(spec);
+  const capacities = sourceCapacities(assembly.encoder.length, settings.tokenCapacity);
+  const { tokenCapacity: _, ...others } = settings;
+  const program = full ? 'full' : assemblyText(assembly);
   return {
-    key: JSON.stringify(settings),
-    program: full ? 'full' : assemblyText(assembly),
+    key: `${program} ${JSON.stringify(others)}`,
+    ...{ program, capacities },
     dims: policy?.nested ? { [sharedWidth]: unitsAt(settings, spec, policy) } : {},
     bind(graph) {
       if (full) return bindSeq2Seq(graph, weights);
       const nodes = bindSeq2Seq(graph, assembled(weights, modules, assembly));
       return lora ? corrected(nodes, lora.whole(graph)) : nodes;
     },
-    select(graph) {
-      const selector = { ...selectEverything, ...(policy?.nested && { width: oneWidth(graph, ffn) }) };
-      return { encoder: selector, decoder: selector };
+    select(graph, sources) {
+      const width = policy?.nested ? { width: oneWidth(graph, ffn) } : {};
+      const rows = sourceSelector(graph, assembly.encoder, capacities, routerNodes(graph, routers), sources);
+      return { encoder: { ...rows, ...width }, decoder: { ...selectEverything, ...width } };
     },
     flops: flopsAt(spec, settings, policy),
   };
@@ -149,6 +164,9 @@ export async function loadSeq2Seq(
     const none = { weights: { encoder: new Map(), decoder: new Map() }, bytes: 0 };
     const modules = elastic ? own(loadModules(dir, spec, elastic.policy, options.dtype)) : none;
     const lora = elastic?.lora ? own(new LoraTensors(elastic.lora)) : null;
+    const routers = new Map(
+      [...(elastic?.routers ?? [])].map(([id, router]) => [id, routerTensors(router, spec.encoder.hidden, own)]),
+    );
     progress(2);
     const has = (name: string) => existsSync(join(dir, name));
     const sourceTokenizer = has('tokenizer.json') ? await loadTokenizer(dir) : null;
@@ -157,15 +175,8 @@ export async function loadSeq2Seq(
     if (options.threads !== undefined) loadAddon().setThreads(options.threads);
     const engine = own(new Engine(options.device, { activations: options.activations, weights: loaded.dtype }));
     return {
-      ...{
-        dir,
-        spec,
-        engine,
-        weights: loaded.weights,
-        modules: modules.weights,
-        policy: elastic?.policy ?? null,
-        lora,
-      },
+      ...{ dir, spec, engine, weights: loaded.weights, modules: modules.weights, routers, lora },
+      policy: elastic?.policy ?? null,
       ...{ weightBytes: loaded.bytes + modules.bytes, settings },
       profiles: await Profiles.read(dir, elastic?.policy.base.weightsSha256, `elastiform assemble ${dir} --record`),
       measuredOn: () => measuredOn(engine, loaded.dtype),

@@ -1,5 +1,6 @@
 // Runs what generations of an encoder-decoder model want next, packed into common runs, in turns.
 import { setImmediate } from 'node:timers/promises';
+import { sourceCapacityFeeds, sourceKey } from '../../elastic/source_routing.js';
 import { Graph, KeptPrograms, Program, type RunResult, sample } from '../../graph/index.js';
 import { cacheSource, decodeTarget, encodeSource, targetLogits } from '../../model/seq2seq.js';
 import { DisposedError, InvalidArgumentError } from '../../native/errors.js';
@@ -247,10 +248,13 @@ export class Seq2SeqRunner implements Disposable {
   /** Of one kind the oldest work, and what of the same settings fits its run. */
   #choose(kind: Work['kind']): Pending<Work, Ran<RowResult>>[] {
     let left = kind === 'source' ? this.#sourceRows() : this.#network.maxSequences;
-    const oldest = this.#work.find(({ asked }) => asked.kind === kind)?.asked.model.key;
+    const keyOf = ({ model: { key, capacities } }: Work) =>
+      kind === 'source' ? `${key} ${sourceKey(capacities)}` : key;
+    const first = this.#work.find(({ asked }) => asked.kind === kind);
+    const oldest = first && keyOf(first.asked);
     const chosen = this.#work.filter(({ asked }) => {
       const rows = asked.kind === 'source' ? asked.ids.length : asked.rows.length;
-      if (asked.kind !== kind || asked.model.key !== oldest || rows > left) return false;
+      if (asked.kind !== kind || keyOf(asked) !== oldest || rows > left) return false;
       left -= rows;
       return true;
     });
@@ -302,6 +306,7 @@ export class Seq2SeqRunner implements Disposable {
         positions: Int32Array.from(works.flatMap(({ ids }) => [...ids.keys()])),
         offsets,
         slots: Int32Array.from(works, ({ slot }) => slot),
+        ...sourceCapacityFeeds(works.map(({ model }) => model.capacities)),
       },
       signal,
     });
@@ -351,16 +356,16 @@ export class Seq2SeqRunner implements Disposable {
    * `source`: appends keys and values of sources. `sampled`, `logits`: one row for each of some targets, and a token or the
    * logits after it. Layers of an assembly have the caches of as many first ones.
    */
-  #program(kind: Work['kind'], { program, bind, select }: Assembled): Program {
+  #program(kind: Work['kind'], { program, capacities, bind, select }: Assembled): Program {
     const { maxSequences, spec } = this.#network;
-    return this.#programs.get(`${kind} ${program}`, () => {
+    const sources = kind === 'source';
+    return this.#programs.get(`${kind} ${program}${sources ? ` ${sourceKey(capacities)}` : ''}`, () => {
       const graph = new Graph();
       const nodes = bind(graph);
-      const selectors = select(graph);
       const keys = this.#bound();
-      const sources = kind === 'source';
       const rows = graph.dim('rows', sources ? this.#sourceRows() : maxSequences);
       const segments = sources ? graph.dim('segments', maxSequences) : rows;
+      const selectors = select(graph, segments);
       const feed = (name: string, size = rows) => graph.feed(name, 'i32', [size]);
       const inputs = {
         ...{ ids: feed('ids'), positions: feed('positions') },
