@@ -69,6 +69,8 @@ export const inspect: Command = {
                 ],
               ]
             : []),
+          ...elasticParts(policy).map((part) => ['elastic', part]),
+          ...(policy?.lora ? [['corrections', `rank ${policy.lora.rank} of ${policy.lora.targets.join(', ')}`]] : []),
           ['search', settings.beams > 1 ? `${settings.beams} beams` : 'greedy'],
         ]).replaceAll(/(?<=\S) {2,}/g, '  '),
       );

@@ -51,6 +51,9 @@ it('trains corrections and nested feed-forwards with them, which budgets then ru
   expect(outcome.stdout).toMatch(/^1\+1 .*encoder=0-3;decoder=0-3;ffn=0\.5$/m);
   const config = json(await run('inspect', out, '--json'));
   expect(config).toMatchObject({ modules: { decoder: ['0-1', '2-3', '0-3'] } });
+  const inspected = (await run('inspect', out)).stdout;
+  expect(inspected).toMatch(/^elastic +feed-forwards nested at 50\.0 %, 100\.0 %$/m);
+  expect(inspected).toMatch(/^corrections +rank 2 of q, v$/m);
   const budget = 'encoder=0-1,2,3;decoder=0,1,2-3;ffn=0.5';
   const written = await run('generate', out, '--prompt', 'a b c', '--max-tokens', '4', '--budget', budget, '--json');
   expect(json(written)).toMatchObject({

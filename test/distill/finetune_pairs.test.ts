@@ -66,7 +66,7 @@ test('stopped and started again, it ends at the same bits', async () => {
 });
 
 test('T5 learns from a directory, its table of distances stays, and targets may have a tokenizer of their own', async () => {
-  const from = await zeroBiased('t5-gated', join(root, 't5-gated'));
+  const from = await zeroBiased(seq2seqDirectory('t5-gated'), join(root, 't5-gated'));
   const data = { kind: 'examples', examples: reversals(40, 5) } as const;
   const result = await finetune({
     ...{ from, out: join(root, 't5-out'), data, evalData: data, steps: 60, sequenceLength: 12, device: 'cpu' },

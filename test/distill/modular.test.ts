@@ -13,14 +13,15 @@ import type { Budget } from '../../lib/elastic/budget.js';
 import { type Assembly, assemblyProblem, ladder, type Modules, spansOf } from '../../lib/elastic/modules.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import { finetune, InvalidArgumentError, type ModularConfig, modular, type TrainEvent } from '../../lib/index.js';
-import { loadModel } from '../../lib/infer/model.js';
+import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import { logSoftmax } from '../../lib/infer/seq2seq/writing.js';
 import { sha256File } from '../../lib/io/files.js';
 import { Checkpoint } from '../../lib/io/safetensors.js';
 import { loadSeq2SeqWeights } from '../../lib/model/seq2seq_weights.js';
 import { Engine, loadAddon } from '../../lib/native/index.js';
+import { deepSeq2Seq, writeNarrow } from '../infer/modules.js';
 import { temporaryDirectory } from '../temporary.js';
-import { reversals, smallModel, writeLetters } from './pairs.js';
+import { reversals, smallModel, writeLetters, zeroBiased } from './pairs.js';
 
 const root = temporaryDirectory();
 const base = join(root, 'base');
@@ -309,6 +310,21 @@ test('modules learn to replace layers, the model stays as it is, and what is wri
   expect(readFileSync(join(result.dir, 'metrics.jsonl'), 'utf8')).toContain('"attention":');
 });
 
+/** Cross-entropy of the targets of held-out examples as a model writes them at a budget, token by token. */
+async function lossOf(model: ElasticModel, budget: Budget): Promise<number> {
+  const { tokenizer, sourceTokenizer, settings, spec } = model.seq2seq.network;
+  const { vocab } = spec.decoder;
+  let [loss, tokens] = [0, 0];
+  for (const { text, label } of evalData.examples) {
+    const target = tokenizer!.encode(label);
+    const read = [settings.startId, ...target.slice(0, -1)];
+    const logits = await model.seq2seq.logits(sourceTokenizer!.encode(text), read, { budget });
+    for (const [i, id] of target.entries()) loss -= logSoftmax(logits.subarray(i * vocab, (i + 1) * vocab))[id];
+    tokens += target.length;
+  }
+  return loss / tokens;
+}
+
 test('with corrections and widths, what is written is what was measured', async () => {
   const nested = { granularities: [0.5, 1] };
   const events: TrainEvent[] = [];
@@ -330,22 +346,6 @@ test('with corrections and widths, what is written is what was measured', async 
   expect(policy.base.name).toBe('base');
   await using model = await loadModel(dir);
   await using plain = await loadModel(base);
-  const { tokenizer, sourceTokenizer, settings } = model.seq2seq.network;
-  const some = evalData.examples.map(({ text, label }) => ({
-    source: sourceTokenizer!.encode(text),
-    target: tokenizer!.encode(label),
-  }));
-  const lossOf = async (one: typeof model, budget: Budget) => {
-    let [loss, tokens] = [0, 0];
-    for (const { source, target } of some) {
-      const read = [settings.startId, ...target.slice(0, -1)];
-      const logits = await one.seq2seq.logits(source, read, { budget });
-      const { vocab } = one.seq2seq.network.spec.decoder;
-      for (const [i, id] of target.entries()) loss -= logSoftmax(logits.subarray(i * vocab, (i + 1) * vocab))[id];
-      tokens += target.length;
-    }
-    return loss / tokens;
-  };
   expect(await lossOf(plain, 'full')).toBeCloseTo(assemblies![0].loss, 4);
   const settingsOf = assemblies!.map(({ assembly, ffnWidth }) => ({ assembly, ...(ffnWidth && { ffnWidth }) }));
   expect(settingsOf.filter(({ ffnWidth }) => ffnWidth === 0.5)).toHaveLength(settingsOf.length / 2);
@@ -355,6 +355,24 @@ test('with corrections and widths, what is written is what was measured', async 
       4,
     );
   }
+});
+
+test.each(['bart', 'marian', 't5', 't5-gated'])('of any family learn with corrections and widths: %s', async (name) => {
+  const deep = await deepSeq2Seq(name, { encoder: 2, decoder: 4 });
+  const even = await writeNarrow(await zeroBiased(deep, join(root, `${name}-zero`)), temporaryDirectory(), 32);
+  const { dir, assemblies } = await modular({
+    ...{ ...common, from: even, out: join(root, `${name}-modules`), data, evalData, granularities: [2], steps: 6 },
+    ...{ evalEvery: 6, optimizer: { lr: 1e-2 }, lora: { rank: 3 }, nested: { granularities: [0.25, 0.5, 1] } },
+  });
+  await using model = await loadModel(dir);
+  await using whole = await loadModel(even);
+  expect(assemblies!.map(({ ffnWidth }) => ffnWidth)).toEqual(assemblies!.map((_, i) => [undefined, 0.5, 0.25][i % 3]));
+  expect(await lossOf(whole, 'full')).toBeCloseTo(assemblies![0].loss, 4);
+  for (const { assembly, ffnWidth, loss } of assemblies!) {
+    const spec = { assembly, ...(ffnWidth && { ffnWidth }) };
+    expect(await lossOf(model, { spec }), JSON.stringify(spec)).toBeCloseTo(loss, 3);
+  }
+  expect(new Set(assemblies!.map(({ divergence }) => divergence)).size).toBe(assemblies!.length);
 });
 
 test('stopped and started again, on another number of threads, it ends at the same bits', async () => {

@@ -3,7 +3,6 @@ import { cpSync, mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Random } from '../../lib/distill/random.js';
 import { openSafetensors, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
-import { seq2seqDirectory } from '../model/golden.js';
 
 const letters = [...'abcdefgh'];
 const vocabulary = ['<s>', '<pad>', '</s>', '<unk>', ...letters];
@@ -60,11 +59,11 @@ export const smallModel = (more: Record<string, unknown> = {}): Record<string, u
   ...{ scale_embedding: true, bos_token_id: 0, pad_token_id: 1, ...more },
 });
 
-/** A golden model whose head has no bias, with a tokenizer, which such models lack. */
-export async function zeroBiased(name: string, dir: string): Promise<string> {
-  cpSync(seq2seqDirectory(name), dir, { recursive: true });
+/** The model of a directory with a head without bias, and with a tokenizer, which golden models lack. */
+export async function zeroBiased(from: string, dir: string): Promise<string> {
+  cpSync(from, dir, { recursive: true });
   writeLetters(dir);
-  using file = openSafetensors(join(seq2seqDirectory(name), 'model.safetensors'));
+  using file = openSafetensors(join(from, 'model.safetensors'));
   const tensors = file.names().map((tensor): [string, TensorData] => {
     const values = file.tensor(tensor);
     const data = tensor === 'final_logits_bias' ? new Float32Array(values.size) : values.readFloat();

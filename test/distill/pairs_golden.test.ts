@@ -18,7 +18,11 @@ describe.each(['bart', 'mbart', 'marian', 't5', 't5-gated'])('%s', (name) => {
     const golden = readVectors(join(seq2seqDirectory(name), 'training.safetensors'));
     const labels = [[10, 4, 2], [3, 17, 5, 22, 9, 12, 8, 2], [2]];
     const { sources } = readSeq2SeqCases(name);
-    const model = await openSeq2Seq('finetune', { from: await zeroBiased(name, join(root, name)) }, 0);
+    const model = await openSeq2Seq(
+      'finetune',
+      { from: await zeroBiased(seq2seqDirectory(name), join(root, name)) },
+      0,
+    );
     using engine = new Engine();
     const plan = trainedPlan(model);
     using trainable = new Trainable(plan);
