@@ -2,8 +2,16 @@
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it, test } from 'vitest';
+import { BadRows, readExamples } from '../../lib/distill/encoder/examples.js';
+import { Random } from '../../lib/distill/random.js';
+import { encodePairs } from '../../lib/distill/seq2seq/finetune.js';
+import { BiasedHead, openSeq2Seq, pairProgram, pairRun, trainedPlan } from '../../lib/distill/seq2seq/model.js';
+import { Trainable } from '../../lib/distill/trainable.js';
 import { type FinetuneConfig, finetune, InvalidArgumentError, loadModel, type TrainEvent } from '../../lib/index.js';
+import { logSoftmax } from '../../lib/infer/seq2seq/writing.js';
 import { sha256File } from '../../lib/io/files.js';
+import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
+import { Engine } from '../../lib/native/index.js';
 import { largestDifference, readVectors, seq2seqDirectory } from '../model/golden.js';
 import { temporaryDirectory } from '../temporary.js';
 import { reversals, smallModel, writeLetters, zeroBiased } from './pairs.js';
@@ -123,13 +131,96 @@ describe('input', () => {
     await expect(attempt).rejects.toThrow(message);
   });
 
-  it('refuses a head that has a bias', async () => {
-    const from = join(root, 'biased');
-    cpSync(seq2seqDirectory('bart'), from, { recursive: true });
-    writeLetters(from);
-    const data = { kind: 'examples', examples: reversals(2, 1) } as const;
-    await expect(finetune({ from, out: join(root, 'refused'), data, steps: 1 })).rejects.toThrow(
-      'final_logits_bias must be 0',
-    );
+  it('refuses a bias of the head that is not finite', async () => {
+    const from = await biasedDirectory('not-finite', (bias) => bias.fill(Number.NaN, 0, 1));
+    const attempt = finetune({ from, out: join(root, 'refused'), data: biasedData, steps: 1 });
+    await expect(attempt).rejects.toThrow('final_logits_bias must be 26 finite numbers');
+  });
+});
+
+const biasedData = { kind: 'examples', examples: reversals(24, 5) } as const;
+
+/** BART with a tokenizer, and a bias of its head that was changed. */
+async function biasedDirectory(name: string, change: (bias: Float32Array) => unknown): Promise<string> {
+  const dir = join(root, name);
+  cpSync(seq2seqDirectory('bart'), dir, { recursive: true });
+  writeLetters(dir);
+  const file = Checkpoint.open(dir);
+  const tensors = file.names().map((tensor): [string, TensorData] => {
+    const stored = file.tensor(tensor);
+    const data = stored.readFloat();
+    if (tensor === 'final_logits_bias') change(data);
+    return [tensor, { dtype: 'f32', shape: [...stored.shape], data }];
+  });
+  file.dispose();
+  await writeSafetensors(join(dir, 'model.safetensors'), Object.fromEntries(tensors));
+  return dir;
+}
+
+describe('a head with a bias', () => {
+  it('is trained with it: the loss is that of the model at work, and the bias stays', async () => {
+    const from = await biasedDirectory('biased', (bias) => bias.set(bias.map((_, id) => Math.sin(id))));
+    const losses: number[] = [];
+    const out = join(root, 'biased-trained');
+    await finetune({
+      ...{ from, out, data: biasedData, evalData: biasedData, steps: 20, evalEvery: 20, device: 'cpu', seed: 1 },
+      ...{ sequenceLength: 12, optimizer: { lr: 3e-3 } },
+      onEvent: (event) => void (event.type === 'eval' && losses.push(event.levels['held-out'].loss)),
+    });
+    const atWork = async (dir: string) => {
+      await using model = await loadModel(dir);
+      const { tokenizer, settings, spec } = model.seq2seq.network;
+      const { vocab } = spec.decoder;
+      let [loss, tokens] = [0, 0];
+      for (const { text, label } of biasedData.examples) {
+        const target = tokenizer!.encode(label);
+        const read = [settings.startId, ...target.slice(0, -1)];
+        const logits = await model.seq2seq.logits(tokenizer!.encode(text), read, { budget: 'full' });
+        for (const [i, id] of target.entries()) loss -= logSoftmax(logits.subarray(i * vocab, (i + 1) * vocab))[id];
+        tokens += target.length;
+      }
+      return loss / tokens;
+    };
+    expect(losses[0]).toBeCloseTo(await atWork(from), 4);
+    expect(losses.at(-1)).toBeCloseTo(await atWork(out), 4);
+    expect(losses.at(-1)).toBeLessThan(0.8 * losses[0]);
+    using file = Checkpoint.open(out);
+    const bias = file.tensor('final_logits_bias');
+    expect([bias.shape, [...bias.readFloat()]]).toEqual([
+      [1, 26],
+      Array.from({ length: 26 }, (_, id) => Math.fround(Math.sin(id))),
+    ]);
+  });
+
+  it('has the gradients that the loss has, also of the embedding, which its matrix is', async () => {
+    const model = await openSeq2Seq('finetune', { from: join(root, 'biased') }, 0);
+    const bad = new BadRows('finetune', false);
+    const rows = { train: await readExamples(biasedData, bad), heldOut: null };
+    const { data } = await encodePairs('finetune', { sequenceLength: 12 }, rows, model, bad);
+    const { batch } = data.next({ epoch: 0, segment: 0 }, 64, null);
+    using engine = new Engine('cpu');
+    const plan = trainedPlan(model);
+    using trainable = new Trainable(plan);
+    const start = model.weights.slice();
+    trainable.params.write(start);
+    using biased = new BiasedHead(model.headBias!, model.spec.decoder.hidden);
+    using program = pairProgram(model, trainable, engine, { batchTokens: 64, train: true, biased });
+    const run = async () => (await program.run(pairRun(batch, 1 / batch.target.targets.length))).outputs.loss[0];
+    await run();
+    const gradients = trainable.grads.readFloat();
+    const random = new Random(2, 'direction');
+    for (const part of [/^embed$/, /^decoder\.layers/, /^encoder\.layers/]) {
+      const direction = new Float32Array(plan.size);
+      for (const { offset, size } of plan.parameters.filter(({ name }) => part.test(name)))
+        for (let i = offset; i < offset + size; i++) direction[i] = random.normal();
+      const lossAt = async (step: number) => {
+        trainable.params.write(start.map((x, i) => x + step * direction[i]));
+        return run();
+      };
+      const step = 1e-3;
+      const measured = ((await lossAt(step)) - (await lossAt(-step))) / (2 * step);
+      const expected = gradients.reduce((total, g, i) => total + g * direction[i], 0);
+      expect(Math.abs(measured - expected) / Math.abs(expected), `${part}`).toBeLessThan(0.02);
+    }
   });
 });

@@ -21,7 +21,7 @@ import { loadSeq2SeqWeights } from '../../lib/model/seq2seq_weights.js';
 import { Engine, loadAddon } from '../../lib/native/index.js';
 import { deepSeq2Seq, writeNarrow } from '../infer/modules.js';
 import { temporaryDirectory } from '../temporary.js';
-import { reversals, smallModel, writeLetters, zeroBiased } from './pairs.js';
+import { reversals, smallModel, writeLetters } from './pairs.js';
 
 const root = temporaryDirectory();
 const base = join(root, 'base');
@@ -359,7 +359,8 @@ test('with corrections and widths, what is written is what was measured', async 
 
 test.each(['bart', 'marian', 't5', 't5-gated'])('of any family learn with corrections and widths: %s', async (name) => {
   const deep = await deepSeq2Seq(name, { encoder: 2, decoder: 4 });
-  const even = await writeNarrow(await zeroBiased(deep, join(root, `${name}-zero`)), temporaryDirectory(), 32);
+  // The heads of BART and Marian have a bias.
+  const even = writeLetters(await writeNarrow(deep, temporaryDirectory(), 32));
   const { dir, assemblies } = await modular({
     ...{ ...common, from: even, out: join(root, `${name}-modules`), data, evalData, granularities: [2], steps: 6 },
     ...{ evalEvery: 6, optimizer: { lr: 1e-2 }, lora: { rank: 3 }, nested: { granularities: [0.25, 0.5, 1] } },

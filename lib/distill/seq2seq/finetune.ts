@@ -13,6 +13,7 @@ import type { TrainConfig, TrainResult } from '../events.js';
 import { Trainable } from '../trainable.js';
 import { type ResolvedConfig, resolveConfig, type Task, train } from '../trainer.js';
 import {
+  BiasedHead,
   openSeq2Seq,
   pairProgram,
   pairRun,
@@ -67,8 +68,9 @@ export async function finetunePairs(
   trainable.params.write(initial);
   const { batchTokens } = resolved;
   const recompute = config.gradCheckpointing ?? false;
-  using step = pairProgram(model, trainable, engine, { batchTokens, train: true, recompute });
-  using measure = pairProgram(model, trainable, engine, { batchTokens, train: false });
+  using biased = model.headBias && new BiasedHead(model.headBias, model.spec.decoder.hidden);
+  using step = pairProgram(model, trainable, engine, { batchTokens, train: true, recompute, biased });
+  using measure = pairProgram(model, trainable, engine, { batchTokens, train: false, biased });
   const task: Task<PairBatch> = {
     api: 'finetune',
     engine,

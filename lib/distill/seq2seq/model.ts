@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { elasticConfigFile } from '../../elastic/store.js';
-import { crossEntropy, dot, Graph, type Node, Program, scale } from '../../graph/index.js';
+import { crossEntropy, dot, Graph, linear, linearAdd, type Node, Program, scale } from '../../graph/index.js';
 import { targetTokenizer } from '../../infer/seq2seq/network.js';
 import { writingSettings } from '../../infer/seq2seq/writing.js';
 import { copyTokenizer, writeCheckpoint } from '../../io/directory.js';
@@ -14,9 +14,9 @@ import { Config, floatFields } from '../../model/config.js';
 import { decodeTarget, encodeSource } from '../../model/seq2seq.js';
 import { type Seq2SeqSpec, seq2seqSpecFromConfig } from '../../model/seq2seq_spec.js';
 import { type Seq2SeqNodes, seq2seqByName, seq2seqSlots } from '../../model/seq2seq_weights.js';
-import { exportSlots, initialise, type ParameterPlan, planOf, storedValues } from '../../model/weights.js';
+import { type Affine, exportSlots, initialise, type ParameterPlan, planOf, storedValues } from '../../model/weights.js';
 import { InvalidArgumentError, InvalidFileError } from '../../native/errors.js';
-import type { Engine } from '../../native/index.js';
+import { type Engine, Tensor } from '../../native/index.js';
 import { batchInputs, batchRun } from '../batches.js';
 import { Random } from '../random.js';
 import type { Trainable } from '../trainable.js';
@@ -36,6 +36,8 @@ export interface TrainedSeq2Seq {
   readonly ownHead: boolean;
   /** `[planOf(seq2seqSlots(spec, ownHead)).size]` */
   readonly weights: Float32Array;
+  /** Added to logits, f32 [vocab]; it stays as it is, and is null where it is 0. */
+  readonly headBias: Float32Array | null;
   readonly tokens: PairTokens;
   /** Of the checkpoint that it starts from; null: of none. */
   readonly sha256: string | null;
@@ -58,7 +60,7 @@ export const trainedPlan = ({ spec, ownHead }: Pick<TrainedSeq2Seq, 'spec' | 'ow
  * Opens what training starts from. Weights from scratch are random by the seed.
  *
  * @throws InvalidFileError for files that are missing or do not fit, InvalidArgumentError for a model that cannot be trained:
- *   from scratch one with distances (T5), one with modules, one whose head has a bias.
+ *   from scratch one with distances (T5), one with modules.
  */
 export async function openSeq2Seq(api: string, start: Seq2SeqStart, seed: number): Promise<TrainedSeq2Seq> {
   const scratch = 'model' in start;
@@ -89,15 +91,10 @@ export async function openSeq2Seq(api: string, start: Seq2SeqStart, seed: number
 
   using checkpoint = scratch ? null : Checkpoint.open(start.from);
   const ownHead = spec.decoder.family === 't5' && (checkpoint?.has('lm_head.weight') ?? false);
-  if (
-    checkpoint?.has('final_logits_bias') &&
-    checkpoint
-      .tensor('final_logits_bias')
-      .readFloat()
-      .some((x) => x !== 0)
-  ) {
-    throw new InvalidArgumentError(
-      `[${api}] ${sourceDir}: final_logits_bias must be 0 where a model is trained, and it is not`,
+  const bias = checkpoint?.has('final_logits_bias') ? checkpoint.tensor('final_logits_bias').readFloat() : null;
+  if (bias && (bias.length !== vocab || !bias.every(Number.isFinite))) {
+    throw new InvalidFileError(
+      `[weights] ${sourceDir}: final_logits_bias must be ${vocab} finite numbers where a model is trained, got ${bias.length}`,
     );
   }
   const slots = seq2seqSlots(spec, ownHead);
@@ -117,7 +114,8 @@ export async function openSeq2Seq(api: string, start: Seq2SeqStart, seed: number
     }
   }
   return {
-    ...{ spec, ownHead, weights, config: read?.text ?? jsonWithFloats(json, floatFields) },
+    ...{ spec, ownHead, weights, headBias: bias?.some((x) => x !== 0) ? bias : null },
+    ...{ config: read?.text ?? jsonWithFloats(json, floatFields) },
     tokens: { source, target, startId, endIds },
     sha256: (await checkpoint?.sha256()) ?? null,
   };
@@ -146,7 +144,7 @@ function completeConfig(
 /** Writes a directory that transformers reads, with what `start` has beside weights. @param weights all, as `TrainedSeq2Seq` */
 export async function writeSeq2Seq(
   out: string,
-  { spec, ownHead, config }: Pick<TrainedSeq2Seq, 'spec' | 'ownHead' | 'config'>,
+  { spec, ownHead, headBias, config }: Pick<TrainedSeq2Seq, 'spec' | 'ownHead' | 'headBias' | 'config'>,
   weights: Float32Array,
   start: Seq2SeqStart,
   saveAs?: 'f32' | 'bf16',
@@ -161,7 +159,9 @@ export async function writeSeq2Seq(
   } else if (start.targetTokenizer !== undefined) {
     await copy(join(start.targetTokenizer, 'tokenizer.json'), targetTokenizer);
   }
-  await writeCheckpoint(out, config, exportSlots(spec.decoder, seq2seqSlots(spec, ownHead), weights), saveAs);
+  const tensors = exportSlots(spec.decoder, seq2seqSlots(spec, ownHead), weights);
+  if (headBias) tensors.final_logits_bias = { dtype: 'f32', shape: [1, headBias.length], data: headBias };
+  await writeCheckpoint(out, config, tensors, saveAs);
 }
 
 /** Declares dims and feeds of a batch of pairs, of which both sides together have at most `batchTokens` rows. */
@@ -194,8 +194,78 @@ export function pairRun({ source, target }: PairBatch, weight: number) {
   };
 }
 
-/** What the head multiplies: states x [N, D] of the decoder, times a factor of some models. */
-export const headInput = ({ headScale }: Seq2SeqSpec, x: Node): Node => scale(x, headScale);
+/** What the head multiplies: states x [N, D] of the decoder, times a factor of some models, and with a bias a 1 behind them. */
+export const headInput = ({ headScale }: Seq2SeqSpec, x: Node, biased: BiasedHead | null): Node =>
+  biased ? biased.input(scale(x, headScale)) : scale(x, headScale);
+
+/**
+ * A head with a bias, which losses have no operand for: the bias is one more column of its matrix, and what it meets is 1. Both are made by products
+ * with the identity, which change no bit.
+ */
+export class BiasedHead implements Disposable {
+  /** The identity and a row of zeros, f32 [hidden + 1, hidden]; what is 1 at its end, [hidden + 1]; the bias, [vocab, 1]. */
+  readonly #identity: Tensor;
+  readonly #last: Tensor;
+  readonly #column: Tensor;
+
+  constructor(bias: Float32Array, hidden: number) {
+    const identity = new Float32Array((hidden + 1) * hidden);
+    for (let i = 0; i < hidden; i++) identity[i * hidden + i] = 1;
+    this.#identity = Tensor.fromData('f32', [hidden + 1, hidden], identity);
+    this.#last = Tensor.fromData('f32', [hidden + 1], new Float32Array(hidden + 1).fill(1, hidden));
+    this.#column = Tensor.fromData('f32', [bias.length, 1], bias);
+  }
+
+  /** f32 [N, hidden] to [N, hidden + 1] */
+  input(x: Node): Node {
+    const { graph } = x;
+    return linear(x, graph.weight(this.#identity), { bias: graph.weight(this.#last) });
+  }
+
+  /** A head's matrix f32 [vocab, hidden] that is trained to [vocab, hidden + 1]. */
+  matrix(weight: Node): Node {
+    const { graph } = weight;
+    const wide = linear(weight, graph.weight(this.#identity));
+    const last = graph.weight(this.#last.slice(0, [this.#last.size, 1]));
+    return linearAdd(wide, graph.weight(this.#column), last);
+  }
+
+  dispose(): void {
+    for (const tensor of [this.#identity, this.#last, this.#column]) tensor.dispose();
+  }
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+/** A head that is not trained, as losses take it. */
+export interface FrozenHead extends Disposable {
+  /** What its bias makes of what it multiplies; null: it has none, or zeros. */
+  readonly biased: BiasedHead | null;
+  /** Of `BiasedHead`, made once for all programs; else that of the model. */
+  matrix(graph: Graph, own: Node): Node;
+}
+
+export function frozenHead({ weight, bias }: Affine<Tensor>): FrozenHead {
+  const values = bias?.readFloat();
+  if (!values?.some((x) => x !== 0)) return { biased: null, matrix: (_, own) => own, [Symbol.dispose]() {} };
+  const [vocab, hidden] = weight.shape;
+  const [narrow, wide] = [weight.readFloat(), new Float32Array(vocab * (hidden + 1))];
+  for (let id = 0; id < vocab; id++) {
+    wide.set(narrow.subarray(id * hidden, (id + 1) * hidden), id * (hidden + 1));
+    wide[id * (hidden + 1) + hidden] = values[id];
+  }
+  const matrix = Tensor.fromData('f32', [vocab, hidden + 1], wide);
+  const biased = new BiasedHead(values, hidden);
+  return {
+    biased,
+    matrix: (graph) => graph.weight(matrix),
+    [Symbol.dispose]() {
+      matrix.dispose();
+      biased.dispose();
+    },
+  };
+}
 
 /** Weights in a graph: those of the trainable, and tables as the model has them. */
 export function trainedNodes(graph: Graph, model: TrainedSeq2Seq, node: (name: string) => Node): Seq2SeqNodes {
@@ -215,7 +285,12 @@ export function pairProgram(
   model: TrainedSeq2Seq,
   trainable: Trainable,
   engine: Engine,
-  { batchTokens, train, recompute = false }: { batchTokens: number; train: boolean; recompute?: boolean },
+  {
+    batchTokens,
+    train,
+    recompute = false,
+    biased = null,
+  }: { batchTokens: number; train: boolean; recompute?: boolean; biased?: BiasedHead | null },
 ): Program {
   const { spec } = model;
   const graph = new Graph();
@@ -224,9 +299,10 @@ export function pairProgram(
   const { source, target, targets, weight } = pairInputs(graph, batchTokens);
   const features = encodeSource(graph, spec, weights, source, { recompute });
   const x = decodeTarget(graph, spec, weights, target, { features, offsets: source.offsets }, { recompute });
-  const { loss, correct } = graph.tag('head', () =>
-    crossEntropy(headInput(spec, x), weights.head.weight, targets, weight),
-  );
+  const { loss, correct } = graph.tag('head', () => {
+    const matrix = biased ? biased.matrix(weights.head.weight) : weights.head.weight;
+    return crossEntropy(headInput(spec, x, biased), matrix, targets, weight);
+  });
   graph.output('loss', loss);
   graph.output('accuracy', dot(correct, weight));
   if (train) trainable.accumulateGradients(graph, loss, node);

@@ -11,7 +11,7 @@ import type { Engine } from '../../native/index.js';
 import { firstBatches } from '../batches.js';
 import type { TrainConfig } from '../events.js';
 import { contributions, orderOf } from '../rank.js';
-import { headInput, pairInputs, pairRun } from './model.js';
+import { type FrozenHead, frozenHead, headInput, pairInputs, pairRun } from './model.js';
 import type { PairData } from './pairs.js';
 
 /** Tokens of both sides that units are ranked on, at least, where the data has so many. */
@@ -29,7 +29,8 @@ export async function writeOrdered(
   out: string,
   { spec, weights, scores, data, engine, batchTokens, onEvent }: RankedModel,
 ): Promise<void> {
-  using program = squaresProgram(spec, weights, engine, scores, batchTokens);
+  using head = frozenHead(weights.head);
+  using program = squaresProgram(spec, weights, engine, scores, batchTokens, head);
   const sums = new Map<string, Float64Array>();
   const batches = firstBatches(data, batchTokens, rankedTokens, 0);
   for (const [done, batch] of batches.entries()) {
@@ -75,6 +76,7 @@ function squaresProgram(
   engine: Engine,
   scores: UnitScores,
   batchTokens: number,
+  head: FrozenHead,
 ): Program {
   const graph = new Graph();
   const weights = bindSeq2Seq(graph, tensors);
@@ -90,7 +92,8 @@ function squaresProgram(
   );
   let values = own.map(({ units }) => units);
   if (scores === 'taylor') {
-    const { loss } = crossEntropy(headInput(spec, x), weights.head.weight, targets, weight);
+    const matrix = head.matrix(graph, weights.head.weight);
+    const { loss } = crossEntropy(headInput(spec, x, head.biased), matrix, targets, weight);
     values = gradients(loss, values).map((gradient, i) => gatedActivation(values[i], gradient, 'none'));
   }
   for (const [i, { part }] of own.entries()) graph.output(part, sumRows(gatedActivation(values[i], values[i], 'none')));

@@ -39,7 +39,7 @@ import { firstShare, wholeEpoch } from '../batches.js';
 import { Random } from '../random.js';
 import { Trainable } from '../trainable.js';
 import { lossRows } from './finetune.js';
-import { headInput, pairInputs, pairRun } from './model.js';
+import { frozenHead, headInput, pairInputs, pairRun } from './model.js';
 import type { PairBatch, PairData } from './pairs.js';
 
 /** Factors of the parts of the loss; a part of factor 0 is not computed. */
@@ -133,6 +133,8 @@ export async function replacing(
   }
   trainable.params.write(initial);
 
+  const head = frozenHead(weights.head);
+
   const squares = await meanSquares(spec, weights, data, { engine, batchTokens });
   const build = (assembly: Assembly, { full, narrow, train }: { full: boolean; narrow: boolean; train: boolean }) => {
     const graph = new Graph();
@@ -154,12 +156,13 @@ export async function replacing(
       graph.output(name, total);
       parts.push(scale(total, losses[name]));
     };
-    const [x, y] = [headInput(spec, mine.x), headInput(spec, theirs.x)];
+    const matrix = head.matrix(graph, base.head.weight);
+    const [x, y] = [mine.x, theirs.x].map((states) => headInput(spec, states, head.biased));
     const { weight, targets } = inputs;
     graph.tag('head', () => {
-      const task = crossEntropy(x, base.head.weight, targets, weight);
+      const task = crossEntropy(x, matrix, targets, weight);
       if (losses.task > 0 || !train) sum('task', [task.loss]);
-      if (losses.logits > 0 || !train) sum('logits', [divergence(x, y, base.head.weight, weight).loss]);
+      if (losses.logits > 0 || !train) sum('logits', [divergence(x, y, matrix, weight).loss]);
       if (!train) graph.output('accuracy', dot(task.correct, weight));
     });
     if (!train) return Program.compile(graph, engine);
@@ -236,6 +239,7 @@ export async function replacing(
     [Symbol.dispose]() {
       programs.dispose();
       trainable.dispose();
+      head[Symbol.dispose]();
     },
   };
 }
