@@ -14,6 +14,7 @@ const rows = 'native/cuda/rows.cu';
 const route = 'native/cuda/route.cu';
 const segments = 'native/cuda/segments.cu';
 const expert = 'native/cuda/expert.cu';
+const expertHeader = 'native/cuda/expert.cuh';
 const wgmma = 'native/cuda/gemm_wgmma.cu';
 const loss = 'native/cuda/loss.cu';
 const lossRows = 'native/cuda/loss.cuh';
@@ -493,6 +494,31 @@ export const mutations = [
   },
 
   // Experts
+  {
+    what: 'experts: the share of the first segment for all',
+    file: expertHeader,
+    seenIn: [route],
+    search: 'ldGlobal(share.f32() + segment)',
+    replace: 'ldGlobal(share.f32())',
+    ops: 'expert',
+    cases: 'expert_rows top-k of 5: the addon',
+  },
+  {
+    what: 'experts: rows of the first expert, whichever is asked for',
+    file: route,
+    search: '.chosen(of.expert)',
+    replace: '.chosen(0)',
+    ops: 'expert',
+    cases: 'rows of every expert',
+  },
+  {
+    what: 'experts: rows chosen by scores that are NaN',
+    file: route,
+    search: 'of.experts.check(row, state);',
+    replace: '',
+    ops: 'expert',
+    cases: 'NaN scores, shares',
+  },
   {
     what: "experts: the gate's gradient in the row's place among those selected",
     file: expert,

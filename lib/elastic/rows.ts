@@ -5,8 +5,8 @@ import {
   add,
   type ExpertGate,
   type ExpertScores,
-  expertChoice,
   expertGate,
+  expertRows,
   gate,
   gatherRows,
   latch,
@@ -180,10 +180,8 @@ function chosenExperts(
   { count, keys }: Experts,
   gateOf: (expert: number, rows: Node) => Node | undefined,
 ): ExpertSelection[] {
-  // What is chosen is 1 and the rest 0: above 0 are the rows to take.
-  const threshold = zeros(scores.z.graph, scores.share.shape);
   return Array.from({ length: count }, (_, expert) => {
-    const chosen = routeThreshold(expertChoice(scores, expert), scores.offsets, threshold);
+    const chosen = expertRows(scores, expert);
     const gate = gateOf(expert, chosen.rows);
     return { ...chosen, ...(gate && { gate }), ownKeys: keys === 'selected' };
   });

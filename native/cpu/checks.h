@@ -85,6 +85,14 @@ inline void checkShares(const char* op, const char* name, const float* shares, i
   }
 }
 
+// The output of a produced dim has room for the bound of that dim, which may be less than all rows.
+inline void checkRoom(const char* op, const TensorView& rows, int64_t count) {
+  if (count > rows.dim(0)) {
+    fail(ErrorCode::InvalidData, "[%s] more rows are selected than the bound %lld of their dim", op,
+         static_cast<long long>(rows.dim(0)));
+  }
+}
+
 // Elements below which waking other threads costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
 

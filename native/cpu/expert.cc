@@ -65,13 +65,25 @@ void measure(const Experts& e, const KernelArgs& args, double* load, double* wei
 
 }  // namespace
 
-void expertChoice(const KernelArgs& args) {
-  const Experts e = checkedExperts(args, "expert_choice", 0, 1);
-  const int expert = expertAttribute(args, "expert_choice", e);
-  float* y = args.out[0].f32();
+void expertRows(const KernelArgs& args) {
+  const char* op = "expert_rows";
+  const Experts e = checkedExperts(args, op, 0, 1);
+  const int expert = expertAttribute(args, op, e);
+  int32_t *rows = args.out[0].i32(), *rowOffsets = args.out[1].i32();
+  uint8_t* chosen = args.scratch<uint8_t>(std::max<int64_t>(e.rows, 1));
   forChunks(e.rows, rowsPerChunk(e.count), args, [&](int64_t begin, int64_t end, int) {
-    for (int64_t n = begin; n < end; ++n) y[n] = e.row(n, e.segmentOf(n)).chosen(expert) ? 1.0f : 0.0f;
+    for (int64_t n = begin; n < end; ++n) chosen[n] = e.row(n, e.segmentOf(n)).chosen(expert);
   });
+  checkRoom(op, args.out[0], std::count(chosen, chosen + e.rows, 1));
+  int32_t count = 0;
+  rowOffsets[0] = 0;
+  for (int64_t s = 0; s < e.segments; ++s) {
+    for (int32_t n = e.offsets[s]; n < e.offsets[s + 1]; ++n) {
+      if (chosen[n]) rows[count++] = n;
+    }
+    rowOffsets[s + 1] = count;
+  }
+  args.produced[0] = count;
 }
 
 void expertGate(const KernelArgs& args) {

@@ -98,7 +98,7 @@ Kernel findKernel(const std::string& name) {
       {"topk_bce", topkBce},
       {"topk_bce_grad", topkBceGrad},
       {"topk_credit", topkCredit},
-      {"expert_choice", expertChoice},
+      {"expert_rows", expertRows},
       {"expert_gate", expertGate},
       {"expert_gate_grad", expertGateGrad},
       {"expert_credit", expertCredit},

@@ -74,7 +74,7 @@ void topkBce(const KernelArgs&);
 void topkBceGrad(const KernelArgs&);
 void topkCredit(const KernelArgs&);
 // expert.cc
-void expertChoice(const KernelArgs&);
+void expertRows(const KernelArgs&);
 void expertGate(const KernelArgs&);
 void expertGateGrad(const KernelArgs&);
 void expertCredit(const KernelArgs&);

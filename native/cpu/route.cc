@@ -19,14 +19,6 @@ struct Scored {
 // A strict order: larger first, then lower index.
 bool before(const Scored& a, const Scored& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
 
-// The output of a produced dim has room for the bound of that dim, which may be less than all rows.
-void checkRoom(const char* op, const TensorView& rows, int64_t count) {
-  if (count > rows.dim(0)) {
-    fail(ErrorCode::InvalidData, "[%s] more rows are selected than the bound %lld of their dim", op,
-         static_cast<long long>(rows.dim(0)));
-  }
-}
-
 // row_offsets [segments + 1]: 0 first, at most all rows of every segment.
 void checkRowOffsets(const char* op, const int32_t* rowOffsets, const int32_t* offsets, int64_t segments) {
   if (rowOffsets[0] != 0) {

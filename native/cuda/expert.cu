@@ -1,6 +1,5 @@
-// Experts: which rows choose one, its gates, what trains the choice, and the loss that balances the load of all. A thread
-// has a row.
-#include "ops/expert.h"
+// Experts: gates of one, what trains the choice, and the loss that balances the load of all. A thread has a row.
+#include "cuda/expert.cuh"
 
 #include "cuda/attention.cuh"
 #include "cuda/collectives.cuh"
@@ -13,31 +12,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-struct GlobalScores {
-  const float* z;
-  DEVICE float operator()(int i) const { return ldGlobal(z + i); }
-};
-
-struct Experts {
-  Operand z, offsets, share;
-  int input;  // where z stands among the op's inputs; offsets and share follow
-  ExpertRule rule;
-
-  DEVICE int rows() const { return z.size(0); }
-  DEVICE int count() const { return z.size(1); }
-  DEVICE ExpertRow<GlobalScores> row(int n) const {
-    const int segment = segmentOf(offsets.i32(), offsets.size(0) - 1, n);
-    return {{z.f32() + int64_t{n} * count()}, count(), rule, ldGlobal(share.f32() + segment)};
-  }
-  DEVICE void check(int n, const StepState& state) const {
-    for (int i = 0; i < count(); ++i) {
-      const int64_t at = int64_t{n} * count() + i;
-      const float score = ldGlobal(z.f32() + at);
-      if (score != score) state.report(Fault::NaN, input, static_cast<double>(at), 0, 0, 0);
-    }
-  }
-};
-
 DEVICE double productOf(float a, float b) { return static_cast<double>(a) * b; }
 DEVICE double productOf(const float4& a, const float4& b) {
   return (productOf(a.x, b.x) + productOf(a.y, b.y)) + (productOf(a.z, b.z) + productOf(a.w, b.w));
@@ -46,23 +20,9 @@ DEVICE double productOf(const float4& a, const float4& b) {
 // Before kernels that believe the data.
 __global__ void __launch_bounds__(kThreads, 4) checkKernel(Experts e, StepState state) {
   if (state.faulted()) return;
-  const int first = blockIdx.x * kThreads + threadIdx.x, segments = e.offsets.size(0) - 1;
-  if (e.share.size(0) != segments) {
-    if (first == 0) state.report(Fault::Segments, e.input + 2, 0, 0, segments, e.share.size(0));
-    return;
-  }
-  for (int s = first; s < segments; s += gridDim.x * kThreads) {
-    const float share = ldGlobal(e.share.f32() + s);
-    if (!(share >= 0 && share <= 1)) state.report(Fault::Range, e.input + 2, s, 0, 1, share);
-  }
+  if (!e.checkShares(state)) return;
+  const int first = blockIdx.x * kThreads + threadIdx.x;
   for (int n = first; n < e.rows(); n += gridDim.x * kThreads) e.check(n, state);
-}
-
-__global__ void __launch_bounds__(kThreads, 4) choiceKernel(Experts e, int expert, Operand y, StepState state) {
-  if (state.faulted()) return;
-  for (int n = blockIdx.x * kThreads + threadIdx.x; n < e.rows(); n += gridDim.x * kThreads) {
-    stGlobal(y.f32() + n, e.row(n).chosen(expert) ? 1.f : 0.f);
-  }
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -190,8 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Checks the inputs, which stand from `input`.
 Experts checkedExperts(const Launch& launch, int input, int ruleAttribute) {
-  const auto rule = static_cast<ExpertRule>(launch.intAttribute(ruleAttribute, "rule", 0, 1));
-  const Experts e{launch.in[input], launch.in[input + 1], launch.in[input + 2], input, rule};
+  const Experts e(launch, input, ruleAttribute);
   checkOffsets(launch, input + 1, e.z, 0);
   LAUNCH(checkKernel, launch.blocks(e.z.bound[0], kThreads), kThreads, 0, launch.stream, e, launch.state);
   return e;
@@ -214,12 +173,6 @@ Measured measure(const Launch& launch, const Experts& e) {
 }
 
 }  // namespace
-
-void expertChoice(const Launch& launch) {
-  const Experts e = checkedExperts(launch, 0, 1);
-  LAUNCH(choiceKernel, launch.blocks(e.z.bound[0], kThreads), kThreads, 0, launch.stream, e, expertAttribute(launch, e),
-         launch.out[0], launch.state);
-}
 
 void expertGate(const Launch& launch) {
   const Experts e = checkedExperts(launch, 0, 1);

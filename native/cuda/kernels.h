@@ -75,8 +75,8 @@ void gateGrad(const Launch&);
 void topkBce(const Launch&);
 void topkBceGrad(const Launch&);
 void topkCredit(const Launch&);
+void expertRows(const Launch&);
 // expert.cu
-void expertChoice(const Launch&);
 void expertGate(const Launch&);
 void expertGateGrad(const Launch&);
 void expertCredit(const Launch&);

@@ -1,5 +1,6 @@
 // Routing: selection of rows, gates, and what routers learn from.
 #include "cuda/collectives.cuh"
+#include "cuda/expert.cuh"
 #include "cuda/kernels.h"
 #include "cuda/segments.cuh"
 #include "cuda/vector.cuh"
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   }
 }
 
-// ---- Rows above a threshold: which, and how many of a tile; then where they go
+// ---- Rows that pass by themselves, by a threshold or by choosing an expert: which, and how many of a tile; then where they go
 
 constexpr int kTileWords = 64;               // of 32 rows
 constexpr int kTileRows = 32 * kTileWords;
@@ -212,46 +213,75 @@ static_assert(kTileWords == 2 * 32);  // two a lane are scanned
 // There is always a tile: row_offsets are written with those of the rows before.
 DEVICE int tilesOf(int rows) { return max(1, static_cast<int>((int64_t{rows} + kTileRows - 1) / kTileRows)); }
 
-struct AboveShared {
+struct PassShared {
   int counts[kTileWarps];
 };
 
-// passing: a bit for each row, [tiles, kTileWords]; counts: [tiles].
-__global__ void __launch_bounds__(kThreads, 4)
-    aboveKernel(Operand scores, Operand offsets, Operand thresholds, uint32_t* passing, int* counts, StepState state) {
-  SHARED_MEMORY(AboveShared, s);
-  if (!onePerSegment(offsets, thresholds, 2, state)) return;
-  const int rows = scores.size(0), segments = thresholds.size(0), tiles = tilesOf(rows);
-  const int lane = laneId(), warp = warpId();
-  const float* threshold = thresholds.f32();
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < segments; i += gridDim.x * kThreads) {
-    const float limit = ldGlobal(threshold + i);
-    if (limit != limit) state.report(Fault::NaN, 2, i, 0, 0, 0);
+// Rows whose score is above their segment's threshold.
+struct Above {
+  Operand scores, offsets, thresholds;
+
+  // Reports bad thresholds; by all threads of a grid. Whether there is one for each segment.
+  DEVICE bool check(const StepState& state) const {
+    if (!onePerSegment(offsets, thresholds, 2, state)) return false;
+    for (int i = blockIdx.x * kThreads + threadIdx.x; i < thresholds.size(0); i += gridDim.x * kThreads) {
+      const float limit = ldGlobal(thresholds.f32() + i);
+      if (limit != limit) state.report(Fault::NaN, 2, i, 0, 0, 0);
+    }
+    return true;
   }
+  // Whether the next of a thread's rows passes; those after it follow.
+  struct Ask {
+    int end = 0;  // of the segment that `limit` is of
+    float limit = 0;
+
+    DEVICE bool operator()(const Above& of, int row, const StepState& state) {
+      const float z = ldGlobal(of.scores.f32() + row);
+      if (z != z) state.report(Fault::NaN, 0, row, 0, 0, 0);
+      if (row >= end) {
+        const int segment = segmentOf(of.offsets.i32(), of.thresholds.size(0), row);
+        end = ldGlobal(of.offsets.i32() + segment + 1);
+        limit = ldGlobal(of.thresholds.f32() + segment);
+      }
+      return z > limit || limit == -INFINITY;  // even rows whose score is minus infinity
+    }
+  };
+};
+
+// Rows that choose an expert.
+struct Chooses {
+  Experts experts;
+  int expert;
+
+  DEVICE bool check(const StepState& state) const { return experts.checkShares(state); }
+  struct Ask {
+    DEVICE bool operator()(const Chooses& of, int row, const StepState& state) {
+      of.experts.check(row, state);
+      return of.experts.row(row).chosen(of.expert);
+    }
+  };
+};
+
+// passing: a bit for each row, [tiles, kTileWords]; counts: [tiles].
+template <typename Which>
+__global__ void __launch_bounds__(kThreads, 4)
+    passKernel(Which which, Operand scores, Operand offsets, uint32_t* passing, int* counts, StepState state) {
+  SHARED_MEMORY(PassShared, s);
+  if (!which.check(state)) return;
+  const int rows = scores.size(0), segments = offsets.size(0) - 1, tiles = tilesOf(rows);
+  const int lane = laneId(), warp = warpId();
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     constexpr int kWords = kTileWords / kTileWarps;
     const int word = warp * kWords;
-    int bad = -1, end = 0, count = 0;  // end: of the segment that `limit` is of
-    float limit = 0;
+    int count = 0;
+    typename Which::Ask ask;
     UNROLL
     for (int j = 0; j < kWords; ++j) {
       const int row = tile * kTileRows + (word + j) * 32 + lane;
-      bool passes = false;
-      if (row < rows && segments > 0) {
-        const float z = ldGlobal(scores.f32() + row);
-        if (z != z) bad = row;
-        if (row >= end) {
-          const int segment = segmentOf(offsets.i32(), segments, row);
-          end = ldGlobal(offsets.i32() + segment + 1);
-          limit = ldGlobal(threshold + segment);
-        }
-        passes = z > limit || limit == -INFINITY;  // even rows whose score is minus infinity
-      }
-      const uint32_t bits = ballot(passes);
+      const uint32_t bits = ballot(row < rows && segments > 0 && ask(which, row, state));
       count += popCount(bits);
       if (lane == j) stGlobal(passing + int64_t{tile} * kTileWords + word + j, bits);
     }
-    if (bad >= 0) state.report(Fault::NaN, 0, bad, 0, 0, 0);
     if (lane == 0) s.counts[warp] = count;
     syncThreads();  // counts are there
     if (threadIdx.x == 0) {
@@ -269,11 +299,11 @@ struct CompactShared {
 };
 
 __global__ void __launch_bounds__(kThreads, 4)
-    compactKernel(Operand scores, Operand offsets, Operand thresholds, const uint32_t* passing, const int* counts,
+    compactKernel(Operand scores, Operand offsets, Operand perSegment, const uint32_t* passing, const int* counts,
                   Operand rows, Operand rowOffsets, int32_t* produced, StepState state) {
   SHARED_MEMORY(CompactShared, s);
-  const int all = scores.size(0), segments = thresholds.size(0), tiles = tilesOf(all);
-  if (segments != offsets.size(0) - 1) return;
+  const int all = scores.size(0), segments = offsets.size(0) - 1, tiles = tilesOf(all);
+  if (segments != perSegment.size(0)) return;
   const int lane = laneId(), warp = warpId();
   const int64_t bound = rows.bound[0];
   int at = 0, counted = 0;  // rows of the first `counted` tiles
@@ -316,6 +346,21 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     syncThreads();  // the words have been read
   }
+}
+
+// Emits the rows that pass, of scores, offsets and a value for each segment.
+template <typename Which>
+void selectRows(const Launch& launch, const Which& which) {
+  const Operand &z = launch.in[0], &offsets = launch.in[1];
+  checkOffsets(launch, 1, z, 0);
+  const int64_t tiles = z.bound[0] / kTileRows + 1;
+  uint32_t* passing = launch.scratch<uint32_t>(tiles * kTileWords);
+  int* counts = launch.scratch<int>(tiles);
+  const unsigned blocks = launch.blocks(tiles, 1);
+  LAUNCH(passKernel<Which>, blocks, kThreads, sizeof(PassShared), launch.stream, which, z, offsets, passing, counts,
+         launch.state);
+  LAUNCH(compactKernel, blocks, kThreads, sizeof(CompactShared), launch.stream, z, offsets, launch.in[2], passing, counts,
+         launch.out[0], launch.out[1], launch.produced[0], launch.state);
 }
 
 // ---- Gates
@@ -539,17 +584,13 @@ void routeTopk(const Launch& launch) {
 }
 
 void routeThreshold(const Launch& launch) {
-  const Operand &z = launch.in[0], &offsets = launch.in[1], &threshold = launch.in[2];
-  checkOffsets(launch, 1, z, 0);
-  checkPerSegment(launch, offsets, threshold);
-  const int64_t tiles = z.bound[0] / kTileRows + 1;
-  uint32_t* passing = launch.scratch<uint32_t>(tiles * kTileWords);
-  int* counts = launch.scratch<int>(tiles);
-  const unsigned blocks = launch.blocks(tiles, 1);
-  LAUNCH(aboveKernel, blocks, kThreads, sizeof(AboveShared), launch.stream, z, offsets, threshold, passing, counts,
-         launch.state);
-  LAUNCH(compactKernel, blocks, kThreads, sizeof(CompactShared), launch.stream, z, offsets, threshold, passing, counts,
-         launch.out[0], launch.out[1], launch.produced[0], launch.state);
+  checkPerSegment(launch, launch.in[1], launch.in[2]);
+  selectRows(launch, Above{launch.in[0], launch.in[1], launch.in[2]});
+}
+
+void expertRows(const Launch& launch) {
+  const int64_t expert = launch.intAttribute(0, "expert", 0, launch.in[0].bound[1] - 1);
+  selectRows(launch, Chooses{Experts(launch, 0, 1), static_cast<int>(expert)});
 }
 
 void gate(const Launch& launch) {

@@ -110,7 +110,9 @@ const std::vector<OpDef>& opDefs() {
        "dz:f32[N,1]",
        {}},
       // experts
-      {"expert_choice", "z:f32[N,E] offsets:i32[O] share:f32[S] -> y:f32[N,1]", {"expert", "rule"}},
+      {"expert_rows",
+       "z:f32[N,E] offsets:i32[O] share:f32[S] -> rows:i32[+R] row_offsets:i32[O]",
+       {"expert", "rule"}},
       {"expert_gate",
        "z:f32[N,E] offsets:i32[O] share:f32[S] rows:i32[R] -> g:f32[R]",
        {"expert", "rule", "mode"}},

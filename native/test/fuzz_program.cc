@@ -123,12 +123,11 @@ std::vector<Encoded> corpus() {
     ProgramWriter w;
     const int n = w.dim(DimKind::Set, 6), e = w.constant(3), o = w.constant(3), s = w.constant(2), one = w.constant(1);
     const int r = w.dim(DimKind::Produced, 6);
-    const int z = w.feed({n, e}), offsets = w.feedIds({o}), share = w.feed({s}), threshold = w.feed({s});
-    const int choice = w.temp({n, one}), rows = w.tensor(TensorKind::Temp, DType::I32, {r});
+    const int z = w.feed({n, e}), offsets = w.feedIds({o}), share = w.feed({s});
+    const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
     const int gates = w.temp({r}), loss = w.temp({one}), entered = w.temp({r, e});
     const int h = w.feed({n, w.constant(6)}), weight = w.feed({n}), starts = w.tensor(TensorKind::Temp, DType::I32, {o});
-    w.step("expert_choice", {z, offsets, share}, {choice}, {1, 0});
-    w.step("route_threshold", {choice, offsets, threshold}, {rows, starts});
+    w.step("expert_rows", {z, offsets, share}, {rows, starts}, {1, 0});
     w.step("expert_gate", {z, offsets, share, rows}, {gates}, {1, 0, 2});
     w.step("expert_gate_grad", {gates, z, offsets, share, rows}, {w.output({n, e})}, {1, 0, 1});
     w.step("gather_rows", {z, rows}, {entered});

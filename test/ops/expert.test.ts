@@ -3,15 +3,14 @@ import { expect, test } from 'vitest';
 import {
   type ExpertScores,
   expertBalance,
-  expertChoice,
   expertCredit,
   expertGate,
   expertGates,
+  expertRows,
   expertRules,
   Graph,
   type Node,
   Program,
-  routeThreshold,
 } from '../../lib/graph/index.js';
 import { type Case, cases, failure, inputs, offsetsOf, random, testEngine } from './harness.js';
 
@@ -38,7 +37,7 @@ const scored = (n: Record<string, Node>, rule: ExpertScores['rule']): ExpertScor
   rule,
 });
 
-cases('expert_choice', [
+cases('expert_rows', [
   ...rulesAndCounts.flatMap(({ rule, count }) =>
     [false, true].map(
       (ties): Case => ({
@@ -46,7 +45,10 @@ cases('expert_choice', [
         inputs: scoresOf([7, 1, 40, 9, 3], count, count, ties),
         build: (n) =>
           Object.fromEntries(
-            Array.from({ length: Math.min(count, 6) }, (_, e) => [`e${e}`, expertChoice(scored(n, rule), e)]),
+            Array.from({ length: Math.min(count, 6) }, (_, e) => {
+              const { rows, offsets } = expertRows(scored(n, rule), e);
+              return Object.entries({ [`rows${e}`]: rows, [`offsets${e}`]: offsets });
+            }).flat(),
           ),
       }),
     ),
@@ -251,14 +253,13 @@ test('equal loads are balanced', async () => {
   expect(outputs.loss[0]).toBeCloseTo(0, 6);
 });
 
-test('rows of every expert, with the choice as a score', async () => {
+test('rows of every expert', async () => {
   const graph = new Graph();
   const z = graph.feed('z', 'f32', [graph.dim('N', 9), 3]);
   const offsets = graph.feed('offsets', 'i32', [3]);
   const scores: ExpertScores = { z, offsets, share: graph.feed('share', 'f32', [2]), rule: 'top-k' };
-  const half = graph.constant([0.5, 0.5], [2]);
   for (let e = 0; e < 3; e++) {
-    const routed = routeThreshold(expertChoice(scores, e), offsets, half);
+    const routed = expertRows(scores, e);
     graph.output(`rows${e}`, routed.rows);
     graph.output(`offsets${e}`, routed.offsets);
   }
@@ -286,7 +287,7 @@ test('NaN scores, shares outside 0 to 1, and shares that do not fit the segments
         const offsets = graph.feed('offsets', 'i32', [2]);
         const node = graph.feed('z', 'f32', [graph.dim('N', 4), 2]);
         const share = graph.feed('share', 'f32', [shares.length]);
-        graph.output('y', expertChoice({ z: node, offsets, share, rule: 'mass' }, 0));
+        graph.output('rows', expertRows({ z: node, offsets, share, rule: 'mass' }, 0).rows);
       },
       {
         dims: { N: 2 },
@@ -295,7 +296,7 @@ test('NaN scores, shares outside 0 to 1, and shares that do not fit the segments
     );
   expect(await choose([1, 2, Number.NaN, 4], [0.5])).toMatchObject({
     code: 'InvalidData',
-    message: expect.stringMatching(/\[expert_choice\] z\[2\] is NaN/),
+    message: expect.stringMatching(/\[expert_rows\] z\[2\] is NaN/),
   });
   for (const share of [-0.1, 1.5, Number.NaN]) {
     expect(await choose([1, 2, 3, 4], [share])).toMatchObject({
@@ -307,10 +308,7 @@ test('NaN scores, shares outside 0 to 1, and shares that do not fit the segments
   expect(
     await failure((graph) => {
       const z = graph.constant([1, 2], [1, 2]);
-      expertChoice(
-        { z, offsets: graph.feed('offsets', 'i32', [2]), share: graph.constant([1], [1]), rule: 'top-k' },
-        2,
-      );
+      expertRows({ z, offsets: graph.feed('offsets', 'i32', [2]), share: graph.constant([1], [1]), rule: 'top-k' }, 2);
     }),
   ).toMatchObject({ message: expect.stringMatching(/expert must be an integer in \[0, 2\), got 2/) });
 });

@@ -677,13 +677,9 @@ export const references: Readonly<Record<string, Reference>> = {
   },
   route_threshold: ([z, offsets, threshold]) =>
     selected(offsets!, (rows, s) => rows.filter((r) => z!.data[r] > threshold!.data[s])),
-  expert_choice([z, offsets, share], [expert, rule]) {
-    return [
-      f64(
-        [z!.shape[0], 1],
-        expertRows(z!, offsets!, share!, rule).map(({ chosen }) => Number(chosen.has(expert))),
-      ),
-    ];
+  expert_rows([z, offsets, share], [expert, rule]) {
+    const all = expertRows(z!, offsets!, share!, rule);
+    return selected(offsets!, (rows) => rows.filter((n) => all[n].chosen.has(expert)));
   },
   expert_gate([z, offsets, share, rows], [expert, rule, mode]) {
     const all = expertRows(z!, offsets!, share!, rule);

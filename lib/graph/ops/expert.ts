@@ -3,6 +3,7 @@ import { InvalidArgumentError } from '../../native/errors.js';
 import { boundOf } from '../dims.js';
 import type { Node } from '../graph.js';
 import { defineOp } from '../op.js';
+import { type Routed, routed } from './routing.js';
 
 /**
  * How a share becomes a number of experts: `top-k`, the `ceil(share * E)` with the largest scores; `mass`, those with the
@@ -26,7 +27,7 @@ export interface ExpertScores {
   rule: ExpertRule;
 }
 
-const operands = ({ z, offsets, share }: ExpertScores): Node[] => [z, offsets, share];
+const operands = ({ z, offsets, share }: ExpertScores): [Node, ...Node[]] => [z, offsets, share];
 
 function ruleCode(op: string, rule: ExpertRule): number {
   if (expertRules.includes(rule)) return expertRules.indexOf(rule);
@@ -39,15 +40,17 @@ function checkExpert(op: string, { z }: ExpertScores, expert: number): void {
   throw new InvalidArgumentError(`[${op}] expert must be an integer in [0, ${count}), got ${expert}`);
 }
 
-const expertChoiceOp = defineOp('expert_choice', 'z:f32[N,E] offsets:i32[O] share:f32[S] -> y:f32[N,1]', [
-  'expert',
-  'rule',
-]);
+const expertRowsOp = defineOp(
+  'expert_rows',
+  'z:f32[N,E] offsets:i32[O] share:f32[S] -> rows:i32[+R] row_offsets:i32[O]',
+  ['expert', 'rule'],
+);
 
-/** 1 where a row chooses the expert, else 0: f32 [N, 1], without a gradient. NaN in z is InvalidData. */
-export function expertChoice(scores: ExpertScores, expert: number): Node {
-  checkExpert('expert_choice', scores, expert);
-  return expertChoiceOp.apply(operands(scores), [expert, ruleCode('expert_choice', scores.rule)])[0]!;
+/** The rows that choose an expert. NaN in z is InvalidData. */
+export function expertRows(scores: ExpertScores, expert: number): Routed {
+  checkExpert('expert_rows', scores, expert);
+  const attrs = [expert, ruleCode('expert_rows', scores.rule)];
+  return routed(expertRowsOp, operands(scores), attrs);
 }
 
 const expertGateOp = defineOp(

@@ -26,10 +26,10 @@ export {
   type ExpertRule,
   type ExpertScores,
   expertBalance,
-  expertChoice,
   expertCredit,
   expertGate,
   expertGates,
+  expertRows,
   expertRules,
 } from './expert.js';
 export {

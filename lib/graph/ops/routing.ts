@@ -20,7 +20,7 @@ const routeTopkOp = defineOp(
  * capacity f32 [S] from 0 to 1. Ties go to the lowest index.
  */
 export function routeTopk(z: Node, offsets: Node, capacity: Node): Routed {
-  return route(routeTopkOp, z, offsets, capacity);
+  return routed(routeTopkOp, [z, offsets, capacity]);
 }
 
 const routeThresholdOp = defineOp(
@@ -30,13 +30,19 @@ const routeThresholdOp = defineOp(
 
 /** The rows with `z > threshold_s`: z f32 [N, 1], offsets i32 [S + 1], threshold f32 [S] (minus infinity: all rows). */
 export function routeThreshold(z: Node, offsets: Node, threshold: Node): Routed {
-  return route(routeThresholdOp, z, offsets, threshold);
+  return routed(routeThresholdOp, [z, offsets, threshold]);
 }
 
-function route(op: typeof routeTopkOp, z: Node, offsets: Node, perSegment: Node): Routed {
-  const rows = z.graph.producedDim('rows', boundOf(z.shape[0]));
-  const [selected, rowOffsets] = op.apply([z, offsets, perSegment], [], { bind: { R: rows } });
-  return { rows: selected!, offsets: rowOffsets! };
+/** What an op selects of the rows of its first operand. */
+export function routed(
+  op: typeof routeTopkOp,
+  operands: readonly [Node, ...Node[]],
+  attrs: readonly number[] = [],
+): Routed {
+  const [z] = operands;
+  const dim = z.graph.producedDim('rows', boundOf(z.shape[0]));
+  const [rows, offsets] = op.apply(operands, attrs, { bind: { R: dim } });
+  return { rows: rows!, offsets: offsets! };
 }
 
 /** How a score becomes a gate. 0 straight-through: value 1, gradient of log sigmoid; 1 sigmoid; 2 twice sigmoid. */
