@@ -23,6 +23,12 @@ export const assembleCommand: Command = {
     encoder: { type: 'string', value: '0,1,2-3', help: 'parts by name (default: all layers)' },
     decoder: { type: 'string', value: '0-5', help: 'the same of the decoder' },
     width: { type: 'string', value: 'SHARE|UNITS', help: 'of nested feed-forwards (default: all units)' },
+    attn: {
+      type: 'string',
+      value: 'SHARE',
+      help: "of a source's tokens into the encoder's attention, for --save-level",
+    },
+    mlp: { type: 'string', value: 'SHARE', help: 'the same of its feed-forwards' },
     'source-tokens': { type: 'string', value: 'N', help: 'tokens that a typical generation reads (default: 64)' },
     'target-tokens': { type: 'string', value: 'N', help: 'tokens that it writes (default: 64)' },
     measure: { type: 'boolean', help: 'measure the time of every assembly of the path' },
@@ -36,6 +42,8 @@ export const assembleCommand: Command = {
   async run(context) {
     const { flags, positionals, json, print, printJson } = context;
     const progress = new Progress('assemble');
+    const shares = { attn: flags.number('attn', { min: 0, max: 1 }), mlp: flags.number('mlp', { min: 0, max: 1 }) };
+    const given = Object.entries(shares).filter(([, share]) => share !== undefined);
     const wishes = {
       speedup: flags.number('speedup', { min: 1 }),
       size: flags.number('size', { min: 0, max: 1 }),
@@ -43,6 +51,7 @@ export const assembleCommand: Command = {
       encoder: flags.list('encoder'),
       decoder: flags.list('decoder'),
       ffnWidth: flags.number('width', { min: 0 }),
+      tokenCapacity: given.length > 0 ? Object.fromEntries(given) : undefined,
       sourceTokens: flags.integer('source-tokens', { min: 1 }),
       targetTokens: flags.integer('target-tokens', { min: 1 }),
       saveLevel: flags.string('save-level'),
@@ -71,7 +80,7 @@ export const assembleCommand: Command = {
       );
     } else if (chosen) {
       const { assembly, ffnWidth } = chosen;
-      const budget = { assembly, ...(ffnWidth < 1 && { ffnWidth }) };
+      const budget = { assembly, ...(ffnWidth < 1 && { ffnWidth }), tokenCapacity: wishes.tokenCapacity };
       print(`\nRun it: elastiform generate ${positionals[0]} --prompt TEXT --budget '${settingsText(budget)}'\n`);
     }
     return 0;

@@ -1,7 +1,7 @@
 // `elastiform elastify`: attaches untrained routers to a model.
 import { elastify } from '../distill/rank.js';
 import { granularities, targets } from '../elastic/axes.js';
-import { headGroups, type Recipe, type TrainCapacity } from '../elastic/elastify.js';
+import { headGroups, type Recipe } from '../elastic/elastify.js';
 import { unitScores } from '../elastic/nested.js';
 import { attentionKeys, gateModes } from '../elastic/policy.js';
 import { readSpec } from '../model/directory.js';
@@ -10,7 +10,7 @@ import { type Command, type FlagReader, UsageError } from './command.js';
 import { ConfigFile, isMapping } from './config.js';
 import { dataFlags, dataSource } from './data.js';
 import { Progress } from './progress.js';
-import { percent } from './shared.js';
+import { parseCapacity, percent } from './shared.js';
 
 /** Nested feed-forwards, but for how their units are ranked. */
 export const nestingFlags = {
@@ -127,15 +127,15 @@ export const elastifyCommand: Command = {
 function recipeFlags(flags: FlagReader): Record<string, unknown> {
   const layers = flags.string('layers');
   return {
-    'tokens.attn': capacity(flags, 'attn'),
-    'tokens.mlp': capacity(flags, 'mlp'),
+    'tokens.attn': parseCapacity(flags, 'attn'),
+    'tokens.mlp': parseCapacity(flags, 'mlp'),
     target: flags.choice('target', targets),
     granularity: flags.choice('granularity', granularities),
-    capacity: capacity(flags, 'capacity'),
+    capacity: parseCapacity(flags, 'capacity'),
     'heads.group': flags.choice('heads', headGroups),
-    'heads.share': capacity(flags, 'head-share'),
+    'heads.share': parseCapacity(flags, 'head-share'),
     'blocks.count': flags.integer('blocks', { min: 2 }),
-    'blocks.share': capacity(flags, 'block-share'),
+    'blocks.share': parseCapacity(flags, 'block-share'),
     'lora.rank': flags.integer('lora', { min: 1 }),
     'lora.targets': flags.list('lora-targets'),
     layers: layers === undefined || layers === 'all' || layers === 'even' ? layers : layerIds(layers),
@@ -174,16 +174,6 @@ function overlay(content: Readonly<Record<string, unknown>>, settings: Readonly<
     else if (old === undefined || isMapping(old)) recipe[group] = { ...(old ?? {}), [key]: settings[path] };
   }
   return { recipe, overridden };
-}
-
-function capacity(flags: FlagReader, name: string): TrainCapacity | undefined {
-  const text = flags.string(name);
-  if (text === undefined) return undefined;
-  const parts = text.split(':').map((part) => (part.trim() === '' ? Number.NaN : Number(part)));
-  if (parts.length > 2 || parts.some(Number.isNaN)) {
-    throw new UsageError(`[cli] --${name} must be a share or LOW:HIGH, got '${text}'`);
-  }
-  return parts.length === 1 ? parts[0] : [parts[0], parts[1]];
 }
 
 function layerIds(text: string): number[] {

@@ -2,9 +2,10 @@
 import type { Capacity, ElasticSpec } from '../elastic/axes.js';
 import type { Budget } from '../elastic/budget.js';
 import type { LatencyMetric } from '../elastic/profile.js';
+import type { TrainCapacity } from '../elastic/recipes.js';
 import type { LoadOptions } from '../infer/types.js';
 import { activationTypes, deviceChoices } from '../native/index.js';
-import { type CommandContext, UsageError } from './command.js';
+import { type CommandContext, type FlagReader, UsageError } from './command.js';
 
 export const dtypes = ['f32', 'bf16', 'f16'] as const;
 
@@ -75,6 +76,17 @@ function parseSettings(text: string): ElasticSpec {
 /** What parseBudget takes, for --help. */
 export const budgetForms =
   'SHARE|LEVEL|200ms|ttft:200ms|tpot:20ms|quality:0.95|encoder=0,1-2;decoder=0-2;ffn=0.5;mlp=0.5';
+
+/** A flag's share, or range `LOW:HIGH` of shares, to train for. */
+export function parseCapacity(flags: FlagReader, name: string): TrainCapacity | undefined {
+  const text = flags.string(name);
+  if (text === undefined) return undefined;
+  const parts = text.split(':').map((part) => (part.trim() === '' ? Number.NaN : Number(part)));
+  if (parts.length > 2 || parts.some(Number.isNaN)) {
+    throw new UsageError(`[cli] --${name} must be a share or LOW:HIGH, got '${text}'`);
+  }
+  return parts.length === 1 ? parts[0] : [parts[0], parts[1]];
+}
 
 /** Token ids, separated by commas. */
 export function parseIds(text: string): number[] {

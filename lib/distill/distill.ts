@@ -265,7 +265,7 @@ export async function distill(config: DistillConfig): Promise<TrainResult> {
         config.out,
         config.plan,
         { ...policy, ...(nested && { nested }), calibration, levels },
-        trainedRouters(trainable, policy),
+        trainedRouters(trainable.values(), routerPlaces(policy)),
         trainedLora(trainable, policy, spec),
       );
     }

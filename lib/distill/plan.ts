@@ -80,16 +80,12 @@ export function startVector(
   return flat;
 }
 
-/** Routers as they are now. */
-export function trainedRouters(trainable: Trainable, policy: Routing): Map<string, Router> {
-  const values = trainable.values();
-  return new Map(
-    routerPlaces(policy).map(({ id }) => [
-      id,
-      { weight: values.get(`${id}.weight`)!, bias: values.get(`${id}.bias`)! },
-    ]),
-  );
-}
+/** Routers among parameters, by their ids. */
+export const trainedRouters = (
+  values: ReadonlyMap<string, Float32Array>,
+  routers: readonly { readonly id: string }[],
+): Map<string, Router> =>
+  new Map(routers.map(({ id }) => [id, { weight: values.get(`${id}.weight`)!, bias: values.get(`${id}.bias`)! }]));
 
 /** Corrections as they are now; null when the policy has none. */
 export function trainedLora(trainable: Trainable, policy: Trained, spec: ModelSpec): Lora | null {

@@ -2,7 +2,7 @@
 import { isExperts, ofSequences } from '../elastic/axes.js';
 import { LoraTensors, patched, trainablePatch } from '../elastic/lora.js';
 import { nestedWidth } from '../elastic/nested.js';
-import { type ElasticPolicy, hasQuantiles, routerPlaces } from '../elastic/policy.js';
+import { type ElasticPolicy, hasQuantiles, type Routing, routerPlaces } from '../elastic/policy.js';
 import {
   capacityFeed,
   inferenceSelector,
@@ -134,7 +134,7 @@ export function capacityFeeds(
  * same ones again and again, and what the others are worth would never be seen.
  */
 export function noiseFeeds(
-  policy: ElasticPolicy,
+  policy: Routing,
   { rows, segments }: { rows: number; segments: number },
   random: Random,
 ): Record<string, Float32Array> {

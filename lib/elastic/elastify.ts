@@ -21,11 +21,11 @@ import {
   type ElasticPolicy,
   encoderConflict,
   type Level,
+  type Range,
   type Router,
   type Routing,
   routerParameters,
   routerPlaces,
-  type SourceTokens,
   sourceRouters,
 } from './policy.js';
 import { provenanceOf } from './provenance.js';
@@ -225,7 +225,10 @@ export interface TrainedModules {
   /** Corrections of the model's own layers, as the policy has them, and their matrices; default none. */
   lora?: { policy: NonNullable<ElasticPolicy['lora']>; matrices: Lora };
   /** Routers of the encoder's tokens, by the ids of `sourceRouters`: weight [hidden], bias [1]. */
-  routing?: { capacity: SourceTokens['capacity']; routers: ReadonlyMap<string, Router> };
+  routing?: {
+    capacity: { readonly attn?: Range; readonly mlp?: Range };
+    routers: ReadonlyMap<string, { weight: Float32Array; bias: Float32Array }>;
+  };
 }
 
 /**

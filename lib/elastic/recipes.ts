@@ -220,11 +220,16 @@ function beforeLast(which: NonNullable<RouterTuningRecipe['layers']>, count: num
   return Array.from({ length: which }, (_, i) => count - 1 - which + i);
 }
 
-function rangeOf(key: string, value: TrainCapacity): Range {
-  const range: Range = typeof value === 'number' ? [value, value] : value;
+/** From low to high, whether or not it ascends; null for what is no capacity to train at. */
+export function capacityRange(value: unknown): Range | null {
+  const range = typeof value === 'number' ? [value, value] : value;
   const good =
     Array.isArray(range) && range.length === 2 && range.every((c) => typeof c === 'number' && c > 0 && c <= 1);
-  if (!good) fail(`${key}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
+  return good ? [range[0], range[1]] : null;
+}
+
+function rangeOf(key: string, value: TrainCapacity): Range {
+  const range = capacityRange(value) ?? fail(`${key}: capacity must be in (0, 1], got ${JSON.stringify(value)}`);
   if (range[0] > range[1]) fail(`${key}: the capacity range must ascend, got ${JSON.stringify(value)}`);
   return [range[0], range[1]];
 }

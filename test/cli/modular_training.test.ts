@@ -64,6 +64,29 @@ it('trains corrections and nested feed-forwards with them, which budgets then ru
   expect(stock.stdout).toMatch(/^> +0,1,2,3 +0,1,2-3 +50\.0 %/m);
 });
 
+it('trains routers of the encoder, whose shares budgets and levels have', async () => {
+  const out = join(work, 'routed');
+  const more = ['--held-out', '0.2', '--bad-rows', 'skip', '--steps', '3', '--attn', '0.4:0.8', '--mlp', '0.5'];
+  const outcome = await run(...args, ...more, '--out', out);
+  expect(outcome.stdout).toMatch(/^4\+4 .*encoder=0,1,2,3;decoder=0,1,2,3;attn=0\.6\d*;mlp=0\.5$/m);
+  expect(outcome.stdout).toMatch(/^1\+1 .*encoder=0-3;decoder=0-3;attn=0\.4;mlp=0\.5$/m);
+  expect((await run('inspect', out)).stdout).toMatch(
+    /routers +tokens of the encoder into attn \(40\.0 % to 80\.0 %\), mlp/,
+  );
+  const level = ['--decoder', '0-1,2-3', '--attn', '0.6', '--mlp', '0.5', '--save-level', 'light'];
+  expect((await run('assemble', out, ...level)).stdout).toContain('Saved as level light');
+  for (const budget of ['light', 'encoder=0,1,2,3;decoder=0-1,2-3;attn=0.6;mlp=0.5']) {
+    const written = await run('generate', out, '--prompt', 'a b c', '--max-tokens', '4', '--budget', budget, '--json');
+    expect(json(written)).toMatchObject({
+      usage: {
+        compute: { effective: { assembly: { decoder: ['0-1', '2-3'] }, tokenCapacity: { attn: 0.6, mlp: 0.5 } } },
+      },
+    });
+  }
+  const stock = await run('assemble', out, '--attn', '0.6', '--out', join(work, 'no stock'));
+  expect([stock.code, stock.stderr]).toEqual([1, expect.stringContaining('a stock checkpoint has no routers')]);
+});
+
 it('is interrupted, saves, and goes on from there', async () => {
   const out = join(work, 'long');
   const running = start([...args, '--bad-rows', 'skip', '--steps', '100000', '--out', out]);

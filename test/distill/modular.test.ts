@@ -8,9 +8,16 @@ import { encodePairs } from '../../lib/distill/seq2seq/finetune.js';
 import { openSeq2Seq } from '../../lib/distill/seq2seq/model.js';
 import { drawAssembly, drawWidth } from '../../lib/distill/seq2seq/modular.js';
 import type { PairData } from '../../lib/distill/seq2seq/pairs.js';
-import { type Composed, type ModuleLosses, type Replacing, replacing } from '../../lib/distill/seq2seq/replacing.js';
+import {
+  type Composed,
+  type ModuleLosses,
+  type Replacing,
+  replacing,
+  type SourceShares,
+} from '../../lib/distill/seq2seq/replacing.js';
 import type { Budget } from '../../lib/elastic/budget.js';
 import { type Assembly, assemblyProblem, ladder, type Modules, spansOf } from '../../lib/elastic/modules.js';
+import { sourceRouterId } from '../../lib/elastic/policy.js';
 import { readElastic } from '../../lib/elastic/store.js';
 import { finetune, InvalidArgumentError, type ModularConfig, modular, type TrainEvent } from '../../lib/index.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
@@ -281,6 +288,143 @@ describe('corrections and widths', () => {
   });
 });
 
+describe('routed sources', () => {
+  const modules = (layers: number): Modules => ({ encoder: spansOf(layers, [2]), decoder: spansOf(layers, [2]) });
+  const whole = { encoder: ['0', '1', '2', '3'], decoder: ['0', '1', '2', '3'] };
+  const some = { encoder: ['0-1', '2', '3'], decoder: ['0-1', '2', '3'] };
+  const composed = { sourceTokens: { layers: 4, capacity: { attn: [0.5, 1], mlp: [0.5, 1] } } } as const;
+  const tokens = (shares: SourceShares, seed = 1) => ({ shares: () => shares, random: new Random(seed, 'noise') });
+
+  it('lose nothing where all tokens enter, and leave gradients to modules and routers in use', () =>
+    opened(
+      modules,
+      async (student, pairs) => {
+        const { batch } = pairs.next({ epoch: 0, segment: 0 }, 128, null);
+        const at = { weight: 1 / batch.target.targets.length };
+        const plain = await student.run({ assembly: some }, batch, at);
+        const before = student.trainable.grads.readFloat();
+        student.trainable.grads.write(new Float32Array(before.length));
+        expect(await student.run({ assembly: some }, batch, { ...at, tokens: tokens({ attn: 1, mlp: 1 }) })).toEqual(
+          plain,
+        );
+        expect(student.trainable.grads.readFloat()).toEqual(before);
+        expect((await student.quality({ assembly: whole, tokenCapacity: { attn: 1 } }, pairs)).divergence).toBe(0);
+        expect(
+          (await student.quality({ assembly: whole, tokenCapacity: { attn: 0.5 } }, pairs)).divergence,
+        ).toBeGreaterThan(0);
+        for (const [assembly, shares] of [
+          [some, { attn: 0.5 }],
+          [some, { attn: 0.5, mlp: 0.5 }],
+          [whole, { mlp: 0.5 }],
+        ] as const) {
+          student.trainable.grads.write(new Float32Array(before.length));
+          await student.run({ assembly }, batch, { ...at, tokens: tokens(shares) });
+          const gradients = student.trainable.grads.readFloat();
+          const modular = assembly === some ? /^(encoder|decoder)\.modules\.0-1\.(?!(attn|mlp)\.token)/ : /^$/;
+          for (const { name, offset, size } of student.trainable.plan.parameters) {
+            const [, part, place] = /^encoder\.(?:layers|modules)\.(.*)\.(attn|mlp)\.token\.weight$/.exec(name) ?? [];
+            const routed = part !== undefined && assembly.encoder.includes(part) && place in shares;
+            const learns = gradients.subarray(offset, offset + size).some((x) => x !== 0);
+            // The bias of a router moves all scores alike, which a choice by rank does not see.
+            if (!name.endsWith('.token.bias')) expect(learns, name).toBe(routed || modular.test(name));
+          }
+        }
+      },
+      composed,
+    ));
+
+  it('have the gradients that their loss has, in modules and in corrections of layers, of the units that run', () =>
+    opened(
+      modules,
+      async (student, pairs) => {
+        const { trainable } = student;
+        const { batch } = pairs.next({ epoch: 0, segment: 0 }, 128, null);
+        const random = new Random(1, 'direction');
+        // Scores far apart, so that a step changes no choice.
+        const values = trainable.params.readFloat();
+        for (const { name, offset, size } of trainable.plan.parameters)
+          for (let i = 0; i < size; i++) {
+            if (name.endsWith('.token.weight')) values[offset + i] = 3 * random.normal();
+            else if (name.includes('lora_B')) values[offset + i] = 0.05 * random.normal();
+          }
+        const run = (params: Float32Array) => {
+          trainable.params.write(params);
+          const at = { weight: 1 / batch.target.targets.length, tokens: tokens({ attn: 0.6, mlp: 0.6 }) };
+          return student.run({ assembly: some, ffnWidth: 0.5 }, batch, at);
+        };
+        trainable.grads.write(new Float32Array(values.length));
+        const terms = await run(values);
+        for (const name of ['hidden', 'attention'] as const) expect(terms[name], name).toBeGreaterThan(0);
+        const gradients = trainable.grads.readFloat();
+        for (const prefix of [
+          'encoder.modules.0-1.',
+          'decoder.modules.0-1.',
+          'encoder.layers.2.',
+          'decoder.layers.3.',
+        ]) {
+          const direction = new Float32Array(values.length);
+          for (const { name, offset, size } of trainable.plan.parameters) {
+            if (!name.startsWith(prefix) || name.includes('.token.')) continue;
+            for (let i = offset; i < offset + size; i++) direction[i] = random.normal();
+          }
+          const step = prefix.includes('layers') ? 2e-3 : 2e-4;
+          const lossAt = async (by: number) => (await run(values.map((x, i) => x + by * direction[i]))).loss;
+          const measured = ((await lossAt(step)) - (await lossAt(-step))) / (2 * step);
+          const expected = gradients.reduce((total, g, i) => total + g * direction[i], 0);
+          expect(Math.abs(measured - expected) / Math.abs(expected), prefix).toBeLessThan(0.03);
+        }
+      },
+      {
+        ...composed,
+        lora: { rank: 2, targets: ['q', 'v', 'o', 'up', 'down'], layers: [0, 1, 2, 3] },
+        nested: { layers: [0, 1, 2, 3], granularities: [0.5, 1], alignment: 8, scores: 'none' },
+      },
+    ));
+
+  it('have routers that a step down their gradient makes better than a step up', () =>
+    opened(
+      modules,
+      async (student, pairs) => {
+        const { trainable } = student;
+        const start = trainable.params.readFloat();
+        let [all, better] = [0, 0];
+        for (const assembly of [whole, some]) {
+          for (const place of ['attn', 'mlp'] as const) {
+            const shares = { [place]: 0.5 };
+            trainable.params.write(start);
+            trainable.grads.write(new Float32Array(start.length));
+            for (let explore = 0; explore < 6; explore++) {
+              const { batch } = pairs.next({ epoch: 0, segment: 0 }, 512, null);
+              await student.run({ assembly }, batch, {
+                weight: 1 / batch.target.targets.length,
+                tokens: tokens(shares, explore),
+              });
+            }
+            const gradients = trainable.grads.readFloat();
+            for (const part of assembly.encoder) {
+              const id = sourceRouterId(part, place);
+              const { offset, size } = trainable.plan.parameters.find(({ name }) => name === `${id}.weight`)!;
+              const own = gradients.subarray(offset, offset + size);
+              const length = Math.hypot(...own);
+              expect(length, id).toBeGreaterThan(0);
+              const after = async (sign: number) => {
+                const values = start.slice();
+                for (const [i, g] of own.entries()) values[offset + i] = (sign * g) / length;
+                trainable.params.write(values);
+                return (await student.quality({ assembly, tokenCapacity: shares }, pairs)).divergence;
+              };
+              all++;
+              better += Number((await after(-1)) < (await after(1)));
+            }
+          }
+        }
+        expect(all).toBe(14);
+        expect(better / all).toBeGreaterThan(0.8);
+      },
+      composed,
+    ));
+});
+
 const tiny = (name: string, more: Partial<ModularConfig> = {}): ModularConfig => ({
   ...common,
   ...{ from: base, out: join(root, name), data, evalData, granularities: [2, 4], steps: 120, evalEvery: 60 },
@@ -357,24 +501,28 @@ test('with corrections and widths, what is written is what was measured', async 
   }
 });
 
-test.each(['bart', 'marian', 't5', 't5-gated'])('of any family learn with corrections and widths: %s', async (name) => {
-  const deep = await deepSeq2Seq(name, { encoder: 2, decoder: 4 });
-  // The heads of BART and Marian have a bias.
-  const even = writeLetters(await writeNarrow(deep, temporaryDirectory(), 32));
-  const { dir, assemblies } = await modular({
-    ...{ ...common, from: even, out: join(root, `${name}-modules`), data, evalData, granularities: [2], steps: 6 },
-    ...{ evalEvery: 6, optimizer: { lr: 1e-2 }, lora: { rank: 3 }, nested: { granularities: [0.25, 0.5, 1] } },
-  });
-  await using model = await loadModel(dir);
-  await using whole = await loadModel(even);
-  expect(assemblies!.map(({ ffnWidth }) => ffnWidth)).toEqual(assemblies!.map((_, i) => [undefined, 0.5, 0.25][i % 3]));
-  expect(await lossOf(whole, 'full')).toBeCloseTo(assemblies![0].loss, 4);
-  for (const { assembly, ffnWidth, loss } of assemblies!) {
-    const spec = { assembly, ...(ffnWidth && { ffnWidth }) };
-    expect(await lossOf(model, { spec }), JSON.stringify(spec)).toBeCloseTo(loss, 3);
-  }
-  expect(new Set(assemblies!.map(({ divergence }) => divergence)).size).toBe(assemblies!.length);
-});
+test.each(['bart', 'marian', 't5', 't5-gated'])(
+  'of any family learn with corrections, widths and routers: %s',
+  async (name) => {
+    const deep = await deepSeq2Seq(name, { encoder: 2, decoder: 4 });
+    // The heads of BART and Marian have a bias.
+    const even = writeLetters(await writeNarrow(deep, temporaryDirectory(), 32));
+    const { dir, assemblies } = await modular({
+      ...{ ...common, from: even, out: join(root, `${name}-modules`), data, evalData, granularities: [2], steps: 6 },
+      ...{ evalEvery: 6, optimizer: { lr: 1e-2 }, lora: { rank: 3 }, nested: { granularities: [0.25, 0.5, 1] } },
+      tokens: { attn: [0.4, 0.9], mlp: 0.6 },
+    });
+    await using model = await loadModel(dir);
+    await using whole = await loadModel(even);
+    const unrouted = assemblies!.filter(({ tokenCapacity }) => !tokenCapacity);
+    expect(assemblies!.length).toBe(unrouted.length + 8);
+    expect(unrouted.map(({ ffnWidth }) => ffnWidth)).toEqual(unrouted.map((_, i) => [undefined, 0.5, 0.25][i % 3]));
+    expect(await lossOf(whole, 'full')).toBeCloseTo(assemblies![0].loss, 4);
+    for (const { loss, divergence: _, accuracy: __, ...spec } of assemblies!)
+      expect(await lossOf(model, { spec }), JSON.stringify(spec)).toBeCloseTo(loss, 3);
+    expect(new Set(assemblies!.map(({ divergence }) => divergence)).size).toBe(assemblies!.length);
+  },
+);
 
 test('stopped and started again, on another number of threads, it ends at the same bits', async () => {
   const composed = {
@@ -383,6 +531,7 @@ test('stopped and started again, on another number of threads, it ends at the sa
   } as const;
   const config = tiny('once', {
     ...composed,
+    tokens: { attn: 0.5, mlp: [0.4, 0.9] },
     steps: 8,
     evalEvery: 4,
     saveEvery: 3,
@@ -414,6 +563,52 @@ test('stopped and started again, on another number of threads, it ends at the sa
   await expect(modular({ ...config, out, granularities: [2] })).rejects.toThrow('was made with granularities');
 });
 
+test('routers learn with modules, and are written with what they are trained for', async () => {
+  const events: TrainEvent[] = [];
+  const tokens = { attn: [0.4, 1], mlp: 0.6 } as const;
+  const result = await modular(tiny('routed', { tokens, steps: 240, onEvent: (event) => void events.push(event) }));
+  const evals = events.flatMap((event) => (event.type === 'eval' ? [event.levels] : []));
+  const level = 'encoder=0,1,2,3;decoder=0,1,2,3;attn=0.7;mlp=0.6';
+  expect(Object.keys(evals[0])).toHaveLength(3 + 4);
+  expect(Object.keys(evals[0])).toContain(level);
+  // Of the whole model nothing learns but routers: they choose better than random ones.
+  const random: number[] = [];
+  await opened(
+    (layers) => ({ encoder: [], decoder: spansOf(layers, [2]) }),
+    async (student, pairs) => {
+      const values = student.trainable.params.readFloat();
+      const [, routers] = student.trainable.plan.groups!;
+      for (let seed = 0; seed < 8; seed++) {
+        const draw = new Random(seed, 'routers');
+        student.trainable.params.write(values.map((x, i) => (i < routers.offset ? x : draw.normal())));
+        const tokenCapacity = { attn: 0.7, mlp: 0.6 };
+        random.push((await student.quality({ tokenCapacity }, pairs)).divergence);
+      }
+    },
+    { sourceTokens: { layers: 4, capacity: { attn: [0.4, 1], mlp: [0.6, 0.6] } } },
+  );
+  const mean = random.reduce((a, b) => a + b, 0) / random.length;
+  expect(result.assemblies!.find(({ tokenCapacity }) => tokenCapacity)!.divergence).toBeLessThan(0.6 * mean);
+  const { policy, routers } = (await readElastic(result.dir))!;
+  expect(policy.sourceTokens).toEqual({ layers: 4, capacity: { attn: [0.4, 1], mlp: [0.6, 0.6] } });
+  expect(routers.size).toBe(2 * (4 + 3));
+  expect([...routers.values()].every(({ weight }) => weight.some((w) => w !== 0))).toBe(true);
+  const measured = result.assemblies!.filter(({ tokenCapacity }) => tokenCapacity);
+  expect(measured).toHaveLength(8);
+  const [middle, low] = [measured[0], measured[4]];
+  expect([middle.tokenCapacity, low.tokenCapacity]).toEqual([
+    { attn: 0.7, mlp: 0.6 },
+    { attn: 0.4, mlp: 0.6 },
+  ]);
+  expect(middle.divergence).toBeGreaterThan(0);
+  expect(low.divergence).toBeGreaterThan(middle.divergence);
+  await using model = await loadModel(result.dir);
+  const { assembly } = result.assemblies!.at(-1)!;
+  const stream = model.generate('a b c', { budget: { spec: { assembly, tokenCapacity: { attn: 0.5, mlp: 0.6 } } } });
+  expect(await stream.text).not.toBe('');
+  expect((await stream.usage).compute.effective.tokenCapacity).toEqual({ attn: 0.5, mlp: 0.6 });
+});
+
 test.each([
   ['no granularities', { granularities: [] }, 'granularities must be different integers above 1, got []'],
   ['one that does not fit', { granularities: [3] }, 'that divide 4 encoder or 4 decoder layers, got 3'],
@@ -436,6 +631,10 @@ test.each([
     { nested: { granularities: [0.5, 1], rank: 'size' as never } },
     'nested: rank must be one of',
   ],
+  ['a share above 1', { tokens: { attn: 1.5 } }, 'tokens.attn must be a share in (0, 1] or an ascending range'],
+  ['a range that falls', { tokens: { mlp: [0.9, 0.5] } }, 'an ascending range of them, got [0.9,0.5]'],
+  ['tokens of nothing', { tokens: {} }, 'tokens must have some of attn, mlp'],
+  ['tokens of blocks', { tokens: { block: 0.5 } as never }, "unknown key of tokens 'block'; it takes attn, mlp"],
   ['no loss', { losses: { task: 0, logits: 0, hidden: 0, attention: 0 } }, 'something to learn'],
   ['no model', { from: '' }, 'from must be the path of a directory'],
   ['two held-out parts', { heldOut: 0.1 }, 'give evalData or heldOut, not both'],

@@ -2,10 +2,11 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { flopsAt } from '../../lib/elastic/assemblies.js';
+import { flopsAt, settingsRatio } from '../../lib/elastic/assemblies.js';
 import { writeModules } from '../../lib/elastic/elastify.js';
 import type { Assembly } from '../../lib/elastic/modules.js';
 import { elasticConfigFile, readElastic, routerFile, writeLevels } from '../../lib/elastic/store.js';
+import { type AssembleOptions, assemble } from '../../lib/infer/export/assemble.js';
 import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
 import type { GenerateOptions } from '../../lib/infer/types.js';
 import { openSafetensors } from '../../lib/io/safetensors.js';
@@ -15,6 +16,7 @@ import { temporaryDirectory } from '../temporary.js';
 import {
   allModules,
   copiedModules,
+  correctionsOf,
   deepSeq2Seq,
   modularDirectory,
   nestedAt,
@@ -33,54 +35,61 @@ async function written(model: ElasticModel, source: readonly number[], options: 
 
 const assembly: Assembly = { encoder: ['0', '1', '2-3'], decoder: ['0-2', '3', '4-5'] };
 
-/** A golden model with modules, routers and, where its stacks are of one width, nested feed-forwards. */
-async function routed(name: string) {
+/** A golden model with modules, routers, corrections if wanted and, where its stacks are of one width, nested feed-forwards. */
+async function routed(name: string, corrected = true) {
   const base = await deepSeq2Seq(name);
   const spec = specOf(base);
   const modules = allModules(spec);
   const dir = temporaryDirectory();
   const weights = copiedModules(base, modules);
   const nested = spec.encoder.ffn === spec.decoder.ffn ? { nested: nestedAt([0.5, 1], 4) } : {};
-  await writeModules(dir, base, { spec: modules, weights, routing: someRouting(spec, modules), ...nested });
+  const lora = corrected ? { lora: correctionsOf(base) } : {};
+  await writeModules(dir, base, { spec: modules, weights, routing: someRouting(spec, modules), ...nested, ...lora });
   return { base, dir, spec };
 }
 
 describe.each(['bart', 'marian', 't5'])('%s', (name) => {
   const { sources } = readSeq2SeqCases(name);
 
-  it('is the backbone at full capacity, to the bit, and counts what it leaves out', async () => {
-    const source = sources.reduce((a, b) => (b.length > a.length ? b : a));
-    const { base, dir, spec } = await routed(name);
-    const { policy } = (await readElastic(dir))!;
-    await using model = await loadModel(dir);
-    await using whole = await loadModel(base);
-    const full = await written(whole, source);
-    for (const tokenCapacity of [{}, { attn: 1 }, { attn: 1, mlp: [1, 1, 1, 1] }]) {
-      const { compute, ...text } = await written(model, source, { budget: { spec: { tokenCapacity } } });
-      expect(text).toEqual({ ids: full.ids, logprobs: full.logprobs });
-      expect([compute.effective, compute.flops]).toEqual([{}, full.compute.flops]);
-    }
-    const seen = new Set([full.logprobs.join()]);
-    for (const settings of [
-      { tokenCapacity: { attn: 0.5 } },
-      { tokenCapacity: { mlp: 0.5 } },
-      { tokenCapacity: { attn: 0.7, mlp: [1, 0.5, 0, 0.25] } },
-      { assembly, tokenCapacity: { attn: [1, 0.5, 0.2], mlp: 0.6 } },
-      ...(policy.nested ? [{ assembly, ffnWidth: 0.5, tokenCapacity: { mlp: 0.6 } }] : []),
-    ]) {
-      const { ids, logprobs, compute } = await written(model, source, { budget: { spec: settings } });
-      expect(compute.effective).toEqual(settings);
-      expect(compute.flops).toBe(writingFlops(flopsAt(spec, settings, policy), source.length, ids.length));
-      const { tokenCapacity: _, ...others } = settings;
-      const all = flopsAt(spec, others, policy).source(source.length);
-      expect(flopsAt(spec, settings, policy).source(source.length)).toBeLessThan(0.95 * all);
-      const point = model.resolve({ spec: settings });
-      expect(point.flopsRatio).toBeLessThan(model.resolve({ spec: others }).flopsRatio);
-      expect(point.why).toMatch(/ % of tokens into (attn|mlp) of the encoder/);
-      seen.add(logprobs.join());
-    }
-    expect(seen.size).toBe(policy.nested ? 6 : 5);
-  });
+  it.each([false, true])(
+    'is the backbone at full capacity, to the bit, and counts what it leaves out, corrected %s',
+    async (corrected) => {
+      const source = sources.reduce((a, b) => (b.length > a.length ? b : a));
+      const { base, dir, spec } = await routed(name, corrected);
+      const { policy } = (await readElastic(dir))!;
+      await using model = await loadModel(dir);
+      await using whole = await loadModel(base);
+      const full = await written(whole, source);
+      for (const tokenCapacity of [{}, { attn: 1 }, { attn: 1, mlp: [1, 1, 1, 1] }]) {
+        const { compute, ...text } = await written(model, source, { budget: { spec: { tokenCapacity } } });
+        expect(text).toEqual({ ids: full.ids, logprobs: full.logprobs });
+        expect([compute.effective, compute.flops]).toEqual([{}, full.compute.flops]);
+      }
+      const seen = new Set([full.logprobs.join()]);
+      for (const settings of [
+        { tokenCapacity: { attn: 0.5 } },
+        { tokenCapacity: { mlp: 0.5 } },
+        { tokenCapacity: { attn: 0.7, mlp: [1, 0.5, 0, 0.25] } },
+        { assembly, tokenCapacity: { attn: [1, 0.5, 0.2], mlp: 0.6 } },
+        ...(policy.nested ? [{ assembly, ffnWidth: 0.5, tokenCapacity: { mlp: 0.6 } }] : []),
+      ]) {
+        const { ids, logprobs, compute } = await written(model, source, { budget: { spec: settings } });
+        expect(compute.effective).toEqual(settings);
+        expect(compute.flops).toBe(writingFlops(flopsAt(spec, settings, policy), source.length, ids.length));
+        const { tokenCapacity: _, ...others } = settings;
+        const point = model.resolve({ spec: settings });
+        // The full budget has no corrections, which all others have.
+        if (!corrected || Object.keys(others).length > 0) {
+          const all = flopsAt(spec, others, policy).source(source.length);
+          expect(flopsAt(spec, settings, policy).source(source.length)).toBeLessThan(0.95 * all);
+          expect(point.flopsRatio).toBeLessThan(model.resolve({ spec: others }).flopsRatio);
+        }
+        expect(point.why).toMatch(/ % of tokens into (attn|mlp) of the encoder/);
+        seen.add(logprobs.join());
+      }
+      expect(seen.size).toBe(policy.nested ? 6 : 5);
+    },
+  );
 
   it('gives every source in company the bits that it gets alone', async () => {
     const { dir } = await routed(name);
@@ -161,6 +170,22 @@ describe('settings and files', () => {
     await expect(writeLevels(dir, [bad])).rejects.toThrow(
       /levels\[0\]\.spec\.tokenCapacity\.mlp must be in .* 4 numbers/,
     );
+  });
+
+  it('become levels of assemblies, and no stock checkpoint', async () => {
+    const { dir, spec } = await routed('marian');
+    const tokenCapacity = { attn: 0.7, mlp: 0.5 };
+    const encoder = ['0', '1', '2-3'];
+    await assemble(dir, { encoder, tokenCapacity, saveLevel: 'light', sourceTokens: 8, targetTokens: 4 });
+    const { policy } = (await readElastic(dir))!;
+    const level = policy.levels.find(({ name }) => name === 'light')!;
+    expect(level.spec).toEqual({ assembly: { encoder, decoder: ['0', '1', '2', '3', '4', '5'] }, tokenCapacity });
+    expect(level.flopsRatio).toBe(settingsRatio(spec, level.spec, policy, { source: 8, target: 4 }));
+    const refused = (options: AssembleOptions) => expect(assemble(dir, options)).rejects;
+    const out = join(temporaryDirectory(), 'stock');
+    await refused({ encoder, tokenCapacity, out }).toThrow(/a stock checkpoint has no routers, and runs every token/);
+    await refused({ encoder, tokenCapacity }).toThrow(/tokenCapacity is kept in a level, with saveLevel/);
+    await refused({ encoder, tokenCapacity: { mlp: 2 }, saveLevel: 'x' }).toThrow(/tokenCapacity\.mlp must be in/);
   });
 
   it.each<[string, (config: Record<string, never>) => unknown, RegExp]>([

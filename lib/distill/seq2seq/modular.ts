@@ -5,12 +5,18 @@ import { writeModules } from '../../elastic/elastify.js';
 import { type Lora, loraOfParameters, seq2seqLoraParameters } from '../../elastic/lora.js';
 import { assemblyPath, granularityProblem, ladder, settingsText, spansOf } from '../../elastic/modules.js';
 import { type Nested, nestedOf, unitScores } from '../../elastic/nested.js';
-import type { ElasticPolicy } from '../../elastic/policy.js';
-import { type LoraRecipe, loraOf, type MatformerRecipe } from '../../elastic/recipes.js';
+import { type ElasticPolicy, type SourceTokens, sourceRouters } from '../../elastic/policy.js';
+import {
+  capacityRange,
+  type LoraRecipe,
+  loraOf,
+  type MatformerRecipe,
+  type TrainCapacity,
+} from '../../elastic/recipes.js';
 import { replaceDirectory } from '../../io/files.js';
 import { Checkpoint } from '../../io/safetensors.js';
 import { type Assembly, type Modules, partId, type Stack } from '../../model/parts.js';
-import { type Projection, projections } from '../../model/select.js';
+import { type Projection, places, projections } from '../../model/select.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
 import { loadSeq2SeqWeights, seq2seqModuleSlots } from '../../model/seq2seq_weights.js';
 import { InvalidArgumentError } from '../../native/errors.js';
@@ -18,13 +24,20 @@ import { Engine } from '../../native/index.js';
 import { BadRows, type ExampleSource } from '../encoder/examples.js';
 import { checkExampleConfig, readPairs } from '../encoder/finetune.js';
 import type { TrainConfig, TrainResult } from '../events.js';
+import { trainedRouters } from '../plan.js';
 import { Random } from '../random.js';
 import { checkConfig, checkKeys, resolveConfig, type Task, train, withLock } from '../trainer.js';
 import { encodePairs, lossRows } from './finetune.js';
 import { openSeq2Seq } from './model.js';
 import type { PairBatch } from './pairs.js';
 import { writeOrdered } from './rank.js';
-import { type AssemblyQuality, type ModuleLosses, replacing } from './replacing.js';
+import {
+  type AssemblyQuality,
+  type ModuleLosses,
+  type RoutedSources,
+  replacing,
+  type SourceShares,
+} from './replacing.js';
 
 /** Settings of `modular`. */
 export interface ModularConfig extends TrainConfig {
@@ -55,6 +68,11 @@ export interface ModularConfig extends TrainConfig {
    */
   lora?: Pick<LoraRecipe, 'rank' | 'targets'>;
   /**
+   * Trains routers of the encoder's layers and modules, too: shares of a source's tokens that enter attention and the feed-forward, or ranges
+   * `[low, high]` from which one is drawn for each source. Default none.
+   */
+  tokens?: { attn?: TrainCapacity; mlp?: TrainCapacity };
+  /**
    * Makes feed-forwards of layers and modules run at any width, a prefix of their units; two of three micro-batches are at full width, the others at one
    * of these shares. `rank` as of `elastify`, measured on the data: by default 'activation', so that the model is written with its units in
    * that order, the same function.
@@ -67,13 +85,17 @@ export interface MeasuredAssembly extends AssemblyQuality {
   assembly: Assembly;
   /** Share of the units of feed-forwards; absent: all. */
   ffnWidth?: number;
+  /** Shares of tokens that enter sub-layers of the encoder; absent: all enter. */
+  tokenCapacity?: SourceShares;
 }
+
+type Settings = Omit<MeasuredAssembly, keyof AssemblyQuality>;
 
 /** How a `modular` run ended. */
 export interface ModularResult extends TrainResult {
   /** Modules of both stacks. */
   modules: Modules;
-  /** Of held-out pairs: the whole model first, then ever smaller assemblies, those that speed asks for; nested ones at each width. */
+  /** Of held-out pairs: the whole model first, then ever smaller assemblies, those that speed asks for; nested ones at each width; with routers some of them at the middle and the low end of what is trained. */
   assemblies?: readonly MeasuredAssembly[];
   /** Pairs trained on, and held out. */
   examples: { train: number; heldOut: number };
@@ -84,7 +106,20 @@ export interface ModularResult extends TrainResult {
 }
 
 const ownKeys = [
-  ...['from', 'out', 'data', 'evalData', 'heldOut', 'badRows', 'granularities', 'replace', 'losses', 'lora', 'nested'],
+  ...[
+    'from',
+    'out',
+    'data',
+    'evalData',
+    'heldOut',
+    'badRows',
+    'granularities',
+    'replace',
+    'losses',
+    'lora',
+    'nested',
+    'tokens',
+  ],
 ];
 const replaceDefaults = { start: 0.3, full: 0.4 };
 const lossDefaults: Required<ModuleLosses> = { task: 1, logits: 1, hidden: 0.5, attention: 0.2 };
@@ -108,6 +143,7 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
     const modules = modulesOf(spec, config.granularities);
     const lora = config.lora && loraOf({ targets: targetsOf(spec), ...config.lora }, spec.decoder, fail);
     const nested = config.nested && nestedIn(spec, config.nested);
+    const routing = config.tokens && routingIn(spec, config.tokens);
     const bad = new BadRows('modular', config.badRows === 'skip');
     const rows = await readPairs('modular', config, bad);
     const { data, evalData } = await encodePairs('modular', config, rows, model, bad);
@@ -131,12 +167,15 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
     using checkpoint = Checkpoint.open(base);
     using loaded = loadSeq2SeqWeights(spec, checkpoint);
     using student = await replacing(spec, checkpoint, loaded.weights, modules, data, losses, {
-      ...{ engine, batchTokens, recompute, seed, lora, nested },
+      ...{ engine, batchTokens, recompute, seed, lora, nested, sourceTokens: routing },
+      routerLrScale: routerLr / resolved.optimizer.lr,
     });
     const path = assemblyPath(spec, modules, 'speed-first');
     // Some of the path: with stacks of equal size the decoder by a third and as small as it gets, then the encoder, too.
     const some = [path[path.length >> 2], path[path.length >> 1], path.at(-1)!];
-    const watched = some.flatMap((assembly) => atWidths(assembly, nested));
+    const routed = (at: number): Settings[] =>
+      routing ? [path[0], ...some].map((assembly) => ({ assembly, tokenCapacity: sharesAt(routing, at) })) : [];
+    const watched = [...some.flatMap((assembly) => atWidths(assembly, nested)), ...routed(0.5)];
     // Of all layers there is nothing to compare but what comes of them.
     const learning = lora !== undefined && losses.task + losses.logits > 0;
     const task: Task<PairBatch> = {
@@ -149,6 +188,7 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
         ...{ evalData: evalData?.sha256() ?? null, sequenceLength: data.sequenceLength },
         ...(lora && { lora }),
         ...(nested && { nested }),
+        ...(routing && { tokens: routing.capacity }),
       },
       lossRows,
       async micro(batch, { step, index, total, signal }) {
@@ -156,8 +196,12 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
         const random = new Random(seed, 'assembly', number);
         const assembly = drawAssembly(spec, modules, { progress: step / resolved.steps, replace, random });
         const drawn = nested ? drawWidth(nested, learning, new Random(seed, 'width', number)) : {};
-        const settings = { assembly, ...drawn };
-        return { ...(await student.run(settings, batch, { weight: 1 / total, signal })) };
+        const own =
+          routing && drawSources(routing, new Random(seed, 'tokens', number), batch.source.offsets.length - 1);
+        // Of all layers routers learn, if there is something to compare.
+        const whole = own?.whole && losses.task + losses.logits > 0 ? { assembly: undefined } : {};
+        const settings = { assembly, ...drawn, ...whole };
+        return { ...(await student.run(settings, batch, { weight: 1 / total, tokens: own?.tokens, signal })) };
       },
       ...(evalData && {
         async evaluate(signal?: AbortSignal) {
@@ -178,10 +222,17 @@ export async function modular(config: ModularConfig): Promise<ModularResult> {
         weights: new Map(seq2seqModuleSlots(spec, modules).map(({ name }) => [name, values.get(name)!])),
         ...(nested && { nested: { ...nested, trained: 'modules' } }),
         ...(lora && { lora: { policy: lora, matrices: trainedLora(lora, spec, values) } }),
+        ...(routing && {
+          routing: {
+            capacity: routing.capacity,
+            routers: trainedRouters(values, sourceRouters({ sourceTokens: routing, modules })),
+          },
+        }),
       });
       if (evalData) {
-        for (const settings of path.flatMap((assembly) => atWidths(assembly, nested)))
-          assemblies.push({ ...settings, ...(await student.quality(settings, evalData)) });
+        const settings = path.flatMap((assembly) => atWidths(assembly, nested));
+        for (const one of [...settings, ...routed(0.5), ...routed(0)])
+          assemblies.push({ ...one, ...(await student.quality(one, evalData)) });
       }
     }
     return {
@@ -200,7 +251,7 @@ const fail = (what: string): never => {
 
 function check(config: ModularConfig): void {
   checkConfig('modular', config, ownKeys);
-  const { from, granularities, replace = {}, losses = {}, lora = {}, nested = {} } = config;
+  const { from, granularities, replace = {}, losses = {}, lora = {}, nested = {}, tokens = {} } = config;
   if (typeof from !== 'string' || from === '')
     fail(`from must be the path of a directory, got ${JSON.stringify(from)}`);
   checkExampleConfig('modular', config);
@@ -210,13 +261,20 @@ function check(config: ModularConfig): void {
     new Set(granularities).size !== granularities.length
   )
     fail(`granularities must be different integers above 1, got ${JSON.stringify(granularities)}`);
-  for (const [name, group] of Object.entries({ replace, losses, lora, nested })) {
+  for (const [name, group] of Object.entries({ replace, losses, lora, nested, tokens })) {
     if (typeof group !== 'object' || group === null) fail(`${name} must be an object, got ${JSON.stringify(group)}`);
   }
   checkKeys('modular', 'key of replace', replace, Object.keys(replaceDefaults));
   checkKeys('modular', 'key of losses', losses, lossNames);
   checkKeys('modular', 'key of lora', lora, ['rank', 'targets']);
   checkKeys('modular', 'key of nested', nested, ['granularities', 'alignment', 'rank']);
+  checkKeys('modular', 'key of tokens', tokens, places);
+  for (const [place, value] of Object.entries(tokens)) {
+    const range = capacityRange(value);
+    if (!range || range[0] > range[1])
+      fail(`tokens.${place} must be a share in (0, 1] or an ascending range of them, got ${JSON.stringify(value)}`);
+  }
+  if (config.tokens && Object.keys(tokens).length === 0) fail(`tokens must have some of ${places.join(', ')}`);
   for (const [name, value] of Object.entries(replace)) {
     if (!(typeof value === 'number' && value >= 0 && value <= 1))
       fail(`replace.${name} must be a number from 0 to 1, got ${String(value)}`);
@@ -255,8 +313,35 @@ function trainedLora(
   return loraOfParameters(seq2seqLoraParameters(lora, spec), lora.rank, (name) => values.get(name)!);
 }
 
+function routingIn({ encoder }: Seq2SeqSpec, tokens: NonNullable<ModularConfig['tokens']>): SourceTokens {
+  const ranges = Object.entries(tokens).map(([place, value]) => [place, capacityRange(value)!]);
+  return { layers: encoder.layers, capacity: Object.fromEntries(ranges) };
+}
+
+/** The shares of tokens at a point from 0, the low ends of the ranges, to 1, the high ones. */
+const sharesAt = ({ capacity }: SourceTokens, at: number): SourceShares =>
+  Object.fromEntries(Object.entries(capacity).map(([place, [low, high]]) => [place, low + (high - low) * at]));
+
+/** Learning rate of routers, whatever that of modules is: what they score does not depend on how those begin. */
+const routerLr = 2e-2;
+/** How often tokens are routed, and how often that is in all layers. */
+const routedTokens = 1 / 2;
+const routedLayers = 1 / 4;
+
+/** What a micro-batch of so many sources has of routing; none: all tokens enter everywhere. Shares are drawn for each source, one point for both places. */
+export function drawSources(
+  routing: SourceTokens,
+  random: Random,
+  sources: number,
+): { tokens: RoutedSources; whole: boolean } | undefined {
+  if (random.uniform() >= routedTokens) return undefined;
+  const whole = random.uniform() < routedLayers;
+  const drawn = Array.from({ length: sources }, () => sharesAt(routing, random.uniform()));
+  return { whole, tokens: { shares: (source) => drawn[source], random } };
+}
+
 /** An assembly with all units, and with as many as each granularity has. */
-const atWidths = (assembly: Assembly, nested: Nested | undefined): { assembly: Assembly; ffnWidth?: number }[] => [
+const atWidths = (assembly: Assembly, nested: Nested | undefined): Settings[] => [
   { assembly },
   ...(nested?.granularities ?? [])
     .filter((share) => share < 1)

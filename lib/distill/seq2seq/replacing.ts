@@ -1,27 +1,42 @@
-// Modules of an encoder-decoder model in training: assemblies run beside the whole model, which teaches them; modules learn, and corrections of layers.
+// Modules of an encoder-decoder model in training: assemblies run beside the whole model, which teaches them; modules learn, corrections of layers, and routers.
 
 import { effectiveSettings, unitsAt } from '../../elastic/assemblies.js';
 import type { ElasticSpec } from '../../elastic/axes.js';
 import { initialLora, loraInputs, seq2seqLoraParameters, trainableCorrection } from '../../elastic/lora.js';
 import { backboneOf } from '../../elastic/modules.js';
 import { type Nested, oneWidth, sharedWidth } from '../../elastic/nested.js';
-import type { ElasticPolicy } from '../../elastic/policy.js';
+import { type ElasticPolicy, type SourceTokens, sourceRouterId, sourceRouters } from '../../elastic/policy.js';
+import type { RoutedPlace } from '../../elastic/rows.js';
+import {
+  routingOf,
+  type SourceCapacities,
+  sourceCapacities,
+  sourceCapacityFeeds,
+  sourceKey,
+  sourceSelector,
+} from '../../elastic/source_routing.js';
 import {
   add,
   crossEntropy,
   divergence,
   dot,
   Graph,
+  gatherRows,
+  gradients,
   hiddenDistance,
   KeptPrograms,
   type Node,
   Program,
   scale,
+  scatterAdd,
+  stopGradient,
+  topkCredit,
   zeros,
 } from '../../graph/index.js';
 import type { Checkpoint } from '../../io/safetensors.js';
+import type { Change } from '../../model/decoder.js';
 import { type Assembly, type Modules, type Stack, spanOf, stacks } from '../../model/parts.js';
-import { selectEverything } from '../../model/select.js';
+import { type Place, selectEverything } from '../../model/select.js';
 import { decodeTarget, encodeSource, type StackOptions } from '../../model/seq2seq.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
 import {
@@ -36,7 +51,9 @@ import {
 import { planOf, storedValues } from '../../model/weights.js';
 import type { Engine } from '../../native/index.js';
 import { firstShare, wholeEpoch } from '../batches.js';
+import { joinedPlans, routerSlots } from '../plan.js';
 import { Random } from '../random.js';
+import { noiseFeeds } from '../steps.js';
 import { Trainable } from '../trainable.js';
 import { lossRows } from './finetune.js';
 import { frozenHead, headInput, pairInputs, pairRun } from './model.js';
@@ -62,12 +79,33 @@ export type ModuleTerms = Record<'loss' | keyof ModuleLosses, number>;
 
 /** Assemblies of a model whose modules are trained. */
 export interface Replacing extends Disposable {
-  /** Weights of all modules, by the names of `seq2seqModuleSlots`, and corrections, by those of `seq2seqLoraParameters`. */
+  /**
+   * Weights of all modules, by the names of `seq2seqModuleSlots`, corrections, by those of `seq2seqLoraParameters`, and routers, by those of
+   * `routerSlots`.
+   */
   readonly trainable: Trainable;
-  /** Adds the gradient of what learns at some settings to `trainable.grads`, every token of a target weighing `weight`. */
-  run(settings: ElasticSpec, batch: PairBatch, at: { weight: number; signal?: AbortSignal }): Promise<ModuleTerms>;
+  /**
+   * Adds the gradient of what learns at some settings to `trainable.grads`, every token of a target weighing `weight`. Shares of tokens are
+   * those of `tokens`, not of the settings.
+   */
+  run(
+    settings: ElasticSpec,
+    batch: PairBatch,
+    at: { weight: number; tokens?: RoutedSources; signal?: AbortSignal },
+  ): Promise<ModuleTerms>;
   /** Cross-entropy of a target's token, nats, KL from the whole model's tokens, and the share of tokens that are the likeliest. */
   quality(settings: ElasticSpec, data: PairData, signal?: AbortSignal): Promise<AssemblyQuality>;
+}
+
+/** Shares of tokens that enter sub-layers of the encoder, the same in all its parts; default all. */
+export type SourceShares = Readonly<Partial<Record<Place, number>>>;
+
+/** How tokens are routed in training. */
+export interface RoutedSources {
+  /** Of every source of a batch; of all of them at the same places below 1. */
+  readonly shares: (source: number) => SourceShares;
+  /** Draws the noise that makes routers explore. */
+  readonly random: Random;
 }
 
 /** Of the tokens of held-out targets, each after the right ones before it. */
@@ -92,6 +130,8 @@ export interface Composed {
   readonly lora?: NonNullable<ElasticPolicy['lora']>;
   /** Feed-forwards run at the width of the settings. */
   readonly nested?: Nested;
+  /** Routers of the encoder's layers and modules, which begin with zeros. */
+  readonly sourceTokens?: SourceTokens;
 }
 
 /**
@@ -100,6 +140,7 @@ export interface Composed {
  *
  * @param weights of the whole model, which stays as it is
  * @param options.seed of the first factors of corrections
+ * @param options.routerLrScale learning rate of routers over that of the rest
  */
 export async function replacing(
   spec: Seq2SeqSpec,
@@ -113,13 +154,20 @@ export async function replacing(
     batchTokens,
     recompute = false,
     seed = 0,
+    routerLrScale = 1,
     ...composed
-  }: { engine: Engine; batchTokens: number; recompute?: boolean; seed?: number } & Composed,
+  }: { engine: Engine; batchTokens: number; recompute?: boolean; seed?: number; routerLrScale?: number } & Composed,
 ): Promise<Replacing> {
-  const { lora } = composed;
+  const { lora, sourceTokens } = composed;
   const slots = seq2seqModuleSlots(spec, modules);
   const corrections = lora ? seq2seqLoraParameters(lora, spec) : [];
-  const plan = planOf([...slots, ...corrections]);
+  const routers = sourceRouters({ sourceTokens, modules });
+  const ofRouters = routers.flatMap(({ id, outputs }) => routerSlots(id, spec.encoder.hidden, outputs));
+  const routerNames = new Set(ofRouters.map(({ name }) => name));
+  const plan = joinedPlans([
+    { plan: planOf([...slots, ...corrections]), lrScale: 1 },
+    { plan: planOf(ofRouters), lrScale: routerLrScale },
+  ]);
   const trainable = new Trainable(plan);
   const initial = new Float32Array(plan.size);
   const place = new Map(plan.parameters.map(({ name, offset }) => [name, offset]));
@@ -136,7 +184,15 @@ export async function replacing(
   const head = frozenHead(weights.head);
 
   const squares = await meanSquares(spec, weights, data, { engine, batchTokens });
-  const build = (assembly: Assembly, { full, narrow, train }: { full: boolean; narrow: boolean; train: boolean }) => {
+  const build = (
+    assembly: Assembly,
+    {
+      full,
+      narrow,
+      train,
+      capacities,
+    }: { full: boolean; narrow: boolean; train: boolean; capacities: SourceCapacities },
+  ) => {
     const graph = new Graph();
     const node = (name: string) => graph.state(trainable.view(name), name);
     const base = bindSeq2Seq(graph, weights);
@@ -144,11 +200,19 @@ export async function replacing(
     const parted = assembled(base, own, assembly);
     const student = lora && !full ? corrected(parted, trainableCorrection(lora, node)) : parted;
     // At full width there is no dim, and what is alike is computed once for both.
-    const selector = narrow ? { ...selectEverything, width: oneWidth(graph, spec.decoder.ffn) } : selectEverything;
+    const width = narrow && { width: oneWidth(graph, spec.decoder.ffn) };
+    const routerOf = (id: string) => ({ weight: node(`${id}.weight`), bias: node(`${id}.bias`) });
     const inputs = pairInputs(graph, batchTokens);
     const sourceWeight = graph.feed('sourceWeight', 'f32', [inputs.sourceRows]);
     const theirs = bothStacks(graph, spec, base, inputs);
-    const mine = bothStacks(graph, spec, student, inputs, { recompute, selector });
+    const { segments } = inputs.target;
+    const rows = sourceSelector(graph, assembly.encoder, capacities, routerOf, segments, { explore: train });
+    const { routed } = rows;
+    const changes: Change[] = [];
+    const mine = bothStacks(graph, spec, student, inputs, {
+      encoder: { recompute, changes, selector: { ...rows, ...width } },
+      decoder: { recompute, selector: { ...selectEverything, ...width } },
+    });
     const parts: Node[] = [];
     const sum = (name: keyof ModuleLosses, nodes: readonly Node[]) => {
       if (nodes.length === 0) return;
@@ -182,7 +246,10 @@ export async function replacing(
             );
           for (let n = 0; losses.attention > 0 && n < unitsOf[stack] - 1; n++) {
             const [at, taught] = [unitsOf[stack] * i + n, unitsOf[stack] * last + n];
-            attention.push(distance(mine[stack].units[at], theirs[stack].units[taught], squares[stack].units[taught]));
+            const pair = [mine[stack].units[at], theirs[stack].units[taught]] as const;
+            const place = stack === 'encoder' ? routed.find((r) => r.layer === i && r.places[0] === 'attn') : undefined;
+            const [ours, wanted] = place ? ofRows(pair, place.rows) : pair;
+            attention.push(distance(ours, wanted, squares[stack].units[taught]));
           }
         }
       }
@@ -193,7 +260,36 @@ export async function replacing(
     const learn = stacks.flatMap((stack) =>
       assembly[stack].map((part) => `${stack}.${own[stack].has(part) ? 'modules' : 'layers'}.${part}.`),
     );
-    trainable.accumulateGradients(graph, loss, node, (name) => learn.some((prefix) => name.startsWith(prefix)));
+    trainable.accumulateGradients(
+      graph,
+      loss,
+      node,
+      (name) => !routerNames.has(name) && learn.some((prefix) => name.startsWith(prefix)),
+    );
+    if (routed.length === 0) return Program.compile(graph, engine);
+    // What each row would add to a sub-layer is what it adds where all rows of the assembly enter everywhere.
+    const dense: Change[] = [];
+    encodeSource(graph, spec, student, inputs.source, {
+      changes: dense,
+      selector: { ...selectEverything, ...width },
+    });
+    const subLayer = ({ layer, places }: RoutedPlace) => 2 * layer + (places[0] === 'attn' ? 0 : 1);
+    gradients(
+      loss,
+      routed.map((r) => changes[subLayer(r)].after),
+      {
+        onGradient(i, dy) {
+          const { layer, places, z, detached, offsets } = routed[i];
+          const { before, after } = dense[subLayer(routed[i])];
+          const id = sourceRouterId(assembly.encoder[layer], places[0]);
+          graph.tag('routers', () => {
+            const credit = topkCredit(dy, before, after, z, inputs.source.offsets, offsets, sourceWeight);
+            const credits = dot(detached, stopGradient(credit));
+            trainable.accumulateGradients(graph, credits, node, (name) => name.startsWith(`${id}.`));
+          });
+        },
+      },
+    );
     return Program.compile(graph, engine);
   };
 
@@ -203,15 +299,26 @@ export async function replacing(
     const { assembly = backboneOf(spec) } = effective;
     const full = Object.keys(effective).length === 0;
     const narrow = effective.ffnWidth !== undefined;
-    const key = JSON.stringify([train, full, narrow, assembly.encoder, assembly.decoder]);
+    const capacities = sourceCapacities(assembly.encoder.length, effective.tokenCapacity);
+    const key = JSON.stringify([train, full, narrow, assembly.encoder, assembly.decoder, sourceKey(capacities)]);
     const dims: Record<string, number> = narrow ? { [sharedWidth]: unitsAt(effective, spec, composed) } : {};
-    return { program: programs.get(key, () => build(assembly, { full, narrow, train })), dims };
+    const program = programs.get(key, () => build(assembly, { full, narrow, train, capacities }));
+    return { program, dims, capacities };
   };
   return {
     trainable,
-    async run(settings, batch, { weight, signal }) {
-      const { program, dims } = programOf(settings, true);
-      const { outputs } = await program.run({ ...moduleRun(batch, weight, dims), signal });
+    async run(settings, batch, { weight, tokens, signal }) {
+      const own = programOf({ ...settings, tokenCapacity: tokens?.shares(0) }, true);
+      const { dims, feeds } = moduleRun(batch, weight, own.dims);
+      const sources = { rows: dims.sourceRows, segments: dims.segments };
+      const { length } = own.capacities.attn;
+      const routing = tokens && {
+        ...sourceCapacityFeeds(
+          Array.from({ length: dims.segments }, (_, source) => sourceCapacities(length, tokens.shares(source))),
+        ),
+        ...noiseFeeds(routingOf(own.capacities), sources, tokens.random),
+      };
+      const { outputs } = await own.program.run({ dims, feeds: { ...feeds, ...routing }, signal });
       const term = (name: keyof ModuleLosses) => outputs[name]?.[0] ?? 0;
       const terms = {
         task: term('task'),
@@ -224,11 +331,13 @@ export async function replacing(
       return { loss, ...terms };
     },
     async quality(settings, data, signal) {
-      const { program, dims } = programOf(settings, false);
+      const { program, dims: width, capacities } = programOf(settings, false);
       const total = { loss: 0, divergence: 0, accuracy: 0 };
       let tokens = 0;
       for (const batch of wholeEpoch(data, batchTokens)) {
-        const { outputs } = await program.run({ ...moduleRun(batch, 1, dims), signal });
+        const { dims, feeds } = moduleRun(batch, 1, width);
+        const shares = sourceCapacityFeeds(new Array(dims.segments).fill(capacities));
+        const { outputs } = await program.run({ dims, feeds: { ...feeds, ...shares }, signal });
         total.loss += outputs.task[0];
         total.divergence += outputs.logits[0];
         total.accuracy += outputs.accuracy[0];
@@ -257,12 +366,12 @@ function bothStacks(
   spec: Seq2SeqSpec,
   weights: Seq2SeqNodes,
   { source, target }: Pick<ReturnType<typeof pairInputs>, 'source' | 'target'>,
-  options: Pick<StackOptions, 'recompute' | 'selector'> = {},
+  options: { readonly [stack in Stack]?: Omit<StackOptions, keyof Taps<Node>> } = {},
 ): { readonly x: Node } & Record<Stack, Taps<Node>> {
   const taps = { encoder: { residuals: [], units: [] }, decoder: { residuals: [], units: [] } };
-  const features = encodeSource(graph, spec, weights, source, { ...taps.encoder, ...options });
+  const features = encodeSource(graph, spec, weights, source, { ...taps.encoder, ...options.encoder });
   const attended = { features, offsets: source.offsets };
-  const x = decodeTarget(graph, spec, weights, target, attended, { ...taps.decoder, ...options });
+  const x = decodeTarget(graph, spec, weights, target, attended, { ...taps.decoder, ...options.decoder });
   return { x, ...taps };
 }
 
@@ -299,6 +408,12 @@ async function meanSquares(
   }
   // A stream of zeros has no scale: distances from it are as they are.
   return each((_, name) => sums.get(name) || 1);
+}
+
+/** The same rows [R, D] of several nodes among N, zeros elsewhere: those that entered, of `mine`, which has no others, and of `theirs` [N, D]. */
+function ofRows([mine, theirs]: readonly [Node, Node], rows: Node): [Node, Node] {
+  const spread = (x: Node) => scatterAdd(zeros(x.graph, theirs.shape), x, rows);
+  return [spread(mine), spread(gatherRows(theirs, rows))];
 }
 
 /** Dims and feeds of a batch, and `more` dims; the rows of its sources weigh as much as its targets do together. */

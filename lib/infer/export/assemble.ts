@@ -61,6 +61,8 @@ export interface AssembleOptions extends Pick<LoadOptions, 'device' | 'activatio
   decoder?: readonly string[];
   /** Where feed-forwards are nested, the width that all assemblies but the whole model are at: a share of the units or their number; default 1. */
   ffnWidth?: number;
+  /** Shares of a source's tokens that enter sub-layers of the encoder, to be kept with the chosen assembly in a level; default all. */
+  tokenCapacity?: ElasticSpec['tokenCapacity'];
   /** Tokens that a typical generation reads and writes; default 64 each, or what the context holds. */
   sourceTokens?: number;
   targetTokens?: number;
@@ -139,6 +141,7 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
       'encoder',
       'decoder',
       'ffnWidth',
+      'tokenCapacity',
       'sourceTokens',
       'targetTokens',
       'measure',
@@ -155,9 +158,16 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
   for (const name of ['sourceTokens', 'targetTokens'] as const)
     checkNumber('assemble', name, options[name], positiveInteger, 'a positive integer');
   const byWay = ways.some((way) => options[way] !== undefined);
-  const listed = encoder !== undefined || decoder !== undefined || (ffnWidth !== undefined && !byWay);
+  const { tokenCapacity } = options;
+  const beside = ffnWidth !== undefined || tokenCapacity !== undefined;
+  const listed = encoder !== undefined || decoder !== undefined || (beside && !byWay);
   const asked = [...ways.filter((way) => options[way] !== undefined), ...(listed ? ['encoder and decoder'] : [])];
   if (asked.length > 1) throw new InvalidArgumentError(`[assemble] choose by one of them, got ${asked.join(' and ')}`);
+  if (tokenCapacity !== undefined && (out !== undefined || saveLevel === undefined)) {
+    throw new InvalidArgumentError(
+      '[assemble] tokenCapacity is kept in a level, with saveLevel: a stock checkpoint has no routers, and runs every token everywhere',
+    );
+  }
   if (options.record && ffnWidth !== undefined) {
     throw new InvalidArgumentError(
       '[assemble] record keeps times of whole feed-forwards and of levels: leave out ffnWidth, or save a level first',
@@ -231,8 +241,12 @@ export async function assemble(model: string, options: AssembleOptions = {}): Pr
   }
   const chosen = explicit ?? (asked.length > 0 ? choose(path, options) : null);
   if (chosen && saveLevel !== undefined) {
-    const { assembly, ffnWidth: width, flopsRatio } = chosen;
-    const level = { name: saveLevel, spec: { assembly, ...(width < 1 && { ffnWidth: width }) }, flopsRatio };
+    const { assembly, ffnWidth: width } = chosen;
+    const settings = { assembly, ...(width < 1 && { ffnWidth: width }), ...(tokenCapacity && { tokenCapacity }) };
+    const wrong = settingsProblem(settings, spec, policy);
+    if (wrong) throw new InvalidArgumentError(`[assemble] ${wrong}`);
+    const flopsRatio = settingsRatio(spec, effectiveSettings(settings, spec, policy), policy, lengths);
+    const level = { name: saveLevel, spec: settings, flopsRatio };
     await writeLevels(dir, [...policy.levels.filter(({ name }) => name !== saveLevel), level]);
   }
   const written = chosen && out !== undefined ? await writeAssembly(model, out, chosen, options) : null;
