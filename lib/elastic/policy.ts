@@ -291,7 +291,7 @@ export function modulesConflict(
   if (!seq2seq) return policy.modules ? 'modules are for encoder-decoder models' : null;
   const { nested, lora, exits, modules, layers } = policy;
   if (!modules || exits || routerPlaces(policy).length > 0)
-    return 'an encoder-decoder model has modules, nested feed-forwards and lora, and no routers or exits';
+    return 'an encoder-decoder model has modules, nested feed-forwards, lora and source_tokens, and no other routers or exits';
   const some = [nested, lora].some((own) => own && own.layers.length < layers);
   if (some) return 'nested feed-forwards and lora of an encoder-decoder model are of all its layers';
   const { encoder, decoder } = seq2seq;

@@ -134,7 +134,7 @@ describe('bad modules', () => {
     [
       'none',
       ({ modules: _, ...c }) => c,
-      /an encoder-decoder model has modules, nested feed-forwards and lora, and no routers/,
+      /an encoder-decoder model has modules, nested feed-forwards, lora and source_tokens, and no other routers/,
     ],
     [
       'a level with a gap',
