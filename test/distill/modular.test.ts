@@ -4,9 +4,9 @@ import { join } from 'node:path';
 import { beforeAll, describe, expect, it, test } from 'vitest';
 import { BadRows, readExamples } from '../../lib/distill/encoder/examples.js';
 import { Random } from '../../lib/distill/random.js';
+import { drawAssembly, drawWidth } from '../../lib/distill/seq2seq/draws.js';
 import { encodePairs } from '../../lib/distill/seq2seq/finetune.js';
 import { openSeq2Seq } from '../../lib/distill/seq2seq/model.js';
-import { drawAssembly, drawWidth } from '../../lib/distill/seq2seq/modular.js';
 import type { PairData } from '../../lib/distill/seq2seq/pairs.js';
 import {
   type Composed,
