@@ -39,7 +39,7 @@ const SETTINGS = {
   modular: { steps: quick ? 5 : 2400, lr: 3e-3 },
   losses: { task: 1, logits: 1, hidden: 0.5, attention: 0.2 },
   /** Of the layers that stay beside modules, in a run of modules of its own. */
-  lora: { rank: 8 },
+  lora: { rank: 16 },
   batchTokens: 2048,
   /** Sizes that dropped layers are trained with all of the steps for, with --long: encoder and decoder. */
   long: [
