@@ -204,7 +204,7 @@ function segmentCredit(r: RoutedPlace, span: Node, dy: Node, from: Node, to: Nod
  * norm of all that the sub-layer adds where there is one. Each is emitted as soon as the loss has been differentiated back to
  * its sub-layer, so that what only it reads need not be kept.
  */
-function credited(
+export function credited(
   loss: Node,
   { tokens, experts }: Credited,
   student: readonly Change[],

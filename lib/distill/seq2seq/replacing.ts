@@ -6,7 +6,6 @@ import { initialLora, loraInputs, seq2seqLoraParameters, trainableCorrection } f
 import { backboneOf } from '../../elastic/modules.js';
 import { type Nested, oneWidth, sharedWidth } from '../../elastic/nested.js';
 import { type ElasticPolicy, type SourceTokens, sourceRouterId, sourceRouters } from '../../elastic/policy.js';
-import type { RoutedPlace } from '../../elastic/rows.js';
 import {
   routingOf,
   type SourceCapacities,
@@ -22,15 +21,12 @@ import {
   dot,
   Graph,
   gatherRows,
-  gradients,
   hiddenDistance,
   KeptPrograms,
   type Node,
   Program,
   scale,
   scatterAdd,
-  stopGradient,
-  topkCredit,
   zeros,
 } from '../../graph/index.js';
 import type { Checkpoint } from '../../io/safetensors.js';
@@ -53,7 +49,7 @@ import type { Engine } from '../../native/index.js';
 import { firstShare, wholeEpoch } from '../batches.js';
 import { joinedPlans, routerSlots } from '../plan.js';
 import { Random } from '../random.js';
-import { noiseFeeds } from '../steps.js';
+import { credited, noiseFeeds } from '../steps.js';
 import { Trainable } from '../trainable.js';
 import { lossRows } from './finetune.js';
 import { frozenHead, headInput, pairInputs, pairRun } from './model.js';
@@ -273,21 +269,19 @@ export async function replacing(
       changes: dense,
       selector: { ...selectEverything, ...width },
     });
-    const subLayer = ({ layer, places }: RoutedPlace) => 2 * layer + (places[0] === 'attn' ? 0 : 1);
-    gradients(
+    credited(
       loss,
-      routed.map((r) => changes[subLayer(r)].after),
-      {
-        onGradient(i, dy) {
-          const { layer, places, z, detached, offsets } = routed[i];
-          const { before, after } = dense[subLayer(routed[i])];
-          const id = sourceRouterId(assembly.encoder[layer], places[0]);
-          graph.tag('routers', () => {
-            const credit = topkCredit(dy, before, after, z, inputs.source.offsets, offsets, sourceWeight);
-            const credits = dot(detached, stopGradient(credit));
-            trainable.accumulateGradients(graph, credits, node, (name) => name.startsWith(`${id}.`));
-          });
-        },
+      { tokens: routed, experts: [] },
+      changes,
+      { changes: dense, units: [] },
+      { spec: spec.encoder, layers: [] },
+      { offsets: inputs.source.offsets, weight: sourceWeight },
+      (router, credits) => {
+        const { layer, places } = routed.find(({ id }) => id === router.id)!;
+        const id = sourceRouterId(assembly.encoder[layer], places[0]);
+        graph.tag('routers', () =>
+          trainable.accumulateGradients(graph, credits, node, (name) => name.startsWith(`${id}.`)),
+        );
       },
     );
     return Program.compile(graph, engine);
