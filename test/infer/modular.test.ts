@@ -24,15 +24,8 @@ import {
   writeLayers,
   writeMerged,
   writeNarrow,
+  written,
 } from './modules.js';
-
-async function written(model: ElasticModel, source: readonly number[], options: GenerateOptions = {}) {
-  const stream = model.generate(source, options);
-  const logprobs: number[] = [];
-  for await (const { logprob } of stream) logprobs.push(logprob);
-  const [ids, { compute }] = [await stream.ids, await stream.usage];
-  return { ids, logprobs, compute };
-}
 
 const assemblies: Assembly[] = [
   { encoder: ['0', '1', '2', '3'], decoder: ['0-5'] },

@@ -7,6 +7,8 @@ import { type Modules, type Span, type Stack, spansOf } from '../../lib/elastic/
 import type { Nested } from '../../lib/elastic/nested.js';
 import { type Level, type SourceTokens, sourceRouters } from '../../lib/elastic/policy.js';
 import { manifestFile } from '../../lib/elastic/store.js';
+import type { ElasticModel } from '../../lib/infer/model.js';
+import type { GenerateOptions } from '../../lib/infer/types.js';
 import { editJson, sha256File } from '../../lib/io/files.js';
 import { toBf16 } from '../../lib/io/rounding.js';
 import { Checkpoint, type TensorData, writeSafetensors } from '../../lib/io/safetensors.js';
@@ -231,4 +233,13 @@ export async function sealed(dir: string, name: string): Promise<void> {
   const manifest = JSON.parse(readFileSync(path, 'utf8'));
   manifest.files[name] = await sha256File(join(dir, name));
   writeFileSync(path, JSON.stringify(manifest));
+}
+
+/** What a model writes for a source, the log-probabilities of it, and what it computed. */
+export async function written(model: ElasticModel, source: readonly number[], options: GenerateOptions = {}) {
+  const stream = model.generate(source, options);
+  const logprobs: number[] = [];
+  for await (const { logprob } of stream) logprobs.push(logprob);
+  const [ids, { compute }] = [await stream.ids, await stream.usage];
+  return { ids, logprobs, compute };
 }

@@ -7,7 +7,7 @@ import { writeModules } from '../../lib/elastic/elastify.js';
 import type { Assembly } from '../../lib/elastic/modules.js';
 import { elasticConfigFile, readElastic, routerFile, writeLevels } from '../../lib/elastic/store.js';
 import { type AssembleOptions, assemble } from '../../lib/infer/export/assemble.js';
-import { type ElasticModel, loadModel } from '../../lib/infer/model.js';
+import { loadModel } from '../../lib/infer/model.js';
 import type { GenerateOptions } from '../../lib/infer/types.js';
 import { openSafetensors } from '../../lib/io/safetensors.js';
 import { writingFlops } from '../../lib/model/flops.js';
@@ -23,15 +23,8 @@ import {
   sealed,
   someRouting,
   specOf,
+  written,
 } from './modules.js';
-
-async function written(model: ElasticModel, source: readonly number[], options: GenerateOptions = {}) {
-  const stream = model.generate(source, options);
-  const logprobs: number[] = [];
-  for await (const { logprob } of stream) logprobs.push(logprob);
-  const [ids, { compute }] = [await stream.ids, await stream.usage];
-  return { ids, logprobs, compute };
-}
 
 const assembly: Assembly = { encoder: ['0', '1', '2-3'], decoder: ['0-2', '3', '4-5'] };
 
