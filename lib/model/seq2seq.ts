@@ -39,6 +39,9 @@ export type StackOptions = Pick<EncoderOptions, 'units' | 'recompute'> & {
   readonly changes?: Change[];
 };
 
+/** How many `units` a layer fills, what its last products read: its attention's, of a decoder also that to the source, and its feed-forward's. */
+export const unitsPerLayer = { encoder: 2, decoder: 3 } as const;
+
 /** Features of sources, f32 [N, D]. Work is counted under `embed`, `E{layer}.attn`, `E{layer}.mlp`. */
 export function encodeSource(
   graph: Graph,

@@ -3,7 +3,7 @@ import { writePermuted } from '../../elastic/elastify.js';
 import type { UnitScores } from '../../elastic/nested.js';
 import { crossEntropy, Graph, gatedActivation, gradients, type Node, Program, sumRows } from '../../graph/index.js';
 import { type Stack, stacks } from '../../model/parts.js';
-import { decodeTarget, encodeSource } from '../../model/seq2seq.js';
+import { decodeTarget, encodeSource, unitsPerLayer } from '../../model/seq2seq.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
 import { bindSeq2Seq, type Seq2SeqTensors, seq2seqSlots } from '../../model/seq2seq_weights.js';
 import { storedUnits } from '../../model/weights.js';
@@ -66,9 +66,6 @@ interface RankedModel extends Pick<TrainConfig, 'onEvent'> {
   readonly batchTokens: number;
 }
 
-/** Which of the values that a layer's last products read are its units: the last ones. */
-const perLayer: Readonly<Record<Stack, number>> = { encoder: 2, decoder: 3 };
-
 /** Sums of squares over rows, of units or of units times their gradient, f32 [ffn] each: outputs `encoder.layers.0`, ... */
 function squaresProgram(
   spec: Seq2SeqSpec,
@@ -87,7 +84,8 @@ function squaresProgram(
   const x = decodeTarget(graph, spec, weights, target, attended, { units: read.decoder });
   const own = stacks.flatMap((stack) =>
     read[stack]
-      .filter((_, i) => i % perLayer[stack] === perLayer[stack] - 1)
+      // Of what a layer's last products read the feed-forward's is the last.
+      .filter((_, i) => i % unitsPerLayer[stack] === unitsPerLayer[stack] - 1)
       .map((units, layer) => ({ part: `${stack}.layers.${layer}`, units })),
   );
   let values = own.map(({ units }) => units);

@@ -33,7 +33,7 @@ import type { Checkpoint } from '../../io/safetensors.js';
 import type { Change } from '../../model/decoder.js';
 import { type Assembly, type Modules, type Stack, spanOf, stacks } from '../../model/parts.js';
 import { type Place, selectEverything } from '../../model/select.js';
-import { decodeTarget, encodeSource, type StackOptions } from '../../model/seq2seq.js';
+import { decodeTarget, encodeSource, type StackOptions, unitsPerLayer } from '../../model/seq2seq.js';
 import type { Seq2SeqSpec } from '../../model/seq2seq_spec.js';
 import {
   assembled,
@@ -116,9 +116,6 @@ export interface AssemblyQuality {
 
 /** Programs of assemblies that are kept; one that is drawn after so many others is compiled again, to the same bits. */
 const keptPrograms = 32;
-
-/** The last products read of a layer's values: its attention's, of a decoder also that to the source, and its feed-forward's. */
-const unitsOf = { encoder: 2, decoder: 3 } as const;
 
 /** What there is besides modules. */
 export interface Composed {
@@ -240,8 +237,8 @@ export async function replacing(
             hidden.push(
               distance(mine[stack].residuals[i], theirs[stack].residuals[last], squares[stack].residuals[last]),
             );
-          for (let n = 0; losses.attention > 0 && n < unitsOf[stack] - 1; n++) {
-            const [at, taught] = [unitsOf[stack] * i + n, unitsOf[stack] * last + n];
+          for (let n = 0; losses.attention > 0 && n < unitsPerLayer[stack] - 1; n++) {
+            const [at, taught] = [unitsPerLayer[stack] * i + n, unitsPerLayer[stack] * last + n];
             const pair = [mine[stack].units[at], theirs[stack].units[taught]] as const;
             const place = stack === 'encoder' ? routed.find((r) => r.layer === i && r.places[0] === 'attn') : undefined;
             const [ours, wanted] = place ? ofRows(pair, place.rows) : pair;
