@@ -153,17 +153,21 @@ export function attentionBlock(
     return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
   };
   const headNorm = (y: Node, weights?: Affine<Node>) => (weights ? norm(spec, y, weights) : y);
-  const queries = (from: ProductRows, part?: UnitPart) =>
-    turn(headNorm(product(x, of('q', part), from), weights.qNorm), from.at);
-  const keys = (from: ProductRows, offsets: Node, part?: UnitPart): LayerKeys => {
-    const k = turn(headNorm(product(x, of('k', part), from), weights.kNorm), from.at);
-    const plain = product(x, of('v', part), from);
-    const v = spec.vNorm
-      ? rmsNorm(plain, graph.constant(new Array<number>(headDim).fill(1), [headDim]), { eps: spec.eps })
-      : plain;
-    const cache = caches?.(part?.count ?? 1)[part?.index ?? 0];
-    if (cache) cacheAppend(k, v, offsets, cache);
-    return { k, v, offsets, cache };
+  // Products come one after another, so that they run as one.
+  const queries = (readings: readonly Reading[]) => readings.map(({ from, part }) => product(x, of('q', part), from));
+  const turnedQuery = (q: Node, { from }: Reading) => turn(headNorm(q, weights.qNorm), from.at);
+  const keys = (readings: readonly (Reading & { offsets: Node })[]): LayerKeys[] => {
+    const ks = readings.map(({ from, part }) => product(x, of('k', part), from));
+    const vs = readings.map(({ from, part }) => product(x, of('v', part), from));
+    return readings.map(({ from, part, offsets }, i) => {
+      const k = turn(headNorm(ks[i], weights.kNorm), from.at);
+      const v = spec.vNorm
+        ? rmsNorm(vs[i], graph.constant(new Array<number>(headDim).fill(1), [headDim]), { eps: spec.eps })
+        : vs[i];
+      const cache = caches?.(part?.count ?? 1)[part?.index ?? 0];
+      if (cache) cacheAppend(k, v, offsets, cache);
+      return { k, v, offsets, cache };
+    });
   };
   const attend = (
     q: Node,
@@ -178,15 +182,21 @@ export function attentionBlock(
       : attention(q, k, v, offsets, { ...options, causal: spec.encoder === null });
   };
   const keep = selection?.allKeys ?? false;
-  const keysOfLayer = (part?: UnitPart) =>
-    keep ? keys({ at: null }, context.offsets, part) : keys({ rows: gather, at: entered.rows }, entered.offsets, part);
+  const keysOfLayer = (parts: readonly (UnitPart | undefined)[]) => {
+    const [from, offsets] = keep
+      ? [{ at: null }, context.offsets]
+      : [{ rows: gather, at: entered.rows }, entered.offsets];
+    return keys(parts.map((part) => ({ from, offsets, part })));
+  };
 
   if (!experts) {
-    const q = queries({ rows: gather, at: entered.rows });
-    const own = spec.keysOf === null ? keysOfLayer() : sharedKeys(context, layer, spec.keysOf);
+    const reading = { from: { rows: gather, at: entered.rows } };
+    const [q] = queries([reading]);
+    const own = spec.keysOf === null ? keysOfLayer([undefined])[0] : sharedKeys(context, layer, spec.keysOf);
     context.keys.set(layer, own);
     const ofAllRows = own.offsets === context.offsets;
-    const y = attend(q, own, { heads, kvHeads }, ofAllRows && selection ? selection : undefined);
+    const turned = turnedQuery(q, reading);
+    const y = attend(turned, own, { heads, kvHeads }, ofAllRows && selection ? selection : undefined);
     return leave(context, residual, y, of('o'), weights.postNorm1, selection);
   }
   const count = experts.length;
@@ -195,17 +205,25 @@ export function attentionBlock(
       `[model] experts of attention must be ${heads} or a part of it that ${kvHeads} divides, got ${count}`,
     );
   }
-  const shared = experts.every(({ ownKeys }) => ownKeys)
+  const ownKeys = experts.every((expert) => expert.ownKeys);
+  const shared = ownKeys
     ? []
-    : Array.from({ length: kvHeads }, (_, index) => keysOfLayer(kvHeads > 1 ? { index, count: kvHeads } : undefined));
+    : keysOfLayer(Array.from({ length: kvHeads }, (_, index) => (kvHeads > 1 ? { index, count: kvHeads } : undefined)));
   return addExperts(context, residual, experts, selection, weights.o, weights.postNorm1, {
     out: (part) => of('o', part),
-    units(part, { rows, offsets, ownKeys }, at) {
-      const from = { rows: gather ? at : rows, among: { gather, rows }, at };
-      const q = queries(from, part);
+    units(chosen) {
       const shape = { heads: heads / count, kvHeads: 1 };
-      if (ownKeys) return attend(q, keys(from, offsets, part), shape);
-      return attend(q, shared[Math.floor((part.index * kvHeads) / count)], shape, { rows: keep ? at : rows, offsets });
+      const readings = chosen.map(({ part, rows, offsets, at }) => ({
+        from: { rows: gather ? at : rows, among: { gather, rows }, at },
+        ...{ part, offsets },
+      }));
+      const products = queries(readings);
+      const own = ownKeys ? keys(readings) : null;
+      const q = products.map((product, i) => turnedQuery(product, readings[i]));
+      if (own) return own.map((keys, i) => attend(q[i], keys, shape));
+      return chosen.map(({ part, rows, offsets, at }, i) =>
+        attend(q[i], shared[Math.floor((part.index * kvHeads) / count)], shape, { rows: keep ? at : rows, offsets }),
+      );
     },
   });
 }
@@ -273,7 +291,7 @@ export function feedForwardBlock(
   if (experts) {
     return addExperts(context, residual, experts, selection, down, postNorm2, {
       out: (part) => of(down, 'down', part),
-      units: (part, { rows }, at) => hidden(some(rows, at), { part }),
+      units: (chosen) => chosen.map(({ part, rows, at }) => hidden(some(rows, at), { part })),
     });
   }
   const widths = context.selector.widths?.(entered);
@@ -303,8 +321,17 @@ const entering = (
   offsets: selection?.offsets ?? offsets,
 });
 
-// A sum over experts: each adds to the rows that chose it, which are `at` in the residual stream, one after the other. A norm
-// of what they add needs the sum by itself first, of the rows that entered.
+/** Rows that a product of a part reads. */
+interface Reading {
+  from: ProductRows;
+  part?: UnitPart;
+}
+
+/** The part of an expert, and the rows that chose it, which are `at` in the residual stream. */
+type ChosenPart = ExpertSelection & { part: UnitPart; at: Node };
+
+// A sum over experts: each adds to the rows that chose it, one after the other. A norm of what they add needs the sum by
+// itself first, of the rows that entered.
 function addExperts(
   { graph, spec }: BlockContext,
   residual: Node,
@@ -312,34 +339,37 @@ function addExperts(
   selection: RowSelection | null,
   output: Affine<Node>,
   post: Affine<Node> | undefined,
-  {
-    out,
-    units,
-  }: { out: (part: UnitPart) => Matrix; units: (part: UnitPart, expert: ExpertSelection, at: Node) => Node },
+  { out, units }: { out: (part: UnitPart) => Matrix; units: (chosen: readonly ChosenPart[]) => Node[] },
 ): Node {
   const entered = selection?.rows ?? null;
   let y = post ? zeros(graph, [(entered ?? residual).shape[0], residual.shape[1]]) : residual;
+  const none = output.bias ? zeros(graph, [(post ? y : (entered ?? residual)).shape[0], 1]) : null;
   graph.tag(`${graph.currentTag}/${experts.length}`, () => {
-    for (const [index, expert] of experts.entries()) {
-      const part = { index, count: experts.length };
-      const at = entered ? gatherIds(entered, expert.rows) : expert.rows;
+    const chosen = experts.map((expert, index) => ({
+      ...expert,
+      part: { index, count: experts.length },
+      at: entered ? gatherIds(entered, expert.rows) : expert.rows,
+    }));
+    const gates = chosen.map(({ at, gate }) => {
       const token = post ? undefined : selection?.gate?.(at);
-      const gate = token && expert.gate ? gatedActivation(token, expert.gate, 'none') : (token ?? expert.gate);
-      y = productAdd(y, units(part, expert, at), out(part), { rows: post ? expert.rows : at, gate, at });
+      return token && gate ? gatedActivation(token, gate, 'none') : (token ?? gate);
+    });
+    for (const [i, h] of units(chosen).entries()) {
+      const { part, rows, at } = chosen[i];
+      y = productAdd(y, h, out(part), { rows: post ? rows : at, gate: gates[i], at });
     }
   });
-  if (output.bias) y = graph.tag(`${graph.currentTag}.bias`, () => addBias(y, output, post ? null : selection));
+  if (none) y = graph.tag(`${graph.currentTag}.bias`, () => addBias(y, none, output, post ? null : selection));
   return post
     ? addRows(residual, norm(spec, y, post), { rows: entered, gate: entered && selection!.gate?.(entered) })
     : y;
 }
 
-// Once for every row that entered, whatever it chose: a product with zeros that has the bias.
-function addBias(residual: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
-  const count = selection ? selection.rows.shape[0] : residual.shape[0];
+// Once for every row that entered, whatever it chose: a product of zeros, f32 [R, 1], that has the bias.
+function addBias(residual: Node, none: Node, { weight, bias }: Affine<Node>, selection: RowSelection | null): Node {
   const rows = selection?.rows;
   const column = weightPart(residual.graph, weight, 1, { index: 0, count: boundOf(weight.shape[1]) });
-  return linearAdd(residual, zeros(residual.graph, [count, 1]), column, {
+  return linearAdd(residual, none, column, {
     bias,
     rows,
     gate: selection?.gate?.(selection.rows),

@@ -39,7 +39,7 @@ class ProgramObject : public Napi::ObjectWrap<ProgramObject> {
         source.tensors.push_back(tensorArgument(tensors.Get(i), "[Program] an entry of tensors"));
       }
       source.narrow = call[4].ToBoolean();
-      program_ = buildProgram(source, cpu::findKernel);
+      program_ = buildProgram(source, cpu::findKernel, cpu::findKernelOfSteps);
       external_ = addonData(call.Env()).external;
       ++memoryCounters().programs;
       call.This().As<Napi::Object>().TypeTag(&kProgramTag);

@@ -117,4 +117,10 @@ Kernel findKernel(const std::string& name) {
   return found == table.end() ? nullptr : found->second;
 }
 
+KernelOfSteps findKernelOfSteps(const std::string& name) {
+  if (name == "linear") return linearTogether;
+  if (name == "linear_gated") return linearGatedTogether;
+  return name == "linear_add" ? linearAddTogether : nullptr;
+}
+
 }  // namespace elastiform::cpu

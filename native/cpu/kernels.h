@@ -10,6 +10,9 @@ namespace elastiform::cpu {
 // The kernel of an op of ops.cc; never null (a test walks the whole registry).
 Kernel findKernel(const std::string& name);
 
+// The kernel that runs neighbouring steps of an op as one (OpDef::together); null where there is none.
+KernelOfSteps findKernelOfSteps(const std::string& name);
+
 // Name of the instruction set chosen at load: "avx512", "avx2" or "portable". ELASTIFORM_ISA forces a lower one.
 const char* isaName();
 
@@ -43,6 +46,9 @@ void layerNormGrad(const KernelArgs&);
 void linear(const KernelArgs&);
 void linearGated(const KernelArgs&);
 void linearAdd(const KernelArgs&);
+void linearTogether(const KernelArgs* steps, int count);
+void linearGatedTogether(const KernelArgs* steps, int count);
+void linearAddTogether(const KernelArgs* steps, int count);
 void linearDx(const KernelArgs&);
 void linearAddGrad(const KernelArgs&);
 void linearDw(const KernelArgs&);

@@ -1,5 +1,6 @@
 // Linear layers and their gradients on the matrix engine (docs/ops.md).
 #include <cstring>
+#include <vector>
 
 #include "core/pool.h"
 #include "cpu/checks.h"
@@ -49,27 +50,36 @@ void copyTo(float* to, const TensorView& from, const KernelArgs& args) {
 
 }  // namespace
 
-void linear(const KernelArgs& args) {
+namespace {
+
+// The products of ops, checked and counted.
+GemmCall linearCall(const KernelArgs& args) {
   const TensorView &x = args.in[0], &w = args.in[1], &rows = args.in[3], &y = args.out[0];
   const Act act = actAttribute(args, "linear");
   const int64_t M = y.dim(0), N = y.dim(1), K = x.dim(1);
   if (rows) checkRows("linear", rows.i32(), M, x.dim(0));
-  Epilogue e;
-  setBias(e, args.in[2]);
-  e.act = act;
-  e.pre = args.out[1].f32();
-  const Patch patch = patchOf(args, "linear", 4, "u", "b", M, N);
-  gemm(M, N, K, rowsOf(x, rows), weightB(w), e, y.f32(), N, args, patch);
+  GemmCall call{M, N, K, rowsOf(x, rows)};
+  setBias(call.plain, args.in[2]);
+  call.plain.act = act;
+  call.plain.pre = args.out[1].f32();
+  call.patch[0] = patchOf(args, "linear", 4, "u", "b", M, N);
+  call.b[0] = weightB(w);
+  call.out = y.f32();
+  call.ldOut = N;
   args.counters->flops += flops(M, N, K);
+  return call;
 }
 
-void linearGated(const KernelArgs& args) {
+GemmCall linearGatedCall(const KernelArgs& args) {
   const TensorView &x = args.in[0], &rows = args.in[5], &y = args.out[0];
   const int64_t M = y.dim(0), N = y.dim(1), K = x.dim(1);
-  GatedEpilogue e;
+  GemmCall call{M, N, K, rowsOf(x, rows)};
+  GatedEpilogue& e = call.gated;
   e.act = actAttribute(args, "linear_gated");
   if (rows) checkRows("linear_gated", rows.i32(), M, x.dim(0));
+  call.weights = 2;
   for (int i = 0; i < 2; ++i) {
+    call.b[i] = weightB(args.in[1 + i]);
     const TensorView& bias = args.in[3 + i];
     if (!bias) continue;
     e.bias[i] = bias.data;
@@ -78,27 +88,58 @@ void linearGated(const KernelArgs& args) {
   }
   e.g = args.out[1].f32();
   e.u = args.out[2].f32();
-  const Patch gatePatch = patchOf(args, "linear_gated", 6, "gate_u", "gate_b", M, N);
-  const Patch upPatch = patchOf(args, "linear_gated", 8, "up_u", "up_b", M, N);
-  gemmGated(M, N, K, rowsOf(x, rows), weightB(args.in[1]), weightB(args.in[2]), e, y.f32(), N, args, gatePatch, upPatch);
+  call.patch[0] = patchOf(args, "linear_gated", 6, "gate_u", "gate_b", M, N);
+  call.patch[1] = patchOf(args, "linear_gated", 8, "up_u", "up_b", M, N);
+  call.out = y.f32();
+  call.ldOut = N;
   args.counters->flops += 2 * flops(M, N, K);
+  return call;
 }
 
-void linearAdd(const KernelArgs& args) {
-  const TensorView &residual = args.in[0], &x = args.in[1], &rows = args.in[4], &gate = args.in[5], &y = args.out[0];
+GemmCall linearAddCall(const KernelArgs& args) {
+  const TensorView &x = args.in[1], &rows = args.in[4], &gate = args.in[5], &y = args.out[0];
   const int64_t M = x.dim(0), N = y.dim(1), K = x.dim(1);
   if (rows) checkRows("linear_add", rows.i32(), M, y.dim(0));
-  const Patch patch = patchOf(args, "linear_add", 6, "u", "b", M, N);
-  copyTo(y.f32(), residual, args);
-  Epilogue e;
-  setBias(e, args.in[3]);
-  e.rowScale = gate.f32();
-  e.rows = rows.i32();
-  e.accumulate = true;
-  gemm(M, N, K, rowsOf(x, {}), weightB(args.in[2]), e, y.f32(), N, args, patch);
+  GemmCall call{M, N, K, rowsOf(x, {})};
+  call.patch[0] = patchOf(args, "linear_add", 6, "u", "b", M, N);
+  setBias(call.plain, args.in[3]);
+  call.plain.rowScale = gate.f32();
+  call.plain.rows = rows.i32();
+  call.plain.accumulate = true;
+  call.b[0] = weightB(args.in[2]);
+  call.out = y.f32();
+  call.ldOut = N;
   args.counters->flops += flops(M, N, K);
   args.counters->rows += static_cast<double>(M);
+  return call;
 }
+
+std::vector<GemmCall> callsOf(const KernelArgs* steps, int count, GemmCall (*of)(const KernelArgs&)) {
+  std::vector<GemmCall> calls;
+  for (int i = 0; i < count; ++i) calls.push_back(of(steps[i]));
+  return calls;
+}
+
+}  // namespace
+
+void linearTogether(const KernelArgs* steps, int count) { gemmTogether(callsOf(steps, count, linearCall), steps[0]); }
+void linearGatedTogether(const KernelArgs* steps, int count) {
+  gemmTogether(callsOf(steps, count, linearGatedCall), steps[0]);
+}
+
+// Every step adds to what the one before it has left, most of them in its place.
+void linearAddTogether(const KernelArgs* steps, int count) {
+  for (int begin = 0, end; begin < count; begin = end) {
+    end = begin + 1;
+    while (end < count && steps[end].in[0].data == steps[end].out[0].data) ++end;
+    copyTo(steps[begin].out[0].f32(), steps[begin].in[0], steps[begin]);
+    gemmSum(callsOf(steps + begin, end - begin, linearAddCall), steps[begin]);
+  }
+}
+
+void linear(const KernelArgs& args) { linearTogether(&args, 1); }
+void linearGated(const KernelArgs& args) { linearGatedTogether(&args, 1); }
+void linearAdd(const KernelArgs& args) { linearAddTogether(&args, 1); }
 
 void linearDx(const KernelArgs& args) {
   const TensorView &dy = args.in[0], &acc = args.in[2], &dx = args.out[0];

@@ -57,6 +57,10 @@ struct KernelArgs {
 };
 
 using Kernel = void (*)(const KernelArgs&);
+// Runs `count` neighbouring steps of an op as one: none reads what another of them writes, but for the operand whose memory
+// output 0 may take over, which is output 0 of the step before; of ops that have such an operand it is in every step after
+// the first.
+using KernelOfSteps = void (*)(const KernelArgs* steps, int count);
 
 // Every op the runtime knows, in the order of ops.cc.
 const std::vector<OpDef>& opDefs();

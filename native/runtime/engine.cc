@@ -120,9 +120,14 @@ class Runner {
       views_[t].tensor = program_.bound[tensor.slot].get();
       views_[t].strides = views_[t].tensor->strides;
     }
-    for (step_ = 0; step_ < program_.steps.size(); ++step_) {
+    for (step_ = 0; step_ < program_.steps.size(); step_ += static_cast<size_t>(program_.steps[step_].count)) {
       if (job_.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
-      runStep(program_.steps[step_]);
+      const Step* step = &program_.steps[step_];
+      if (step->count == 1) {
+        runStep(*step);
+      } else {
+        runSteps(step);
+      }
     }
   }
 
@@ -160,20 +165,37 @@ class Runner {
     return static_cast<Workspace*>(workspace)->scratch(bytes);
   }
 
-  void runStep(const Step& step) {
+  struct Operands {
     TensorView in[kMaxOperands], out[kMaxOperands];
+  };
+
+  KernelArgs argsOf(const Step& step, Operands& operands, int64_t* produced) {
     for (size_t i = 0; i < step.in.size(); ++i) {
-      if (step.in[i] >= 0) in[i] = views_[step.in[i]];
+      if (step.in[i] >= 0) operands.in[i] = views_[step.in[i]];
     }
     for (size_t i = 0; i < step.out.size(); ++i) {
-      if (step.out[i] >= 0) out[i] = views_[step.out[i]];
+      if (step.out[i] >= 0) operands.out[i] = views_[step.out[i]];
     }
+    return {operands.in, operands.out, step.attributes.data(), &job_.counters[step.tag], &job_.abort,
+            produced,    allocateScratch, &workspace_};
+  }
+
+  // Steps that are run as one produce no dims.
+  void runSteps(const Step* steps) {
+    const size_t count = static_cast<size_t>(steps->count);
+    std::vector<Operands> operands(count);
+    std::vector<KernelArgs> args;
+    for (size_t i = 0; i < count; ++i) args.push_back(argsOf(steps[i], operands[i], nullptr));
+    workspace_.resetScratch();
+    steps->several(args.data(), steps->count);
+  }
+
+  void runStep(const Step& step) {
+    Operands operands;
     int64_t produced[kMaxOperands];
     std::fill_n(produced, kMaxOperands, -1);
     workspace_.resetScratch();
-    KernelArgs args{in,        out,      step.attributes.data(), &job_.counters[step.tag], &job_.abort,
-                    produced,  allocateScratch, &workspace_};
-    step.kernel(args);
+    step.kernel(argsOf(step, operands, produced));
     for (size_t i = 0; i < step.produced.size(); ++i) {
       const int dim = step.produced[i];
       const int64_t bound = program_.dims[dim].bound;

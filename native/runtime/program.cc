@@ -15,6 +15,7 @@ namespace elastiform {
 namespace {
 
 constexpr int64_t kMaxArenaBytes = int64_t{1} << 44;
+constexpr size_t kMostJoined = 64;  // steps
 
 template <typename... Args>
 [[noreturn]] void reject(const char* format, Args... args) {
@@ -42,8 +43,8 @@ bool isContiguous(const Tensor& tensor) {
 
 class Builder {
  public:
-  Builder(const ProgramSource& source, KernelTable kernels)
-      : source_(source), kernels_(kernels), program_(std::make_shared<Program>()) {}
+  Builder(const ProgramSource& source, KernelTable kernels, KernelOfStepsTable several)
+      : source_(source), kernels_(kernels), several_(several), program_(std::make_shared<Program>()) {}
 
   std::shared_ptr<const Program> build() {
     if (next("magic") != kProgramMagic) reject("[Program] the code does not start with the magic number");
@@ -67,6 +68,7 @@ class Builder {
       if (!written_[output]) reject("[Program] output tensor %d is never written", output);
     }
     if (source_.narrow) narrowTemporaries();
+    joinSteps();
     plan();
     listTensorsOfDims();
     listWritableUses();
@@ -192,6 +194,7 @@ class Builder {
     const OpDef& def = opDefs()[current_.op];
     const Signature& signature = signatureOf(current_.op);
     current_.kernel = kernels_(def.name);
+    current_.several = several_(def.name);
     current_.tag = next("a step");
     if (current_.tag < 0 || current_.tag >= program_->tags) {
       rejectStep("tag must be in [0, %d), got %d", program_->tags, current_.tag);
@@ -434,10 +437,42 @@ class Builder {
     }
   }
 
-  // Gives every temporary its place in the arena. Temporaries that take over each other's memory share one lifetime.
+  // Finds neighbouring steps that are run as one.
+  void joinSteps() {
+    std::vector<Step>& steps = program_->steps;
+    for (size_t begin = 0, end; begin < steps.size(); begin = end) {
+      end = begin + 1;
+      if (!steps[begin].several) continue;
+      const int operand = opDefs()[steps[begin].op].inplace;
+      const auto joins = [&](const Step& step) {
+        if (step.op != steps[begin].op) return false;
+        if (operand >= 0 && step.in[operand] != steps[end - 1].out[0]) return false;
+        for (size_t i = 0; i < step.in.size(); ++i) {
+          if (step.in[i] < 0 || static_cast<int>(i) == operand) continue;
+          for (size_t s = begin; s < end; ++s) {
+            if (std::count(steps[s].out.begin(), steps[s].out.end(), step.in[i]) > 0) return false;
+          }
+        }
+        return true;
+      };
+      while (end < steps.size() && end - begin < kMostJoined && joins(steps[end])) ++end;
+      steps[begin].count = static_cast<int>(end - begin);
+    }
+  }
+
+  // Gives every temporary its place in the arena. Temporaries that take over each other's memory share one lifetime. What
+  // steps that are run as one read and write is there from the first of them to the last.
   void plan() {
     const size_t tensors = program_->tensors.size();
     std::vector<int> first(tensors, -1), last(tensors, -1);
+    std::vector<int> from(program_->steps.size()), to(program_->steps.size());  // of the steps run with each
+    for (size_t s = 0; s < program_->steps.size(); s = static_cast<size_t>(to[s]) + 1) {
+      const int end = static_cast<int>(s) + program_->steps[s].count;
+      for (int i = static_cast<int>(s); i < end; ++i) {
+        from[i] = static_cast<int>(s);
+        to[i] = end - 1;
+      }
+    }
     for (size_t s = 0; s < program_->steps.size(); ++s) {
       for (const int t : program_->steps[s].in) {
         if (t >= 0) last[t] = static_cast<int>(s);
@@ -456,10 +491,10 @@ class Builder {
         if (t < 0 || program_->tensors[t].kind != TensorKind::Temp) continue;
         if (i == 0 && donor >= 0) {
           group[t] = group[donor];
-          lifetimes[group[t]].last = last[t];
+          lifetimes[group[t]].last = to[last[t]];
         } else {
           group[t] = static_cast<int>(lifetimes.size());
-          lifetimes.push_back({program_->tensors[t].boundBytes, first[t], last[t]});
+          lifetimes.push_back({program_->tensors[t].boundBytes, from[first[t]], to[last[t]]});
         }
       }
     }
@@ -515,6 +550,7 @@ class Builder {
 
   const ProgramSource& source_;
   const KernelTable kernels_;
+  const KernelOfStepsTable several_;
   const std::shared_ptr<Program> program_;
   size_t at_ = 0;
   std::vector<int> ops_;         // opNames -> index into opDefs()
@@ -526,8 +562,8 @@ class Builder {
 
 }  // namespace
 
-std::shared_ptr<const Program> buildProgram(const ProgramSource& source, KernelTable kernels) {
-  return Builder(source, kernels).build();
+std::shared_ptr<const Program> buildProgram(const ProgramSource& source, KernelTable kernels, KernelOfStepsTable several) {
+  return Builder(source, kernels, several).build();
 }
 
 }  // namespace elastiform

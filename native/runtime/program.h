@@ -49,6 +49,8 @@ struct Step {
   std::vector<int> in, out;  // tensor indices, -1 for absent operands
   std::vector<double> attributes;
   std::vector<int> produced;  // dim indices, in the order of the signature's "+" dims
+  KernelOfSteps several = nullptr;
+  int count = 1;  // steps from this one on that `several` runs as one
 };
 
 struct Program {
@@ -70,6 +72,7 @@ struct Program {
 
 // What to call for an op; the CPU kernels outside tests.
 using KernelTable = Kernel (*)(const std::string& op);
+using KernelOfStepsTable = KernelOfSteps (*)(const std::string& op);
 
 struct ProgramSource {
   const int32_t* code;
@@ -81,7 +84,7 @@ struct ProgramSource {
   bool narrow = false;  // store temporaries as bf16 where all their ops may (OpDef::narrow)
 };
 
-// Validates and plans; Error(InvalidProgram) names the step and op that is wrong.
-std::shared_ptr<const Program> buildProgram(const ProgramSource& source, KernelTable kernels);
+// Validates and plans; Error(InvalidProgram) names the step and op that is wrong. `several` gives null for most ops.
+std::shared_ptr<const Program> buildProgram(const ProgramSource& source, KernelTable kernels, KernelOfStepsTable several);
 
 }  // namespace elastiform

@@ -246,7 +246,7 @@ class Fuzzer {
     const std::vector<int32_t> code(program.code);
     const std::vector<double> attributes(program.attributes);
     return buildProgram({code.data(), code.size(), attributes.data(), attributes.size(), program.opNames, program.bound},
-                        cpu::findKernel);
+                        cpu::findKernel, cpu::findKernelOfSteps);
   }
 
   static size_t tensorsAt(const Encoded& program) { return 6 + 2 * static_cast<size_t>(program.code[2]); }

@@ -205,6 +205,12 @@ void throws(const char* what, ErrorCode code, const std::function<void()>& body)
   }
 }
 
+void multiply(const GemmCall& call) {
+  Counters counters;
+  Scratch scratch;
+  gemmTogether({call}, {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch});
+}
+
 int64_t extent() { return coin() ? pick(1, 40) : coin() ? pick(1, 4) : pick(1, 900); }
 
 // gemm() with every option against the naive chain.
@@ -356,11 +362,15 @@ void testDeep() {
       for (const int threads : {1, 2, 5}) {
         setThreadCount(threads);
         std::vector<float> out(static_cast<size_t>(M * N));
-        Counters counters;
-        Scratch scratch;
-        gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
-             {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch},
-             transposed ? Patch{} : Patch{u.data(), rank, {low.data(), DType::F32, rank, 1}});
+        if (transposed) {
+          Counters counters;
+          Scratch scratch;
+          gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
+               {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch});
+        } else {
+          const Patch patch{u.data(), rank, {low.data(), DType::F32, rank, 1}};
+          multiply({M, N, K, {x.data(), K, 1}, 1, {b}, {patch}, {}, {}, out.data(), N});
+        }
         CHECK(sameBits(out, want), "deep product wrong: %lld x %lld x %lld, transposed %d", static_cast<long long>(M),
               static_cast<long long>(N), static_cast<long long>(K), transposed);
       }
@@ -702,10 +712,14 @@ void testParts() {
         }
       }
       setThreadCount(static_cast<int>(pick(1, 3)));
-      Counters counters;
-      Scratch scratch;
-      gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
-           {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch}, patch);
+      if (transposed) {
+        Counters counters;
+        Scratch scratch;
+        gemm(M, N, K, {x.data(), K, 1}, b, {}, out.data(), N,
+             {nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch});
+      } else {
+        multiply({M, N, K, {x.data(), K, 1}, 1, {b}, {patch}, {}, {}, out.data(), N});
+      }
       CHECK(sameBits(out, want), "part %lld of %lld along axis %d wrong: %lld x %lld x %lld, transposed %d, patched %d",
             static_cast<long long>(index), static_cast<long long>(count), axis, static_cast<long long>(M),
             static_cast<long long>(N), static_cast<long long>(K), transposed, patched);
@@ -714,6 +728,93 @@ void testParts() {
     }
     if (!patched && axis == 1) {
       CHECK(packedBytesTotal() - before == packedBytes(*weightB(w.view()).packed), "parts share one packed copy");
+    }
+  }
+}
+
+// Several products at once, with rows of their own or shared, narrow and wide, and sums of several: each has the bits that
+// it has alone.
+void testSeveral() {
+  const bool few = kernels().rows < 10;  // portable kernels are slow
+  for (int round = 0; round < (few ? 30 : 60); ++round) {
+    const bool sums = round % 3 == 0;
+    const int64_t count = pick(1, 7), D = pick(1, 4) == 1 ? pick(300, 500) : pick(1, 200), rowCount = pick(1, 400);
+    const auto shared = random(rowCount * 200);
+    const int64_t sharedK = coin() ? pick(1, 200) : 128;
+    std::vector<std::unique_ptr<Weight>> weights;
+    std::vector<std::vector<float>> values, before, wanted;
+    std::vector<std::vector<int32_t>> indices;
+    std::vector<GemmCall> calls;
+    const auto floats = [&](int64_t n) -> const float* { return values.emplace_back(random(n)).data(); };
+    const auto indexed = [&](int64_t n, int64_t limit) -> const int32_t* {
+      return indices.emplace_back(randomRows(n, limit)).data();
+    };
+    const auto matrix = [&](int64_t N, int64_t K) {
+      Weight& w = *weights.emplace_back(std::make_unique<Weight>(N + (coin() ? pick(0, 40) : 0), K + pick(0, 3)));
+      if (round % 4 != 0) w.tensor.storage->writable = false;
+      return weightB(w.view());
+    };
+    for (int64_t i = 0; i < count; ++i) {
+      GemmCall call{};
+      const bool own = sums || coin();
+      call.K = own ? (pick(0, 9) == 0 ? 0 : pick(1, 200)) : sharedK;
+      call.N = sums ? D : coin() ? pick(1, 100) : pick(300, 600);
+      call.M = !own ? rowCount : pick(0, 9) == 0 ? 0 : pick(1, rowCount);
+      if (!own) {
+        call.a = {shared.data(), 200, 1};
+      } else {
+        call.a = {floats(rowCount * (call.K + 1)), call.K + 1, 1};
+        if (coin()) call.a.rows = indexed(call.M, rowCount);
+      }
+      call.weights = !sums && pick(0, 3) == 0 ? 2 : 1;
+      for (int j = 0; j < call.weights; ++j) {
+        call.b[j] = matrix(call.N, call.K);
+        if (pick(0, 2) > 0) continue;
+        const int64_t P = pick(1, 20);
+        call.patch[j] = {floats(std::max<int64_t>(call.M, 1) * P), P, {floats(call.N * P), DType::F32, P, 1}};
+      }
+      call.ldOut = call.N + (sums ? 0 : pick(0, 3));
+      if (call.weights == 2) {
+        call.gated.act = Act::Silu;
+        if (coin()) call.gated.bias[1] = floats(call.N);
+      } else {
+        call.plain.act = sums || coin() ? Act::None : Act::GeluTanh;
+        if (coin()) call.plain.bias = floats(call.N);
+        if (coin()) call.plain.rowScale = floats(std::max<int64_t>(call.M, 1));
+        call.plain.accumulate = sums || coin();
+        if (sums || coin()) call.plain.rows = indexed(call.M, rowCount);
+      }
+      if (!sums || i == 0) before.push_back(random(rowCount * call.ldOut));
+      calls.push_back(call);
+    }
+    // With gated products what they keep of each factor, in the place of the other outputs.
+    std::vector<std::vector<float>> kept(calls.size() * 2), keptAlone(calls.size() * 2);
+    const auto outputs = [&](std::vector<std::vector<float>>& out, std::vector<std::vector<float>>& keep) {
+      for (size_t i = 0; i < calls.size(); ++i) {
+        calls[i].out = out[sums ? 0 : i].data();
+        if (calls[i].weights == 1) continue;
+        for (size_t j : {0, 1}) keep[2 * i + j].assign(static_cast<size_t>(rowCount * calls[i].ldOut), 0.0f);
+        calls[i].gated.g = keep[2 * i].data();
+        calls[i].gated.u = keep[2 * i + 1].data();
+      }
+    };
+    wanted = before;
+    setThreadCount(1);
+    outputs(wanted, keptAlone);
+    for (const GemmCall& call : calls) multiply(call);
+    for (const int threads : {1, 2, 5}) {
+      setThreadCount(threads);
+      std::vector<std::vector<float>> got = before;
+      outputs(got, kept);
+      Counters counters;
+      Scratch scratch;
+      const KernelArgs args{nullptr, nullptr, nullptr, &counters, nullptr, nullptr, Scratch::take, &scratch};
+      (sums ? gemmSum : gemmTogether)(calls, args);
+      for (size_t i = 0; i < got.size(); ++i) {
+        CHECK(sameBits(got[i], wanted[i]), "round %d, product %zu of %zu: %s with %d threads", round, i, calls.size(),
+              sums ? "a sum" : "together", threads);
+      }
+      for (size_t i = 0; i < kept.size(); ++i) CHECK(sameBits(kept[i], keptAlone[i]), "round %d: factor %zu", round, i);
     }
   }
 }
@@ -744,6 +845,7 @@ int testGemm() {
     testLinear();
     testLosses();
     testParts();
+    testSeveral();
     testAccounting();
   }
   useKernels(isa());

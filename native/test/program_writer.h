@@ -73,10 +73,10 @@ class ProgramWriter {
   const std::vector<std::string>& opNames() const { return opNames_; }
   const std::vector<std::shared_ptr<Tensor>>& boundTensors() const { return bound_; }
 
-  std::shared_ptr<const Program> build(KernelTable kernels) const {
+  std::shared_ptr<const Program> build(KernelTable kernels, KernelOfStepsTable several) const {
     const std::vector<int32_t> encoded = code();
     return buildProgram({encoded.data(), encoded.size(), attributes_.data(), attributes_.size(), opNames_, bound_},
-                        kernels);
+                        kernels, several);
   }
 
   static std::shared_ptr<Tensor> makeTensor(DType dtype, const std::vector<int64_t>& shape, bool writable = false) {

@@ -19,7 +19,7 @@
 namespace elastiform::test {
 namespace {
 
-std::shared_ptr<const Program> build(const ProgramWriter& writer) { return writer.build(cpu::findKernel); }
+std::shared_ptr<const Program> build(const ProgramWriter& writer) { return writer.build(cpu::findKernel, cpu::findKernelOfSteps); }
 
 std::shared_ptr<Job> makeJob(const std::shared_ptr<const Program>& program, std::vector<int32_t> dims,
                              const std::vector<std::vector<float>>& feeds) {
@@ -140,7 +140,8 @@ void buildChanged(const Change& change) {
   std::vector<std::string> names = sample.writer.opNames();
   std::vector<std::shared_ptr<Tensor>> tensors = sample.writer.boundTensors();
   change(code, attributes, names, tensors);
-  buildProgram({code.data(), code.size(), attributes.data(), attributes.size(), names, tensors}, cpu::findKernel);
+  buildProgram({code.data(), code.size(), attributes.data(), attributes.size(), names, tensors}, cpu::findKernel,
+               cpu::findKernelOfSteps);
 }
 #define BAD(text, change)                                                                                     \
   CHECK_ERROR(InvalidProgram, text,                                                                           \
@@ -368,6 +369,61 @@ int testMemoryPlan() {
   return failures;
 }
 
+// Steps that are run as one give what they give one by one, whatever they are among.
+int testJoined() {
+  int failures = 0;
+  std::mt19937 engine(5);
+  const auto below = [&](size_t n) { return static_cast<int>(engine() % n); };
+  int most = 0;
+  for (int round = 0; round < 60; ++round) {
+    ProgramWriter w;
+    const int rows = w.dim(DimKind::Set, 40), width = w.constant(24), part = w.constant(8);
+    const int x = w.feed({rows, width});
+    std::vector<int> weights, downs, narrow;
+    for (int i = 0; i < 3; ++i) {
+      weights.push_back(w.bound(ProgramWriter::makeTensor(DType::F32, {8, 24}), {part, width}));
+      downs.push_back(w.bound(ProgramWriter::makeTensor(DType::F32, {24, 8}), {width, part}));
+    }
+    std::vector<int> wide{x};
+    const auto temp = [&](std::vector<int> dims) {
+      return w.tensor(below(8) == 0 ? TensorKind::Output : TensorKind::Temp, DType::F32, std::move(dims));
+    };
+    const auto pickOf = [&](const std::vector<int>& list) { return list[list.size() - 1 - below(std::min<size_t>(list.size(), 5))]; };
+    const int steps = 6 + below(30);
+    for (int s = 0; s < steps; ++s) {
+      if (narrow.empty() || below(2) == 0) {
+        const int from = pickOf(wide), to = temp({rows, part});
+        w.step("linear", {from, weights[below(3)], -1, -1, -1, -1}, {to, -1}, {0});
+        narrow.push_back(to);
+      } else {
+        const int residual = below(3) == 0 ? pickOf(wide) : wide.back(), from = pickOf(narrow), to = temp({rows, width});
+        w.step("linear_add", {residual, from, downs[below(3)], -1, -1, -1, -1, -1}, {to});
+        wide.push_back(to);
+      }
+    }
+    w.step("scale", {wide.back(), -1}, {w.output({rows, width})}, {1});
+    const int count = 1 + below(40);
+    std::vector<float> values(static_cast<size_t>(count) * 24);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i));
+    std::vector<std::vector<float>> results[2];
+    for (const bool joined : {false, true}) {
+      const auto program = joined ? build(w) : w.build(cpu::findKernel, [](const std::string&) -> KernelOfSteps { return nullptr; });
+      for (const Step& step : program->steps) {
+        CHECK(joined || step.count == 1);
+        most = std::max(most, step.count);
+      }
+      Workspace workspace;
+      const auto job = makeJob(program, {count}, {values});
+      runJob(*job, workspace);
+      CHECK(!job->error);
+      for (size_t slot = 0; slot < program->outputs.size(); ++slot) results[joined].push_back(outputOf(*job, slot));
+    }
+    CHECK(results[0] == results[1]);
+  }
+  CHECK(most > 2);
+  return failures;
+}
+
 int testRuns() {
   int failures = 0;
   {  // routing: a produced dim sizes what follows
@@ -540,5 +596,5 @@ int testMapping() {
 int testRuntime() {
   using namespace elastiform::test;
   return testPool() + testSignatures() + testBadEncodings() + testBadPrograms() + testMemoryPlan() + testRuns() +
-         testEngine() + testScratch() + testMapping();
+         testJoined() + testEngine() + testScratch() + testMapping();
 }

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <new>
+#include <vector>
 
 #include "core/pool.h"
 #include "cpu/gemm/kernel.h"
@@ -72,12 +74,15 @@ constexpr int64_t kBlockRowsUnpacked = 512;  // B packed on the way: more rows t
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kPackedElements = int64_t{1} << 20;  // of A, at a time: they are read again before they leave caches
 constexpr int64_t kRowsInPlace = 256;  // rows of A from which on copies of them cost more than they gain
+constexpr int64_t kColumnsInPlace = 384;  // columns of C up to which they do, too
 constexpr int64_t kSetStride = 1024;   // elements: rows so far apart share one set of the first-level cache
 constexpr int64_t kDepth = 8192;             // steps of k at a time where A and the blocks of C are far larger than caches
 constexpr int64_t kPackInParallel = int64_t{1} << 15;  // elements of A
 constexpr int64_t kWidenInRegisters = 16;   // rows up to which 16-bit panels are widened in the micro-kernel
 constexpr int64_t kChunksPerThread = 6;
 constexpr int64_t kChunkFlops = int64_t{1} << 21;
+constexpr int64_t kNarrowElements = int64_t{1} << 19;  // of weights that a core's second-level cache holds most of
+constexpr int64_t kSumBlocksPerThread = 2;  // of columns: each reads all rows that are added up
 
 int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -123,53 +128,128 @@ struct Buffers {
   float* patch[2];  // panels of patches
 };
 
+// Memory that chunks of several products take turns with; without an address it only counts.
+struct Bump {
+  char* base = nullptr;
+  size_t used = 0;
+
+  static void* take(void* self, size_t bytes) {
+    auto& bump = *static_cast<Bump*>(self);
+    char* at = bump.base + bump.used;
+    bump.used += (bytes + 63) / 64 * 64;
+    return at;
+  }
+};
+
 class Run {
  public:
-  Run(const Product& p, const KernelArgs& args) : p_(p), args_(args), table_(kernels()) {}
+  enum class Threads { Pool, Own };  // its own: on the calling thread alone, which may be a worker of the pool
+
+  // `columns`: that rows of A meet, in products that share them.
+  Run(const Product& p, const KernelArgs& args, Threads threads = Threads::Pool, int64_t columns = 0)
+      : p_(p), args_(args), table_(kernels()), pool_(threads == Threads::Pool), threads_(pool_ ? threadCount() : 1) {
+    packed_ = p_.transposed || (p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed));
+    contiguous_ = !p_.transposed && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
+    direct_ = contiguous_ && p_.M == 1;
+    inPlace_ = contiguous_ && packed_ && p_.a->rowStride % kSetStride != 0 &&
+               (std::max(columns, p_.N * p_.count) <= kColumnsInPlace
+                    ? p_.M > std::max<int64_t>(table_.rows, kWidenInRegisters)
+                    : p_.M >= kRowsInPlace && !p_.a->rows);
+    depth_ = packed_ && !p_.transposed ? p_.K : std::min(p_.K, kDepth);
+    rowsAtOnce_ = p_.transposed || inPlace_
+                      ? p_.M
+                      : std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked,
+                                                         kPackedElements / std::max<int64_t>(depth_, 1)));
+  }
 
   void operator()() {
-    packed_ = p_.transposed || (p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed));
-    const bool contiguous = !p_.transposed && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
-    const bool direct = contiguous && p_.M == 1;
-    inPlace_ = contiguous && packed_ && p_.M >= kRowsInPlace && !p_.a->rows && p_.a->rowStride % kSetStride != 0;
-    const int64_t depth = packed_ && !p_.transposed ? p_.K : std::min(p_.K, kDepth);
-    const int64_t rowsAtOnce =
-        p_.transposed || inPlace_
-            ? p_.M
-            : std::min(p_.M, std::max<int64_t>(kBlockRowsUnpacked, kPackedElements / std::max<int64_t>(depth, 1)));
-    const int64_t stored = p_.transposed ? ceilDiv(p_.N, table_.columns) * table_.columns : rowsAtOnce;
-    float* store = direct || inPlace_ ? nullptr : args_.scratch<float>(stored * depth);
-    float* patchRows[2] = {};
-    for (int i = 0; i < 2; ++i) {
-      if (p_.patch[i]) packedU_[i] = patchRows[i] = args_.scratch<float>(rowsAtOnce * p_.patch[i]->P);
-    }
-
-    for (base_ = 0; base_ < p_.M; base_ += rowsAtOnce) {
-      const int64_t rows = std::min(rowsAtOnce, p_.M - base_);
-      tiles_ = rowTiles(rows, table_.rows);
-      plan(rows, depth);
-      for (int i = 0; i < 2; ++i) {
-        if (p_.patch[i]) packRows({p_.patch[i]->u, p_.patch[i]->P, 1}, rows, 0, p_.patch[i]->P, patchRows[i]);
-      }
-      begin_ = 0;
+    allocate();
+    for (base_ = 0; base_ < p_.M; base_ += rowsAtOnce_) {
+      start();
+      packPatchRows();
       do {
-        end_ = std::min(p_.K, begin_ + depth);
-        if (p_.transposed) {
-          packPanels(store);
-          packedB_ = store;
-        } else if (direct) {
-          packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride + begin_;
-        } else if (!inPlace_) {
-          packRows(*p_.a, rows, begin_, end_ - begin_, store);
-          packedA_ = store;
-        }
+        end_ = std::min(p_.K, begin_ + depth_);
+        packFactor();
         multiply();
         begin_ = end_;
       } while (begin_ < p_.K);
     }
   }
 
+  // Whether all rows and all of K are there at once, as what follows needs.
+  bool atOnce() const { return packed_ && contiguous_ && rowsAtOnce_ == p_.M; }
+
+  // Gets memory, for packed rows of A if it `packs` them, and cuts C, into so many blocks if that is given.
+  void prepare(bool packs, int64_t rowBlocks = 0, int64_t columnBlocks = 0) {
+    allocate(packs);
+    rowBlocks_ = rowBlocks;
+    columnBlocks_ = columnBlocks;
+    start();
+    end_ = p_.K;
+  }
+  // The rows of A and of patches, or of patches alone, where another run has packed the same A.
+  void pack(const Run* other = nullptr) {
+    packPatchRows();
+    if (other) {
+      packedA_ = other->packedA_;
+    } else {
+      packFactor();
+    }
+  }
+  int64_t chunks() const { return mBlocks_ * nBlocks_; }
+  void multiplyChunk(int64_t chunk, int worker) const {
+    const int64_t n = chunk / mBlocks_, m = chunk % mBlocks_;
+    const Block block{m * tiles_.count / mBlocks_, (m + 1) * tiles_.count / mBlocks_, panelOf(n), panelOf(n + 1)};
+    float* patches = worker_ + patchesAt_ + worker * patchBuffer_ * p_.count;
+    multiplyBlock(block, {worker_ + (accOfChunk_ ? chunk : worker) * accBlock_ * p_.count,
+                          worker_ + panelsAt_ + worker * panelBuffer_ * p_.count,
+                          {patches, patches + patchBuffer_}});
+  }
+
  private:
+  template <typename Body>
+  void forAll(int64_t count, const Body& body) const {
+    if (count > 1 && pool_) return parallelFor(count, body, args_.abort);
+    for (int64_t i = 0; i < count; ++i) body(i, 0);
+  }
+
+  void allocate(bool packs = true) {
+    const int64_t stored = p_.transposed ? ceilDiv(p_.N, table_.columns) * table_.columns : rowsAtOnce_;
+    store_ = direct_ || inPlace_ || !packs ? nullptr : args_.scratch<float>(stored * depth_);
+    for (int i = 0; i < 2; ++i) {
+      if (p_.patch[i]) packedU_[i] = patchRows_[i] = args_.scratch<float>(rowsAtOnce_ * p_.patch[i]->P);
+    }
+  }
+
+  // The rows from base_ on.
+  void start() {
+    const int64_t rows = std::min(rowsAtOnce_, p_.M - base_);
+    tiles_ = rowTiles(rows, table_.rows);
+    plan(rows, depth_);
+    begin_ = 0;
+  }
+
+  void packPatchRows() {
+    const int64_t rows = std::min(rowsAtOnce_, p_.M - base_);
+    for (int i = 0; i < 2; ++i) {
+      if (p_.patch[i]) packRows({p_.patch[i]->u, p_.patch[i]->P, 1}, rows, 0, p_.patch[i]->P, patchRows_[i]);
+    }
+  }
+
+  // Packs steps [begin_, end_) of A, or of a transposed product's rows.
+  void packFactor() {
+    const int64_t rows = std::min(rowsAtOnce_, p_.M - base_);
+    if (p_.transposed) {
+      packPanels(store_);
+      packedB_ = store_;
+    } else if (direct_) {
+      packedA_ = p_.a->data + (p_.a->rows ? p_.a->rows[0] : 0) * p_.a->rowStride + begin_;
+    } else if (!inPlace_) {
+      packRows(*p_.a, rows, begin_, end_ - begin_, store_);
+      packedA_ = store_;
+    }
+  }
+
   // Steps [begin, begin + depth) of the rows at hand.
   void packRows(MatrixA part, int64_t rows, int64_t begin, int64_t depth, float* store) {
     if (part.rows) {
@@ -188,12 +268,9 @@ class Run {
       return;
     }
     const int64_t perChunk = std::max<int64_t>(1, kPackInParallel / ((tiles_.size + 1) * depth));
-    parallelFor(ceilDiv(tiles_.count, perChunk),
-                [&](int64_t chunk, int) {
-                  table_.packA(part, tiles_, chunk * perChunk, std::min(tiles_.count, (chunk + 1) * perChunk), depth,
-                               store);
-                },
-                args_.abort);
+    forAll(ceilDiv(tiles_.count, perChunk), [&](int64_t chunk, int) {
+      table_.packA(part, tiles_, chunk * perChunk, std::min(tiles_.count, (chunk + 1) * perChunk), depth, store);
+    });
   }
 
   // Steps [begin_, end_) of all panels.
@@ -205,7 +282,7 @@ class Run {
     if (panels_ * panelElements <= kPackInParallel) {
       for (int64_t panel = 0; panel < panels_; ++panel) body(panel, 0);
     } else {
-      parallelFor(panels_, body, args_.abort);
+      forAll(panels_, body);
     }
   }
 
@@ -222,10 +299,9 @@ class Run {
     if (p_.transposed) kc_ = ceilDiv(kc_, table_.columns) * table_.columns;  // whole panels of the weight
 
     // The grid of blocks: over N first (each panel is then read once), over M where rows or chunks demand it.
-    const int64_t threads = threadCount();
     const int64_t flops = 2 * rows * p_.N * std::max<int64_t>(depth, 1) * p_.count;
     const int64_t wanted =
-        std::clamp<int64_t>(flops / kChunkFlops, 1, threads == 1 ? 1 : threads * kChunksPerThread);
+        std::clamp<int64_t>(flops / kChunkFlops, 1, threads_ == 1 ? 1 : threads_ * kChunksPerThread);
     mBlocks_ = std::min(tiles_.count, ceilDiv(rows, packed_ ? kBlockRows : kBlockRowsUnpacked));
     units_ = ceilDiv(panels_, strip_);
     nBlocks_ = std::clamp<int64_t>(ceilDiv(wanted, mBlocks_),
@@ -233,7 +309,12 @@ class Run {
     if (mBlocks_ * nBlocks_ < wanted) {
       mBlocks_ = std::clamp<int64_t>(ceilDiv(wanted, nBlocks_), mBlocks_, tiles_.count);
     }
-    const int64_t mostTiles = ceilDiv(tiles_.count, mBlocks_), mostPanels = ceilDiv(units_, nBlocks_) * strip_;
+    if (columnBlocks_ > 0) {
+      mBlocks_ = rowBlocks_;
+      nBlocks_ = columnBlocks_;
+    }
+    const int64_t mostTiles = ceilDiv(tiles_.count, mBlocks_);
+    const int64_t mostPanels = columnBlocks_ > 0 ? ceilDiv(panels_, nBlocks_) : ceilDiv(units_, nBlocks_) * strip_;
     const int64_t mostRows = mostTiles * (tiles_.size + (tiles_.longer ? 1 : 0));
 
     accBlock_ = kc_ >= p_.K ? int64_t{strip_} * table_.rows * table_.columns : mostRows * mostPanels * table_.columns;
@@ -246,33 +327,24 @@ class Run {
     }
     // Unfinished blocks of C stay with their chunk from one depth to the next; else they are the worker's.
     const bool kept = depth < p_.K;
-    const int64_t accs = kept ? mBlocks_ * nBlocks_ : threads;
+    const int64_t accs = kept ? mBlocks_ * nBlocks_ : threads_;
     accOfChunk_ = kept;
-    const int64_t elements = (accs * accBlock_ + threads * (panelBuffer_ + patchBuffer_)) * p_.count;
+    const int64_t elements = (accs * accBlock_ + threads_ * (panelBuffer_ + patchBuffer_)) * p_.count;
     if (workerElements_ < elements) {
       workerElements_ = elements;
       worker_ = args_.scratch<float>(workerElements_);
     }
     panelsAt_ = accs * accBlock_ * p_.count;
-    patchesAt_ = panelsAt_ + threads * panelBuffer_ * p_.count;
+    patchesAt_ = panelsAt_ + threads_ * panelBuffer_ * p_.count;
   }
 
-  void multiply() {
-    const auto body = [&](int64_t chunk, int worker) {
-      const int64_t n = chunk / mBlocks_, m = chunk % mBlocks_;
-      const Block block{m * tiles_.count / mBlocks_, (m + 1) * tiles_.count / mBlocks_,
-                        std::min(panels_, n * units_ / nBlocks_ * strip_),
-                        std::min(panels_, (n + 1) * units_ / nBlocks_ * strip_)};
-      float* patches = worker_ + patchesAt_ + worker * patchBuffer_ * p_.count;
-      multiplyBlock(block, {worker_ + (accOfChunk_ ? chunk : worker) * accBlock_ * p_.count,
-                            worker_ + panelsAt_ + worker * panelBuffer_ * p_.count,
-                            {patches, patches + patchBuffer_}});
-    };
-    if (mBlocks_ * nBlocks_ == 1) {
-      body(0, 0);
-    } else {
-      parallelFor(mBlocks_ * nBlocks_, body, args_.abort);
-    }
+  // Where block n of the columns begins: with a strip, but where the blocks are not its own.
+  int64_t panelOf(int64_t n) const {
+    return columnBlocks_ > 0 ? n * panels_ / nBlocks_ : std::min(panels_, n * units_ / nBlocks_ * strip_);
+  }
+
+  void multiply() const {
+    forAll(chunks(), [&](int64_t chunk, int worker) { multiplyChunk(chunk, worker); });
   }
 
   bool narrow(int product) const { return p_.b[product]->packed->dtype != DType::F32; }
@@ -325,7 +397,7 @@ class Run {
                                 : buffers.patch[i] + (panel - block.panel0) * stride;
     const TileFunction function =
         (together > 1 ? table_.strip : table_.tile)[packed ? static_cast<int>(packed->dtype) : 0][rows];
-    function(patch.P, packedU_[i] + m0 * patch.P, 0, source, stride, acc, true, nullptr, 0);
+    function(patch.P, packedU_[i] + m0 * patch.P, source, stride, acc, true, nullptr, 0);
   }
 
   void unpack(const MatrixB& b, int64_t panel, int64_t k0, int64_t kc, float* to) const {
@@ -398,10 +470,18 @@ class Run {
     const bool last = k0 + kc == p_.K;
     for (int64_t t = block.tile0; t < block.tile1; ++t) {
       const int64_t m0 = tileStart(tiles_, t), rows = tileStart(tiles_, t + 1) - m0;
-      const int64_t rowStride = inPlace_ ? p_.a->rowStride : 0;
-      const float* a = p_.transposed ? nullptr
-                       : inPlace_    ? p_.a->data + (base_ + m0) * rowStride + k0
-                                     : packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
+      const float* inPlace[kMaxTileRows];
+      for (int64_t i = 0; inPlace_ && i < rows; ++i) {
+        const int64_t row = base_ + m0 + i;
+        inPlace[i] = p_.a->data + (p_.a->rows ? p_.a->rows[row] : row) * p_.a->rowStride + k0;
+      }
+      if (last && p_.plain && p_.plain->accumulate && !p_.transposed) {  // what the epilogue adds to
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t m = base_ + m0 + i;
+          const float* to = p_.out + (p_.plain->rows ? p_.plain->rows[m] : m) * p_.ldOut + panel * columns;
+          for (int64_t n = 0; n < columns * together; n += 16) __builtin_prefetch(to + n, 1, 3);
+        }
+      }
       FinishTile done{};
       for (int i = 0; i < p_.count; ++i) {
         float* acc = buffers.acc + i * accBlock_;
@@ -417,9 +497,13 @@ class Run {
           multiplyTransposed(m0, rows, k0, kc, source[i], acc, nextPart, prefetched, buffers.panels);
           continue;
         }
-        const TileFunction function =
-            inPlace_ ? table_.tileInPlace[rows] : (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
-        function(kc, a, rowStride, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
+        if (inPlace_) {
+          table_.tileInPlace[rows](kc, inPlace, source[i], acc, k0 > 0, nextPart, prefetched);
+        } else {
+          const float* a = packedA_ + m0 * (end_ - begin_) + (k0 - begin_) * rows;
+          const TileFunction function = (together > 1 ? table_.strip : table_.tile)[type[i]][rows];
+          function(kc, a, source[i], panelStride[i], acc, k0 > 0, nextPart, prefetched);
+        }
         if (last && p_.patch[i]) multiplyPatch(i, block, buffers, m0, rows, panel, together, acc);
       }
       if (!last) continue;
@@ -473,8 +557,16 @@ class Run {
   const Product& p_;
   const KernelArgs& args_;
   const KernelTable& table_;
+  const bool pool_;
+  const int64_t threads_;
   bool packed_ = false, widen_ = false;
+  bool contiguous_ = false;       // rows of A lie along k
+  bool direct_ = false;           // one row is as it is packed
   bool inPlace_ = false;          // tiles read A where it lies
+  int64_t depth_ = 0, rowsAtOnce_ = 0;
+  float* store_ = nullptr;        // what is packed of A
+  float* patchRows_[2] = {};
+  int64_t rowBlocks_ = 0, columnBlocks_ = 0;
   int64_t base_ = 0;              // first row of the rows packed now
   int64_t begin_ = 0, end_ = 0;   // steps of k packed now
   RowTiles tiles_{};
@@ -560,12 +652,11 @@ bool packable(const TensorView& w) { return w.tensor && !w.tensor->storage->writ
 }  // namespace
 
 void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
-          int64_t ldOut, const KernelArgs& args, const Patch& patch) {
+          int64_t ldOut, const KernelArgs& args) {
   if (M <= 0 || N <= 0) return;
   const float* bias = biasF32(epilogue.bias, epilogue.biasDtype, epilogue.biasStride, N, args);
   if (!b.transposed) {
     Product product{M, N, K, &a, {&b, nullptr}, 1, {bias, nullptr}, &epilogue, nullptr, out, ldOut};
-    if (patch.u) product.patch[0] = &patch;
     return Run{product, args}();
   }
   const MatrixB rows{.data = a.data,
@@ -579,17 +670,200 @@ void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, c
   Run{product, args}();
 }
 
-void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& gate, const MatrixB& up,
-               const GatedEpilogue& e, float* out, int64_t ldOut, const KernelArgs& args, const Patch& gatePatch,
-               const Patch& upPatch) {
-  if (M <= 0 || N <= 0) return;
-  Product product{M, N, K, &a, {&gate, &up}, 2, {nullptr, nullptr}, nullptr, &e, out, ldOut};
-  const Patch* patches[2] = {&gatePatch, &upPatch};
-  for (int i = 0; i < 2; ++i) {
-    product.bias[i] = biasF32(e.bias[i], e.biasDtype[i], e.biasStride[i], N, args);
-    if (patches[i]->u) product.patch[i] = patches[i];
+namespace {
+
+Product productOf(const GemmCall& call, const KernelArgs& args) {
+  const bool gated = call.weights == 2;
+  Product p{call.M, call.N, call.K, &call.a, {&call.b[0], &call.b[1]}, call.weights, {nullptr, nullptr},
+            gated ? nullptr : &call.plain, gated ? &call.gated : nullptr, call.out, call.ldOut};
+  for (int i = 0; i < call.weights; ++i) {
+    p.bias[i] = gated ? biasF32(call.gated.bias[i], call.gated.biasDtype[i], call.gated.biasStride[i], call.N, args)
+                      : biasF32(call.plain.bias, call.plain.biasDtype, call.plain.biasStride, call.N, args);
+    if (call.patch[i].u) p.patch[i] = &call.patch[i];
   }
-  Run{product, args}();
+  return p;
+}
+
+bool sameRows(const Product& a, const Product& b) {
+  return a.a->data == b.a->data && a.a->rows == b.a->rows && a.a->rowStride == b.a->rowStride && a.M == b.M &&
+         a.K == b.K;
+}
+
+// Products of the same rows: these are packed once. A chunk is some rows of as many products as make up the columns of a
+// chunk of one alone, or a chunk of a wide one.
+void multiplySharing(const Product* products, size_t count, const KernelArgs& args) {
+  const int64_t M = products->M;
+  int64_t columns = 0;
+  for (size_t i = 0; i < count; ++i) columns += products[i].N * products[i].count;
+  const int64_t wanted = threadCount() * kChunksPerThread, groups = std::max<int64_t>(1, columns / kBlockColumns);
+  const int64_t rowBlocks =
+      std::min(rowTiles(M, kernels().rows).count, std::max(ceilDiv(M, kBlockRows), ceilDiv(wanted, groups)));
+  struct Chunk {
+    size_t first, last;  // products
+    int64_t chunk;       // of each
+  };
+  std::vector<Chunk> chunks;
+  std::vector<Run> runs;
+  runs.reserve(count);
+  for (size_t i = 0, end; i < count; i = end) {
+    int64_t together = products[i].N * products[i].count;
+    const int64_t blocks = std::max<int64_t>(1, together / kBlockColumns);
+    for (end = i + 1; end < count; ++end) {
+      together += products[end].N * products[end].count;
+      if (together > kBlockColumns) break;
+    }
+    for (size_t j = i; j < end; ++j) {
+      runs.emplace_back(products[j], args, Run::Threads::Pool, columns).prepare(j == 0, rowBlocks, blocks);
+      runs[j].pack(j == 0 ? nullptr : &runs[0]);
+    }
+    for (int64_t chunk = 0; chunk < rowBlocks * blocks; ++chunk) chunks.push_back({i, end, chunk});
+  }
+  parallelFor(static_cast<int64_t>(chunks.size()),
+              [&](int64_t index, int worker) {
+                const Chunk& chunk = chunks[static_cast<size_t>(index)];
+                for (size_t i = chunk.first; i < chunk.last; ++i) runs[i].multiplyChunk(chunk.chunk, worker);
+              },
+              args.abort);
+}
+
+// Rows [begin, end) of a product that is there at once, as a product of its own.
+struct Slice {
+  Product product;
+  MatrixA a;
+  Epilogue plain;
+  GatedEpilogue gated;
+  Patch patch[2];
+
+  Slice(const Slice&) = delete;  // it points into itself
+  Slice(const Product& p, int64_t begin, int64_t end) : product(p), a(*p.a) {
+    product.M = end - begin;
+    product.a = &a;
+    const auto advance = [](auto*& pointer, int64_t by) {
+      if (pointer) pointer += by;
+    };
+    if (a.rows) {
+      a.rows += begin;
+    } else {
+      a.data += begin * a.rowStride;
+    }
+    bool scattered = false;
+    if (p.gated) {
+      gated = *p.gated;
+      product.gated = &gated;
+      advance(gated.g, begin * p.ldOut);
+      advance(gated.u, begin * p.ldOut);
+    } else {
+      plain = *p.plain;
+      product.plain = &plain;
+      scattered = plain.rows != nullptr;
+      advance(plain.pre, begin * p.ldOut);
+      advance(plain.rowScale, begin);
+      advance(plain.rows, begin);
+    }
+    if (!scattered) product.out += begin * p.ldOut;
+    for (int i = 0; i < 2; ++i) {
+      if (!p.patch[i]) continue;
+      patch[i] = *p.patch[i];
+      product.patch[i] = &patch[i];
+      patch[i].u += begin * patch[i].P;
+    }
+  }
+};
+
+// Products with weights so narrow that one core's caches hold them: a chunk is some rows of one of them, which the worker
+// packs itself, so that they do not go from one core to another.
+void multiplyNarrow(const std::vector<const Product*>& products, const KernelArgs& args) {
+  struct Chunk {
+    const Product* product;
+    int64_t begin, end;  // rows
+  };
+  const int64_t tileRows = kernels().rows;
+  int64_t tiles = 0;
+  for (const Product* p : products) tiles += rowTiles(p->M, tileRows).count;
+  const int64_t tilesAtOnce = std::clamp<int64_t>(tiles / (threadCount() * kChunksPerThread), 1, kBlockRows / tileRows);
+  std::vector<Chunk> chunks;
+  size_t most = 0;
+  for (const Product* p : products) {
+    const RowTiles own = rowTiles(p->M, tileRows);
+    const int64_t blocks = ceilDiv(own.count, tilesAtOnce);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Chunk chunk{p, tileStart(own, i * own.count / blocks), tileStart(own, (i + 1) * own.count / blocks)};
+      chunks.push_back(chunk);
+      const Slice slice(*p, chunk.begin, chunk.end);
+      Bump count;
+      KernelArgs counting = args;
+      counting.scratchAlloc = Bump::take;
+      counting.scratchArena = &count;
+      Run(slice.product, counting, Run::Threads::Own).prepare(true);
+      most = std::max(most, count.used);
+    }
+  }
+  char* memory = args.scratch<char>(static_cast<int64_t>(most) * threadCount());
+  parallelFor(static_cast<int64_t>(chunks.size()),
+              [&](int64_t index, int worker) {
+                const Chunk& chunk = chunks[static_cast<size_t>(index)];
+                const Slice slice(*chunk.product, chunk.begin, chunk.end);
+                Bump own{memory + most * static_cast<size_t>(worker)};
+                KernelArgs ownArgs = args;
+                ownArgs.scratchAlloc = Bump::take;
+                ownArgs.scratchArena = &own;
+                Run{slice.product, ownArgs, Run::Threads::Own}();
+              },
+              args.abort);
+}
+
+}  // namespace
+
+void gemmTogether(const std::vector<GemmCall>& calls, const KernelArgs& args) {
+  std::vector<Product> products;
+  for (const GemmCall& call : calls) {
+    if (call.M > 0 && call.N > 0) products.push_back(productOf(call, args));
+  }
+  std::vector<const Product*> narrow;
+  for (size_t i = 0; i < products.size();) {
+    const Product& p = products[i];
+    size_t sharing = 1;
+    const auto packsAtOnce = [&](const Product& q) {
+      return Run(q, args, Run::Threads::Pool, std::numeric_limits<int64_t>::max()).atOnce();
+    };
+    while (i + sharing < products.size() && sameRows(p, products[i + sharing]) && packsAtOnce(p) &&
+           packsAtOnce(products[i + sharing])) {
+      ++sharing;
+    }
+    if (sharing > 1) {
+      multiplySharing(&p, sharing, args);
+    } else if (products.size() > 1 && Run(p, args).atOnce() && p.N * p.K * p.count <= kNarrowElements) {
+      narrow.push_back(&p);
+    } else {
+      Run{p, args}();
+    }
+    i += sharing;
+  }
+  if (!narrow.empty()) multiplyNarrow(narrow, args);
+}
+
+void gemmSum(const std::vector<GemmCall>& calls, const KernelArgs& args) {
+  std::vector<Product> products;
+  for (const GemmCall& call : calls) {
+    if (call.M > 0 && call.N > 0) products.push_back(productOf(call, args));
+  }
+  const int64_t panels = products.empty() ? 0 : ceilDiv(products[0].N, kernels().columns), threads = threadCount();
+  const bool atOnce = std::all_of(products.begin(), products.end(),
+                                  [&](const Product& p) { return Run(p, args).atOnce(); });
+  const int64_t blocks = threads * kSumBlocksPerThread;
+  if (products.size() < 2 || !atOnce || panels < blocks) {
+    for (const Product& p : products) Run{p, args}();
+    return;
+  }
+  std::vector<Run> runs;
+  runs.reserve(products.size());
+  for (const Product& p : products) runs.emplace_back(p, args).prepare(true, 1, blocks);
+  for (Run& run : runs) run.pack();
+  parallelFor(blocks,
+              [&](int64_t block, int worker) {
+                for (const Run& run : runs) run.multiplyChunk(block, worker);
+              },
+              args.abort);
 }
 
 MatrixB weightB(const TensorView& w) {

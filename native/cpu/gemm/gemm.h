@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "core/tensor.h"
 #include "cpu/act.h"
@@ -70,10 +71,27 @@ struct GatedEpilogue {
 };
 
 void gemm(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& b, const Epilogue& epilogue, float* out,
-          int64_t ldOut, const KernelArgs& args, const Patch& patch = {});
-void gemmGated(int64_t M, int64_t N, int64_t K, const MatrixA& a, const MatrixB& gate, const MatrixB& up,
-               const GatedEpilogue& epilogue, float* out, int64_t ldOut, const KernelArgs& args,
-               const Patch& gatePatch, const Patch& upPatch);
+          int64_t ldOut, const KernelArgs& args);
+
+// A product with one weight and its `plain` epilogue, or a gated one with two, none of them transposed.
+struct GemmCall {
+  int64_t M, N, K;
+  MatrixA a;
+  int weights = 1;
+  MatrixB b[2]{};
+  Patch patch[2]{};
+  Epilogue plain{};
+  GatedEpilogue gated{};
+  float* out = nullptr;
+  int64_t ldOut = 0;
+};
+
+// Products of which none reads what another writes, each with the bits it has alone: with rows that several read packed
+// once, and without waiting for one product before the next begins.
+void gemmTogether(const std::vector<GemmCall>& calls, const KernelArgs& args);
+// Products of the same N, each of which adds to what those before it have left in the same `out`. A thread takes some columns
+// through all of them, while its caches hold what it adds to.
+void gemmSum(const std::vector<GemmCall>& calls, const KernelArgs& args);
 
 // The weight operand as matrix B ([out, in]); packs read-only weights once, under their lock. A part of a weight reads the
 // copy of the whole, unless its rows begin within a panel.

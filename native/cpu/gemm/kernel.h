@@ -19,11 +19,14 @@ struct RowTiles {
   int64_t count, size, longer;
 };
 
-// acc (+)= A tile * B panel over kc steps of k, continuing the chains in acc when `resume`. The tile is packed, or, of a
-// function in place, its rows lie `rowStride` apart. `next` (may be null): memory to prefetch during the first
-// `prefetched` steps, as many bytes a step as the panel has.
-using TileFunction = void (*)(int64_t kc, const float* a, int64_t rowStride, const void* b, int64_t panelStride,
-                              float* acc, bool resume, const void* next, int64_t prefetched);
+// acc (+)= A tile * B panel over kc steps of k, continuing the chains in acc when `resume`. `next` (may be null): memory to
+// prefetch during the first `prefetched` steps, as many bytes a step as the panel has.
+using TileFunction = void (*)(int64_t kc, const float* a, const void* b, int64_t panelStride, float* acc, bool resume,
+                              const void* next, int64_t prefetched);
+
+// The same for rows where they lie, and an f32 panel.
+using TileInPlaceFunction = void (*)(int64_t kc, const float* const* rows, const void* b, float* acc, bool resume,
+                                     const void* next, int64_t prefetched);
 
 // The same for a tile of the transpose of a packed weight, read where it lies: step k of row i is
 // a[k / columns * stride + i * columns + k % columns], f32; the panel is f32 too.
@@ -52,7 +55,7 @@ struct KernelTable {
   // By dtype of the panel (f32, bf16, f16) and rows of the tile. A strip runs several neighbouring panels at once:
   // acc is [panel][rows][columns]. stripPanels[rows] is 1 where there is no strip.
   TileFunction tile[3][kMaxTileRows + 1];
-  TileFunction tileInPlace[kMaxTileRows + 1];  // f32 panels
+  TileInPlaceFunction tileInPlace[kMaxTileRows + 1];
   TileFunction strip[3][kMaxTileRows + 1];
   int stripPanels[kMaxTileRows + 1];
   TransposedTileFunction transposedTile[kMaxTileRows + 1];

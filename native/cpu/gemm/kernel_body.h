@@ -27,10 +27,22 @@ struct F16 {
   ELASTIFORM_INLINE Vec get(const uint16_t* p) { return loadF16(p); }
 };
 
-// One step of k: c += a (column, of rows `stride` apart) * b (row of every panel).
-template <int Rows, int Panels, typename B>
-ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, int64_t stride,
-                            const typename B::Stored* b, int64_t panelStride) {
+// Step k of a tile's rows: packed, or where they lie.
+template <int Rows>
+struct PackedRows {
+  const float* a;
+  float at(int64_t k, int i) const { return a[k * Rows + i]; }
+};
+template <int Rows>
+struct RowsInPlace {
+  const float* const* rows;
+  float at(int64_t k, int i) const { return rows[i][k]; }
+};
+
+// One step of k: c += a (column) * b (row of every panel).
+template <int Rows, int Panels, typename B, typename A>
+ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const A& a, int64_t k, const typename B::Stored* b,
+                            int64_t panelStride) {
   Vec row[Panels][kVectors];
 #pragma GCC unroll 16
   for (int p = 0; p < Panels; ++p) {
@@ -39,7 +51,7 @@ ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, in
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    const Vec x = splat(a[i * stride]);
+    const Vec x = splat(a.at(k, i));
 #pragma GCC unroll 16
     for (int p = 0; p < Panels; ++p) {
 #pragma GCC unroll 16
@@ -48,11 +60,9 @@ ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const float* a, in
   }
 }
 
-template <int Rows, int Panels, typename B, bool InPlace = false>
-void tile(int64_t kc, const float* a, int64_t rowStride, const void* panel, int64_t panelStride, float* acc,
-          bool resume, const void* next, int64_t prefetched) {
-  const int64_t stride = InPlace ? rowStride : 1;
-  constexpr int64_t kStep = InPlace ? 1 : Rows;
+template <int Rows, int Panels, typename B, typename A>
+ELASTIFORM_INLINE void tileOf(int64_t kc, const A a, const void* panel, int64_t panelStride, float* acc, bool resume,
+                              const void* next, int64_t prefetched) {
   const auto* b = static_cast<const typename B::Stored*>(panel);
   Vec c[Panels][Rows][kVectors];
 #pragma GCC unroll 16
@@ -72,7 +82,7 @@ void tile(int64_t kc, const float* a, int64_t rowStride, const void* panel, int6
       __builtin_prefetch(ahead, 0, 2);
       if constexpr (kColumns * sizeof(typename B::Stored) > 64) __builtin_prefetch(ahead + 64, 0, 2);
       ahead += kColumns * sizeof(typename B::Stored);
-      step<Rows, Panels, B>(c, a + k * kStep, stride, b + k * kColumns, panelStride);
+      step<Rows, Panels, B>(c, a, k, b + k * kColumns, panelStride);
     }
   }
   // Streams of narrow panels are used faster than the hardware fetches them by itself.
@@ -84,7 +94,7 @@ void tile(int64_t kc, const float* a, int64_t rowStride, const void* panel, int6
 #pragma GCC unroll 16
       for (int p = 0; p < Panels; ++p) __builtin_prefetch(b + p * panelStride + (k + kAhead) * kColumns, 0, 3);
     }
-    step<Rows, Panels, B>(c, a + k * kStep, stride, b + k * kColumns, panelStride);
+    step<Rows, Panels, B>(c, a, k, b + k * kColumns, panelStride);
   }
 #pragma GCC unroll 16
   for (int p = 0; p < Panels; ++p) {
@@ -94,6 +104,18 @@ void tile(int64_t kc, const float* a, int64_t rowStride, const void* panel, int6
       for (int v = 0; v < kVectors; ++v) store(acc + (p * Rows + i) * kColumns + v * kLanes, c[p][i][v]);
     }
   }
+}
+
+template <int Rows, int Panels, typename B>
+void tile(int64_t kc, const float* a, const void* panel, int64_t panelStride, float* acc, bool resume, const void* next,
+          int64_t prefetched) {
+  tileOf<Rows, Panels, B>(kc, PackedRows<Rows>{a}, panel, panelStride, acc, resume, next, prefetched);
+}
+
+template <int Rows>
+void tileInPlace(int64_t kc, const float* const* rows, const void* panel, float* acc, bool resume, const void* next,
+                 int64_t prefetched) {
+  tileOf<Rows, 1, F32>(kc, RowsInPlace<Rows>{rows}, panel, 0, acc, resume, next, prefetched);
 }
 
 template <int Rows>
@@ -527,7 +549,7 @@ constexpr void fill(KernelTable& t) {
   t.tile[0][Rows] = tile<Rows, 1, F32>;
   t.tile[1][Rows] = tile<Rows, 1, Bf16>;
   t.tile[2][Rows] = tile<Rows, 1, F16>;
-  t.tileInPlace[Rows] = tile<Rows, 1, F32, true>;
+  t.tileInPlace[Rows] = tileInPlace<Rows>;
   t.stripPanels[Rows] = stripPanels(Rows);
   t.transposedTile[Rows] = transposedTile<Rows>;
   t.strip[0][Rows] = tile<Rows, stripPanels(Rows), F32>;
