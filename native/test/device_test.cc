@@ -51,6 +51,13 @@ void expectPassed(const std::vector<CaseResult>& results, const char* where) {
   }
 }
 
+// The same with a line that says how many passed, for logs.
+void expectAndCount(const char* device, const char* what, const std::vector<CaseResult>& results) {
+  expectPassed(results, device);
+  const auto passed = std::count_if(results.begin(), results.end(), [](const CaseResult& r) { return r.passed(); });
+  std::printf("%s: %s: %td of %zu cases passed\n", device, what, passed, results.size());
+}
+
 }  // namespace
 
 #ifdef ELASTIFORM_WITH_SIMT
@@ -593,7 +600,9 @@ void testEmulation() {
   testMemory();
   testTensorMaps();
   testThreads();
-  expectPassed(runExamples(), "after all defects");
+  // After all those defects, too.
+  expectAndCount("emulated device", "wrappers", runConformance());
+  expectAndCount("emulated device", "kernels", runExamples());
 }
 
 }  // namespace simt
@@ -605,24 +614,22 @@ int testDevice() {
   elastiform::failures = 0;
 #ifdef ELASTIFORM_WITH_SIMT
   elastiform::simt::testEmulation();
-#endif
   return elastiform::failures;
+#else
+  std::printf("device: this build does not emulate one\n");
+  return elastiform::test::kNotRun;
+#endif
 }
 
 int testGpu() {
   elastiform::failures = 0;
 #ifdef ELASTIFORM_WITH_CUDA
   if (elastiform::cuda::deviceCount() > 0) {
-    const auto check = [](const char* what, const std::vector<elastiform::CaseResult>& results) {
-      elastiform::expectPassed(results, "GPU");
-      const auto passed = std::count_if(results.begin(), results.end(), [](const auto& r) { return r.passed(); });
-      std::printf("gpu: %s: %td of %zu cases passed\n", what, passed, results.size());
-    };
-    check("wrappers", elastiform::cuda::runConformance());
-    check("kernels", elastiform::cuda::runExamples());
+    elastiform::expectAndCount("GPU", "wrappers", elastiform::cuda::runConformance());
+    elastiform::expectAndCount("GPU", "kernels", elastiform::cuda::runExamples());
     return elastiform::failures;
   }
 #endif
-  std::printf("gpu: no GPU here, nothing tested\n");
-  return elastiform::failures;
+  std::printf("gpu: no GPU that this build could use\n");
+  return elastiform::test::kNotRun;
 }

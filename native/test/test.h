@@ -8,6 +8,9 @@
 
 namespace elastiform::test {
 
+// What a test returns that found nothing to test on.
+constexpr int kNotRun = -1;
+
 #define CHECK(condition)                                                          \
   do {                                                                            \
     if (!(condition)) {                                                           \

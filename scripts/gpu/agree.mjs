@@ -1,8 +1,7 @@
-// Compares a device with the CPU on the tiny model: logits, and the gradients of a training step of its routers:
-// node agree.mjs [--device cuda] [--tokens 128].
-import fs from 'node:fs';
-import path from 'node:path';
+// Compares a device with the CPU on a small model of random weights: logits, and the gradients of a training step of its
+// routers: node agree.mjs [--device cuda] [--tokens 128].
 import { parseArgs } from 'node:util';
+import { fill, generator } from '../../benchmarks/model/random.mjs';
 import { batchInputs, batchRun } from '../../dist/distill/batches.js';
 import { lossFeeds, resolveLosses } from '../../dist/distill/objectives.js';
 import { trainablePlan } from '../../dist/distill/plan.js';
@@ -10,11 +9,10 @@ import { capacityFeeds, trainProgram } from '../../dist/distill/steps.js';
 import { Trainable } from '../../dist/distill/trainable.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
 import { Graph, Program } from '../../dist/graph/index.js';
-import { Checkpoint } from '../../dist/io/safetensors.js';
 import { decoder, logits } from '../../dist/model/decoder.js';
 import { specFromConfig } from '../../dist/model/spec.js';
-import { bindWeights, loadWeights } from '../../dist/model/weights.js';
-import { Engine } from '../../dist/native/index.js';
+import { bindWeights, weightsByName } from '../../dist/model/weights.js';
+import { Engine, Tensor } from '../../dist/native/index.js';
 
 // Of the largest magnitude. bf16 has 8 significant bits, which eight layers add up; rows near a threshold then change
 // sides, so that gradients can only be asked for their direction.
@@ -24,10 +22,12 @@ const { values } = parseArgs({
   options: { device: { type: 'string', default: 'cuda' }, tokens: { type: 'string', default: '128' } },
 });
 const rows = Number(values.tokens);
-const dir = path.join(import.meta.dirname, '../../models/tiny');
-const configPath = path.join(dir, 'config.json');
-const spec = specFromConfig(JSON.parse(fs.readFileSync(configPath, 'utf8')), configPath);
-const checkpoint = Checkpoint.open(dir);
+// Of the shape of models/tiny, which would be a twelfth of a bundle that is meant to be small.
+const config = {
+  ...{ model_type: 'llama', vocab_size: 2048, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 8 },
+  ...{ num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512, tie_word_embeddings: true },
+};
+const spec = specFromConfig(config, 'agree.mjs');
 
 // Two sequences of ids that spread over the vocabulary.
 const half = rows >> 1;
@@ -39,9 +39,24 @@ const batch = {
 };
 const policy = policyOf({ kind: 'elastiformer', tokens: { attn: 0.5, mlp: 0.5 } }, spec);
 
+/** The same values at every call; matrices are packed as `dtype`. */
+function randomWeights(dtype) {
+  const next = generator(1);
+  const tensors = [];
+  const weights = weightsByName(spec, (_, shape) => {
+    const values = new Float32Array(shape.reduce((product, n) => product * n, 1));
+    fill(values, next, shape.length === 1 ? 1 : 0, 0.1);
+    const tensor = Tensor.fromData('f32', shape, values);
+    if (shape.length === 2) tensor.setPackAs(dtype);
+    tensors.push(tensor);
+    return tensor;
+  });
+  return { weights, tensors };
+}
+
 /** Logits of all rows, and the loss and gradients of one step, on an engine that then ends. */
 async function compute(engine, dtype) {
-  const { weights } = loadWeights(spec, checkpoint, { dtype });
+  const { weights, tensors } = randomWeights(dtype);
   const graph = new Graph();
   const { rows: _, segments: __, ...inputs } = batchInputs(graph, rows);
   const nodes = bindWeights(graph, weights);
@@ -65,7 +80,7 @@ async function compute(engine, dtype) {
   });
   result.loss = outputs.loss[0];
   result.gradients = trainable.grads.readFloat();
-  for (const owned of [forward, step, trainable, engine]) owned.dispose();
+  for (const owned of [forward, step, trainable, engine, ...tensors]) owned.dispose();
   return result;
 }
 

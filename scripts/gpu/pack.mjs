@@ -1,24 +1,28 @@
 // Makes a folder that runs the tests and benchmarks on a GPU host without Node or network; see docs/gpu.md. Usage: node
-// scripts/gpu/pack.mjs [--out build/gpu] [--jobs 2] [--prebuilt FOLDER]; binaries of FOLDER are taken as they are.
-import { execFileSync } from 'node:child_process';
+// scripts/gpu/pack.mjs [--out build/gpu] [--prebuilt FOLDER]; binaries of FOLDER are taken as they are, without it those
+// of the release build (scripts/prebuild), of which only what has changed is compiled.
+import { execFileSync, spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
+import { once } from 'node:events';
 import fs from 'node:fs';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { loadConfigFromFile } from 'vite';
+import { findNvcc } from '../prebuild/nvcc.mjs';
 
 const root = path.resolve(import.meta.dirname, '../..');
 const LIMIT = 30 * 2 ** 20; // what GPU hosts take, with room for the repository beside it
-const ARCHITECTURES = '80-real;90a-real';
+
+// Data that nothing of the bundle reads, and what Python leaves.
+const UNUSED = /^test\/golden\/encoders\/|\.pyc$/;
 
 const { values } = parseArgs({
   options: {
     out: { type: 'string', default: 'build/gpu' },
-    jobs: { type: 'string', default: '2' },
     prebuilt: { type: 'string' },
   },
 });
-const build = path.resolve(root, values.prebuilt ?? 'build/cuda');
+const build = path.resolve(root, values.prebuilt ?? 'build/prebuild/build');
 const out = path.resolve(root, values.out);
 const work = path.join(root, 'build/gpu-work');
 const files = path.join(work, 'files');
@@ -46,18 +50,12 @@ function copy(from, to, keep = () => true) {
   }
 }
 
-/** The addon, and the native tests, which run the kernels on the device too. */
+/** The addon of a release, and the native tests, which run the kernels on the device too. */
 function buildNative() {
   if (values.prebuilt) return;
-  log('building the addon and the native tests with CUDA');
-  const defines = {
-    ELASTIFORM_CUDA: 'ON',
-    ELASTIFORM_TESTS: 'ON',
-    CMAKE_CUDA_ARCHITECTURES: ARCHITECTURES,
-    CMAKE_EXE_LINKER_FLAGS: '-static-libstdc++ -static-libgcc',
-  };
-  const flags = Object.entries(defines).map(([name, value]) => `--CD${name}=${value}`);
-  run(bin('cmake-js'), 'build', '--log-level', 'error', '-O', build, '-p', values.jobs, ...flags);
+  if (!findNvcc()) throw new Error('a bundle needs nvcc (CUDACXX names it), or --prebuilt FOLDER');
+  log('building the addon and the native tests with CUDA: what has changed');
+  run(process.execPath, 'scripts/prebuild/cmake-js-as-node-gyp.mjs');
 }
 
 function packNative() {
@@ -73,20 +71,23 @@ function packNative() {
 }
 
 /** With the x86 filter, and for files up to 96 MiB a dictionary that holds all of it. */
-function compress(file) {
-  run('xz', '--keep', '--force', '--x86', '--lzma2=preset=9e,dict=96MiB,lc=4', file);
+async function compress(file) {
+  const flags = ['--keep', '--force', '--x86', '--lzma2=preset=9e,dict=96MiB,lc=4', file];
+  const child = spawn('xz', flags, { stdio: ['ignore', 'inherit', 'inherit'] });
+  const [code] = await once(child, 'close');
+  if (code !== 0) throw new Error(`xz ${file}: exit code ${code}`);
   return `${file}.xz`;
 }
 
 /** Node of the machine that packs, stripped and compressed once per version. */
-function packNode() {
+async function packNode() {
   const cached = path.join(root, 'build', `node-${process.version}-${process.arch}.xz`);
   if (!fs.existsSync(cached)) {
-    log('compressing node (a minute or two)');
+    log('compressing node (a minute or two), while the rest is made');
     const stripped = path.join(work, 'node');
     fs.copyFileSync(fs.realpathSync(process.execPath), stripped);
     run('strip', stripped);
-    fs.renameSync(compress(stripped), cached);
+    fs.renameSync(await compress(stripped), cached);
   }
   copy(cached, path.join(out, 'node.xz'));
   const prefix = path.resolve(path.dirname(fs.realpathSync(process.execPath)), '..');
@@ -125,6 +126,8 @@ async function compile() {
     '--declaration',
     'false',
     '--sourceMap',
+    'false',
+    '--inlineSources',
     'false',
   );
   const tests = await testFiles();
@@ -201,32 +204,37 @@ for (const folder of [out, work]) fs.rmSync(folder, { recursive: true, force: tr
 for (const folder of [out, files]) fs.mkdirSync(folder, { recursive: true });
 buildNative();
 packNative();
-packNode();
+const node = packNode();
 const tests = await compile();
 const packages = packModules();
 for (const name of [
   'package.json',
   'LICENSE',
-  'models/tiny',
   'test/golden',
   'benchmarks/gpu',
   'benchmarks/harness',
-  'benchmarks/model',
+  'benchmarks/model/random.mjs',
 ]) {
-  copy(path.join(root, name), path.join(files, name), (file) => !file.endsWith('.pyc'));
+  copy(path.join(root, name), path.join(files, name), (file) => !UNUSED.test(path.join(name, file)));
 }
 for (const name of ['tests.mjs', 'agree.mjs', 'finish.mjs']) {
   copy(path.join(root, 'scripts/gpu', name), path.join(files, 'scripts/gpu', name));
 }
-const sizes = {};
-for (const file of walk(files)) {
-  const [part] = path.relative(files, file).split('/');
-  sizes[part] = (sizes[part] ?? 0) + fs.statSync(file).size;
+/** Bytes of the files that begin with the same `depth` names. */
+function sizesOf(depth) {
+  const sizes = {};
+  for (const file of walk(files)) {
+    const part = path.relative(files, file).split('/').slice(0, depth).join('/');
+    sizes[part] = (sizes[part] ?? 0) + fs.statSync(file).size;
+  }
+  return sizes;
 }
+const sizes = sizesOf(1);
 log('compressing the rest');
 const archive = path.join(work, 'files.tar');
 run('tar', '--sort=name', '--mtime=@0', '--owner=0', '--group=0', '--numeric-owner', '-cf', archive, '-C', files, '.');
-copy(compress(archive), path.join(out, 'files.tar.xz'));
+await node;
+copy(await compress(archive), path.join(out, 'files.tar.xz'));
 copy(path.join(root, 'scripts/gpu/run.sh'), path.join(out, 'run.sh'));
 
 const changed = read('git', 'status', '--porcelain', '--', 'lib', 'native', 'benchmarks', 'scripts', 'test') !== '';
@@ -240,7 +248,6 @@ const manifest = {
   format: 1,
   commit: read('git', 'rev-parse', 'HEAD') + (changed ? ' with changes' : ''),
   node: process.version,
-  architectures: ARCHITECTURES.split(';'),
   sizes: { packed, total, unpacked: sizes },
   sha256: Object.fromEntries(['node.xz', 'files.tar.xz'].map((file) => [file, digest(file)])),
   packages,
@@ -262,7 +269,17 @@ console.log(
   `${mebibytes(total)}  in all, at most ${mebibytes(LIMIT).trim()}; ${tests.length} test files; ${manifest.commit}`,
 );
 const problems = findPaths().map((file) => `${path.relative(files, file)} names a folder of this machine`);
-if (total > LIMIT) problems.push('the bundle is too large');
+if (total > LIMIT) {
+  console.log('the largest parts:');
+  list(
+    Object.fromEntries(
+      Object.entries(sizesOf(3))
+        .sort((a, b) => b[1] - a[1])
+        .slice(0, 20),
+    ),
+  );
+  problems.push('the bundle is too large');
+}
 for (const problem of problems) console.error(`[pack] ${problem}`);
 process.exitCode = problems.length ? 1 : 0;
 fs.rmSync(work, { recursive: true });

@@ -11,7 +11,9 @@ bash run.sh [options]
   --groups LIST   groups of the benchmarks (default: all; node benchmarks/gpu/run.mjs --help lists them)
   --seconds N     for everything (default: 570, dry 7200); each stage gets the less of its own limit and what is left
   --out DIR       logs and results (default: results)
-  --dry-run       everything on the emulated device at tiny shapes: shows that the bundle works, measures nothing
+  --dry-run       everything on the emulated device at tiny shapes: shows that the bundle works, measures nothing. Runs in
+                  the clone that packed it: the emulation is in the addon of build/Release, not in the bundle's
+                  (ELASTIFORM_NATIVE_PATH names another one)
 
 ELASTIFORM_BENCH_PYTHON names a Python with PyTorch and Triton (default: python3).
 TEXT
@@ -34,6 +36,13 @@ total=${total:-$([ -z "$dry" ] && echo 570 || echo 7200)}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")" || exit 2
+if [ -n "$dry" ]; then
+  export ELASTIFORM_NATIVE_PATH=${ELASTIFORM_NATIVE_PATH:-$(cd .. && pwd)/Release/elastiform.node}
+  if [ ! -e "$ELASTIFORM_NATIVE_PATH" ]; then
+    echo "run.sh: --dry-run needs an addon that emulates a device, and there is no $ELASTIFORM_NATIVE_PATH: npm run build" >&2
+    exit 2
+  fi
+fi
 
 # Unpacked once per bundle, outside of it: a bundle stays small enough to be sent again.
 root=${TMPDIR:-/tmp}/elastiform-gpu-$(sha256sum manifest.json | cut -c 1-16)
@@ -59,7 +68,8 @@ export PATH="$root/bin:$PATH" out work dry groups
 export ELASTIFORM_DEVICE=cuda
 [ -z "$dry" ] || export ELASTIFORM_DEVICE=simt
 
-# stage NUMBER NAME LIMIT FUNCTION: the function's last line of output is the note of the summary.
+# stage NUMBER NAME LIMIT FUNCTION: the function's last line of output is the note of the summary. It ends with 77 when
+# nothing could be run, with 78 when only a part could.
 stage() {
   local number=$1 name=$2 limit=$3 body=$4 log=$out/$2.log state
   case ",$only," in *",$number,"*) ;; *) return 0 ;; esac
@@ -67,13 +77,15 @@ stage() {
   [ -z "$dry" ] || limit=$((10 * limit))
   [ "$left" -ge "$limit" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
-    printf '%s\tnot run\t0\tno time left\n' "$name" >>"$work/stages.tsv"
+    printf '%s\tout of time\t0\tnot begun\n' "$name" >>"$work/stages.tsv"
     return 0
   fi
   printf '\n== %s (at most %s s)\n' "$name" "$limit"
   limit=$limit timeout --kill-after=5 "$limit" bash -c "$body" >"$log" 2>&1
   case $? in
     0) state=passed ;;
+    77) state='not run' ;;
+    78) state='partly run' ;;
     124 | 137) state='out of time' ;;
     *) state=FAILED ;;
   esac
@@ -90,6 +102,11 @@ machine() {
   "${ELASTIFORM_BENCH_PYTHON:-python3}" -c 'import torch; print("torch", torch.__version__, torch.version.cuda)'
   "${ELASTIFORM_BENCH_PYTHON:-python3}" -c 'import triton; print("triton", triton.__version__)'
   for tool in compute-sanitizer nvcc ncu; do command -v $tool || echo "no $tool"; done
+  # The addon of the bundle, which a dry run does not use: it must load and have CUDA kernels.
+  node -e '
+    const { devices } = require("./build/Release/elastiform.node").info();
+    console.log(`the addon of the bundle: ${devices.cuda.description}`);
+    process.exitCode = /no CUDA kernels/.test(devices.cuda.description) ? 1 : 0;' || exit 1
   node dist/cli/main.js doctor --json >"$work/doctor.json" || exit 1
   cat "$work/doctor.json"
   # The device must be there, or nothing below means anything.
@@ -101,11 +118,13 @@ machine() {
 }
 
 conformance() {
-  bin/elastiform_tests gpu || return 1
-  if [ -z "$dry" ] && grep -q 'nothing tested' "$out/conformance.log"; then
-    echo 'there is no GPU: nothing was tested'
-    return 1
+  if [ -n "$dry" ]; then
+    bin/elastiform_tests device
+    return
   fi
+  bin/elastiform_tests gpu || return 1
+  # The device must be there, or nothing was shown.
+  ! grep -q 'gpu: not run' "$out/conformance.log"
 }
 
 tests() {
@@ -115,7 +134,7 @@ tests() {
   else
     files=$(node -p 'JSON.parse(require("fs").readFileSync("manifest.json", "utf8")).tests.join(" ")')
   fi
-  echo 'the tiny model, against the CPU:'
+  echo 'a small model, against the CPU:'
   timeout $((limit / 2)) node scripts/gpu/agree.mjs --device "$ELASTIFORM_DEVICE" ${dry:+--tokens 16} || failed=1
   # shellcheck disable=SC2086
   node scripts/gpu/tests.mjs --summary "$work/tests.json" --seconds $((limit - SECONDS + began - 5)) $files || failed=1
@@ -125,7 +144,7 @@ tests() {
 sanitizer() {
   if ! command -v compute-sanitizer >/dev/null; then
     echo 'no compute-sanitizer here'
-    return 0
+    return 77
   fi
   local failed=0
   # check TOOL WHAT COMMAND...: at most half a minute each, or one would take it all.
@@ -163,4 +182,4 @@ stage 5 benchmarks 400 benchmarks
 
 printf '\n'
 node scripts/gpu/finish.mjs --work "$work" --out "$out" ${dry:+--dry-run}
-! grep -qvE $'\tpassed\t' "$work/stages.tsv"
+! grep -qE $'\t(FAILED|out of time)\t' "$work/stages.tsv"
