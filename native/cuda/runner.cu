@@ -30,6 +30,7 @@ constexpr DeviceKind kKind = DeviceKind::Cuda;
 #else
 constexpr DeviceKind kKind = DeviceKind::Simt;
 #endif
+constexpr int kComputeMajorMin = 8;  // mma.sync of bf16, cp.async
 constexpr size_t kAlign = 256;
 constexpr size_t kStagingBytes = size_t{8} << 20;
 
@@ -557,14 +558,19 @@ class Runner : public Device {
 }  // namespace
 
 DeviceInfo describe() {
-  if (deviceCount() > 0) {
+  try {
+    if (deviceCount() == 0) return {kKind, false, deviceProblem()};
     const DeviceProperties p = deviceProperties(0);
-    char text[256];
-    std::snprintf(text, sizeof text, "%s, compute capability %d.%d, %.1f GiB", p.name.c_str(), p.computeMajor,
-                  p.computeMinor, static_cast<double>(p.memoryBytes) / (1 << 30));
-    return {kKind, true, text};
+    char text[320];
+    std::snprintf(text, sizeof text, "%s, compute capability %d.%d, %.1f GiB%s", p.name.c_str(), p.computeMajor,
+                  p.computeMinor, static_cast<double>(p.memoryBytes) / (1 << 30),
+                  p.computeMajor >= kComputeMajorMin
+                      ? ""
+                      : ": the kernels need 8.0 or newer; where another GPU has that, CUDA_VISIBLE_DEVICES makes it the first");
+    return {kKind, p.computeMajor >= kComputeMajorMin, text};
+  } catch (const std::exception& error) {
+    return {kKind, false, error.what()};
   }
-  return {kKind, false, deviceProblem()};
 }
 
 std::unique_ptr<Device> makeRunner(std::shared_ptr<std::atomic<int64_t>> owned) {

@@ -1,5 +1,11 @@
 // The host side of a device: memory, streams, events, graphs and tensor maps, by the same names over CUDA and over the
-// emulation. Every failure is an Error: OutOfMemory with the numbers, Internal with CUDA's own words.
+// emulation. Every failure is an Error: OutOfMemory with the numbers, else with CUDA's own words, DeviceUnavailable where
+// the device is not there or lost, Internal otherwise.
+//
+// A fault in a kernel, or of the hardware, loses the device for this process: CUDA answers every later call with the
+// same error, and only cudaDeviceReset would end that. It is not called: it would free, under their feet, what other
+// engines of this process, and other libraries in it, hold on the device. So the process has to be restarted; until then
+// deviceCount() is 0, and deviceProblem() says why.
 //
 // Emulated streams are lazy: what is queued runs when something waits for it, so that a forgotten wait shows as wrong
 // results. The null stream of the emulation runs at once; on CUDA it is the legacy default stream.
@@ -34,6 +40,10 @@ void enqueue(Stream stream, std::function<void()> operation);
 void setMemoryLimit(size_t bytes);
 #endif
 
+// Ends the message of a fault that has lost the device.
+constexpr const char* kDeviceLost =
+    "; the device is lost for this process, with all that lay on it: restart the process (the CPU can still be used)";
+
 struct DeviceProperties {
   std::string name;
   int computeMajor = 0, computeMinor = 0;
@@ -42,7 +52,7 @@ struct DeviceProperties {
   size_t sharedBytesPerBlock = 0;  // dynamic shared memory a kernel may opt in to
 };
 
-// 0 where there is no driver or no device; never throws, never prints.
+// 0 where there is no driver or no device, or it is lost; never throws, never prints.
 int deviceCount();
 // Why there is none, and what to do.
 std::string deviceProblem();

@@ -2,6 +2,7 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -10,21 +11,62 @@
 
 namespace elastiform::cuda {
 
+namespace {
+
+std::atomic<cudaError_t> lost{cudaSuccess};  // the fault that has lost the device
+
+// Those of which CUDA says that the process must be relaunched to go on.
+bool losesDevice(cudaError_t status) {
+  switch (status) {
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+    case cudaErrorContained:
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+    case cudaErrorTensorMemoryLeak: return true;
+    default: return false;
+  }
+}
+
+ErrorCode codeOf(cudaError_t status) {
+  switch (status) {
+    case cudaErrorMemoryAllocation: return ErrorCode::OutOfMemory;
+    case cudaErrorInsufficientDriver:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorInitializationError:
+    case cudaErrorNoDevice:
+    case cudaErrorDevicesUnavailable: return ErrorCode::DeviceUnavailable;
+    default: return losesDevice(status) ? ErrorCode::DeviceUnavailable : ErrorCode::Internal;
+  }
+}
+
+}  // namespace
+
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // it would otherwise be reported again by the next launch
-  const ErrorCode code = status == cudaErrorMemoryAllocation ? ErrorCode::OutOfMemory : ErrorCode::Internal;
-  fail(code, "[cuda] %s: %s (%s)", what, cudaGetErrorString(status), cudaGetErrorName(status));
+  if (losesDevice(status)) lost = status;
+  fail(codeOf(status), "[cuda] %s: %s (%s)%s", what, cudaGetErrorString(status), cudaGetErrorName(status),
+       losesDevice(status) ? kDeviceLost : "");
 }
 
 int deviceCount() {
   int count = 0;
+  if (lost != cudaSuccess) return 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   cudaGetLastError();
   return 0;
 }
 
 std::string deviceProblem() {
+  if (lost != cudaSuccess) return cudaGetErrorString(lost) + std::string(kDeviceLost);
   int count = 0, driver = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   cudaGetLastError();
@@ -161,7 +203,8 @@ float elapsedMilliseconds(Event start, Event end) {
 }
 
 void beginCapture(Stream stream) {
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  // Relaxed: the first launch of a kernel loads its module, and asks for attributes and occupancy, in the midst of it.
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
 }
 
 Graph endCapture(Stream stream) {

@@ -1,5 +1,6 @@
 // The emulated runtime: device memory between red zones, streams that run when they are waited for, graphs replayed.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -108,6 +109,23 @@ bool damaged(uintptr_t begin, const Allocation& a, long long* offset) {
   return found;
 }
 
+// ---- Loss of the device
+
+// ELASTIFORM_SIMT_LOST_AFTER: operations of streams after which the device is lost, as by a fault of a kernel on a GPU, for
+// tests of what happens then.
+int64_t operationsLeft() {
+  const char* text = std::getenv("ELASTIFORM_SIMT_LOST_AFTER");
+  return text ? std::strtoll(text, nullptr, 10) : INT64_MAX;
+}
+std::atomic<int64_t> life{operationsLeft()};
+
+bool isLost() { return life.load(std::memory_order_relaxed) <= 0; }
+
+// Every call fails once the device is lost, as on a GPU.
+void requireDevice(const char* what) {
+  if (isLost()) fail(ErrorCode::DeviceUnavailable, "[simt] %s: a fault, as tests ask for%s", what, kDeviceLost);
+}
+
 // ---- Streams
 
 thread_local Stream capturingStream = nullptr;
@@ -133,6 +151,8 @@ void runUntil(Stream stream, uint64_t position) {
       ++stream->done;
     }
     try {
+      if (life.load(std::memory_order_relaxed) != INT64_MAX) --life;
+      requireDevice("streamSynchronize");
       operation();
     } catch (...) {
       const std::lock_guard lock(stream->mutex);
@@ -183,27 +203,30 @@ void setMemoryLimit(size_t bytes) {
 
 // ---- Device
 
-int deviceCount() { return 1; }
+int deviceCount() { return isLost() ? 0 : 1; }
 
-std::string deviceProblem() { return ""; }
+std::string deviceProblem() { return isLost() ? std::string("a fault, as tests ask for") + kDeviceLost : ""; }
 
 DeviceProperties deviceProperties(int device) {
   setDevice(device);
   const char* text = std::getenv("ELASTIFORM_SIMT_CAPABILITY");
   const std::string capability = text ? text : "90";
-  if (capability != "80" && capability != "90") {
-    fail(ErrorCode::InvalidArgument, "[simt] ELASTIFORM_SIMT_CAPABILITY must be 80 or 90, got %.20s", text);
+  if (capability != "75" && capability != "80" && capability != "90") {
+    fail(ErrorCode::InvalidArgument, "[simt] ELASTIFORM_SIMT_CAPABILITY must be 75, 80 or 90, got %.20s", text);
   }
   DeviceProperties properties;
   properties.name = "SIMT emulation";
   properties.computeMajor = capability[0] - '0';
-  properties.multiprocessors = 4;
+  properties.computeMinor = capability[1] - '0';
+  const char* multiprocessors = std::getenv("ELASTIFORM_SIMT_MULTIPROCESSORS");
+  properties.multiprocessors = multiprocessors ? std::max(1, std::atoi(multiprocessors)) : 4;
   properties.memoryBytes = memoryInfo().totalBytes;
   properties.sharedBytesPerBlock = kSharedBytesMax;
   return properties;
 }
 
 void setDevice(int device) {
+  requireDevice("setDevice");
   if (device != 0) fail(ErrorCode::Internal, "[simt] device %d of 1", device);
 }
 
@@ -213,6 +236,7 @@ MemoryInfo memoryInfo() {
 }
 
 void* deviceMalloc(size_t bytes) {
+  requireDevice("deviceMalloc");
   notWhileCapturing("deviceMalloc");
   Heap& h = heap();
   const std::lock_guard lock(h.mutex);
@@ -236,6 +260,7 @@ void* deviceMalloc(size_t bytes) {
 
 void deviceFree(void* memory) {
   if (!memory) return;
+  requireDevice("deviceFree");
   notWhileCapturing("deviceFree");
   Heap& h = heap();
   const std::lock_guard lock(h.mutex);
@@ -257,6 +282,7 @@ void deviceFree(void* memory) {
 }
 
 void* hostMalloc(size_t bytes) {
+  requireDevice("hostMalloc");
   notWhileCapturing("hostMalloc");
   void* memory = std::malloc(std::max<size_t>(bytes, 1));
   if (!memory) fail(ErrorCode::OutOfMemory, "[simt] no host memory for %zu bytes", bytes);
@@ -269,6 +295,7 @@ void hostFree(void* memory) { std::free(memory); }
 // ---- Streams
 
 void enqueue(Stream stream, Operation operation) {
+  requireDevice("enqueue");
   if (!stream) {
     notWhileCapturing("work on the null stream");
     operation();
@@ -295,6 +322,7 @@ void fillAsync(void* memory, uint8_t value, size_t bytes, Stream stream) {
 }
 
 Stream streamCreate() {
+  requireDevice("streamCreate");
   auto stream = std::make_shared<StreamState>();
   stream->self = stream;
   return stream.get();
@@ -328,7 +356,10 @@ void hostCallback(Stream stream, std::function<void()> callback) { enqueue(strea
 
 // ---- Events
 
-Event eventCreate() { return new EventState; }
+Event eventCreate() {
+  requireDevice("eventCreate");
+  return new EventState;
+}
 
 void eventDestroy(Event event) { delete event; }
 

@@ -510,8 +510,8 @@ void testMemory() {
   CHECK(deviceCount() == 1 && deviceProperties(0).computeMajor == 9);
   setenv("ELASTIFORM_SIMT_CAPABILITY", "80", 1);
   CHECK(deviceProperties(0).computeMajor == 8);
-  setenv("ELASTIFORM_SIMT_CAPABILITY", "75", 1);
-  CHECK_ERROR(InvalidArgument, "must be 80 or 90, got 75", deviceProperties(0));
+  setenv("ELASTIFORM_SIMT_CAPABILITY", "86", 1);
+  CHECK_ERROR(InvalidArgument, "must be 75, 80 or 90, got 86", deviceProperties(0));
   unsetenv("ELASTIFORM_SIMT_CAPABILITY");
   CHECK_ERROR(Internal, "device 1 of 1", setDevice(1));
   const MemoryInfo before = memoryInfo();

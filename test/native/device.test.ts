@@ -1,4 +1,7 @@
 // Engines on other devices than the CPU: what they share with it, what they refuse, and that they go on afterwards.
+import { spawnSync } from 'node:child_process';
+import { join } from 'node:path';
+import { pathToFileURL } from 'node:url';
 import { describe, expect, it } from 'vitest';
 import { accumulate, add, Graph, gatherRows, Program, routeThreshold, scale, zeros } from '../../lib/graph/index.js';
 import {
@@ -12,6 +15,37 @@ import {
 } from '../../lib/native/index.js';
 
 const { devices } = loadAddon().info();
+
+const dist = pathToFileURL(join(import.meta.dirname, '../../dist')).href;
+
+// Runs one program until its device is lost, then tries what a program may try.
+const lossOfDevice = `
+  const { accumulate, Graph, gatherRows, Program } = await import('${dist}/graph/index.js');
+  const { Engine, loadAddon, Tensor } = await import('${dist}/native/index.js');
+  const failure = (body) => body().then(() => 'no error', (error) => \`\${error.name}: \${error.message}\`);
+  const state = Tensor.alloc('f32', [4]);
+  const make = (device) => {
+    const engine = new Engine(device);
+    const graph = new Graph();
+    const x = graph.feed('x', 'f32', [4, 1]);
+    graph.output('y', gatherRows(x, graph.feed('rows', 'i32', [2])));
+    if (device === 'simt') accumulate(graph.state(state), graph.feed('add', 'f32', [4]), 0);
+    return Program.compile(graph, engine);
+  };
+  const feeds = { x: Float32Array.of(1, 2, 3, 4), rows: Int32Array.of(0, 2) };
+  const run = async (program, more = {}) => [...(await program.run({ feeds: { ...feeds, ...more } })).outputs.y];
+  const program = make('simt');
+  const add = Float32Array.of(1, 1, 1, 1);
+  const result = { before: await run(program, { add }) };
+  do result.during = await failure(() => run(program, { add }));
+  while (result.during === 'no error');
+  result.after = await failure(() => run(program, { add }));
+  result.state = await failure(async () => state.read());
+  result.other = await failure(async () => new Engine('simt'));
+  result.available = loadAddon().info().devices.simt.available;
+  result.cpu = await run(make('cpu'));
+  console.log(JSON.stringify(result));
+`;
 
 describe('the choice of a device', () => {
   it('names what it takes, and why a device cannot be used', () => {
@@ -27,6 +61,41 @@ describe('the choice of a device', () => {
 });
 
 describe.runIf(devices.simt.available)('an emulated device', () => {
+  it('is refused where it is older than the kernels need, or cannot be described', () => {
+    try {
+      process.env.ELASTIFORM_SIMT_CAPABILITY = '75';
+      expect(() => new Engine('simt')).toThrow(DeviceUnavailableError);
+      expect(() => new Engine('simt')).toThrow(/compute capability 7\.5, .*: the kernels need 8\.0 or newer/);
+      expect(loadAddon().info().devices.simt.available).toBe(false);
+      process.env.ELASTIFORM_SIMT_CAPABILITY = 'new';
+      expect(() => new Engine('simt')).toThrow(DeviceUnavailableError);
+      expect(loadAddon().info().devices.simt.description).toContain('must be 75, 80 or 90, got new');
+    } finally {
+      delete process.env.ELASTIFORM_SIMT_CAPABILITY;
+    }
+    using engine = new Engine('simt');
+    expect(engine.device).toBe('simt');
+  });
+
+  it('that is lost in the middle of a run is a typed error, for this process, and the CPU goes on', () => {
+    // In a process of its own: it is for good.
+    const { status, stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', lossOfDevice], {
+      encoding: 'utf8',
+      env: { ...process.env, ELASTIFORM_SIMT_LOST_AFTER: '50' },
+    });
+    expect({ status, stderr }).toEqual({ status: 0, stderr: '' });
+    const lost = expect.stringMatching(/^DeviceUnavailableError: \[.*the device is lost for this process.*restart/);
+    expect(JSON.parse(stdout)).toEqual({
+      before: [1, 3],
+      during: lost,
+      after: lost,
+      state: lost,
+      other: lost,
+      available: false,
+      cpu: [1, 3],
+    });
+  });
+
   it('takes states from the CPU and gives them back', async () => {
     using state = Tensor.alloc('f32', [4]);
     using cpu = new Engine('cpu');
