@@ -1,6 +1,7 @@
 // Holds what ptxas says about the kernels of the release build (scripts/prebuild) against native/device/ptxas.json:
-// registers, static shared memory, tensor-core instructions. Fails on spills, stack frames, serialised wgmma (C75xx),
-// warnings, and on any change of the table. Compiles what has changed since the last build for a release.
+// registers, shared memory (the struct of SHARED_MEMORY, which is what launches give), tensor-core instructions. Fails on
+// spills, stack frames, serialised wgmma (C75xx), warnings, and on any change of the table. Compiles what has changed since
+// the last build for a release.
 // node scripts/ptxas-gate.mjs [--update]
 // With cuobjdump (on PATH or named by CUOBJDUMP) the machine code is searched for local memory and tensor instructions.
 import { execFileSync, spawnSync } from 'node:child_process';
@@ -34,7 +35,7 @@ const problems = [];
 
 /** The kernels of one source, from the report of its compilation: { sm_80: { kernel: { registers, shared, tensor } } }. */
 function kernelsOf(source, object) {
-  const { output, tensor } = JSON.parse(readFileSync(`${object}.ptxas.json`, 'utf8'));
+  const { output, ptx } = JSON.parse(readFileSync(`${object}.ptxas.json`, 'utf8'));
   for (const line of output.split('\n')) {
     if (/\(C75\d\d\)|\bwarning\b/i.test(line)) problems.push(`${source}: ${line.trim()}`);
   }
@@ -54,8 +55,8 @@ function kernelsOf(source, object) {
     }
     kernels[arch][names[i]] = {
       registers: Number(/Used (\d+) registers/.exec(text)[1]),
-      shared: Number(/(\d+) bytes smem/.exec(text)?.[1] ?? 0),
-      tensor: tensor[arch][symbol],
+      shared: Number(/(\d+) bytes smem/.exec(text)?.[1] ?? 0) + ptx[arch][symbol].shared,
+      tensor: ptx[arch][symbol].tensor,
     };
   });
   for (const arch of architectures) {

@@ -25,6 +25,7 @@ constexpr int kPlanWarps = kPlanThreads / 32;
 struct PlanShared {
   double sums[kPlanWarps];
   uint32_t warps[kPlanWarps];
+  bool faulted;
 };
 
 DEVICE int blockMax(PlanShared& s, uint32_t value) {
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
   SHARED_MEMORY(PlanShared, s);
   const AttentionSegments& g = t.segments;
   const StepState& state = t.state;
-  if (state.faulted()) return;
+  if (blockFaulted(state, s.faulted)) return;
   const int tid = threadIdx.x, segments = g.count(), queries = t.q.size(0);
   // Offsets may be trusted and still be those of other rows.
   if (tid == 0) {
@@ -75,8 +76,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
     if (t.k && keyEnd != t.k.size(0)) state.report(Fault::OffsetEnd, t.offsetsInput, segments, 0, t.k.size(0), keyEnd);
     if (queryEnd != queries) state.report(Fault::OffsetEnd, t.startsInput, segments, 0, queries, queryEnd);
   }
-  syncThreads();
-  if (state.faulted()) return;
+  if (blockFaulted(state, s.faulted)) return;
   if (g.cache) {
     const int capacity = g.cache.capacity();
     for (int i = tid; i < segments; i += kPlanThreads) {
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
         state.report(Fault::Offset, t.offsetsInput, i + 1, first, first + capacity, g.first(i + 1));
       }
     }
-    syncThreads();
-    if (state.faulted()) return;
+    if (blockFaulted(state, s.faulted)) return;
     g.cache.check<kPlanThreads>(segments, true, [&](int s) { return g.added(s); });
   }
   if (g.rows) {
@@ -101,8 +100,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) planKernel(Planning t) {
   for (int i = tid; t.k && !g.rows && i < segments; i += kPlanThreads) {
     if (g.queries(i) > 0 && g.added(i) == 0) state.report(Fault::NoKeys, t.offsetsInput, i, 0, 0, g.queries(i));
   }
-  syncThreads();
-  if (state.faulted()) return;
+  if (blockFaulted(state, s.faulted)) return;
 
   int few = 0, splits = 1;
   if (t.fewRows > 0) {

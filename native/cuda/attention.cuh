@@ -103,6 +103,15 @@ struct AttentionSegments {
   }
 };
 
+// Whether a fault has been reported: one answer for all threads of a block, which meet here. While some of them ask for
+// themselves others may have gone on to report, and those that leave are missed at the next barrier. `answer` is shared.
+DEVICE bool blockFaulted(const StepState& state, bool& answer) {
+  syncThreads();
+  if (threadIdx.x == 0) answer = state.faulted();
+  syncThreads();
+  return answer;
+}
+
 template <int kThreads, typename Added>
 DEVICE void CacheSlots::check(int segments, bool held, const Added& added) const {
   const int tid = threadIdx.x, count = lengths.size(0);

@@ -22,19 +22,22 @@ struct Append {
   DEVICE int added(int s) const { return first(s + 1) - first(s); }
 };
 
+struct ReserveShared {
+  bool faulted;
+};
+
 // Checks that the new rows fit, and counts them as held. One block.
 __global__ void __launch_bounds__(kThreads, 1) reserveKernel(Append t) {
-  if (t.state.faulted()) return;
+  SHARED_MEMORY(ReserveShared, shared);
+  if (blockFaulted(t.state, shared.faulted)) return;
   const int segments = t.count(), tid = threadIdx.x;
   if (tid == 0) {
     const int end = segments > 0 ? t.first(segments) : 0;
     if (end != t.k.size(0)) t.state.report(Fault::OffsetEnd, 2, segments, 0, t.k.size(0), end);
   }
-  syncThreads();
-  if (t.state.faulted()) return;
+  if (blockFaulted(t.state, shared.faulted)) return;
   t.cache.check<kThreads>(segments, false, [&](int s) { return t.added(s); });
-  syncThreads();
-  if (t.state.faulted()) return;
+  if (blockFaulted(t.state, shared.faulted)) return;
   for (int s = tid; s < segments; s += kThreads) {
     stGlobal(t.cache.lengths.i32() + t.cache.slot(s), t.cache.length(s) + t.added(s));
   }
@@ -126,7 +129,7 @@ void cacheAppend(const Launch& launch) {
   }
   checkOffsets(launch, 2, k, 0);
   const Append append{k, v, offsets, launch.in[6], launch.in[7], cacheSlots(launch, 3, 6), launch.state};
-  LAUNCH(reserveKernel, 1, kThreads, 0, launch.stream, append);
+  LAUNCH(reserveKernel, 1, kThreads, sizeof(ReserveShared), launch.stream, append);
   LAUNCH(appendKernel, launch.blocks(k.bound[0], 1), kThreads, 0, launch.stream, append);
 }
 

@@ -358,6 +358,11 @@ template <Layout kLayoutA, Layout kLayoutB, int kParts>
 void multiplyWgmma(const Launch& launch, const Product& p) {
   static_assert(kLayoutA == Layout::AlongK);
   constexpr bool kAlong = kLayoutB == Layout::AlongK;
+  const int atOnce = clustersAtOnce(wgmmaKernel<kLayoutB, kParts>, kPair, kThreads, sizeof(WgmmaShared));
+  if (atOnce == 0) {  // a part of a GPU (MIG) may have no two multiprocessors that are neighbours
+    multiplyMma<kLayoutA, kLayoutB, kParts>(launch, p);
+    return;
+  }
   const int64_t M = p.m.boundCount(), N = p.n.boundCount(), K = p.k.boundCount();
   Weights<kParts> weights{};
   weights.depth = static_cast<int>(K);
@@ -373,8 +378,7 @@ void multiplyWgmma(const Launch& launch, const Product& p) {
   }
   const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   const int64_t most = tiles(tiles(M, kRows) * tiles(N * kParts, kNarrow), kPair);
-  const int64_t clusters =
-      std::min<int64_t>(most, clustersAtOnce(wgmmaKernel<kLayoutB, kParts>, kPair, kThreads, sizeof(WgmmaShared)));
+  const int64_t clusters = std::min<int64_t>(most, atOnce);
   LAUNCH_CLUSTERS((wgmmaKernel<kLayoutB, kParts>), kPair, static_cast<unsigned>(clusters * kPair), kThreads,
                   sizeof(WgmmaShared), launch.stream, p, weights);
 }

@@ -63,6 +63,24 @@ class Cases {
   std::vector<CaseResult> results;
 };
 
+// ---- Where shared memory lies
+
+struct alignas(1024) AlignedShared {
+  unsigned char tile[1024];
+};
+
+// TMA, wgmma and what swizzles for them believe that the struct begins at a multiple of 1024.
+__global__ void __launch_bounds__(32) sharedStart(uint32_t* out) {
+  SHARED_MEMORY(AlignedShared, s);
+  if (threadIdx.x == 0) out[blockIdx.x] = sharedAddress(&s) % 1024;
+}
+
+void testSharedStart(Cases& cases) {
+  const DeviceArray<uint32_t> out(4);
+  LAUNCH(sharedStart, 4, 32, sizeof(AlignedShared), nullptr, out.data());
+  cases.exact("start of shared memory", out.download(), std::vector<uint32_t>(4, 0));
+}
+
 // ---- Indices
 
 __global__ void __launch_bounds__(128) indices(uint32_t* out) {
@@ -849,6 +867,7 @@ void testWgmmaSizes(Cases& cases) {
 std::vector<CaseResult> runConformance() {
   const bool hopper = deviceProperties(0).computeMajor == 9;
   Cases cases;
+  cases.run("start of shared memory", [&] { testSharedStart(cases); });
   cases.run("indices", [&] { testIndices(cases); });
   cases.run("conversions", [&] { testConversions(cases); });
   cases.run("functions", [&] { testFunctions(cases); });

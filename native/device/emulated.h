@@ -148,6 +148,8 @@ inline void threadFenceBlock() {}
 
 // ---- Memory
 
+inline uint32_t sharedAddress(const void* p) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)); }
+
 template <typename V>
 constexpr void checkVector() {
   static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "vectors of 4, 8 or 16 bytes");

@@ -13,9 +13,11 @@
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")  // for a loop whose unrolling costs registers that another needs
 
-// The kernel's shared memory as one struct, aligned to 1024 bytes as TMA and wgmma want their tiles.
+// The kernel's shared memory as one struct, aligned to 1024 bytes as TMA and wgmma want their tiles. Its size, which PTX
+// does not tell otherwise, is a comment there, for scripts/ptxas-gate.mjs.
 #define SHARED_MEMORY(Type, name)                                      \
   extern __shared__ __align__(1024) unsigned char name##SharedBytes[]; \
+  asm volatile("// SHARED_MEMORY %0" ::"n"(sizeof(Type)));             \
   Type& name = *reinterpret_cast<Type*>(name##SharedBytes)
 
 #define LAUNCH(kernel, grid, block, sharedBytes, stream, ...) \
@@ -173,6 +175,7 @@ DEVICE void threadFenceBlock() { __threadfence_block(); }
 
 // ---- Memory
 
+// Within the block's shared memory, or as far as 1024 bytes matter.
 DEVICE uint32_t sharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // One access of 1, 2, 4, 8 or 16 bytes, aligned to as many: of the pointer's type, or of a vector type that is named.

@@ -1,5 +1,6 @@
 // Runs nvcc for CMake (CMAKE_CUDA_COMPILER_LAUNCHER) and writes beside the object, as OBJECT.ptxas.json, what only the
-// compilation shows of its kernels: { output, tensor: { sm_80: { symbol: tensor instructions in its PTX } } }.
+// compilation shows of its kernels: { output, ptx: { sm_80: { symbol: { tensor: instructions in its PTX, shared: bytes of
+// the struct of its SHARED_MEMORY } } } }.
 import { spawnSync } from 'node:child_process';
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -20,22 +21,25 @@ if (error) throw error;
 const shown = stderr.split('\n').filter((line) => !/^ptxas info {4}: (?!\(C)|^ {4}\d+ bytes stack frame/.test(line));
 process.stderr.write(shown.join('\n'));
 
-/** Tensor-core instructions of every kernel in PTX. */
-function tensorInstructions(ptx) {
-  const counts = {};
+/** What the PTX of every kernel says of it. */
+function readPtx(ptx) {
+  const kernels = {};
   for (const part of ptx.split(/^\.visible \.entry |^\.entry |^\t\.entry /m).slice(1)) {
-    counts[part.slice(0, part.indexOf('(')).trim()] = part.match(/\b(mma\.sync|wgmma\.mma_async)\./g)?.length ?? 0;
+    kernels[part.slice(0, part.indexOf('(')).trim()] = {
+      tensor: part.match(/\b(mma\.sync|wgmma\.mma_async)\./g)?.length ?? 0,
+      shared: Number(/\/\/ SHARED_MEMORY (\d+)/.exec(part)?.[1] ?? 0),
+    };
   }
-  return counts;
+  return kernels;
 }
 
 if (status === 0) {
-  const tensor = {};
+  const ptx = {};
   for (const file of readdirSync(keep)) {
     const arch = /\.compute_(\w+)\.ptx$/.exec(file)?.[1];
-    if (arch) tensor[`sm_${arch}`] = tensorInstructions(readFileSync(join(keep, file), 'utf8'));
+    if (arch) ptx[`sm_${arch}`] = readPtx(readFileSync(join(keep, file), 'utf8'));
   }
-  writeFileSync(`${object}.ptxas.json`, JSON.stringify({ output: stderr, tensor }));
+  writeFileSync(`${object}.ptxas.json`, JSON.stringify({ output: stderr, ptx }));
 }
 rmSync(keep, { recursive: true });
 process.exit(status ?? 1);

@@ -235,17 +235,24 @@ if (narrow) test.each(tensorCases)('on tensor cores: $name', (c) => checkNative(
 
 // The emulation adds in one order, whatever computes; GPUs need not.
 if (testEngine().device === 'simt') {
-  describe('by mma.sync', () => {
+  // Of a device before Hopper, and of one that cannot run two neighbouring blocks at once.
+  describe.each([
+    ['ELASTIFORM_SIMT_CAPABILITY', '80', tensorCases],
+    ['ELASTIFORM_SIMT_MULTIPROCESSORS', '1', tensorCases.slice(0, 2)],
+  ] as const)('by mma.sync, %s=%s', (name, value, cases) => {
     let engine: Engine;
+    /** The device is asked when an engine records a program. */
+    const onSuchDevice = (c: Parameters<typeof outputs>[0]) => {
+      process.env[name] = value;
+      return outputs(c, engine).finally(() => delete process.env[name]);
+    };
     beforeAll(async () => {
       engine = new Engine(undefined, { activations: 'bf16' });
-      process.env.ELASTIFORM_SIMT_CAPABILITY = '80'; // which an engine reads with its first program
-      await outputs(onTensorCores([1, 1, 1]), engine);
-      delete process.env.ELASTIFORM_SIMT_CAPABILITY;
+      await onSuchDevice(onTensorCores([1, 1, 1]));
     });
     afterAll(() => engine.dispose());
-    test.each(tensorCases)('$name: the bits of wgmma', async (c) => {
-      sameBits(await outputs(c, engine), await outputs(c, narrow as Engine), 'mma.sync');
+    test.each([...cases])('$name: the bits of wgmma', async (c) => {
+      sameBits(await onSuchDevice(c), await outputs(c, narrow as Engine), 'mma.sync');
     });
   });
 }
