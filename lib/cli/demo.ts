@@ -9,7 +9,7 @@ import { elastify } from '../elastic/elastify.js';
 import { loadModel } from '../infer/model.js';
 import type { EvalReport } from '../infer/quality/evaluate.js';
 import { InvalidArgumentError } from '../native/errors.js';
-import { loadAddon } from '../native/index.js';
+import { type DeviceChoice, deviceChoices, loadAddon } from '../native/index.js';
 import type { ReportData } from '../report/index.js';
 import { type Command, type CommandContext, exitCodes } from './command.js';
 import { documentsOf, fileNames, readTexts } from './data.js';
@@ -38,6 +38,7 @@ export const demo: Command = {
     field: { type: 'string', value: 'NAME', help: 'field of .jsonl lines that holds the text (default: text)' },
     out: { type: 'string', short: 'o', value: 'DIR', help: 'directory to write (default: demo-out)' },
     seconds: { type: 'string', value: 'N', help: `time for training (default: ${defaultSeconds})` },
+    device: loadFlags.device,
     threads: loadFlags.threads,
   },
   example: 'elastiform demo --model models/mine --data book.txt --seconds 60',
@@ -46,10 +47,11 @@ export const demo: Command = {
     const dir = flags.string('model') ?? shippedModel;
     const out = resolve(flags.string('out') ?? 'demo-out');
     const seconds = flags.number('seconds', { min: 1 }) ?? defaultSeconds;
+    const device = flags.choice('device', deviceChoices);
     const threads = flags.integer('threads', { min: 1 });
     if (threads !== undefined) loadAddon().setThreads(threads);
     const texts = await demoTexts(context, dir);
-    const report = await replaceReport('demo', out, (work) => runDemo(context, { dir, work, seconds, texts }));
+    const report = await replaceReport('demo', out, (work) => runDemo(context, { dir, work, seconds, texts, device }));
     if (json) printJson(report);
     else
       context.print(
@@ -83,9 +85,11 @@ interface Setting {
   work: string;
   seconds: number;
   texts: Texts;
+  device?: DeviceChoice;
 }
 
-async function runDemo(context: CommandContext, { dir, work, seconds, texts }: Setting): Promise<ReportData> {
+async function runDemo(context: CommandContext, setting: Setting): Promise<ReportData> {
+  const { dir, work, texts, device } = setting;
   const say = (line: string): void => {
     if (!context.json) context.print(`${line}\n`);
   };
@@ -99,7 +103,7 @@ async function runDemo(context: CommandContext, { dir, work, seconds, texts }: S
     `Routers: ${plan.trainableParameters} parameters attached, ${percent(plan.trainableShare, 3)} of ${basename(resolve(dir))}`,
   );
 
-  const training = await train(context, planDir, modelDir, texts.train, seconds);
+  const training = await train(context, planDir, modelDir, setting);
   say(
     `Trained: ${training.steps} steps in ${training.seconds!.toFixed(0)} s, ${Math.round(training.tokensPerSecond)} tokens/s`,
   );
@@ -107,7 +111,7 @@ async function runDemo(context: CommandContext, { dir, work, seconds, texts }: S
   await rm(join(modelDir, 'checkpoints'), { recursive: true, force: true });
   await rm(planDir, { recursive: true });
 
-  await using model = await loadModel(modelDir, { signal: context.signal });
+  await using model = await loadModel(modelDir, { ...(device && { device }), signal: context.signal });
   const measured = await measureModel(context, model, {
     budgets,
     data: { name: texts.name, heldOut: texts.heldOut, calibration: texts.train },
@@ -128,16 +132,16 @@ async function train(
   context: CommandContext,
   plan: string,
   out: string,
-  documents: readonly string[],
-  seconds: number,
+  { texts, seconds, device }: Setting,
 ): Promise<ReportData['training']> {
   const common = {
     plan,
-    data: { kind: 'documents', documents } as const,
+    data: { kind: 'documents', documents: texts.train } as const,
     batchTokens: 1024,
     sequenceLength: 256,
     seed,
     resume: false,
+    ...(device && { device }),
     signal: context.signal,
   } as const;
   const probe = `${out}-probe`;

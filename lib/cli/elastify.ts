@@ -6,11 +6,12 @@ import { unitScores } from '../elastic/nested.js';
 import { attentionKeys, gateModes } from '../elastic/policy.js';
 import { readSpec } from '../model/directory.js';
 import { projections } from '../model/select.js';
+import { deviceChoices } from '../native/index.js';
 import { type Command, type FlagReader, UsageError } from './command.js';
 import { ConfigFile, isMapping } from './config.js';
 import { dataFlags, dataSource } from './data.js';
 import { Progress } from './progress.js';
-import { parseCapacity, percent } from './shared.js';
+import { loadFlags, parseCapacity, percent } from './shared.js';
 
 /** Nested feed-forwards, but for how their units are ranked. */
 export const nestingFlags = {
@@ -67,6 +68,7 @@ export const elastifyCommand: Command = {
       help: 'units by importance, measured on --data, the first in every width (default: none)',
     },
     ...dataFlags,
+    device: { ...loadFlags.device, help: 'where to measure it (default: ELASTIFORM_DEVICE, else cpu)' },
     ...loraFlags,
     layers: {
       type: 'string',
@@ -103,10 +105,11 @@ export const elastifyCommand: Command = {
     }
     const recipes = [recipe, ...(nested && own.kind !== 'matformer' ? [{ kind: 'matformer', ...nested }] : [])];
     const calibration = await dataSource(context, 'data');
+    const device = flags.choice('device', deviceChoices);
     const progress = new Progress('elastify');
     const write = () =>
       elastify(positionals[0], recipes as unknown as Recipe[], {
-        ...{ out, signal, ...(calibration && { calibration }) },
+        ...{ out, signal, ...(calibration && { calibration }), ...(device && { device }) },
         onProgress: progress.phase,
       }).finally(() => progress.finish());
     const plan = await (config ? config.blame(overridden, write) : write());

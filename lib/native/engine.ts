@@ -48,7 +48,8 @@ export class CompiledProgram implements Disposable {
 export type DeviceChoice = DeviceName | 'auto';
 export const deviceChoices: readonly DeviceChoice[] = ['cpu', 'cuda', 'simt', 'auto'];
 
-function resolveDevice(choice: string, source: string): DeviceName {
+/** The device that a choice means on this machine now; whether it can be used is not asked of one that is named. */
+export function resolveDevice(choice: string, source: string): DeviceName {
   if (!deviceChoices.includes(choice as DeviceChoice)) {
     throw new InvalidArgumentError(`[Engine] ${source} must be one of ${deviceChoices.join(', ')}, got ${choice}`);
   }

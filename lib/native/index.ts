@@ -15,6 +15,7 @@ export {
   type DeviceChoice,
   deviceChoices,
   Engine,
+  resolveDevice,
 } from './engine.js';
 export * from './errors.js';
 export { addonPath, loadAddon } from './load.js';

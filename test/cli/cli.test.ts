@@ -2,6 +2,7 @@
 import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it, vi } from 'vitest';
+import type { NativeInfo } from '../../lib/native/index.js';
 import { json, quickTraining, run, shipped, start, version, workDirectory } from './run.js';
 
 vi.setConfig({ testTimeout: 120_000, hookTimeout: 120_000 });
@@ -86,14 +87,43 @@ describe('bad usage: exit code 2 and one line that says what', () => {
   });
 });
 
+type Doctor = NativeInfo & { device: Record<'asked' | 'used' | 'why', string> };
+
 describe('the model in the repository', () => {
   it('doctor', async () => {
     const outcome = await run('doctor', '--json');
     expect(outcome).toMatchObject({ code: 0, stderr: '' });
-    const report = json(outcome);
+    const report = json(outcome) as unknown as Doctor;
     expect(report).toMatchObject({ version, platform: `${process.platform}-${process.arch}` });
     expect(report.isaAvailable).toContain(report.isa);
-    expect((await run('doctor')).stdout).toContain(`instructions  ${report.isa}`);
+    expect(report.device).toMatchObject({ asked: 'auto', used: report.devices.cuda.available ? 'cuda' : 'cpu' });
+    if (!report.devices.cuda.available) {
+      expect(report.device.why).toBe(`CUDA cannot be used: ${report.devices.cuda.description}`);
+    }
+    const { stdout } = await run('doctor');
+    expect(stdout).toContain(`instructions  ${report.isa}`);
+    expect(stdout).toContain(`--device auto  ${report.device.used}: ${report.device.why}`);
+  });
+
+  it('doctor of a device, which every command refuses that cannot be used', async () => {
+    const { devices } = json(await run('doctor', '--json')) as unknown as Doctor;
+    expect(await run('doctor', '--device', 'cpu')).toMatchObject({ code: 0, stderr: '' });
+    expect(await run('doctor', '--device', 'tpu')).toMatchObject({ code: 2 });
+    if (devices.cuda.available) return;
+    const message = `[device] cuda cannot be used: ${devices.cuda.description}`;
+    for (const args of [
+      ['doctor', '--device', 'cuda'],
+      ['demo', '--device', 'cuda', '--seconds', '1', '--out', join(work, 'demo')],
+      ['generate', shipped, '--device', 'cuda', '--prompt', 'It'],
+      [
+        ...['elastify', shipped, '--nested', '0.5,1', '--rank', 'activation', '--device', 'cuda'],
+        ...['--data', join(work, 'train.txt'), '--out', join(work, 'plan')],
+      ],
+    ]) {
+      const { code, stderr } = await run(...args);
+      expect(code, args.join(' ')).toBe(1);
+      expect(stderr).toContain(message);
+    }
   });
 
   it('inspect', async () => {
