@@ -57,9 +57,18 @@ void check(cudaError_t status, const char* what) {
        losesDevice(status) ? kDeviceLost : "");
 }
 
+// What the driver supports, as CUDART_VERSION counts; 0 without a driver.
+int driverVersion() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+// One of an older major version than the runtime's is not asked for anything more: it has not what the runtime looks for.
+bool isTooOld(int driver) { return driver / 1000 < CUDART_VERSION / 1000; }
+
 int deviceCount() {
   int count = 0;
-  if (lost != cudaSuccess) return 0;
+  if (lost != cudaSuccess || isTooOld(driverVersion())) return 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   cudaGetLastError();
   return 0;
@@ -67,14 +76,17 @@ int deviceCount() {
 
 std::string deviceProblem() {
   if (lost != cudaSuccess) return cudaGetErrorString(lost) + std::string(kDeviceLost);
-  int count = 0, driver = 0;
+  const int driver = driverVersion();
+  if (driver == 0) return "no NVIDIA driver is loaded; install one (580 or newer)";
+  char text[256];
+  if (isTooOld(driver)) {
+    std::snprintf(text, sizeof text, "the NVIDIA driver is for CUDA %d.%d, this build wants %d.%d; install a newer one (580 or newer)",
+                  driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    return text;
+  }
+  int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   cudaGetLastError();
-  if (status == cudaSuccess && count > 0) return "";
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
-    return "no NVIDIA driver is loaded; install one (580 or newer)";
-  }
-  char text[256];
   std::snprintf(text, sizeof text, "%s (driver for CUDA %d.%d, this build wants %d.%d); check nvidia-smi and CUDA_VISIBLE_DEVICES",
                 status == cudaSuccess ? "no device is visible" : cudaGetErrorString(status), driver / 1000,
                 driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
