@@ -189,6 +189,16 @@ Napi::Value memory(const Napi::CallbackInfo& call) {
   return result;
 }
 
+Napi::Value work(const Napi::CallbackInfo& call) {
+  const EmulatedWork work = emulatedWork();
+  Napi::Object result = Napi::Object::New(call.Env());
+  result.Set("launches", static_cast<double>(work.launches));
+  result.Set("uploads", static_cast<double>(work.uploads));
+  result.Set("uploadedBytes", static_cast<double>(work.uploadedBytes));
+  result.Set("downloads", static_cast<double>(work.downloads));
+  return result;
+}
+
 Napi::Value stopAll(const Napi::CallbackInfo& call) {
   stopEngines(call.Env());
   return call.Env().Undefined();
@@ -206,6 +216,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("opSignatures", Napi::Function::New(env, opSignatures, "opSignatures"));
   exports.Set("opAttributes", Napi::Function::New(env, opAttributes, "opAttributes"));
   exports.Set("memory", Napi::Function::New(env, memory, "memory"));
+  exports.Set("emulatedWork", Napi::Function::New(env, work, "emulatedWork"));
   exports.Set("stopEngines", Napi::Function::New(env, stopAll, "stopEngines"));
   initTensors(env, exports);
   initPrograms(env, exports);

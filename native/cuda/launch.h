@@ -111,6 +111,7 @@ struct Launch {
   const double* attr;
   StepState state;
   int32_t* const* produced;  // where the i-th "+" dim of the signature gets its value, in device memory
+  uint32_t* ticket;          // 0 when a kernel begins, and when it has ended: for the blocks of one to learn which is last
   Stream stream;
   int multiprocessors;
   bool hopper;  // the device has wgmma and TMA

@@ -203,19 +203,14 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   }
 }
 
-// ---- Rows that pass by themselves, by a threshold or by choosing an expert: which, and how many of a tile; then where they go
+// ---- Rows that pass by themselves, by a threshold or by choosing an expert
+//
+// In one launch: all blocks say which rows pass, a bit for each, and the last of them to be done, known by the ticket it
+// draws, knows them all and says where they go. No block waits for another.
 
-constexpr int kTileWords = 64;               // of 32 rows
-constexpr int kTileRows = 32 * kTileWords;
-constexpr int kTileWarps = kThreads / 32;
-static_assert(kTileWords == 2 * 32);  // two a lane are scanned
+constexpr int kTileRows = 32 * kThreads;  // a word of bits for each thread of the last block
 
-// There is always a tile: row_offsets are written with those of the rows before.
-DEVICE int tilesOf(int rows) { return max(1, static_cast<int>((int64_t{rows} + kTileRows - 1) / kTileRows)); }
-
-struct PassShared {
-  int counts[kTileWarps];
-};
+DEVICE int wordsOf(int rows) { return static_cast<int>((int64_t{rows} + 31) / 32); }
 
 // Rows whose score is above their segment's threshold.
 struct Above {
@@ -230,22 +225,12 @@ struct Above {
     }
     return true;
   }
-  // Whether the next of a thread's rows passes; those after it follow.
-  struct Ask {
-    int end = 0;  // of the segment that `limit` is of
-    float limit = 0;
-
-    DEVICE bool operator()(const Above& of, int row, const StepState& state) {
-      const float z = ldGlobal(of.scores.f32() + row);
-      if (z != z) state.report(Fault::NaN, 0, row, 0, 0, 0);
-      if (row >= end) {
-        const int segment = segmentOf(of.offsets.i32(), of.thresholds.size(0), row);
-        end = ldGlobal(of.offsets.i32() + segment + 1);
-        limit = ldGlobal(of.thresholds.f32() + segment);
-      }
-      return z > limit || limit == -INFINITY;  // even rows whose score is minus infinity
-    }
-  };
+  DEVICE bool passes(int row, const StepState& state) const {
+    const float z = ldGlobal(scores.f32() + row);
+    if (z != z) state.report(Fault::NaN, 0, row, 0, 0, 0);
+    const float limit = ldGlobal(thresholds.f32() + segmentOf(offsets.i32(), thresholds.size(0), row));
+    return z > limit || limit == -INFINITY;  // even rows whose score is minus infinity
+  }
 };
 
 // Rows that choose an expert.
@@ -254,113 +239,87 @@ struct Chooses {
   int expert;
 
   DEVICE bool check(const StepState& state) const { return experts.checkShares(state); }
-  struct Ask {
-    DEVICE bool operator()(const Chooses& of, int row, const StepState& state) {
-      of.experts.check(row, state);
-      return of.experts.row(row).chosen(of.expert);
-    }
-  };
+  DEVICE bool passes(int row, const StepState& state) const {
+    experts.check(row, state);
+    return experts.row(row).chosen(expert);
+  }
 };
 
-// passing: a bit for each row, [tiles, kTileWords]; counts: [tiles].
+struct PassShared {
+  uint32_t bits[kThreads + 1];
+  int before[kThreads + 1];  // rows that pass, up to a word
+  int sums[kThreads / 32];   // of the words of a warp
+  bool last;
+};
+
+// passing: scratch for a bit for each row.
 template <typename Which>
 __global__ void __launch_bounds__(kThreads, 4)
-    passKernel(Which which, Operand scores, Operand offsets, uint32_t* passing, int* counts, StepState state) {
+    passKernel(Which which, Operand scores, Operand offsets, uint32_t* passing, Operand rows, Operand rowOffsets,
+               int32_t* produced, uint32_t* ticket, StepState state) {
   SHARED_MEMORY(PassShared, s);
   if (!which.check(state)) return;
-  const int rows = scores.size(0), segments = offsets.size(0) - 1, tiles = tilesOf(rows);
-  const int lane = laneId(), warp = warpId();
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    constexpr int kWords = kTileWords / kTileWarps;
-    const int word = warp * kWords;
-    int count = 0;
-    typename Which::Ask ask;
-    UNROLL
-    for (int j = 0; j < kWords; ++j) {
-      const int row = tile * kTileRows + (word + j) * 32 + lane;
-      const uint32_t bits = ballot(row < rows && segments > 0 && ask(which, row, state));
-      count += popCount(bits);
-      if (lane == j) stGlobal(passing + int64_t{tile} * kTileWords + word + j, bits);
-    }
-    if (lane == 0) s.counts[warp] = count;
-    syncThreads();  // counts are there
-    if (threadIdx.x == 0) {
-      int sum = 0;
-      for (int i = 0; i < kTileWarps; ++i) sum += s.counts[i];
-      stGlobal(counts + tile, sum);
-    }
-    syncThreads();  // counts have been read
+  const int all = scores.size(0), segments = offsets.size(0) - 1, words = wordsOf(all);
+  const int lane = laneId(), warp = warpId(), thread = threadIdx.x;
+  for (int word = blockIdx.x * (kThreads / 32) + warp; word < words; word += gridDim.x * (kThreads / 32)) {
+    const int row = 32 * word + lane;
+    const uint32_t bits = ballot(row < all && segments > 0 && which.passes(row, state));
+    if (lane == 0) stGlobal(passing + word, bits);
   }
-}
-
-struct CompactShared {
-  uint32_t bits[kTileWords + 1];
-  int before[kTileWords + 1];  // rows that pass, up to a word
-};
-
-__global__ void __launch_bounds__(kThreads, 4)
-    compactKernel(Operand scores, Operand offsets, Operand perSegment, const uint32_t* passing, const int* counts,
-                  Operand rows, Operand rowOffsets, int32_t* produced, StepState state) {
-  SHARED_MEMORY(CompactShared, s);
-  const int all = scores.size(0), segments = offsets.size(0) - 1, tiles = tilesOf(all);
-  if (segments != perSegment.size(0)) return;
-  const int lane = laneId(), warp = warpId();
+  threadFence();  // the words are there before the ticket is drawn
+  syncThreads();  // by all warps
+  if (thread == 0) s.last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  syncThreads();  // it is known
+  if (!s.last) return;
+  threadFence();  // what the other blocks wrote before their tickets is seen
+  if (thread == 0) stGlobal(ticket, 0u);
   const int64_t bound = rows.bound[0];
-  int at = 0, counted = 0;  // rows of the first `counted` tiles
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    int more = 0;
-    for (int i = counted + lane; i < tile; i += 32) more += ldGlobal(counts + i);
-    at += warpTotal(more);
-    counted = tile;
-    if (warp == 0) {
-      const uint2 words = ldGlobal<uint2>(passing + int64_t{tile} * kTileWords + 2 * lane);
-      const int low = popCount(words.x), sum = low + popCount(words.y), scan = warpScan(sum);
-      s.bits[2 * lane] = words.x;
-      s.bits[2 * lane + 1] = words.y;
-      s.before[2 * lane] = at + scan - sum;
-      s.before[2 * lane + 1] = at + scan - sum + low;
-      if (lane == 31) {
-        s.bits[kTileWords] = 0;
-        s.before[kTileWords] = at + scan;
-      }
+  int at = 0;  // rows that pass, of the tiles before
+  // There is always a tile: row_offsets are written with those of the rows before.
+  for (int tile = 0; tile == 0 || tile < words; tile += kThreads) {
+    const uint32_t own = tile + thread < words ? ldGlobal(passing + tile + thread) : 0;
+    const int scan = warpScan(popCount(own));
+    if (lane == 31) s.sums[warp] = scan;
+    syncThreads();  // the sums of all warps are there; the words of the tile before have been read
+    int before = at;
+    for (int i = 0; i < warp; ++i) before += s.sums[i];
+    s.bits[thread] = own;
+    s.before[thread] = before + scan - popCount(own);
+    if (thread == kThreads - 1) {
+      s.bits[kThreads] = 0;
+      s.before[kThreads] = before + scan;
     }
     syncThreads();  // the words and their places are there
-    const int first = tile * kTileRows;
+    const int first = 32 * tile;
     const auto placeOf = [&](int row) {
       return s.before[row >> 5] + popCount(s.bits[row >> 5] & ((1u << (row & 31)) - 1));
     };
-    for (int row = threadIdx.x; row < kTileRows; row += kThreads) {
+    for (int row = thread; row < kTileRows; row += kThreads) {
       if ((s.bits[row >> 5] >> (row & 31) & 1) == 0) continue;
       const int place = placeOf(row);
       if (place < bound) stGlobal(rows.i32() + place, first + row);
     }
-    const bool last = tile == tiles - 1;
-    for (int i = threadIdx.x; i <= segments; i += kThreads) {
+    const bool end = tile + kThreads >= words;
+    for (int i = thread; i <= segments; i += kThreads) {
       const int64_t row = int64_t{ldGlobal(offsets.i32() + i)} - first;
-      if (row >= 0 && row < kTileRows + last) stGlobal(rowOffsets.i32() + i, placeOf(static_cast<int>(row)));
+      if (row >= 0 && row < kTileRows + end) stGlobal(rowOffsets.i32() + i, placeOf(static_cast<int>(row)));
     }
-    if (last && threadIdx.x == 0) {
-      const int total = s.before[kTileWords];
-      if (total > bound) state.report(Fault::Room, 0, 0, 0, static_cast<double>(bound), 0);
-      stGlobal(produced, static_cast<int32_t>(min(int64_t{total}, bound)));
-    }
-    syncThreads();  // the words have been read
+    at = s.before[kThreads];
+  }
+  if (thread == 0) {
+    if (at > bound) state.report(Fault::Room, 0, 0, 0, static_cast<double>(bound), 0);
+    stGlobal(produced, static_cast<int32_t>(min(int64_t{at}, bound)));
   }
 }
 
-// Emits the rows that pass, of scores, offsets and a value for each segment.
+// Emits the rows that pass, of scores and offsets.
 template <typename Which>
 void selectRows(const Launch& launch, const Which& which) {
   const Operand &z = launch.in[0], &offsets = launch.in[1];
   checkOffsets(launch, 1, z, 0);
-  const int64_t tiles = z.bound[0] / kTileRows + 1;
-  uint32_t* passing = launch.scratch<uint32_t>(tiles * kTileWords);
-  int* counts = launch.scratch<int>(tiles);
-  const unsigned blocks = launch.blocks(tiles, 1);
-  LAUNCH(passKernel<Which>, blocks, kThreads, sizeof(PassShared), launch.stream, which, z, offsets, passing, counts,
-         launch.state);
-  LAUNCH(compactKernel, blocks, kThreads, sizeof(CompactShared), launch.stream, z, offsets, launch.in[2], passing, counts,
-         launch.out[0], launch.out[1], launch.produced[0], launch.state);
+  uint32_t* passing = launch.scratch<uint32_t>(z.bound[0] / 32 + 1);
+  LAUNCH(passKernel<Which>, launch.blocks(z.bound[0], kThreads), kThreads, sizeof(PassShared), launch.stream, which, z,
+         offsets, passing, launch.out[0], launch.out[1], launch.produced[0], launch.ticket, launch.state);
 }
 
 // ---- Gates

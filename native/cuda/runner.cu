@@ -1,8 +1,8 @@
 // Runs programs on a CUDA device: memory, weights and states on the device, one recorded graph per program.
 //
-// Everything a run touches lies in one block of device memory: a header (the first fault, counters, current sizes of
-// dims), feeds, outputs, the program's arena, and the scratch of one op. A program is recorded once; a run copies the
-// header and the feeds to the device, launches the recording, and copies the header and the outputs back. Sizes and
+// Everything a run touches lies in one block of device memory: a header (the first fault, a ticket, counters, current
+// sizes of dims), feeds, outputs, the program's arena, and the scratch of one op. A program is recorded once; a run copies
+// the header and the feeds to the device, launches the recording, and copies the header and the outputs back. Sizes and
 // thresholds change between runs without recording again.
 #include <algorithm>
 #include <chrono>
@@ -118,12 +118,13 @@ class HostBlock {
 
 // Where a program's parts begin in the block.
 struct Layout {
-  size_t counters, sizes, headerBytes;
+  size_t ticket, counters, sizes, headerBytes;
   std::vector<size_t> feeds, outputs;
   size_t arena, scratch;
 
   explicit Layout(const Program& program) {
-    counters = aligned(sizeof(FaultRecord));
+    ticket = aligned(sizeof(FaultRecord));
+    counters = ticket + aligned(sizeof(uint32_t));
     sizes = counters + aligned(program.tags * sizeof(Counters));
     headerBytes = sizes + aligned(program.dims.size() * sizeof(int32_t));
     size_t end = headerBytes;
@@ -496,7 +497,8 @@ class Runner : public Device {
       current_ = &step;
       const StepState state{reinterpret_cast<FaultRecord*>(base),
                             reinterpret_cast<Counters*>(base + layout.counters) + step.tag, step_};
-      const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced, stream_,
+      const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced,
+                          reinterpret_cast<uint32_t*>(base + layout.ticket), stream_,
                           properties().multiprocessors, properties().computeMajor == 9, allocateScratch, uncheckedInput, this};
       findEmitter(launch.op)(launch);
       if (std::strncmp(launch.op, "route_", 6) != 0) continue;

@@ -711,6 +711,11 @@ void Statistics::add(const Statistics& o) {
 const Statistics& lastLaunch() { return statisticsOfLastLaunch; }
 Statistics takeStatistics() { return std::exchange(statisticsOfLaunches, {}); }
 
+Work& work() {
+  static Work instance;
+  return instance;
+}
+
 void runKernel(const char* name, dim3 grid, dim3 dim, unsigned clusterBlocks, size_t sharedBytes,
                const std::function<void()>& body) {
   // LAUNCH((kernel<1, 2>), ...) is how a comma gets through a macro.
@@ -765,6 +770,7 @@ void runKernel(const char* name, dim3 grid, dim3 dim, unsigned clusterBlocks, si
     parallelFor(clusters, runOne, nullptr);
   }
   checkRedZones(text);
+  ++work().launches;
   statisticsOfLastLaunch = total;
   statisticsOfLaunches.add(total);
 }

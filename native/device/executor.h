@@ -6,6 +6,7 @@
 // the launch as Error(Internal).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -65,6 +66,12 @@ struct Statistics {
 // Of the calling thread's kernels that ended without a defect: the last one, and all since the previous call.
 const Statistics& lastLaunch();
 Statistics takeStatistics();
+
+// Of the whole process: kernels, and copies between host and device.
+struct Work {
+  std::atomic<int64_t> launches{0}, uploads{0}, uploadedBytes{0}, downloads{0};
+};
+Work& work();
 
 // Calls body once per thread of the grid, whose neighbouring blocks run in clusters of so many. `name` is for reports.
 void runKernel(const char* name, dim3 grid, dim3 block, unsigned clusterBlocks, size_t sharedBytes,

@@ -313,7 +313,15 @@ void enqueue(Stream stream, Operation operation) {
 void copyAsync(void* to, const void* from, size_t bytes, CopyKind kind, Stream stream) {
   checkCopy("copyAsync to", to, bytes, kind != CopyKind::DeviceToHost);
   checkCopy("copyAsync from", from, bytes, kind != CopyKind::HostToDevice);
-  enqueue(stream, [=] { std::memmove(to, from, bytes); });
+  enqueue(stream, [=] {
+    std::memmove(to, from, bytes);
+    if (kind == CopyKind::HostToDevice) {
+      ++work().uploads;
+      work().uploadedBytes += static_cast<int64_t>(bytes);
+    } else if (kind == CopyKind::DeviceToHost) {
+      ++work().downloads;
+    }
+  });
 }
 
 void fillAsync(void* memory, uint8_t value, size_t bytes, Stream stream) {

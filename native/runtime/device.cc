@@ -3,6 +3,9 @@
 
 #include "core/error.h"
 #include "cpu/kernels.h"
+#if defined(ELASTIFORM_WITH_SIMT)
+#include "device/executor.h"
+#endif
 
 namespace elastiform {
 
@@ -21,6 +24,15 @@ std::vector<DeviceInfo> deviceInfos() {
   infos.push_back({DeviceKind::Simt, false, "this build does not emulate CUDA (one made in a clone on x86-64 Linux does)"});
 #endif
   return infos;
+}
+
+EmulatedWork emulatedWork() {
+#if defined(ELASTIFORM_WITH_SIMT)
+  const simt::Work& work = simt::work();
+  return {work.launches, work.uploads, work.uploadedBytes, work.downloads};
+#else
+  return {};
+#endif
 }
 
 std::unique_ptr<Device> makeDevice(DeviceKind kind, std::shared_ptr<std::atomic<int64_t>> owned) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -27,6 +28,12 @@ struct DeviceInfo {
 };
 // All kinds, in the order of the enumeration. Never throws, prints or waits long.
 std::vector<DeviceInfo> deviceInfos();
+
+// What the emulated device has done in this process, for tests; nothing where there is none.
+struct EmulatedWork {
+  int64_t launches = 0, uploads = 0, uploadedBytes = 0, downloads = 0;
+};
+EmulatedWork emulatedWork();
 
 // `owned`: bytes held by one JavaScript environment. Error(DeviceUnavailable) with the reason.
 std::unique_ptr<Device> makeDevice(DeviceKind kind, std::shared_ptr<std::atomic<int64_t>> owned);

@@ -3,7 +3,18 @@ import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { describe, expect, it } from 'vitest';
-import { accumulate, add, Graph, gatherRows, Program, routeThreshold, scale, zeros } from '../../lib/graph/index.js';
+import {
+  accumulate,
+  add,
+  expertRows,
+  Graph,
+  gatherRows,
+  Program,
+  routeThreshold,
+  routeTopk,
+  scale,
+  zeros,
+} from '../../lib/graph/index.js';
 import {
   DeviceUnavailableError,
   Engine,
@@ -46,6 +57,21 @@ const lossOfDevice = `
   result.cpu = await run(make('cpu'));
   console.log(JSON.stringify(result));
 `;
+
+/** What the emulated device does in one run, its recording left out. */
+async function workOf(program: Program, options: Parameters<Program['run']>[0]) {
+  await program.run(options);
+  const before = loadAddon().emulatedWork();
+  await program.run(options);
+  const after = loadAddon().emulatedWork();
+  const changed = (key: keyof typeof after) => after[key] - before[key];
+  return {
+    launches: changed('launches'),
+    uploads: changed('uploads'),
+    uploadedBytes: changed('uploadedBytes'),
+    downloads: changed('downloads'),
+  };
+}
 
 describe('the choice of a device', () => {
   it('names what it takes, and why a device cannot be used', () => {
@@ -138,6 +164,27 @@ describe.runIf(devices.simt.available)('an emulated device', () => {
       });
       expect([...outputs.chosen]).toEqual([...values].filter((value) => value > 4));
       expect([...outputs.doubled]).toEqual([...values].map((value) => 2 * value));
+    }
+  });
+
+  it('selects rows in one launch, beside the check of their offsets', async () => {
+    using engine = new Engine('simt');
+    for (const kind of ['top-k', 'threshold', 'expert']) {
+      const graph = new Graph();
+      const experts = kind === 'expert' ? 4 : 1;
+      const z = graph.feed('z', 'f32', [20_000, experts]);
+      const offsets = graph.feed('offsets', 'i32', [3]);
+      const share = graph.feed('share', 'f32', [2]);
+      const route = kind === 'top-k' ? routeTopk : routeThreshold;
+      const { rows } = experts > 1 ? expertRows({ z, offsets, share, rule: 'top-k' }, 2) : route(z, offsets, share);
+      graph.output('rows', rows);
+      using program = Program.compile(graph, engine);
+      const feeds = {
+        z: new Float32Array(20_000 * experts),
+        offsets: Int32Array.of(0, 9000, 20_000),
+        share: Float32Array.of(1, 0.5),
+      };
+      expect((await workOf(program, { feeds })).launches, kind).toBe(2);
     }
   });
 

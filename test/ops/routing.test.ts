@@ -81,8 +81,8 @@ cases('route_threshold', [
   routed(routeThreshold, 7, [17, 0, 33], [0, 0, 0.5]),
   routed(routeThreshold, 8, [9, 9], [Number.NEGATIVE_INFINITY, Number.POSITIVE_INFINITY]),
   routed(routeThreshold, 9, [5], [100]),
-  // More rows than a block takes, segments that end with its part, and empty ones.
-  routed(routeThreshold, 13, [2048, 0, 3000, 1, 1095, 0], [0, 0, 0.5, -0.5, 0.25, 0]),
+  // More rows than are placed at once, segments that end with a part of them, and empty ones.
+  routed(routeThreshold, 13, [8192, 0, 3000, 1, 5191, 0], [0, 0, 0.5, -0.5, 0.25, 0]),
   routed(routeThreshold, 14, [5000, 700], [0, 1e-3], anyScore),
   routed(routeThreshold, 17, [60_000, 80_000], [0.5, 0]),
   routed(
