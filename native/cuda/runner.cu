@@ -1,14 +1,14 @@
 // Runs programs on a CUDA device: memory, weights and states on the device, one recorded graph per program.
 //
-// Everything a run touches lies in one block of device memory: a header (the first fault, a ticket, counters, current
-// sizes of dims), feeds, outputs, the program's arena, and the scratch of one op. A program is recorded once; a run copies
-// the header and the feeds to the device, launches the recording, and copies the header and the outputs back. Sizes and
-// thresholds change between runs without recording again.
+// Everything a run touches lies in one block of device memory: feeds, a header (the first fault, a ticket, counters,
+// current sizes of dims), outputs, the program's arena, and the scratch of one op. A program is recorded once; a run copies
+// the feeds and the header to the device, launches the recording, and copies the header and the outputs back, neighbours
+// by one copy. Sizes and thresholds change between runs without recording again.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
-#include <map>
+#include <optional>
 #include <set>
 #include <unordered_map>
 #include <utility>
@@ -33,6 +33,7 @@ constexpr DeviceKind kKind = DeviceKind::Simt;
 constexpr int kComputeMajorMin = 8;  // mma.sync of bf16, cp.async
 constexpr size_t kAlign = 256;
 constexpr size_t kStagingBytes = size_t{8} << 20;
+constexpr size_t kGap = size_t{64} << 10;  // what is faster copied with its neighbours than skipped: a microsecond or two
 
 using Clock = std::chrono::steady_clock;
 double millisecondsSince(Clock::time_point start) {
@@ -116,36 +117,50 @@ class HostBlock {
   size_t bytes_ = 0;
 };
 
-// Where a program's parts begin in the block.
+struct Part {
+  size_t begin, bytes;
+};
+
+// Where a program's parts begin in the block. Small feeds and outputs are next to the header.
 struct Layout {
-  size_t ticket, counters, sizes, headerBytes;
-  std::vector<size_t> feeds, outputs;
+  size_t fault, ticket, counters, sizes, headerBytes;
+  std::vector<Part> feeds, outputs;            // by slot, at their bounds
+  std::vector<size_t> feedOrder, outputOrder;  // slots in the order of the block
   size_t arena, scratch;
 
   explicit Layout(const Program& program) {
-    ticket = aligned(sizeof(FaultRecord));
-    counters = ticket + aligned(sizeof(uint32_t));
-    sizes = counters + aligned(program.tags * sizeof(Counters));
-    headerBytes = sizes + aligned(program.dims.size() * sizeof(int32_t));
-    size_t end = headerBytes;
-    const auto take = [&](const std::vector<int>& tensors, std::vector<size_t>& starts) {
-      for (const int tensor : tensors) {
-        starts.push_back(end);
-        end += aligned(static_cast<size_t>(program.tensors[tensor].boundBytes));
+    size_t end = 0;
+    const auto take = [&](size_t bytes) { return std::exchange(end, end + aligned(bytes)); };
+    const auto takeAll = [&](const std::vector<int>& tensors, bool falling, std::vector<Part>& parts,
+                             std::vector<size_t>& order) {
+      for (size_t slot = 0; slot < tensors.size(); ++slot) {
+        parts.push_back({0, static_cast<size_t>(program.tensors[tensors[slot]].boundBytes)});
+        order.push_back(slot);
       }
+      std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+        return falling ? parts[a].bytes > parts[b].bytes : parts[a].bytes < parts[b].bytes;
+      });
+      for (const size_t slot : order) parts[slot].begin = take(parts[slot].bytes);
     };
-    take(program.feeds, feeds);
-    take(program.outputs, outputs);
-    arena = end;
-    scratch = arena + aligned(static_cast<size_t>(program.arenaBytes));
+    takeAll(program.feeds, true, feeds, feedOrder);
+    fault = take(sizeof(FaultRecord));
+    ticket = take(sizeof(uint32_t));
+    counters = take(program.tags * sizeof(Counters));
+    sizes = take(program.dims.size() * sizeof(int32_t));
+    headerBytes = end - fault;
+    takeAll(program.outputs, false, outputs, outputOrder);
+    arena = take(static_cast<size_t>(program.arenaBytes));
+    scratch = end;
   }
 };
 
 struct Recording {
   std::weak_ptr<const Program> program;
+  std::optional<Layout> layout;  // the program's
   Graph graph = nullptr;
-  const uint8_t* block = nullptr;      // the addresses it was recorded with
-  std::vector<const void*> bound;
+  // The addresses it was recorded with. Weights have theirs for as long as the program lives.
+  const uint8_t* block = nullptr;
+  std::vector<const uint8_t*> states;  // by Program::writableUses
   Recording() = default;
   Recording(const Recording&) = delete;
   ~Recording() {
@@ -203,21 +218,23 @@ class Runner : public Device {
     if (!started_) started_ = eventCreate();
     if (!ended_) ended_ = eventCreate();
     const Program& program = *job.program;
-    const Layout layout(program);
-    const Recording& recording = recordWithRetry(job.program, layout);
+    const Recording& recording = recordWithRetry(job.program);
+    const Layout& layout = *recording.layout;
     step_ = -1;
 
     uint8_t* staging = staging_.atLeast(layout.arena);
-    std::memset(staging, 0, layout.headerBytes);
+    std::memset(staging + layout.fault, 0, layout.headerBytes);
     auto* sizes = reinterpret_cast<int32_t*>(staging + layout.sizes);
     for (size_t d = 0; d < program.dims.size(); ++d) sizes[d] = static_cast<int32_t>(job.dims[d]);
-    copyAsync(block_.data(), staging, layout.headerBytes, CopyKind::HostToDevice, stream_);
-    for (size_t i = 0; i < program.feeds.size(); ++i) {
-      if (job.feeds[i].bytes() == 0) continue;
-      std::memcpy(staging + layout.feeds[i], job.feeds[i].data(), job.feeds[i].bytes());
-      copyAsync(block_.data() + layout.feeds[i], staging + layout.feeds[i], job.feeds[i].bytes(),
-                CopyKind::HostToDevice, stream_);
+    std::vector<Part> parts;
+    for (const size_t slot : layout.feedOrder) {
+      const AlignedBuffer& feed = job.feeds[slot];
+      if (feed.bytes() == 0) continue;
+      std::memcpy(staging + layout.feeds[slot].begin, feed.data(), feed.bytes());
+      parts.push_back({layout.feeds[slot].begin, feed.bytes()});
     }
+    parts.push_back({layout.fault, layout.headerBytes});
+    copyParts(parts, CopyKind::HostToDevice);
     uploadStates(program);
     eventRecord(started_, stream_);
     if (recording.graph) graphLaunch(recording.graph, stream_);
@@ -228,16 +245,20 @@ class Runner : public Device {
       use.storage->mirrorNewer = true;
     }
 
-    copyAsync(staging, block_.data(), layout.headerBytes, CopyKind::DeviceToHost, stream_);
-    for (size_t i = 0; i < program.outputs.size(); ++i) {
-      if (!producedSize(program, program.outputs[i])) copyOutput(job, layout, i);
+    // Sizes that ops produce are not known yet: the bound of small outputs, the others later.
+    const auto later = [&](size_t slot) {
+      return layout.outputs[slot].bytes > kGap && producedSize(program, program.outputs[slot]);
+    };
+    parts = {{layout.fault, layout.headerBytes}};
+    for (const size_t slot : layout.outputOrder) {
+      if (!later(slot)) parts.push_back({layout.outputs[slot].begin, outputBytes(job, slot)});
     }
+    copyParts(parts, CopyKind::DeviceToHost);
     wait();
     if (job.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
     job.deviceMilliseconds = elapsedMilliseconds(started_, ended_);
-    checkFault(program, *reinterpret_cast<const FaultRecord*>(staging));
+    checkFault(program, *reinterpret_cast<const FaultRecord*>(staging + layout.fault));
     std::memcpy(job.counters.data(), staging + layout.counters, program.tags * sizeof(Counters));
-    bool more = false;
     for (size_t d = 0; d < program.dims.size(); ++d) {
       if (program.dims[d].kind != DimKind::Produced) continue;
       if (sizes[d] < 0 || sizes[d] > program.dims[d].bound) {
@@ -246,16 +267,37 @@ class Runner : public Device {
       }
       job.dims[d] = sizes[d];
     }
-    for (size_t i = 0; i < program.outputs.size(); ++i) {
-      if (!producedSize(program, program.outputs[i])) continue;
-      copyOutput(job, layout, i);
-      more = true;
+    parts.clear();
+    for (const size_t slot : layout.outputOrder) {
+      if (later(slot)) parts.push_back({layout.outputs[slot].begin, outputBytes(job, slot)});
     }
-    if (more) wait();
+    if (copyParts(parts, CopyKind::DeviceToHost)) wait();
     for (size_t i = 0; i < program.outputs.size(); ++i) {
       const size_t bytes = outputBytes(job, i);
-      if (bytes) std::memcpy(job.outputs[i].data(), staging + layout.outputs[i], bytes);
+      if (bytes) std::memcpy(job.outputs[i].data(), staging + layout.outputs[i].begin, bytes);
     }
+  }
+
+  // Between the block and the staging memory; `parts` are ascending. Neighbours go together, with what lies between them
+  // where that is little. Whether there was anything.
+  bool copyParts(const std::vector<Part>& parts, CopyKind kind) {
+    Part run{0, 0};
+    const auto copy = [&] {
+      uint8_t *device = block_.data() + run.begin, *host = staging_.atLeast(0) + run.begin;
+      const bool up = kind == CopyKind::HostToDevice;
+      if (run.bytes > 0) copyAsync(up ? device : host, up ? host : device, run.bytes, kind, stream_);
+    };
+    for (const Part& part : parts) {
+      if (part.bytes == 0) continue;
+      if (run.bytes == 0 || part.begin - (run.begin + run.bytes) > kGap) {
+        copy();
+        run = part;
+      } else {
+        run.bytes = part.begin + part.bytes - run.begin;
+      }
+    }
+    copy();
+    return run.bytes > 0;
   }
 
   void wait() {
@@ -273,13 +315,6 @@ class Runner : public Device {
   static size_t outputBytes(const Job& job, size_t i) {
     const int tensor = job.program->outputs[i];
     return static_cast<size_t>(job.elements(tensor)) * dtypeSize(job.program->tensors[tensor].dtype);
-  }
-
-  void copyOutput(const Job& job, const Layout& layout, size_t i) {
-    const size_t bytes = outputBytes(job, i);
-    if (bytes == 0) return;
-    copyAsync(staging_.atLeast(0) + layout.outputs[i], block_.data() + layout.outputs[i], bytes, CopyKind::DeviceToHost,
-              stream_);
   }
 
   void checkFault(const Program& program, const FaultRecord& record) {
@@ -306,14 +341,17 @@ class Runner : public Device {
   }
 
   // The device's copy of a state's storage; another device's goes, after what it holds has come back.
-  uint8_t* mirrorOf(Storage& storage) {
+  static uint8_t* mirrorOf(Storage& storage) {
+    {
+      const std::lock_guard lock(storage.mirrorMutex);
+      if (const auto* own = dynamic_cast<StateMirror*>(storage.mirror.get())) return own->data();
+    }
     storage.readHost();
     const std::lock_guard lock(storage.mirrorMutex);
-    if (!dynamic_cast<StateMirror*>(storage.mirror.get())) {
-      storage.mirror = std::make_shared<StateMirror>(storage.bytes);
-      storage.hostNewer = true;
-    }
-    return static_cast<StateMirror*>(storage.mirror.get())->data();
+    const auto mirror = std::make_shared<StateMirror>(storage.bytes);
+    storage.mirror = mirror;
+    storage.hostNewer = true;
+    return mirror->data();
   }
 
   struct WeightView {
@@ -387,9 +425,9 @@ class Runner : public Device {
   // ---- Recording
 
   // Where memory is short, once more without what this engine keeps for later.
-  const Recording& recordWithRetry(const std::shared_ptr<const Program>& program, const Layout& layout) {
+  const Recording& recordWithRetry(const std::shared_ptr<const Program>& program) {
     try {
-      return record(program, layout);
+      return record(program);
     } catch (const Error& error) {
       if (error.code != ErrorCode::OutOfMemory) throw;
     }
@@ -399,28 +437,31 @@ class Runner : public Device {
     account(-static_cast<int64_t>(block_.bytes()));
     block_ = DeviceBlock();
     scratchBytes_ = 0;
-    return record(program, layout);
+    return record(program);
   }
 
-  const Recording& record(const std::shared_ptr<const Program>& shared, const Layout& layout) {
+  const Recording& record(const std::shared_ptr<const Program>& shared) {
     const Program& program = *shared;
     for (auto it = recordings_.begin(); it != recordings_.end();) {
       it = it->second.program.expired() ? recordings_.erase(it) : std::next(it);
     }
+    std::vector<const uint8_t*> states;
+    for (const auto& use : program.writableUses) states.push_back(mirrorOf(*use.storage));
+    Recording& recording = recordings_[&program];
+    const bool sameProgram = recording.program.lock() == shared;
+    if (sameProgram && recording.block == block_.data() && recording.states == states) return recording;
     std::vector<const void*> bound;
     for (const auto& tensor : program.bound) {
       bound.push_back(tensor->storage->writable ? mirrorOf(*tensor->storage) + tensor->byteOffset
                                                 : weightOf(*tensor).data);
     }
-    Recording& recording = recordings_[&program];
-    const bool sameProgram = recording.program.lock() == shared;
-    if (sameProgram && recording.block == block_.data() && recording.bound == bound) return recording;
+    const Layout& layout = recording.layout.emplace(program);
     for (;;) {
       if (recording.graph) graphDestroy(std::exchange(recording.graph, nullptr));
       recording.block = nullptr;
       grow(layout.scratch + scratchBytes_);
       recording.program = shared;
-      recording.bound = bound;
+      recording.states = states;
       recording.graph = capture(program, layout, bound);
       const size_t wanted = aligned(scratchWanted_);
       if (layout.scratch + wanted <= block_.bytes()) break;
@@ -461,8 +502,8 @@ class Runner : public Device {
       }
       switch (def.kind) {
         case TensorKind::Temp: operand.data = def.arenaOffset < 0 ? nullptr : base + layout.arena + def.arenaOffset; break;
-        case TensorKind::Feed: operand.data = base + layout.feeds[def.slot]; break;
-        case TensorKind::Output: operand.data = base + layout.outputs[def.slot]; break;
+        case TensorKind::Feed: operand.data = base + layout.feeds[def.slot].begin; break;
+        case TensorKind::Output: operand.data = base + layout.outputs[def.slot].begin; break;
         case TensorKind::Bound: {
           operand.data = const_cast<void*>(bound[def.slot]);
           const Tensor& tensor = *program.bound[def.slot];
@@ -495,7 +536,7 @@ class Runner : public Device {
       scratch_ = base + layout.scratch;
       scratchUsed_ = 0;
       current_ = &step;
-      const StepState state{reinterpret_cast<FaultRecord*>(base),
+      const StepState state{reinterpret_cast<FaultRecord*>(base + layout.fault),
                             reinterpret_cast<Counters*>(base + layout.counters) + step.tag, step_};
       const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced,
                           reinterpret_cast<uint32_t*>(base + layout.ticket), stream_,

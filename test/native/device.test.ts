@@ -188,6 +188,80 @@ describe.runIf(devices.simt.available)('an emulated device', () => {
     }
   });
 
+  it('copies many feeds and outputs at once, and little of a large one that is nearly empty', async () => {
+    using engine = new Engine('simt');
+    const graph = new Graph();
+    const n = graph.dim('n', 1 << 18);
+    const large = graph.feed('large', 'f32', [n]);
+    const feeds: Record<string, Float32Array> = {};
+    const expected: Record<string, number[]> = {};
+    for (let i = 0; i < 15; ++i) {
+      const length = 1 + ((i * 5) % 11);
+      feeds[`x${i}`] = Float32Array.from({ length }, (_, j) => i + j);
+      expected[`y${i}`] = [...feeds[`x${i}`]].map((value) => 2 * value);
+      graph.output(`y${i}`, scale(graph.feed(`x${i}`, 'f32', [length]), 2));
+    }
+    graph.output('doubled', scale(large, 2));
+    using program = Program.compile(graph, engine);
+    // Of the large feed's and the large output's MiB: all, all but a little, next to nothing.
+    for (const [count, copies] of [
+      [1 << 18, 1],
+      [(1 << 18) - 9000, 1],
+      [3, 2],
+    ]) {
+      feeds.large = Float32Array.from({ length: count }, (_, i) => i % 1000);
+      const options = { dims: { n: count }, feeds };
+      const work = await workOf(program, options);
+      // The large output lies behind the others, so what it leaves free is never between two.
+      expect([work.uploads, work.downloads], `${count} elements`).toEqual([copies, 1]);
+      expect(work.uploadedBytes).toBeLessThan(4 * count + (1 << 16));
+      const { outputs } = await program.run(options);
+      for (const [name, values] of Object.entries(expected)) expect([...outputs[name]]).toEqual(values);
+      expect(outputs.doubled.length).toBe(count);
+      expect(outputs.doubled.every((value, i) => value === 2 * (i % 1000))).toBe(true);
+    }
+  });
+
+  it('leaves states on the device between runs', async () => {
+    using state = Tensor.alloc('f32', [4]);
+    using engine = new Engine('simt');
+    const graph = new Graph();
+    accumulate(graph.state(state), graph.feed('x', 'f32', [3]), 1);
+    using program = Program.compile(graph, engine);
+    const feeds = { x: Float32Array.of(1, 2, 3) };
+    // Copies of feeds and of the header alone.
+    expect(await workOf(program, { feeds })).toMatchObject({ uploads: 1, downloads: 1 });
+    expect([...state.read()]).toEqual([0, 2, 4, 6]);
+    state.write(Float32Array.of(1, 0, 0, 0));
+    await program.run({ feeds });
+    expect([...state.read()]).toEqual([1, 1, 2, 3]);
+  });
+
+  it('copies what ops produce without asking how much, where its bound is small', async () => {
+    using engine = new Engine('simt');
+    for (const [bound, downloads] of [
+      [50, 1],
+      [20_000, 2],
+    ]) {
+      const graph = new Graph();
+      const z = graph.feed('z', 'f32', [bound, 1]);
+      const offsets = graph.feed('offsets', 'i32', [2]);
+      graph.output('rows', routeThreshold(z, offsets, graph.feed('threshold', 'f32', [1])).rows);
+      using program = Program.compile(graph, engine);
+      const options = (threshold: number) => ({
+        feeds: {
+          z: Float32Array.from({ length: bound }, (_, i) => i),
+          offsets: Int32Array.of(0, bound),
+          threshold: Float32Array.of(threshold),
+        },
+      });
+      expect(await workOf(program, options(bound - 3.5))).toMatchObject({ uploads: 1, downloads });
+      const { outputs } = await program.run(options(bound - 3.5));
+      expect([...outputs.rows]).toEqual([bound - 3, bound - 2, bound - 1]);
+      expect((await program.run(options(bound))).outputs.rows).toHaveLength(0);
+    }
+  });
+
   it('goes on after faults, and after memory has run out', async () => {
     using engine = new Engine('simt');
     const graph = new Graph();
