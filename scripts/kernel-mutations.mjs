@@ -586,6 +586,14 @@ export const mutations = [
 
   // Products by wgmma, and losses
   {
+    what: 'wgmma: lines fetched ahead of rows that are not there',
+    file: wgmma,
+    search: 'step * line >= kColumns || row >= size.m || column >= size.n',
+    replace: 'step * line >= kColumns || column >= size.n',
+    ops: 'products',
+    cases: 'wgmma fetches the 72 columns',
+  },
+  {
     what: 'wgmma: the ring is taken for free a round early',
     file: wgmma,
     search: 'mbarrierWait(s.empty[ring.stage], ring.round ^ 1);\n      // The last step',

@@ -98,8 +98,8 @@ export interface NativeAddon {
   opSignatures(): string[];
   opAttributes(): string[][];
   memory(): NativeMemory;
-  /** What the emulated device has done in this process: kernels, and copies between host and device. For tests. */
-  emulatedWork(): { launches: number; uploads: number; uploadedBytes: number; downloads: number };
+  /** What the emulated device has done in this process, for tests: kernels, lines they prefetched, copies from and to the host. */
+  emulatedWork(): Record<'launches' | 'prefetches' | 'uploads' | 'uploadedBytes' | 'downloads', number>;
   /** Aborts what runs and joins every engine of this thread: `process.exit()` runs no cleanup hooks. */
   stopEngines(): void;
   readonly Mapping: new (path: string) => NativeMapping;

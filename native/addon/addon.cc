@@ -193,6 +193,7 @@ Napi::Value work(const Napi::CallbackInfo& call) {
   const EmulatedWork work = emulatedWork();
   Napi::Object result = Napi::Object::New(call.Env());
   result.Set("launches", static_cast<double>(work.launches));
+  result.Set("prefetches", static_cast<double>(work.prefetches));
   result.Set("uploads", static_cast<double>(work.uploads));
   result.Set("uploadedBytes", static_cast<double>(work.uploadedBytes));
   result.Set("downloads", static_cast<double>(work.downloads));

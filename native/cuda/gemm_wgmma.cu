@@ -118,6 +118,19 @@ DEVICE void producePatch(const Patch& patch, int part, Ring<kWidth>& ring, Wgmma
   }
 }
 
+// A thread for each row of the tile: a line of what the epilogue adds to, `step` steps before the main loop ends. All lines
+// are then on their way when the epilogue reads them.
+template <int kColumns>
+DEVICE void prefetchAdded(const Product& p, int step, int m, int n, const Sizes& size) {
+  static_assert(kGroup == kRows);
+  if (!p.add) return;
+  const int bytes = p.add.dtype == DType::F32 ? 4 : 2, line = 128 / bytes;
+  const int row = m + static_cast<int>(threadIdx.x), column = n + step * line;
+  if (step * line >= kColumns || row >= size.m || column >= size.n) return;
+  const int64_t at = int64_t{p.rows ? ldGlobal(p.rows + row) : p.first + row} * size.n + column;
+  prefetchGlobal(static_cast<const uint8_t*>(p.add.data) + at * bytes);
+}
+
 // The producer. Rows of A are gathered, and may be as long as a dim that is set at run: they come by cp.async. Weights
 // are what the recording knows: they come by TMA, for which one thread is enough.
 template <Layout kLayoutB, int kParts, int kWidth>
@@ -187,6 +200,7 @@ DEVICE void produce(const Product& p, const Weights<kParts>& weights, WgmmaShare
         fenceProxyAsync();
         mbarrierArrive(full);
       }
+      if constexpr (kParts == 1) prefetchAdded<kColumns>(p, (K - 1 - k) / kDepth, tileM, tileN, cut.size);
     }
     if constexpr (kAlong) {
       for (int part = 0; part < kParts; ++part) producePatch<kParts>(p.patch[part], part, ring, s, cut.size, tileM, tileN);

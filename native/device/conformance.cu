@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(32) vectors(const uint32_t* in, uint32_t* out)
   stGlobal(out + lane * 4, ldShared<uint4>(&s.quads[lane]));
   stGlobal(out + 128 + lane * 2, ldShared<uint2>(&s.pairs[lane]));
   stGlobal(out + 192 + lane, ldShared<uint32_t>(&s.words[lane]));
+  prefetchGlobal(in + lane * 4);
   stGlobal(out + 224 + lane * 4, ldStream<uint4>(in + lane * 4));
   stGlobal(out + 352 + lane * 2, ldStream<uint2>(in + lane * 2));
   stGlobal(out + 416 + lane, ldStream<uint32_t>(in + lane));

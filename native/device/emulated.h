@@ -176,6 +176,10 @@ V ldStream(const void* p) {
   checkGlobal(p, sizeof(V), "ldStream");
   return loaded<V>(p);
 }
+inline void prefetchGlobal(const void* p) {
+  checkGlobal(p, 1, "prefetchGlobal");
+  ++work().prefetches;
+}
 template <typename V>
 void stGlobal(void* p, const V& value) {
   static_assert(sizeof(V) <= 16 && std::has_single_bit(sizeof(V)), "accesses of 1, 2, 4, 8 or 16 bytes");

@@ -67,9 +67,9 @@ struct Statistics {
 const Statistics& lastLaunch();
 Statistics takeStatistics();
 
-// Of the whole process: kernels, and copies between host and device.
+// Of the whole process: kernels, lines they prefetched, and copies between host and device.
 struct Work {
-  std::atomic<int64_t> launches{0}, uploads{0}, uploadedBytes{0}, downloads{0};
+  std::atomic<int64_t> launches{0}, prefetches{0}, uploads{0}, uploadedBytes{0}, downloads{0};
 };
 Work& work();
 

@@ -184,6 +184,7 @@ void testMemoryDefects() {
   EXPECT_REPORT("ldGlobal: 16 bytes at offset 256 of an allocation of 256 bytes", 32, 0,
                 { ldGlobal<uint4>(device + 64); });
   EXPECT_REPORT("stGlobal: 4 bytes at offset -4 of an allocation of 256 bytes", 32, 0, { stGlobal(device - 1, 1.f); });
+  EXPECT_REPORT("prefetchGlobal: 1 bytes at offset 256", 32, 0, { prefetchGlobal(device + 64); });
   EXPECT_REPORT("cpAsync: 4 bytes at offset 256", 32, sizeof(Scratch), {
     SHARED_MEMORY(Scratch, s);
     cpAsync4(s.bytes, device + 64);

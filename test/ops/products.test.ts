@@ -1,5 +1,5 @@
 // Products have the bits of the CPU engine on every device, whichever of a device's loops computes them.
-import { afterAll, beforeAll, describe, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { linear, linearAdd, linearDw, linearDx, linearGated, Program } from '../../lib/graph/index.js';
 import { type DType, Engine, loadAddon, Tensor, type TypedArray } from '../../lib/native/index.js';
 import {
@@ -254,5 +254,26 @@ if (testEngine().device === 'simt') {
     test.each([...cases])('$name: the bits of wgmma', async (c) => {
       sameBits(await onSuchDevice(c), await outputs(c, narrow as Engine), 'mma.sync');
     });
+  });
+
+  test.each([504, 72])('wgmma fetches the %i columns that it adds to ahead, each line once', async (n) => {
+    const make = inputs(n);
+    const [m, selected, k] = [300, 200, 520];
+    const before = loadAddon().emulatedWork().prefetches;
+    await outputs(
+      {
+        name: 'lines',
+        inputs: {
+          r: make.f32(['M', m], n),
+          some: make.f32(['R', selected], k),
+          w: make.weight('bf16', n, k),
+          rows: make.rows('R', selected, m),
+        },
+        build: ({ r, some, w, rows }) => ({ added: linearAdd(r, some, w, { rows }) }),
+      },
+      narrow as Engine,
+    );
+    const line = 128 / Float32Array.BYTES_PER_ELEMENT;
+    expect(loadAddon().emulatedWork().prefetches - before).toBe(selected * Math.ceil(n / line));
   });
 }
