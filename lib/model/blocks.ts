@@ -28,8 +28,9 @@ import {
   matrix,
   type ProductRows,
   product,
-  productAdd,
-  productGated,
+  products,
+  productsAdd,
+  productsGated,
   weightPart,
   wholeMatrix,
 } from './products.js';
@@ -119,7 +120,7 @@ function leave(
   const to = { rows: at, gate: selection?.gate?.(selection.rows) };
   return post
     ? addRows(residual, norm(spec, product(y, out, { at }), post), to)
-    : productAdd(residual, y, out, { ...to, at });
+    : productsAdd(residual, [{ x: y, matrix: out, ...to, at }]);
 }
 
 /**
@@ -153,12 +154,18 @@ export function attentionBlock(
     return rope(y, positions, graph.constant([...invFreq], [invFreq.length]), { headDim });
   };
   const headNorm = (y: Node, weights?: Affine<Node>) => (weights ? norm(spec, y, weights) : y);
-  // Products come one after another, so that they run as one.
-  const queries = (readings: readonly Reading[]) => readings.map(({ from, part }) => product(x, of('q', part), from));
+  const queries = (readings: readonly Reading[]) =>
+    products(
+      x,
+      readings.map(({ from, part }) => ({ ...from, matrix: of('q', part) })),
+    );
   const turnedQuery = (q: Node, { from }: Reading) => turn(headNorm(q, weights.qNorm), from.at);
   const keys = (readings: readonly (Reading & { offsets: Node })[]): LayerKeys[] => {
-    const ks = readings.map(({ from, part }) => product(x, of('k', part), from));
-    const vs = readings.map(({ from, part }) => product(x, of('v', part), from));
+    const both = products(x, [
+      ...readings.map(({ from, part }) => ({ ...from, matrix: of('k', part) })),
+      ...readings.map(({ from, part }) => ({ ...from, matrix: of('v', part) })),
+    ]);
+    const [ks, vs] = [both.slice(0, readings.length), both.slice(readings.length)];
     return readings.map(({ from, part, offsets }, i) => {
       const k = turn(headNorm(ks[i], weights.kNorm), from.at);
       const v = spec.vNorm
@@ -217,9 +224,9 @@ export function attentionBlock(
         from: { rows: gather ? at : rows, among: { gather, rows }, at },
         ...{ part, offsets },
       }));
-      const products = queries(readings);
+      const raw = queries(readings);
       const own = ownKeys ? keys(readings) : null;
-      const q = products.map((product, i) => turnedQuery(product, readings[i]));
+      const q = raw.map((q, i) => turnedQuery(q, readings[i]));
       if (own) return own.map((keys, i) => attend(q[i], keys, shape));
       return chosen.map(({ part, rows, offsets, at }, i) =>
         attend(q[i], shared[Math.floor((part.index * kvHeads) / count)], shape, { rows: keep ? at : rows, offsets }),
@@ -247,7 +254,7 @@ export function crossAttentionBlock(
       ? attentionCached(q, offsets, keys.cache, { heads, kvHeads, scale })
       : attention(q, keys.k, keys.v, keys.offsets, { heads, kvHeads, scale, causal: false, queries: offsets });
   units?.push(y);
-  return productAdd(residual, y, wholeMatrix(weights.o), { at: null });
+  return productsAdd(residual, [{ x: y, matrix: wholeMatrix(weights.o), at: null }]);
 }
 
 function sharedKeys({ keys }: BlockContext, layer: number, owner: number): LayerKeys {
@@ -270,14 +277,23 @@ export function feedForwardBlock(
   const { x, gather, selection } = entry;
   const of = (weights: Affine<Node>, projection: Projection, part?: UnitPart) =>
     matrix(context, layer, weights, projection, part);
-  const hidden = (rows: ProductRows, { part, width }: { part?: UnitPart; width?: Size } = {}) => {
-    if (gate && gateCutoff !== null) {
-      const open = gaussianTopk(product(x, of(gate, 'gate', part), { ...rows, width }), gateCutoff);
-      return gatedActivation(open, product(x, of(up, 'up', part), { ...rows, width }), act);
+  const hidden = (readings: readonly (Reading & { width?: Size })[]): Node[] => {
+    const ups = readings.map(({ from, part, width }) => ({ ...from, width, matrix: of(up, 'up', part) }));
+    if (!gate) {
+      return products(
+        x,
+        ups.map((rows) => ({ ...rows, act })),
+      );
     }
-    return gate
-      ? productGated(x, of(gate, 'gate', part), of(up, 'up', part), { ...rows, act, width })
-      : product(x, of(up, 'up', part), { ...rows, act, width });
+    const gates = readings.map(({ from, part, width }) => ({ ...from, width, matrix: of(gate, 'gate', part) }));
+    if (gateCutoff === null) {
+      return productsGated(
+        x,
+        ups.map(({ matrix, ...rows }, i) => ({ ...rows, act, gate: gates[i].matrix, up: matrix })),
+      );
+    }
+    const open = products(x, gates).map((y) => gaussianTopk(y, gateCutoff));
+    return products(x, ups).map((y, i) => gatedActivation(open[i], y, act));
   };
   const entered = entering(context, layer, 'mlp', residual, entry);
   const experts = context.selector.experts?.(entered);
@@ -291,19 +307,20 @@ export function feedForwardBlock(
   if (experts) {
     return addExperts(context, residual, experts, selection, down, postNorm2, {
       out: (part) => of(down, 'down', part),
-      units: (chosen) => chosen.map(({ part, rows, at }) => hidden(some(rows, at), { part })),
+      units: (chosen) => hidden(chosen.map(({ part, rows, at }) => ({ from: some(rows, at), part }))),
     });
   }
   const widths = context.selector.widths?.(entered);
   if (!widths) {
     const width = context.selector.width?.(layer) ?? undefined;
-    const y = hidden({ rows: gather, at: selection?.rows ?? null }, { width });
+    const [y] = hidden([{ from: { rows: gather, at: selection?.rows ?? null }, width }]);
     return leave(context, residual, y, of(down, 'down'), postNorm2, selection);
   }
+  // One after the other: each has room for all rows.
   let sum = residual;
   for (const { rows, width } of widths) {
     const at = selection ? gatherIds(selection.rows, rows) : rows;
-    const y = hidden(some(rows, at), { width });
+    const [y] = hidden([{ from: some(rows, at), width }]);
     sum = leave(context, sum, y, of(down, 'down'), postNorm2, { rows: at, gate: selection?.gate });
   }
   return sum;
@@ -354,10 +371,11 @@ function addExperts(
       const token = post ? undefined : selection?.gate?.(at);
       return token && gate ? gatedActivation(token, gate, 'none') : (token ?? gate);
     });
-    for (const [i, h] of units(chosen).entries()) {
+    const addends = units(chosen).map((x, i) => {
       const { part, rows, at } = chosen[i];
-      y = productAdd(y, h, out(part), { rows: post ? rows : at, gate: gates[i], at });
-    }
+      return { x, matrix: out(part), rows: post ? rows : at, gate: gates[i], at };
+    });
+    y = productsAdd(y, addends);
   });
   if (none) y = graph.tag(`${graph.currentTag}.bias`, () => addBias(y, none, output, post ? null : selection));
   return post

@@ -69,34 +69,52 @@ function patchOf(x: Node, patch: LowRank | null, { rows, among, at }: ProductRow
   return { u: mask ? gatedActivation(at ? gatherRows(mask, at) : mask, u, 'none') : u, b };
 }
 
-/** `act(x[rows] w^T + bias)`, f32 [R or N, outputs]; `width`: only so many outputs, a prefix. */
-export function product(
-  x: Node,
-  { weight, bias, patch }: Matrix,
-  { act = 'none', width, ...of }: ProductRows & { act?: Act; width?: Size },
-): Node {
-  return linear(x, weight, { bias, rows: of.rows, act, width, patch: patchOf(x, patch, of) });
+interface OfRows extends ProductRows {
+  act?: Act;
+  /** Only so many outputs, a prefix. */
+  width?: Size;
 }
 
-/** `act(x[rows] gate^T) * (x[rows] up^T)`, with their biases: f32 [R or N, outputs], or a prefix of `width` outputs. */
-export function productGated(
-  x: Node,
-  gate: Matrix,
-  up: Matrix,
-  { act, width, ...of }: ProductRows & { act: Act; width?: Size },
-): Node {
-  return linearGated(x, gate.weight, up.weight, {
-    ...{ bg: gate.bias, bu: up.bias, act, width, rows: of.rows },
-    ...{ gatePatch: patchOf(x, gate.patch, of), upPatch: patchOf(x, up.patch, of) },
-  });
+// Products of several parts come one after another, behind what their corrections read, so that they run as one.
+
+/** `act(x[rows] w^T + bias)` of every matrix, f32 [R or N, outputs]. */
+export function products(x: Node, of: readonly (OfRows & { matrix: Matrix })[]): Node[] {
+  const patches = of.map(({ matrix, ...rows }) => patchOf(x, matrix.patch, rows));
+  return of.map(({ matrix: { weight, bias }, rows, act, width }, i) =>
+    linear(x, weight, { bias, rows, act, width, patch: patches[i] }),
+  );
 }
 
-/** `sum` with `gate[r] (x[r] w^T + bias)` added to row `rows[r]`: f32 [N, D]. `at`: where these rows are in the residual stream. */
-export function productAdd(
-  sum: Node,
-  x: Node,
-  { weight, bias, patch }: Matrix,
-  { rows, gate, at }: { rows?: Node | null; gate?: Node | null; at: Node | null },
-): Node {
-  return linearAdd(sum, x, weight, { bias, rows, gate, patch: patchOf(x, patch, { at }) });
+/** The same of one matrix. */
+export const product = (x: Node, matrix: Matrix, rows: OfRows): Node => products(x, [{ ...rows, matrix }])[0];
+
+/** `act(x[rows] gate^T) * (x[rows] up^T)` of every pair of matrices, with their biases: f32 [R or N, outputs]. */
+export function productsGated(x: Node, of: readonly (OfRows & { act: Act; gate: Matrix; up: Matrix })[]): Node[] {
+  const patches = of.map(({ gate, up, ...rows }) => ({
+    gatePatch: patchOf(x, gate.patch, rows),
+    upPatch: patchOf(x, up.patch, rows),
+  }));
+  return of.map(({ gate, up, act, width, rows }, i) =>
+    linearGated(x, gate.weight, up.weight, { bg: gate.bias, bu: up.bias, act, width, rows, ...patches[i] }),
+  );
+}
+
+/** What is added to a sum: `gate[r] (x[r] w^T + bias)`, x f32 [R, inputs], to row `rows[r]`. */
+export interface Addend {
+  x: Node;
+  matrix: Matrix;
+  rows?: Node | null;
+  gate?: Node | null;
+  /** Where these rows are in the residual stream. */
+  at: Node | null;
+}
+
+/** `sum` with every addend, in their order: f32 [N, D]. */
+export function productsAdd(sum: Node, addends: readonly Addend[]): Node {
+  const patches = addends.map(({ x, matrix, at }) => patchOf(x, matrix.patch, { at }));
+  return addends.reduce(
+    (y, { x, matrix: { weight, bias }, rows, gate }, i) =>
+      linearAdd(y, x, weight, { bias, rows, gate, patch: patches[i] }),
+    sum,
+  );
 }
