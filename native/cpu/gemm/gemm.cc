@@ -684,6 +684,15 @@ Product productOf(const GemmCall& call, const KernelArgs& args) {
   return p;
 }
 
+// Those that compute anything.
+std::vector<Product> productsOf(const std::vector<GemmCall>& calls, const KernelArgs& args) {
+  std::vector<Product> products;
+  for (const GemmCall& call : calls) {
+    if (call.M > 0 && call.N > 0) products.push_back(productOf(call, args));
+  }
+  return products;
+}
+
 bool sameRows(const Product& a, const Product& b) {
   return a.a->data == b.a->data && a.a->rows == b.a->rows && a.a->rowStride == b.a->rowStride && a.M == b.M &&
          a.K == b.K;
@@ -815,10 +824,7 @@ void multiplyNarrow(const std::vector<const Product*>& products, const KernelArg
 }  // namespace
 
 void gemmTogether(const std::vector<GemmCall>& calls, const KernelArgs& args) {
-  std::vector<Product> products;
-  for (const GemmCall& call : calls) {
-    if (call.M > 0 && call.N > 0) products.push_back(productOf(call, args));
-  }
+  const std::vector<Product> products = productsOf(calls, args);
   std::vector<const Product*> narrow;
   for (size_t i = 0; i < products.size();) {
     const Product& p = products[i];
@@ -843,10 +849,7 @@ void gemmTogether(const std::vector<GemmCall>& calls, const KernelArgs& args) {
 }
 
 void gemmSum(const std::vector<GemmCall>& calls, const KernelArgs& args) {
-  std::vector<Product> products;
-  for (const GemmCall& call : calls) {
-    if (call.M > 0 && call.N > 0) products.push_back(productOf(call, args));
-  }
+  const std::vector<Product> products = productsOf(calls, args);
   const int64_t panels = products.empty() ? 0 : ceilDiv(products[0].N, kernels().columns), threads = threadCount();
   const bool atOnce = std::all_of(products.begin(), products.end(),
                                   [&](const Product& p) { return Run(p, args).atOnce(); });
