@@ -1,4 +1,4 @@
-// Measures the matrix engine against the machine: FMA peak, GFLOP/s by shape, slices, routed FFN, GEMV bandwidth.
+// Measures the matrix engine against the machine: FMA peak, GFLOP/s by shape, slices, routed FFN, experts, GEMV bandwidth.
 //
 //   elastiform_gemm_bench [--quick] [--cpu-time] [filter]     filter: only sections whose name contains it
 //
@@ -263,6 +263,60 @@ int main(int argc, char** argv) {
       const double rate = 4e-9 * static_cast<double>(k * 768 * 3072) / t;
       std::printf("k %3lld  %8.3f ms  %.1f GFLOP/s (%.0f%%)  dense / this %.2f (ideal %.0f)\n", static_cast<long long>(k),
                   t * 1e3, rate, 100 * rate / peaks.back(), dense / t, 512.0 / static_cast<double>(k));
+    }
+  }
+
+  if (section("experts")) {
+    std::printf("\nhalf of E experts of every row, T 512, %d threads: time / (time of the whole * share of the rows)\n", most);
+    const int64_t T = 512, D = 768;
+    for (const auto [E, units] : {std::pair<int64_t, int64_t>{12, 64}, {8, 384}, {16, 192}}) {
+      const int64_t all = E * units;
+      Rotation up(DType::F32, all, D, random), down(DType::F32, D, all, random);
+      const auto x = matrix(T * D, random);
+      std::vector<float> hidden(static_cast<size_t>(T * all)), y(static_cast<size_t>(T * D));
+      std::vector<std::vector<int32_t>> rows(static_cast<size_t>(E));
+      double share = 0;
+      for (auto& own : rows) {
+        for (int32_t t = 0; t < T; ++t) {
+          if (random() & 1) own.push_back(t);
+        }
+        share += static_cast<double>(own.size()) / static_cast<double>(T * E);
+      }
+      // Up: every part of the outputs of rows of x. Down: of the inputs, added to rows of y.
+      const auto calls = [&](const MatrixB& weight, bool down) {
+        std::vector<GemmCall> calls;
+        float* part = hidden.data();
+        for (int64_t e = 0; e < E; ++e) {
+          const auto& own = rows[static_cast<size_t>(e)];
+          const int64_t M = static_cast<int64_t>(own.size());
+          GemmCall call{M, down ? D : units, down ? units : D, {x.data(), D, 1, own.data()}};
+          call.b[0] = weight;
+          (down ? call.b[0].packedK : call.b[0].packedN) += e * units;
+          if (down) {
+            call.a = {part, units, 1};
+            call.plain.accumulate = true;
+            call.plain.rows = own.data();
+          }
+          call.out = down ? y.data() : part;
+          call.ldOut = call.N;
+          part += M * units;
+          calls.push_back(call);
+        }
+        return calls;
+      };
+      Epilogue add;
+      add.accumulate = true;
+      const std::function<void()> runs[] = {
+          [&] { gemm(T, all, D, {x.data(), D, 1}, up.next(), {}, hidden.data(), all, arguments()); },
+          [&] { gemmTogether(calls(up.next(), false), arguments()); },
+          [&] { gemm(T, D, all, {hidden.data(), all, 1}, down.next(), add, y.data(), D, arguments()); },
+          [&] { gemmSum(calls(down.next(), true), arguments()); }};
+      double best[4] = {1e30, 1e30, 1e30, 1e30};
+      for (int turn = 0; turn < 3; ++turn) {
+        for (int i = 0; i < 4; ++i) best[i] = std::min(best[i], seconds(runs[i]));
+      }
+      std::printf("E %2lld of %lld  up %.2f  down %.2f\n", static_cast<long long>(E), static_cast<long long>(units),
+                  best[1] / best[0] / share, best[3] / best[2] / share);
     }
   }
 

@@ -310,6 +310,43 @@ void testProducts() {
   }
 }
 
+// What is added to rows of C against the naive chain: few steps of k, and more than are taken at once; whole panels and a
+// part of one.
+void testAdding() {
+  struct Shape {
+    int64_t M, K;
+  };
+  for (const Shape& s : {Shape{18, 64}, {40, 1}, {300, 128}, {300, 130}, {256, 1100}}) {
+    const int64_t N = 2 * kernels().columns + 6, outRows = s.M + 3;
+    Weight w(N, s.K);
+    if (w.tensor.storage->writable) w.tensor.packAs = w.tensor.dtype;  // its values have not been rounded
+    w.tensor.storage->writable = false;
+    const auto x = random(s.M * s.K), bias = random(N), scale = random(s.M), before = random(outRows * N);
+    const auto scatter = randomRows(s.M, outRows);
+    for (int options = 0; options < 8; ++options) {
+      Epilogue e;
+      e.accumulate = true;
+      if (options & 1) e.bias = bias.data();
+      if (options & 2) e.rowScale = scale.data();
+      if (options & 4) e.rows = scatter.data();
+      std::vector<float> out = before, want = before;
+      for (int64_t m = 0; m < s.M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+          float c = 0;
+          for (int64_t k = 0; k < s.K; ++k) c = chain(c, x[static_cast<size_t>(m * s.K + k)], w.at(n, k));
+          if (e.bias) c += bias[static_cast<size_t>(n)];
+          if (e.rowScale) c *= scale[static_cast<size_t>(m)];
+          want[static_cast<size_t>((e.rows ? scatter[static_cast<size_t>(m)] : m) * N + n)] += c;
+        }
+      }
+      setThreadCount(2);
+      multiply({.M = s.M, .N = N, .K = s.K, .a = {x.data(), s.K, 1}, .b = {weightB(w.view())}, .plain = e, .out = out.data(), .ldOut = N});
+      CHECK(sameBits(out, want), "%lld rows over %lld steps of k, options %d", static_cast<long long>(s.M),
+            static_cast<long long>(s.K), options);
+    }
+  }
+}
+
 // A row alone, among few and among many: the same bits. Large enough for every path: strips, widening, blocks of K.
 void testRowIndependence() {
   for (const DType type : {DType::F32, DType::BF16, DType::F16}) {
@@ -827,6 +864,7 @@ int testGemm() {
     if (!useKernels(isa) || !useVectorOps(isa)) continue;
     current = isa;
     testProducts();
+    testAdding();
     testRowIndependence();
     testDeep();
     testTables();

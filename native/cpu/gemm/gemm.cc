@@ -75,6 +75,7 @@ constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kPackedElements = int64_t{1} << 20;  // of A, at a time: they are read again before they leave caches
 constexpr int64_t kRowsInPlace = 256;  // rows of A from which on copies of them cost more than they gain
 constexpr int64_t kColumnsInPlace = 384;  // columns of C up to which they do, too
+constexpr int64_t kShortInPlace = 128;   // steps of k up to which they do where C has more columns
 constexpr int64_t kSetStride = 1024;   // elements: rows so far apart share one set of the first-level cache
 constexpr int64_t kDepth = 8192;             // steps of k at a time where A and the blocks of C are far larger than caches
 constexpr int64_t kPackInParallel = int64_t{1} << 15;  // elements of A
@@ -151,10 +152,12 @@ class Run {
     packed_ = p_.transposed || (p_.b[0]->packed && (p_.count == 1 || p_.b[1]->packed));
     contiguous_ = !p_.transposed && p_.a->colStride == 1 && !p_.a->cols && !p_.a->colScale;
     direct_ = contiguous_ && p_.M == 1;
+    const int64_t few = std::max<int64_t>(table_.rows, kWidenInRegisters) + 1;
     inPlace_ = contiguous_ && packed_ && p_.a->rowStride % kSetStride != 0 &&
                (std::max(columns, p_.N * p_.count) <= kColumnsInPlace
-                    ? p_.M > std::max<int64_t>(table_.rows, kWidenInRegisters)
-                    : p_.M >= kRowsInPlace && !p_.a->rows);
+                    ? p_.M >= few
+                    : p_.M >= (p_.K <= kShortInPlace ? few : kRowsInPlace) && !p_.a->rows);
+    adds_ = inPlace_ && p_.plain && p_.plain->accumulate && !p_.plain->pre && p_.plain->act == Act::None && !p_.patch[0];
     depth_ = packed_ && !p_.transposed ? p_.K : std::min(p_.K, kDepth);
     rowsAtOnce_ = p_.transposed || inPlace_
                       ? p_.M
@@ -475,11 +478,13 @@ class Run {
         const int64_t row = base_ + m0 + i;
         inPlace[i] = p_.a->data + (p_.a->rows ? p_.a->rows[row] : row) * p_.a->rowStride + k0;
       }
-      if (last && p_.plain && p_.plain->accumulate && !p_.transposed) {  // what the epilogue adds to
+      const bool adds = adds_ && last && (panel + 1) * columns <= p_.N;
+      float* added[kMaxTileRows];
+      if (last && p_.plain && p_.plain->accumulate && !p_.transposed) {
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t m = base_ + m0 + i;
-          const float* to = p_.out + (p_.plain->rows ? p_.plain->rows[m] : m) * p_.ldOut + panel * columns;
-          for (int64_t n = 0; n < columns * together; n += 16) __builtin_prefetch(to + n, 1, 3);
+          added[i] = p_.out + (p_.plain->rows ? p_.plain->rows[m] : m) * p_.ldOut + panel * columns;
+          for (int64_t n = 0; n < columns * together && !adds; n += 16) __builtin_prefetch(added[i] + n, 1, 3);
         }
       }
       FinishTile done{};
@@ -497,6 +502,12 @@ class Run {
           multiplyTransposed(m0, rows, k0, kc, source[i], acc, nextPart, prefetched, buffers.panels);
           continue;
         }
+        if (adds) {
+          const AddedTile to{added, p_.bias[0] ? p_.bias[0] + panel * columns : nullptr,
+                             p_.plain->rowScale ? p_.plain->rowScale + base_ + m0 : nullptr};
+          table_.addingTile[rows](kc, inPlace, source[0], acc, k0 > 0, to, nextPart, prefetched);
+          continue;
+        }
         if (inPlace_) {
           table_.tileInPlace[rows](kc, inPlace, source[i], acc, k0 > 0, nextPart, prefetched);
         } else {
@@ -506,7 +517,7 @@ class Run {
         }
         if (last && p_.patch[i]) multiplyPatch(i, block, buffers, m0, rows, panel, together, acc);
       }
-      if (!last) continue;
+      if (!last || adds) continue;
       if (p_.transposed) {
         finishTransposed(done, m0, rows, panel, buffers.panels + (widen_ ? panelElements_ : 0));
         continue;
@@ -563,6 +574,7 @@ class Run {
   bool contiguous_ = false;       // rows of A lie along k
   bool direct_ = false;           // one row is as it is packed
   bool inPlace_ = false;          // tiles read A where it lies
+  bool adds_ = false;             // and add to C where that lies
   int64_t depth_ = 0, rowsAtOnce_ = 0;
   float* store_ = nullptr;        // what is packed of A
   float* patchRows_[2] = {};

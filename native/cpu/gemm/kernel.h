@@ -28,7 +28,18 @@ using TileFunction = void (*)(int64_t kc, const float* a, const void* b, int64_t
 using TileInPlaceFunction = void (*)(int64_t kc, const float* const* rows, const void* b, float* acc, bool resume,
                                      const void* next, int64_t prefetched);
 
-// The same for a tile of the transpose of a packed weight, read where it lies: step k of row i is
+// Rows of C and what becomes of a tile's sums y on the way there: y + bias, times a row's scale, is added to what is there.
+struct AddedTile {
+  float* const* rows;  // at the tile's first column
+  const float* bias;   // f32 [columns], or null
+  const float* scale;  // f32 [rows], or null
+};
+
+// The last steps of k for rows where they lie, which are added to C without going through acc again.
+using AddingTileFunction = void (*)(int64_t kc, const float* const* rows, const void* b, const float* acc, bool resume,
+                                    const AddedTile& to, const void* next, int64_t prefetched);
+
+// Steps of k for a tile of the transpose of a packed weight, read where it lies: step k of row i is
 // a[k / columns * stride + i * columns + k % columns], f32; the panel is f32 too.
 using TransposedTileFunction = void (*)(int64_t kc, const float* a, int64_t stride, const float* panel, float* acc,
                                         bool resume, const char* next, int64_t prefetched);
@@ -56,6 +67,7 @@ struct KernelTable {
   // acc is [panel][rows][columns]. stripPanels[rows] is 1 where there is no strip.
   TileFunction tile[3][kMaxTileRows + 1];
   TileInPlaceFunction tileInPlace[kMaxTileRows + 1];
+  AddingTileFunction addingTile[kMaxTileRows + 1];
   TileFunction strip[3][kMaxTileRows + 1];
   int stripPanels[kMaxTileRows + 1];
   TransposedTileFunction transposedTile[kMaxTileRows + 1];

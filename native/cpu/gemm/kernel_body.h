@@ -60,9 +60,10 @@ ELASTIFORM_INLINE void step(Vec (&c)[Panels][Rows][kVectors], const A& a, int64_
   }
 }
 
-template <int Rows, int Panels, typename B, typename A>
-ELASTIFORM_INLINE void tileOf(int64_t kc, const A a, const void* panel, int64_t panelStride, float* acc, bool resume,
-                              const void* next, int64_t prefetched) {
+// c = or goes on from acc [Panels][Rows][columns] over kc steps of k; then finish(c).
+template <int Rows, int Panels, typename B, typename A, typename Finish>
+ELASTIFORM_INLINE void tileOf(int64_t kc, const A a, const void* panel, int64_t panelStride, const float* acc, bool resume,
+                              const void* next, int64_t prefetched, const Finish& finish) {
   const auto* b = static_cast<const typename B::Stored*>(panel);
   Vec c[Panels][Rows][kVectors];
 #pragma GCC unroll 16
@@ -96,6 +97,11 @@ ELASTIFORM_INLINE void tileOf(int64_t kc, const A a, const void* panel, int64_t 
     }
     step<Rows, Panels, B>(c, a, k, b + k * kColumns, panelStride);
   }
+  finish(c);
+}
+
+template <int Rows, int Panels>
+ELASTIFORM_INLINE void keep(const Vec (&c)[Panels][Rows][kVectors], float* acc) {
 #pragma GCC unroll 16
   for (int p = 0; p < Panels; ++p) {
 #pragma GCC unroll 16
@@ -109,13 +115,38 @@ ELASTIFORM_INLINE void tileOf(int64_t kc, const A a, const void* panel, int64_t 
 template <int Rows, int Panels, typename B>
 void tile(int64_t kc, const float* a, const void* panel, int64_t panelStride, float* acc, bool resume, const void* next,
           int64_t prefetched) {
-  tileOf<Rows, Panels, B>(kc, PackedRows<Rows>{a}, panel, panelStride, acc, resume, next, prefetched);
+  tileOf<Rows, Panels, B>(kc, PackedRows<Rows>{a}, panel, panelStride, acc, resume, next, prefetched,
+                          [&](const auto& c) { keep(c, acc); });
 }
 
 template <int Rows>
 void tileInPlace(int64_t kc, const float* const* rows, const void* panel, float* acc, bool resume, const void* next,
                  int64_t prefetched) {
-  tileOf<Rows, 1, F32>(kc, RowsInPlace<Rows>{rows}, panel, 0, acc, resume, next, prefetched);
+  tileOf<Rows, 1, F32>(kc, RowsInPlace<Rows>{rows}, panel, 0, acc, resume, next, prefetched,
+                       [&](const auto& c) { keep(c, acc); });
+}
+
+template <int Rows>
+void addingTile(int64_t kc, const float* const* rows, const void* panel, const float* acc, bool resume,
+                const AddedTile& to, const void* next, int64_t prefetched) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    __builtin_prefetch(to.rows[i], 1, 3);
+    if constexpr (kColumns * sizeof(float) > 64) __builtin_prefetch(to.rows[i] + 64 / sizeof(float), 1, 3);
+  }
+  tileOf<Rows, 1, F32>(kc, RowsInPlace<Rows>{rows}, panel, 0, acc, resume, next, prefetched, [&](const auto& c) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = to.rows[i] + v * kLanes;
+        Vec y = c[0][i][v];
+        if (to.bias) y += load(to.bias + v * kLanes);
+        if (to.scale) y *= splat(to.scale[i]);
+        store(at, y + load(at));
+      }
+    }
+  });
 }
 
 template <int Rows>
@@ -550,6 +581,7 @@ constexpr void fill(KernelTable& t) {
   t.tile[1][Rows] = tile<Rows, 1, Bf16>;
   t.tile[2][Rows] = tile<Rows, 1, F16>;
   t.tileInPlace[Rows] = tileInPlace<Rows>;
+  t.addingTile[Rows] = addingTile<Rows>;
   t.stripPanels[Rows] = stripPanels(Rows);
   t.transposedTile[Rows] = transposedTile<Rows>;
   t.strip[0][Rows] = tile<Rows, stripPanels(Rows), F32>;
