@@ -1,4 +1,8 @@
 // Attention over variable-length segments, its gradient, and attention over key-value caches of pages, which grow.
+#include <algorithm>
+#include <functional>
+#include <vector>
+
 #include "cpu/cache.h"
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
@@ -149,85 +153,134 @@ struct Keys {
   int64_t cached;  // keys before the segment's first new row
 };
 
-// What attention and attention_cached have in common. offsets: of the new key rows; keysOf(s): the keys of segment s.
-template <typename KeysOf>
-void attend(const KernelArgs& args, const Heads& h, const float* q, const Queries& queries, const int32_t* offsets,
-            int64_t segments, const Scoring& scoring, const Bias& bias, float* y, float* lse, const KeysOf& keysOf) {
-  const VectorOps& vector = vectorOps();
-  const int64_t queryWidth = h.heads * h.headDim;
-  double* pairsOf = args.scratch<double>(segments);
-  double pairs = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    pairsOf[s] = visiblePairs(scoring, queries, offsets, s, keysOf(s).cached);
-    pairs += pairsOf[s];
+// Attention of one step, as attention and attention_cached have it in common, in tasks: one is a block of a segment's query
+// rows for one kv head.
+class Attending {
+ public:
+  // offsets: of the new key rows; keysOf(s): the keys of segment s.
+  Attending(const KernelArgs& args, const Heads& heads, const Queries& queries, const int32_t* offsets, int64_t segments,
+            const Scoring& scoring, const Bias& bias, float* lse, std::function<Keys(int64_t)> keysOf)
+      : h_(heads),
+        queries_(queries),
+        offsets_(offsets),
+        segments_(segments),
+        scoring_(scoring),
+        bias_(bias),
+        keysOf_(std::move(keysOf)),
+        q_(args.in[0].f32()),
+        y_(args.out[0].f32()),
+        lse_(lse),
+        pairsOf_(args.scratch<double>(segments)),
+        tasksBefore_(args.scratch<int64_t>(segments + 1)),
+        headsPerTask_(args.scratch<int64_t>(segments)) {
+    for (int64_t s = 0; s < segments; ++s) {
+      pairsOf_[s] = visiblePairs(scoring, queries, offsets, s, keysOf_(s).cached);
+      pairs_ += pairsOf_[s];
+    }
+    args.counters->flops += 4 * work();
   }
-  args.counters->flops += 4.0 * h.headDim * h.heads * pairs;
-  const bool parallel = pairs * h.heads * h.headDim > kParallelWork;
+
+  // Multiply-adds of each of the two products.
+  double work() const { return pairs_ * static_cast<double>(h_.heads * h_.headDim); }
+
+  // Segments of a single block (decoding) take several heads at once, to read the cache in longer runs, as far as no task
+  // becomes too large a part of `wanted`, the tasks that this step is to be cut into; which heads go together changes no result.
+  void cut(double wanted) {
+    tasksBefore_[0] = 0;
+    for (int64_t s = 0; s < segments_; ++s) {
+      const int64_t rows = queries_.count(s) * h_.group;
+      const double own = pairs_ > 0 ? std::ceil(wanted * (pairsOf_[s] / pairs_)) : 1;
+      const int64_t parts = std::clamp(static_cast<int64_t>(own), int64_t{1}, h_.kvHeads);
+      const int64_t heads = rows <= kQueryRows ? (h_.kvHeads + parts - 1) / parts : 1;
+      const int64_t blocks = (rows + kQueryRows - 1) / kQueryRows;
+      headsPerTask_[s] = heads;
+      tasksBefore_[s + 1] = tasksBefore_[s] + blocks * ((h_.kvHeads + heads - 1) / heads);
+      mostRows_ = std::max(mostRows_, std::min(rows, kQueryRows) * heads);
+    }
+  }
+  int64_t tasks() const { return tasksBefore_[segments_]; }
+  int64_t scratchSize() const { return (vectorOps().attentionScratch(h_.headDim, mostRows_) + 15) / 16 * 16; }
+
+  // The last blocks first: under causal attention they see the most keys.
+  void run(int64_t index, float* scratch) const {
+    const int64_t task = tasks() - 1 - index;
+    const int64_t s = std::upper_bound(tasksBefore_, tasksBefore_ + segments_ + 1, task) - tasksBefore_ - 1;
+    const int64_t queryWidth = h_.heads * h_.headDim;
+    const int64_t rows = queries_.count(s) * h_.group, heads = headsPerTask_[s];
+    const int64_t headGroups = (h_.kvHeads + heads - 1) / heads, inSegment = task - tasksBefore_[s];
+    const int64_t head = inSegment % headGroups * heads, firstQuery = queries_.offsets[s];
+    const int64_t query = firstQuery * queryWidth + head * h_.group * h_.headDim;
+    const Keys keys = keysOf_(s);
+    AttentionBlock block;
+    block.q = q_ + query;
+    block.k = keys.k + head * h_.headDim;
+    block.v = keys.v + head * h_.headDim;
+    block.pages = keys.pages;
+    block.pageRows = keys.pageRows;
+    block.y = y_ + query;
+    block.lse = lse_ ? lse_ + firstQuery * h_.heads + head * h_.group : nullptr;
+    block.qStride = queryWidth;
+    block.kvStride = h_.kvHeads * h_.headDim;
+    block.lseStride = h_.heads;
+    block.headDim = h_.headDim;
+    block.group = h_.group;
+    block.kvHeads = std::min(heads, h_.kvHeads - head);
+    block.firstRow = inSegment / headGroups * kQueryRows;
+    block.rows = std::min(kQueryRows, rows - block.firstRow);
+    block.keys = keys.cached + offsets_[s + 1] - offsets_[s];
+    block.stands = queries_.rows ? queries_.rows + firstQuery : nullptr;
+    block.shift = keys.cached - (queries_.rows ? offsets_[s] : 0);
+    block.causal = scoring_.causal;
+    block.window = scoring_.window;
+    block.scale = scoring_.scale;
+    block.softcap = scoring_.softcap;
+    block.bias = bias_.of(head * h_.group);
+    block.biasReach = bias_.reach;
+    block.scratch = scratch;
+    vectorOps().attention(block);
+  }
+
+ private:
+  Heads h_;
+  Queries queries_;
+  const int32_t* offsets_;
+  int64_t segments_;
+  Scoring scoring_;
+  Bias bias_;
+  std::function<Keys(int64_t)> keysOf_;
+  const float* q_;
+  float *y_, *lse_;
+  double pairs_ = 0;
+  double* pairsOf_;                        // [segments]
+  int64_t *tasksBefore_, *headsPerTask_;   // of the segments before, [segments + 1]; [segments]
+  int64_t mostRows_ = 0;
+};
+
+// All steps at once, so that none waits for the last task of the one before it.
+void attendTogether(const KernelArgs* steps, int count, Attending (*of)(const KernelArgs&)) {
+  std::vector<Attending> all;
+  double work = 0;
+  for (int i = 0; i < count; ++i) work += all.emplace_back(of(steps[i])).work();
+  const bool parallel = work > kParallelWork;
   const int64_t threads = parallel ? threadCount() : 1;
-  // A task is one block of a segment's query rows for one kv head. Segments of a single block (decoding) take several
-  // heads at once, to read the cache in longer runs, as far as no task becomes too large a part of the work; which heads go
-  // together changes no result.
-  int64_t* tasksBefore = args.scratch<int64_t>(segments + 1);  // of the segments before
-  int64_t* headsPerTask = args.scratch<int64_t>(segments);
-  int64_t mostRows = 0;
-  tasksBefore[0] = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    const int64_t rows = queries.count(s) * h.group;
-    const double wanted = parallel ? std::ceil(2 * threads * (pairsOf[s] / pairs)) : 1;
-    const int64_t parts = std::clamp(static_cast<int64_t>(wanted), int64_t{1}, h.kvHeads);
-    const int64_t heads = rows <= kQueryRows ? (h.kvHeads + parts - 1) / parts : 1;
-    const int64_t blocks = (rows + kQueryRows - 1) / kQueryRows;
-    headsPerTask[s] = heads;
-    tasksBefore[s + 1] = tasksBefore[s] + blocks * ((h.kvHeads + heads - 1) / heads);
-    mostRows = std::max(mostRows, std::min(rows, kQueryRows) * heads);
+  std::vector<int64_t> before{0};  // tasks of the steps before
+  int64_t scratchSize = 0;
+  for (Attending& one : all) {
+    one.cut(parallel ? 2 * static_cast<double>(threads) * (one.work() / work) : 1);
+    before.push_back(before.back() + one.tasks());
+    scratchSize = std::max(scratchSize, one.scratchSize());
   }
-  const int64_t tasks = tasksBefore[segments];
-  const int64_t scratchSize = (vector.attentionScratch(h.headDim, mostRows) + 15) / 16 * 16;
-  float* scratch = args.scratch<float>(scratchSize * threads);
-  forChunks(tasks, parallel ? 1 : tasks, args, [&](int64_t begin, int64_t end, int worker) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      // The last blocks first: under causal attention they see the most keys.
-      const int64_t task = tasks - 1 - chunk;
-      const int64_t s = std::upper_bound(tasksBefore, tasksBefore + segments + 1, task) - tasksBefore - 1;
-      const int64_t rows = queries.count(s) * h.group, heads = headsPerTask[s];
-      const int64_t headGroups = (h.kvHeads + heads - 1) / heads, index = task - tasksBefore[s];
-      const int64_t head = index % headGroups * heads, firstQuery = queries.offsets[s];
-      const int64_t query = firstQuery * queryWidth + head * h.group * h.headDim;
-      const Keys keys = keysOf(s);
-      AttentionBlock block;
-      block.q = q + query;
-      block.k = keys.k + head * h.headDim;
-      block.v = keys.v + head * h.headDim;
-      block.pages = keys.pages;
-      block.pageRows = keys.pageRows;
-      block.y = y + query;
-      block.lse = lse ? lse + firstQuery * h.heads + head * h.group : nullptr;
-      block.qStride = queryWidth;
-      block.kvStride = h.kvHeads * h.headDim;
-      block.lseStride = h.heads;
-      block.headDim = h.headDim;
-      block.group = h.group;
-      block.kvHeads = std::min(heads, h.kvHeads - head);
-      block.firstRow = index / headGroups * kQueryRows;
-      block.rows = std::min(kQueryRows, rows - block.firstRow);
-      block.keys = keys.cached + offsets[s + 1] - offsets[s];
-      block.stands = queries.rows ? queries.rows + firstQuery : nullptr;
-      block.shift = keys.cached - (queries.rows ? offsets[s] : 0);
-      block.causal = scoring.causal;
-      block.window = scoring.window;
-      block.scale = scoring.scale;
-      block.softcap = scoring.softcap;
-      block.bias = bias.of(head * h.group);
-      block.biasReach = bias.reach;
-      block.scratch = scratch + worker * scratchSize;
-      vector.attention(block);
+  float* scratch = steps->scratch<float>(scratchSize * threads);
+  const int64_t tasks = before.back();
+  forChunks(tasks, parallel ? 1 : tasks, *steps, [&](int64_t begin, int64_t end, int worker) {
+    for (int64_t task = begin; task < end; ++task) {
+      const auto i = static_cast<size_t>(std::upper_bound(before.begin(), before.end(), task) - before.begin() - 1);
+      all[i].run(task - before[i], scratch + worker * scratchSize);
     }
   });
 }
 
-}  // namespace
-
-void attention(const KernelArgs& args) {
+Attending attentionOf(const KernelArgs& args) {
   const char* op = "attention";
   const int64_t kvWidth = args.in[1].dim(1);
   const Heads h = checkedHeads(args, op, args.in[0].dim(1), kvWidth);
@@ -239,12 +292,41 @@ void attention(const KernelArgs& args) {
                                          scoring.causal);
   const Bias bias = checkedBias(op, args.in[6], h.heads, scoring, !args.in[5] || args.in[4]);
   const float *k = args.in[1].f32(), *v = args.in[2].f32();
-  attend(args, h, args.in[0].f32(), queries, offsets, segments, scoring, bias, args.out[0].f32(),
-         args.out[1] ? args.out[1].f32() : nullptr, [&](int64_t s) {
-           static constexpr int32_t kFirstPage = 0;
-           return Keys{k + offsets[s] * kvWidth, v + offsets[s] * kvWidth, &kFirstPage, INT64_MAX, 0};
-         });
+  float* lse = args.out[1] ? args.out[1].f32() : nullptr;
+  return {args, h, queries, offsets, segments, scoring, bias, lse, [=](int64_t s) {
+            static constexpr int32_t kFirstPage = 0;
+            return Keys{k + offsets[s] * kvWidth, v + offsets[s] * kvWidth, &kFirstPage, INT64_MAX, 0};
+          }};
 }
+
+Attending attentionCachedOf(const KernelArgs& args) {
+  const char* op = "attention_cached";
+  const TensorView &q = args.in[0], &poolK = args.in[5], &poolV = args.in[6];
+  const Heads h = checkedHeads(args, op, q.dim(1), poolK.dim(2));
+  const Scoring scoring = checkedScoring(args, op, 2, true);
+  const int32_t* offsets = args.in[1].i32();
+  const int64_t last = args.in[1].dim(0) - 1, added = args.in[7] && last >= 0 ? offsets[last] : q.dim(0);
+  const int64_t segments = checkOffsets(op, args.in[1], added);
+  const Slots slots(args, op, 2, poolK, segments);
+  for (int64_t s = 0; s < segments; ++s) {
+    slots.checkLength(s, offsets[s + 1] - offsets[s], 0);
+    slots.checkPages(s, 0, slots.length(s));
+  }
+  const Queries queries = checkedQueries(op, args.in[7], args.in[8], q, added, offsets, true);
+  const Bias bias = checkedBias(op, args.in[9], h.heads, scoring, true);
+  const float *k = poolK.f32(), *v = poolV.f32();
+  return {args, h, queries, offsets, segments, scoring, bias, nullptr, [=](int64_t s) {
+            const int64_t cached = slots.length(s) - (offsets[s + 1] - offsets[s]);
+            return Keys{k, v, slots.pagesOf(s), slots.pageRows, cached};
+          }};
+}
+
+}  // namespace
+
+void attentionTogether(const KernelArgs* steps, int count) { attendTogether(steps, count, attentionOf); }
+void attentionCachedTogether(const KernelArgs* steps, int count) { attendTogether(steps, count, attentionCachedOf); }
+void attention(const KernelArgs& args) { attentionTogether(&args, 1); }
+void attentionCached(const KernelArgs& args) { attentionCachedTogether(&args, 1); }
 
 void attentionGrad(const KernelArgs& args) {
   const char* op = "attention_grad";
@@ -302,27 +384,6 @@ void attentionGrad(const KernelArgs& args) {
       block.scratch = scratch + worker * scratchSize;
       vector.attentionGrad(block);
     }
-  });
-}
-
-void attentionCached(const KernelArgs& args) {
-  const char* op = "attention_cached";
-  const TensorView &q = args.in[0], &poolK = args.in[5], &poolV = args.in[6];
-  const Heads h = checkedHeads(args, op, q.dim(1), poolK.dim(2));
-  const Scoring scoring = checkedScoring(args, op, 2, true);
-  const int32_t* offsets = args.in[1].i32();
-  const int64_t last = args.in[1].dim(0) - 1, added = args.in[7] && last >= 0 ? offsets[last] : q.dim(0);
-  const int64_t segments = checkOffsets(op, args.in[1], added);
-  const Slots slots(args, op, 2, poolK, segments);
-  for (int64_t s = 0; s < segments; ++s) {
-    slots.checkLength(s, offsets[s + 1] - offsets[s], 0);
-    slots.checkPages(s, 0, slots.length(s));
-  }
-  const Queries queries = checkedQueries(op, args.in[7], args.in[8], q, added, offsets, true);
-  const Bias bias = checkedBias(op, args.in[9], h.heads, scoring, true);
-  attend(args, h, q.f32(), queries, offsets, segments, scoring, bias, args.out[0].f32(), nullptr, [&](int64_t s) {
-    const int64_t cached = slots.length(s) - (offsets[s + 1] - offsets[s]);
-    return Keys{poolK.f32(), poolV.f32(), slots.pagesOf(s), slots.pageRows, cached};
   });
 }
 

@@ -72,7 +72,10 @@ void expertRows(const KernelArgs& args) {
   int32_t *rows = args.out[0].i32(), *rowOffsets = args.out[1].i32();
   uint8_t* chosen = args.scratch<uint8_t>(std::max<int64_t>(e.rows, 1));
   forChunks(e.rows, rowsPerChunk(e.count), args, [&](int64_t begin, int64_t end, int) {
-    for (int64_t n = begin; n < end; ++n) chosen[n] = e.row(n, e.segmentOf(n)).chosen(expert);
+    for (int64_t n = begin, s = e.segmentOf(begin); n < end; ++n) {
+      while (n >= e.offsets[s + 1]) ++s;
+      chosen[n] = e.row(n, s).chosen(expert);
+    }
   });
   checkRoom(op, args.out[0], std::count(chosen, chosen + e.rows, 1));
   int32_t count = 0;

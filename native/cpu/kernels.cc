@@ -120,7 +120,9 @@ Kernel findKernel(const std::string& name) {
 KernelOfSteps findKernelOfSteps(const std::string& name) {
   if (name == "linear") return linearTogether;
   if (name == "linear_gated") return linearGatedTogether;
-  return name == "linear_add" ? linearAddTogether : nullptr;
+  if (name == "linear_add") return linearAddTogether;
+  if (name == "attention") return attentionTogether;
+  return name == "attention_cached" ? attentionCachedTogether : nullptr;
 }
 
 }  // namespace elastiform::cpu

@@ -10,7 +10,7 @@ namespace elastiform::cpu {
 // The kernel of an op of ops.cc; never null (a test walks the whole registry).
 Kernel findKernel(const std::string& name);
 
-// The kernel that runs neighbouring steps of an op as one (OpDef::together); null where there is none.
+// The kernel that runs neighbouring steps of an op as one; null where there is none.
 KernelOfSteps findKernelOfSteps(const std::string& name);
 
 // Name of the instruction set chosen at load: "avx512", "avx2" or "portable". ELASTIFORM_ISA forces a lower one.
@@ -57,6 +57,8 @@ void rope(const KernelArgs&);
 void attention(const KernelArgs&);
 void attentionGrad(const KernelArgs&);
 void attentionCached(const KernelArgs&);
+void attentionTogether(const KernelArgs* steps, int count);
+void attentionCachedTogether(const KernelArgs* steps, int count);
 void cacheAppend(const KernelArgs&);
 void pageCopy(const KernelArgs&);
 // streams.cc

@@ -374,11 +374,11 @@ int testJoined() {
   int failures = 0;
   std::mt19937 engine(5);
   const auto below = [&](size_t n) { return static_cast<int>(engine() % n); };
-  int most = 0;
+  int most = 0, mostAttention = 0;
   for (int round = 0; round < 60; ++round) {
     ProgramWriter w;
     const int rows = w.dim(DimKind::Set, 40), width = w.constant(24), part = w.constant(8);
-    const int x = w.feed({rows, width});
+    const int x = w.feed({rows, width}), offsets = w.feedIds({w.constant(3)});
     std::vector<int> weights, downs, narrow;
     for (int i = 0; i < 3; ++i) {
       weights.push_back(w.bound(ProgramWriter::makeTensor(DType::F32, {8, 24}), {part, width}));
@@ -395,6 +395,10 @@ int testJoined() {
         const int from = pickOf(wide), to = temp({rows, part});
         w.step("linear", {from, weights[below(3)], -1, -1, -1, -1}, {to, -1}, {0});
         narrow.push_back(to);
+      } else if (below(3) == 0) {
+        const int q = pickOf(narrow), k = pickOf(narrow), v = pickOf(narrow), to = temp({rows, part});
+        w.step("attention", {q, k, v, offsets, -1, -1, -1}, {to, -1}, {2, 2, 1, 0.5, 0, 0});
+        narrow.push_back(to);
       } else {
         const int residual = below(3) == 0 ? pickOf(wide) : wide.back(), from = pickOf(narrow), to = temp({rows, width});
         w.step("linear_add", {residual, from, downs[below(3)], -1, -1, -1, -1, -1}, {to});
@@ -410,17 +414,20 @@ int testJoined() {
       const auto program = joined ? build(w) : w.build(cpu::findKernel, [](const std::string&) -> KernelOfSteps { return nullptr; });
       for (const Step& step : program->steps) {
         CHECK(joined || step.count == 1);
-        most = std::max(most, step.count);
+        int& longest = std::string(opDefs()[step.op].name) == "attention" ? mostAttention : most;
+        longest = std::max(longest, step.count);
       }
       Workspace workspace;
       const auto job = makeJob(program, {count}, {values});
+      const int32_t ends[3] = {0, count / 3, count};
+      job->setFeed(1, DType::I32, ends, 3);
       runJob(*job, workspace);
       CHECK(!job->error);
       for (size_t slot = 0; slot < program->outputs.size(); ++slot) results[joined].push_back(outputOf(*job, slot));
     }
     CHECK(results[0] == results[1]);
   }
-  CHECK(most > 2);
+  CHECK(most > 2 && mostAttention > 1);
   return failures;
 }
 
