@@ -1,4 +1,4 @@
-// Routing of tokens, heads and blocks at capacity 0.5 against our own dense code: the feed-forward layers alone, and the whole
+// Routing of tokens, heads and blocks at capacity 0.5 against our own dense code: the layers of one kind alone, and the whole
 // model; what routers themselves cost; texts at different budgets in one run against one after the other.
 import { roundRobin } from '../harness/measure.mjs';
 import { milliseconds, number, table, target } from '../harness/report.mjs';
@@ -12,6 +12,7 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
     const data = { rows: ROWS, capacity: 0.5 };
     for (const [what, modes] of [
       ['ffn', ['dense', 'routed', 'blocks', 'many blocks']],
+      ['attention', ['dense', 'heads']],
       ['model', ['dense', 'routed', 'routed, all keys', 'heads', 'blocks', 'routers']],
     ]) {
       log(`routed: ${what}`);
@@ -46,6 +47,7 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
       ['12 feed-forward layers', 'ffn', 'routed'],
       ['the same, half of 8 blocks of every token', 'ffn', 'blocks'],
       ['the same, half of 16 blocks of every token', 'ffn', 'many blocks'],
+      ['12 attention layers, half the heads of every token', 'attention', 'heads'],
       ['whole model, both places', 'model', 'routed'],
       ['the same, rows left out still are keys', 'model', 'routed, all keys'],
       ['half the heads of every token', 'model', 'heads'],
@@ -83,6 +85,7 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
         target('routed FFN at 0.5 over dense FFN', 1.85, data.ffn.speedup.routed),
         target('routed model at 0.5 over dense prefill', 1.7, data.model.speedup.routed),
         target('time saved over FLOPs saved, half of 8 FFN blocks', 0.85, saved('ffn', 'blocks')),
+        target('time saved over FLOPs saved, half of the heads', 0.85, saved('attention', 'heads')),
         target('time with routers that let all in over time without', 1.02, overhead, { most: true }),
       ],
     };

@@ -10,7 +10,7 @@ import { Generation, Sequence } from '../../dist/infer/engine/sequence.js';
 import { ElasticModel } from '../../dist/infer/model.js';
 import { loadNetwork } from '../../dist/infer/network.js';
 import { compilePrefill } from '../../dist/infer/programs.js';
-import { feedForwardBlock } from '../../dist/model/blocks.js';
+import { attentionBlock, feedForwardBlock } from '../../dist/model/blocks.js';
 import { decoder, finalNorm } from '../../dist/model/decoder.js';
 import { selectEverything } from '../../dist/model/select.js';
 import { bindWeights } from '../../dist/model/weights.js';
@@ -223,7 +223,7 @@ await serve({
   prefill: async ({ prompt }) => ({ ms: (await timeText(prompt, [])).prefill }),
   decode: async ({ prompt, next }) => ({ ms: (await timeText(prompt, next)).decode / next.length }),
 
-  // Whole model and feed-forward layers alone, dense and with every layer routed.
+  // Whole model, and layers of one kind alone, dense and with every layer routed.
   async routed({ dir, threads, rows }) {
     network = await loadNetwork(dir, { dtype: 'f32', threads, maxContext: 1024 });
     const { spec } = network;
@@ -253,7 +253,7 @@ await serve({
       heads: wholeRouted({ heads: HEADS }),
       blocks: wholeRouted({ blocks: BLOCKS }),
     };
-    const layersOnly = (select) => {
+    const layersOnly = (block, select) => {
       const graph = new Graph();
       const weights = bindWeights(graph, network.weights);
       const context = {
@@ -262,28 +262,34 @@ await serve({
         positions: graph.feed('positions', 'i32', [rows]),
         offsets: graph.feed('offsets', 'i32', [2]),
         selector: select(graph),
+        keys: new Map(),
       };
       let x = graph.feed('x', 'f32', [rows, spec.hidden]);
       weights.layers.forEach((layer, i) => {
-        x = feedForwardBlock(context, i, x, layer);
+        x = block(context, i, x, layer);
       });
       graph.output('kept', gatherRows(x, graph.feed('kept', 'i32', [1])));
       return Program.compile(graph, network.engine);
     };
-    const ffn = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
-    const layersRouted = (recipe) => {
+    const input = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
+    const layersDense = (block) => ({ program: layersOnly(block, () => selectEverything), dims: {}, feeds: input });
+    const layersRouted = (block, recipe) => {
       const policy = policyAt(recipe);
       return {
-        program: layersOnly((graph) => routeAll(graph, 1, policy)),
+        program: layersOnly(block, (graph) => routeAll(graph, 1, policy)),
         dims: {},
-        feeds: { ...ffn, ...capacityFeeds(policy, 1, () => 0.5) },
+        feeds: { ...input, ...capacityFeeds(policy, 1, () => 0.5) },
       };
     };
     routed.ffn = {
-      dense: { program: layersOnly(() => selectEverything), dims: {}, feeds: ffn },
-      routed: layersRouted({ tokens: { mlp: 0.5 } }),
-      blocks: layersRouted({ blocks: BLOCKS }),
-      'many blocks': layersRouted({ blocks: MANY_BLOCKS }),
+      dense: layersDense(feedForwardBlock),
+      routed: layersRouted(feedForwardBlock, { tokens: { mlp: 0.5 } }),
+      blocks: layersRouted(feedForwardBlock, { blocks: BLOCKS }),
+      'many blocks': layersRouted(feedForwardBlock, { blocks: MANY_BLOCKS }),
+    };
+    routed.attention = {
+      dense: layersDense(attentionBlock),
+      heads: layersRouted(attentionBlock, { heads: HEADS }),
     };
     return facts();
   },
