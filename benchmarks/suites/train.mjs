@@ -9,6 +9,11 @@ import { SHAPE } from '../model/shape.mjs';
 const ROWS = 512;
 const LR = 1e-3;
 const RECOMPUTING = 'elastiform, recomputing';
+// By gates, which decide whether a step runs the full model's layers whoever the teacher is.
+const CACHED = [
+  ['raw', ['self', 'cache']],
+  ['straight-through', ['self', 'model', 'cache']],
+];
 // Gradients of both implementations must be the same ones; relative to the largest.
 const TOLERANCE = 1e-2;
 
@@ -20,6 +25,8 @@ export async function training(context) {
     log(`train: capacity ${capacity}`);
     data[`capacity ${capacity}`] = await atCapacity(context, capacity, libraries);
   }
+  log('train: cached teacher');
+  data.cached = await withCache(context, libraries);
   const cell = (capacity, kind) => data[`capacity ${capacity}`]?.[kind] ?? null;
   const half = data['capacity 0.5'];
   const rows = [1, 0.5].flatMap((capacity) => {
@@ -46,6 +53,18 @@ export async function training(context) {
     peers.torch.file
       ? `Router gradients at capacity 0.5 differ from torch's by ${half.agreement.gradients.toExponential(1)} of the largest one.`
       : 'torch is missing: gradients were not compared.',
+    table(
+      ['capacity 0.5, gates', 'teacher on the fly', 'ms/step', 'ms/step with a cache', 'speed-up'],
+      Object.entries(data.cached).flatMap(([gate, { milliseconds: times, speedup }]) =>
+        Object.keys(speedup).map((teacher) => [
+          gate,
+          teacher === 'self' ? 'the full model' : 'another of its size',
+          milliseconds(times[teacher]),
+          milliseconds(times.cache),
+          number(speedup[teacher], 2),
+        ]),
+      ),
+    ),
     `While training, the largest gap between ticks of a 1 ms timer is ${number(eventLoop.largest)} ms (99th percentile ${number(eventLoop.p99)} ms, ${eventLoop.ticks} ticks${work}); abort answers after ${number(abort.largest)} ms at most, ${number(abort.median)} ms in the median of ${abort.trials}.`,
   ].join('\n\n');
   return {
@@ -58,10 +77,39 @@ export async function training(context) {
       target('peak memory of that step over torch eager', 0.5, cell(1, 'leanMemory'), { most: true }),
       target("distillation step at capacity 0.5 over torch eager's of all rows", 2, againstAllRows),
       target("distillation step at capacity 0.5 over torch eager's at 0.5", 2, cell(0.5, 'speedup')),
+      target('step with a cached teacher over one on the fly, raw gates', 1.3, data.cached.raw.speedup.self),
+      target('the same, straight-through gates', 1.3, data.cached['straight-through'].speedup.self),
+      target('the same of another model as teacher', 1.3, data.cached['straight-through'].speedup.model),
       target('largest event loop gap while training', 20, eventLoop.largest, { most: true, unit: ' ms' }),
       target('largest abort latency', 100, abort.largest, { most: true, unit: ' ms' }),
     ],
   };
+}
+
+// Steps that compare with a cache of the teacher's 64 largest probabilities, against steps that run the teacher.
+async function withCache({ start, threads, rounds, repeats, dir, cache }, libraries) {
+  const result = {};
+  for (const [gate, teachers] of CACHED) {
+    const children = {};
+    try {
+      for (const teacher of teachers) {
+        const name = `elastiform, gates ${gate}, teacher ${teacher}`;
+        children[teacher] = start(name, 'ours_train.mjs', {});
+        const scratch = path.join(cache, `train-${gate}-${teacher}-${process.pid}`);
+        const args = { dir, threads, capacity: 0.5, lr: LR, rows: ROWS, gate, teacher, scratch };
+        libraries[name] = await children[teacher].ask('train', args);
+        await children[teacher].ask('step', {}); // warm-up
+      }
+      const contestants = Object.entries(children).map(([key, child]) => ({ key, child, command: 'step', args: {} }));
+      const milliseconds = await roundRobin(contestants, { rounds, repeats });
+      const speedup = (teacher) => milliseconds[teacher].median / milliseconds.cache.median;
+      const others = teachers.filter((teacher) => teacher !== 'cache');
+      result[gate] = { milliseconds, speedup: Object.fromEntries(others.map((t) => [t, speedup(t)])) };
+    } finally {
+      for (const child of Object.values(children)) await child.stop();
+    }
+  }
+  return result;
 }
 
 async function atCapacity({ start, peers, threads, rounds, repeats, quick, dir, cache, log }, capacity, libraries) {

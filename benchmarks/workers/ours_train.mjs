@@ -5,7 +5,7 @@ import { batchRun } from '../../dist/distill/batches.js';
 import { TokenData } from '../../dist/distill/data.js';
 import { lossFeeds, resolveLosses } from '../../dist/distill/objectives.js';
 import { trainablePlan } from '../../dist/distill/plan.js';
-import { capacityFeeds, trainProgram } from '../../dist/distill/steps.js';
+import { capacityFeeds, topLogitsFeeds, trainProgram } from '../../dist/distill/steps.js';
 import { Trainable } from '../../dist/distill/trainable.js';
 import { resolveConfig, train } from '../../dist/distill/trainer.js';
 import { policyOf } from '../../dist/elastic/elastify.js';
@@ -36,10 +36,23 @@ function runStep(batch, total, signal) {
     feeds: {
       ...feeds,
       ...capacityFeeds(settings.policy, dims.segments, settings.capacity),
+      ...settings.teacherFeeds,
       ...lossFeeds(settings.losses, settings.policy, batch, { step: 0, steps: 1, total, capacity: settings.capacity }),
     },
     signal,
   });
+}
+
+const TOP_K = 64;
+
+// What a cache of the largest probabilities hands a step, of no model in particular.
+function cachedTeacher(rows, vocab) {
+  const ids = Int32Array.from({ length: rows * TOP_K }, (_, i) => Math.floor((((i % TOP_K) + 0.5) * vocab) / TOP_K));
+  return {
+    [topLogitsFeeds.ids]: ids,
+    [topLogitsFeeds.logp]: new Float32Array(rows * TOP_K).fill(Math.log(0.9 / TOP_K)),
+    [topLogitsFeeds.rest]: new Float32Array(rows).fill(Math.log(0.1)),
+  };
 }
 
 // Starts the loop of `elastiform distill`; every step waits for `release`.
@@ -101,20 +114,28 @@ function oneStep() {
 }
 
 await serve({
-  train({ dir, threads, capacity, lr, rows, scratch, recompute = false }) {
+  train({ dir, threads, capacity, lr, rows, scratch, gate = 'straight-through', recompute = false, teacher = 'self' }) {
     const configPath = path.join(dir, 'config.json');
     const spec = specFromConfig(JSON.parse(fs.readFileSync(configPath, 'utf8')), configPath);
     loadAddon().setThreads(threads);
     const { weights } = loadWeights(spec, Checkpoint.open(dir), { dtype: 'f32' });
     const engine = new Engine();
     const policy = policyOf(
-      { kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity }, keys: 'selected' },
+      { kind: 'elastiformer', tokens: { attn: capacity, mlp: capacity }, keys: 'selected', gate },
       spec,
     );
     trainable = new Trainable(trainablePlan(policy, spec));
     const losses = resolveLosses([{ kind: 'kl', weight: 1 }], spec);
-    settings = { policy, capacity: () => capacity, losses };
-    const model = { spec, weights, policy, trainable, engine, batchTokens: rows };
+    const teachers = {
+      self: () => undefined,
+      model: () => ({ spec, weights: loadWeights(spec, Checkpoint.open(dir), { dtype: 'f32' }).weights }),
+      cache: () => ({ topK: TOP_K }),
+    };
+    settings = {
+      ...{ policy, capacity: () => capacity, losses },
+      teacherFeeds: teacher === 'cache' ? cachedTeacher(rows, spec.vocab) : {},
+    };
+    const model = { spec, weights, policy, trainable, engine, batchTokens: rows, teacher: teachers[teacher]() };
     step = trainProgram(model, losses, { recompute });
     fs.mkdirSync(scratch, { recursive: true });
     process.on('exit', () => fs.rmSync(scratch, { recursive: true, force: true }));
@@ -123,7 +144,7 @@ await serve({
     return {
       version,
       isa,
-      settings: `f32, training loop of distill, KL term only, ${recompute ? 'layers' : 'nothing'} recomputed`,
+      settings: `f32, training loop of distill, KL term only, gates ${gate}, teacher ${teacher}, ${recompute ? 'layers' : 'nothing'} recomputed`,
     };
   },
   // Sets the routers to a fixed pattern; loss and gradients of all weights, then all biases, without an update.
