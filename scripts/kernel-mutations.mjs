@@ -24,6 +24,7 @@ const attentionHeader = 'native/cuda/attention.cuh';
 const attentionGrad = 'native/cuda/attention_grad_mma.cu';
 const optimizer = 'native/cuda/optimizer.cu';
 const sample = 'native/cuda/sample.cu';
+const runner = 'native/cuda/runner.cu';
 // Makes the emulated device one that products by mma.sync are chosen for.
 const sm80 = { ELASTIFORM_SIMT_CAPABILITY: '80' };
 
@@ -1114,5 +1115,70 @@ export const mutations = [
     search: 'fenceProxyAsync();  // rows that cp.async wrote, for wgmma',
     replace: '',
     missed: 'the emulation has one view of memory',
+  },
+  // Recordings with branches
+  {
+    what: 'branches: nothing waits for them',
+    file: runner,
+    search: 'streamWait(stream_, turn_);',
+    replace: '',
+    ops: 'branches',
+    cases: 'one after',
+  },
+  {
+    what: 'branches: they begin before what comes first',
+    file: runner,
+    search: 'streamWait(branches_[i - 1], turn_);',
+    replace: ';',
+    ops: 'branches',
+    cases: 'one after',
+  },
+  {
+    what: 'branches: a step beside one that it reads from',
+    file: runner,
+    search: '(x.written || y.written)',
+    replace: '(x.written && y.written)',
+    ops: 'branches',
+    cases: 'one after',
+  },
+  {
+    what: 'branches: a step beside one whose memory its own only begins in',
+    file: runner,
+    search: 'x.begin < y.end && y.begin < x.end',
+    replace: 'x.begin == y.begin',
+    ops: 'branches',
+    cases: 'writes over',
+  },
+  {
+    what: 'branches: a step beside one that writes the same state',
+    file: runner,
+    search: 'touch(step.in[i], signature.inputs[i].writable)',
+    replace: 'touch(step.in[i], false)',
+    ops: 'branches',
+    cases: 'same state',
+  },
+  {
+    what: 'branches: scratch memory of several steps at once',
+    file: runner,
+    search: '    runAlone(self);\n    void* result',
+    replace: '    void* result',
+    ops: 'branches',
+    cases: 'scratch memory',
+  },
+  {
+    what: 'branches: checks beside other steps',
+    file: runner,
+    search: 'if (unchecked) runAlone(self);',
+    replace: '',
+    ops: 'branches',
+    cases: 'report the fault',
+  },
+  {
+    what: 'branches: steps found to have to run alone are recorded beside others',
+    file: runner,
+    search: 'runner.crowded_ || runner.beside_ > 1',
+    replace: 'false',
+    ops: 'branches',
+    cases: 'report the fault',
   },
 ];

@@ -98,8 +98,11 @@ export interface NativeAddon {
   opSignatures(): string[];
   opAttributes(): string[][];
   memory(): NativeMemory;
-  /** What the emulated device has done in this process, for tests: kernels, lines they prefetched, copies from and to the host. */
-  emulatedWork(): Record<'launches' | 'prefetches' | 'uploads' | 'uploadedBytes' | 'downloads', number>;
+  /**
+   * What the emulated device has done in this process, for tests: kernels, lines they prefetched, copies from and to the host,
+   * and `depth`, how many operations came one after the other on the longest path of every recording that was launched.
+   */
+  emulatedWork(): Record<'launches' | 'prefetches' | 'uploads' | 'uploadedBytes' | 'downloads' | 'depth', number>;
   /** Aborts what runs and joins every engine of this thread: `process.exit()` runs no cleanup hooks. */
   stopEngines(): void;
   readonly Mapping: new (path: string) => NativeMapping;

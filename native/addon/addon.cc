@@ -197,6 +197,7 @@ Napi::Value work(const Napi::CallbackInfo& call) {
   result.Set("uploads", static_cast<double>(work.uploads));
   result.Set("uploadedBytes", static_cast<double>(work.uploadedBytes));
   result.Set("downloads", static_cast<double>(work.downloads));
+  result.Set("depth", static_cast<double>(work.depth));
   return result;
 }
 

@@ -78,6 +78,7 @@ void checkOffsets(const Launch& launch, int input, const Operand& rowsOf, int ro
 void checkRowCount(const Launch& launch, int input, const Operand& other) {
   const Operand& x = launch.in[input];
   if (x.dim[0] == other.dim[0]) return;
+  launch.alone();
   LAUNCH(rowCountKernel, 1, 32, 0, launch.stream, x, other, launch.state, input);
 }
 

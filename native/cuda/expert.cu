@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 Experts checkedExperts(const Launch& launch, int input, int ruleAttribute) {
   const Experts e(launch, input, ruleAttribute);
   checkOffsets(launch, input + 1, e.z, 0);
+  launch.alone();
   LAUNCH(checkKernel, launch.blocks(e.z.bound[0], kThreads), kThreads, 0, launch.stream, e, launch.state);
   return e;
 }

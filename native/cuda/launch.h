@@ -111,16 +111,22 @@ struct Launch {
   const double* attr;
   StepState state;
   int32_t* const* produced;  // where the i-th "+" dim of the signature gets its value, in device memory
-  uint32_t* ticket;          // 0 when a kernel begins, and when it has ended: for the blocks of one to learn which is last
+  uint32_t* ticket;          // 0 when a kernel begins, and when it has ended: for the blocks of one to learn which is last.
+                             // One for all steps: only those that produce a size, which run beside no other, may use it
   Stream stream;
   int multiprocessors;
   bool hopper;  // the device has wgmma and TMA
-  // Device memory until the end of the op, sized by bounds, aligned to 256 bytes.
+  // Device memory until the end of the op, sized by bounds, aligned to 256 bytes. An op that asks for it runs alone.
   void* (*scratchAlloc)(void* context, size_t bytes);
   // Whether an input has not been checked for what `kind` stands for and the op must do so. Said once: the data of an
-  // operand does not change until another step writes it.
+  // operand does not change until another step writes it. An op that is told so runs alone.
   bool (*uncheckedInput)(void* context, int input, int kind);
+  void (*runAlone)(void* context);
   void* context;
+
+  // To be called by an op whose kernels may report a fault without having asked uncheckedInput or for scratch memory, or
+  // producing a size: it then runs beside no other step, so that of two faults the first step's is reported.
+  void alone() const { runAlone(context); }
 
   template <typename T>
   T* scratch(int64_t count) const {

@@ -4,9 +4,13 @@
 // current sizes of dims), outputs, the program's arena, and the scratch of one op. A program is recorded once; a run copies
 // the feeds and the header to the device, launches the recording, and copies the header and the outputs back, neighbours
 // by one copy. Sizes and thresholds change between runs without recording again.
+//
+// Neighbouring steps of which none touches memory that another writes are branches of the recording, which the device runs
+// side by side.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <set>
@@ -33,11 +37,27 @@ constexpr DeviceKind kKind = DeviceKind::Simt;
 constexpr int kComputeMajorMin = 8;  // mma.sync of bf16, cp.async
 constexpr size_t kAlign = 256;
 constexpr size_t kStagingBytes = size_t{8} << 20;
+// Branches of a recording: as many queues of work as CUDA gives a process that asks for no others
+// (CUDA_DEVICE_MAX_CONNECTIONS). Further steps follow on the branches in turn.
+constexpr size_t kMostBranches = 8;
+constexpr size_t kMostBeside = 64;  // steps side by side; bounds the search for them
 constexpr size_t kGap = size_t{64} << 10;  // what is faster copied with its neighbours than skipped: a microsecond or two
 
 using Clock = std::chrono::steady_clock;
 double millisecondsSince(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+// ELASTIFORM_CUDA_BRANCHES: fewer branches; 1 records steps one after the other.
+size_t branchCount() {
+  const char* text = std::getenv("ELASTIFORM_CUDA_BRANCHES");
+  if (!text) return kMostBranches;
+  char* end = nullptr;
+  const unsigned long count = std::strtoul(text, &end, 10);
+  if (*end != '\0' || count < 1 || count > kMostBranches) {
+    fail(ErrorCode::InvalidArgument, "ELASTIFORM_CUDA_BRANCHES must be 1 to %zu, got %.20s", kMostBranches, text);
+  }
+  return count;
 }
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -123,7 +143,7 @@ struct Part {
 
 // Where a program's parts begin in the block. Small feeds and outputs are next to the header.
 struct Layout {
-  size_t fault, ticket, counters, sizes, headerBytes;
+  size_t fault, ticket, counters, sizes, headerBytes;  // counters: by branch, which may count at once, then by tag
   std::vector<Part> feeds, outputs;            // by slot, at their bounds
   std::vector<size_t> feedOrder, outputOrder;  // slots in the order of the block
   size_t arena, scratch;
@@ -145,7 +165,7 @@ struct Layout {
     takeAll(program.feeds, true, feeds, feedOrder);
     fault = take(sizeof(FaultRecord));
     ticket = take(sizeof(uint32_t));
-    counters = take(program.tags * sizeof(Counters));
+    counters = take(kMostBranches * program.tags * sizeof(Counters));
     sizes = take(program.dims.size() * sizeof(int32_t));
     headerBytes = end - fault;
     takeAll(program.outputs, false, outputs, outputOrder);
@@ -153,6 +173,22 @@ struct Layout {
     scratch = end;
   }
 };
+
+// Device memory that a step touches.
+struct Access {
+  const uint8_t *begin, *end;
+  bool written;
+};
+
+// Whether one of two steps writes what the other reads or writes.
+bool collide(const std::vector<Access>& a, const std::vector<Access>& b) {
+  for (const Access& x : a) {
+    for (const Access& y : b) {
+      if ((x.written || y.written) && x.begin < y.end && y.begin < x.end) return true;
+    }
+  }
+  return false;
+}
 
 struct Recording {
   std::weak_ptr<const Program> program;
@@ -175,10 +211,10 @@ class Runner : public Device {
   explicit Runner(std::shared_ptr<std::atomic<int64_t>> owned) : owned_(std::move(owned)) {}
   ~Runner() override {
     recordings_.clear();
-    for (const Event event : {started_, ended_}) {
+    for (const Event event : {started_, ended_, turn_}) {
       if (event) quietly([&] { eventDestroy(event); });
     }
-    quietly([&] { streamDestroy(stream_); });
+    destroyStreams();
     account(-static_cast<int64_t>(block_.bytes()));
   }
 
@@ -196,7 +232,7 @@ class Runner : public Device {
     } catch (const std::exception& error) {
       job.error.emplace(ErrorCode::Internal, where(*job.program) + error.what());
     }
-    if (job.error && stream_) dropQueued();
+    if (job.error && stream_) destroyStreams();
     job.milliseconds = millisecondsSince(start);
     job.hostMilliseconds = job.milliseconds - waited_;
   }
@@ -207,9 +243,12 @@ class Runner : public Device {
     return "[run] step " + std::to_string(step_) + " (" + opDefs()[program.steps[step_].op].name + "): ";
   }
 
-  void dropQueued() noexcept {
+  // With what is queued on them, or half recorded.
+  void destroyStreams() noexcept {
     abandonCapture(stream_);
     quietly([&] { streamDestroy(std::exchange(stream_, nullptr)); });
+    for (const Stream branch : branches_) quietly([&] { streamDestroy(branch); });
+    branches_.clear();
   }
 
   void runJob(Job& job) {
@@ -217,6 +256,7 @@ class Runner : public Device {
     if (!stream_) stream_ = streamCreate();
     if (!started_) started_ = eventCreate();
     if (!ended_) ended_ = eventCreate();
+    if (!turn_) turn_ = eventCreate();
     const Program& program = *job.program;
     const Recording& recording = recordWithRetry(job.program);
     const Layout& layout = *recording.layout;
@@ -258,7 +298,12 @@ class Runner : public Device {
     if (job.abort.load(std::memory_order_relaxed)) fail(ErrorCode::Aborted, "[run] aborted");
     job.deviceMilliseconds = elapsedMilliseconds(started_, ended_);
     checkFault(program, *reinterpret_cast<const FaultRecord*>(staging + layout.fault));
-    std::memcpy(job.counters.data(), staging + layout.counters, program.tags * sizeof(Counters));
+    const auto* counted = reinterpret_cast<const Counters*>(staging + layout.counters);
+    for (size_t i = 0; i < kMostBranches * program.tags; ++i) {
+      Counters& sum = job.counters[i % program.tags];  // of whole numbers: in any order the same
+      sum.flops += counted[i].flops;
+      sum.rows += counted[i].rows;
+    }
     for (size_t d = 0; d < program.dims.size(); ++d) {
       if (program.dims[d].kind != DimKind::Produced) continue;
       if (sizes[d] < 0 || sizes[d] > program.dims[d].bound) {
@@ -431,7 +476,7 @@ class Runner : public Device {
     } catch (const Error& error) {
       if (error.code != ErrorCode::OutOfMemory) throw;
     }
-    dropQueued();
+    destroyStreams();
     stream_ = streamCreate();
     recordings_.clear();
     account(-static_cast<int64_t>(block_.bytes()));
@@ -456,6 +501,8 @@ class Runner : public Device {
                                                 : weightOf(*tensor).data);
     }
     const Layout& layout = recording.layout.emplace(program);
+    alone_.assign(program.steps.size(), false);
+    for (size_t s = 0; s < program.steps.size(); ++s) alone_[s] = !program.steps[s].produced.empty();
     for (;;) {
       if (recording.graph) graphDestroy(std::exchange(recording.graph, nullptr));
       recording.block = nullptr;
@@ -463,9 +510,8 @@ class Runner : public Device {
       recording.program = shared;
       recording.states = states;
       recording.graph = capture(program, layout, bound);
-      const size_t wanted = aligned(scratchWanted_);
-      if (layout.scratch + wanted <= block_.bytes()) break;
-      scratchBytes_ = std::max(scratchBytes_, wanted);
+      if (recording.graph) break;
+      scratchBytes_ = std::max(scratchBytes_, scratchWanted_);
     }
     recording.block = block_.data();
     return recording;
@@ -484,7 +530,110 @@ class Runner : public Device {
     if (owned_) *owned_ += bytes;
   }
 
+  // Without a result where a step turned out to have to run alone, or the block to be too small.
   Graph capture(const Program& program, const Layout& layout, const std::vector<const void*>& bound) {
+    const std::vector<Operand> operands = operandsOf(program, layout, bound);
+    const size_t branches = branchCount();
+    const std::vector<size_t> runs = stepsBeside(program, operands, branches > 1 ? kMostBeside : 1);
+    for (size_t i = branches_.size() + 1; i < branches; ++i) branches_.push_back(streamCreate());
+    checked_.clear();
+    trusted_.clear();  // also of a recording that failed
+    scratchWanted_ = 0;
+    crowded_ = false;
+    beginCapture(stream_);
+    step_ = 0;
+    for (const size_t count : runs) {
+      const size_t width = std::min(count, branches);
+      beside_ = count;
+      fork(width);
+      for (size_t i = 0; i < count; ++i, ++step_) emit(program, layout, operands, i % width);
+      join(width);
+    }
+    step_ = -1;
+    if (!crowded_ && layout.scratch + scratchWanted_ <= block_.bytes()) return endCapture(stream_);
+    abandonCapture(stream_);
+    return nullptr;
+  }
+
+  // So many branches, the stream itself one of them, begin where the recording stands.
+  void fork(size_t width) {
+    if (width > 1) eventRecord(turn_, stream_);
+    for (size_t i = 1; i < width; ++i) streamWait(branches_[i - 1], turn_);
+  }
+
+  // What is recorded next comes after all of them.
+  void join(size_t width) {
+    for (size_t i = 1; i < width; ++i) {
+      eventRecord(turn_, branches_[i - 1]);
+      streamWait(stream_, turn_);
+    }
+  }
+
+  // Records the kernels of the current step on a branch; branch 0 is the stream itself.
+  void emit(const Program& program, const Layout& layout, const std::vector<Operand>& operands, size_t branch) {
+    uint8_t* const base = block_.data();
+    auto* sizes = reinterpret_cast<int32_t*>(base + layout.sizes);
+    const Step& step = program.steps[step_];
+    Operand in[kMaxOperands], out[kMaxOperands];
+    for (size_t i = 0; i < step.in.size(); ++i) {
+      if (step.in[i] >= 0) in[i] = operands[step.in[i]];
+    }
+    for (size_t i = 0; i < step.out.size(); ++i) {
+      if (step.out[i] >= 0) out[i] = operands[step.out[i]];
+    }
+    int32_t* produced[kMaxOperands] = {};
+    for (size_t i = 0; i < step.produced.size(); ++i) produced[i] = sizes + step.produced[i];
+    scratch_ = base + layout.scratch;
+    scratchUsed_ = 0;
+    current_ = &step;
+    auto* counters = reinterpret_cast<Counters*>(base + layout.counters) + branch * program.tags + step.tag;
+    const StepState state{reinterpret_cast<FaultRecord*>(base + layout.fault), counters, step_};
+    const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced,
+                        reinterpret_cast<uint32_t*>(base + layout.ticket), branch == 0 ? stream_ : branches_[branch - 1],
+                        properties().multiprocessors, properties().computeMajor == 9, allocateScratch, uncheckedInput,
+                        runAlone, this};
+    findEmitter(launch.op)(launch);
+    if (step.produced.empty()) return;
+    for (const int tensor : step.out) trusted_.insert(tensor);
+  }
+
+  // How many neighbours run side by side, at most `most`, for all steps in turn. Told by addresses: where the plan of the
+  // memory lets a step write over what an earlier one reads, they do not. Steps that the CPU joins have memory of their own
+  // (program.cc), here too; the plan is the same for all devices.
+  std::vector<size_t> stepsBeside(const Program& program, const std::vector<Operand>& operands, size_t most) const {
+    std::vector<std::vector<Access>> accesses;
+    for (const Step& step : program.steps) accesses.push_back(accessesOf(program, step, operands));
+    std::vector<size_t> runs;
+    for (size_t begin = 0, end; begin < accesses.size(); begin = end) {
+      const auto fits = [&](size_t s) {
+        return !alone_[s] && std::none_of(accesses.begin() + static_cast<ptrdiff_t>(begin),
+                                          accesses.begin() + static_cast<ptrdiff_t>(s),
+                                          [&](const auto& other) { return collide(other, accesses[s]); });
+      };
+      end = begin + 1;
+      while (!alone_[begin] && end < accesses.size() && end - begin < most && fits(end)) ++end;
+      runs.push_back(end - begin);
+    }
+    return runs;
+  }
+
+  // Without weights, which nothing writes.
+  static std::vector<Access> accessesOf(const Program& program, const Step& step, const std::vector<Operand>& operands) {
+    std::vector<Access> accesses;
+    const auto touch = [&](int tensor, bool written) {
+      if (tensor < 0) return;
+      const TensorDef& def = program.tensors[tensor];
+      if (def.kind == TensorKind::Bound && !program.bound[def.slot]->storage->writable) return;
+      const auto* begin = static_cast<const uint8_t*>(operands[tensor].data);
+      accesses.push_back({begin, begin + def.boundBytes, written});
+    };
+    const Signature& signature = signatureOf(step.op);
+    for (size_t i = 0; i < step.in.size(); ++i) touch(step.in[i], signature.inputs[i].writable);
+    for (const int tensor : step.out) touch(tensor, true);
+    return accesses;
+  }
+
+  std::vector<Operand> operandsOf(const Program& program, const Layout& layout, const std::vector<const void*>& bound) {
     uint8_t* const base = block_.data();
     auto* sizes = reinterpret_cast<int32_t*>(base + layout.sizes);
     std::vector<Operand> operands(program.tensors.size());
@@ -518,35 +667,7 @@ class Runner : public Device {
         }
       }
     }
-    checked_.clear();
-    trusted_.clear();  // also of a recording that failed
-    scratchWanted_ = 0;
-    beginCapture(stream_);
-    for (step_ = 0; step_ < static_cast<int>(program.steps.size()); ++step_) {
-      const Step& step = program.steps[step_];
-      Operand in[kMaxOperands], out[kMaxOperands];
-      for (size_t i = 0; i < step.in.size(); ++i) {
-        if (step.in[i] >= 0) in[i] = operands[step.in[i]];
-      }
-      for (size_t i = 0; i < step.out.size(); ++i) {
-        if (step.out[i] >= 0) out[i] = operands[step.out[i]];
-      }
-      int32_t* produced[kMaxOperands] = {};
-      for (size_t i = 0; i < step.produced.size(); ++i) produced[i] = sizes + step.produced[i];
-      scratch_ = base + layout.scratch;
-      scratchUsed_ = 0;
-      current_ = &step;
-      const StepState state{reinterpret_cast<FaultRecord*>(base + layout.fault),
-                            reinterpret_cast<Counters*>(base + layout.counters) + step.tag, step_};
-      const Launch launch{opDefs()[step.op].name, in, out, step.attributes.data(), state, produced,
-                          reinterpret_cast<uint32_t*>(base + layout.ticket), stream_,
-                          properties().multiprocessors, properties().computeMajor == 9, allocateScratch, uncheckedInput, this};
-      findEmitter(launch.op)(launch);
-      if (std::strncmp(launch.op, "route_", 6) != 0) continue;
-      for (const int tensor : step.out) trusted_.insert(tensor);
-    }
-    step_ = -1;
-    return endCapture(stream_);
+    return operands;
   }
 
   static void requireContiguous(const Tensor& tensor) {
@@ -559,9 +680,18 @@ class Runner : public Device {
     }
   }
 
+  // There is memory, a record of faults and a ticket for one step at a time. A recording in which the step has company is
+  // made again.
+  static void runAlone(void* self) {
+    auto& runner = *static_cast<Runner*>(self);
+    runner.crowded_ = runner.crowded_ || runner.beside_ > 1;
+    runner.alone_[runner.step_] = true;
+  }
+
   // Beyond the block: the addresses are then never used, because the recording is made again with a larger one.
   static void* allocateScratch(void* self, size_t bytes) {
     auto& runner = *static_cast<Runner*>(self);
+    runAlone(self);
     void* result = runner.scratch_ + runner.scratchUsed_;
     runner.scratchUsed_ += aligned(bytes);
     runner.scratchWanted_ = std::max(runner.scratchWanted_, runner.scratchUsed_);
@@ -572,7 +702,9 @@ class Runner : public Device {
   static bool uncheckedInput(void* self, int input, int kind) {
     auto& runner = *static_cast<Runner*>(self);
     const int tensor = runner.current_->in[input];
-    return !runner.trusted_.count(tensor) && runner.checked_.emplace(tensor, kind).second;
+    const bool unchecked = !runner.trusted_.count(tensor) && runner.checked_.emplace(tensor, kind).second;
+    if (unchecked) runAlone(self);
+    return unchecked;
   }
 
   const DeviceProperties& properties() {
@@ -582,7 +714,9 @@ class Runner : public Device {
 
   std::shared_ptr<std::atomic<int64_t>> owned_;
   Stream stream_ = nullptr;
+  std::vector<Stream> branches_;               // of recordings, beside stream_
   Event started_ = nullptr, ended_ = nullptr;  // around the recording's launch
+  Event turn_ = nullptr;                       // where branches of a recording part and meet
   double waited_ = 0;                          // for the device in this run, milliseconds
   DeviceBlock block_;
   HostBlock staging_;
@@ -594,6 +728,9 @@ class Runner : public Device {
   uint8_t* scratch_ = nullptr;
   size_t scratchUsed_ = 0, scratchWanted_ = 0, scratchBytes_ = 0;
   const Step* current_ = nullptr;
+  size_t beside_ = 1;        // steps side by side, the current one among them
+  std::vector<bool> alone_;  // by step; learnt from the op as it is recorded
+  bool crowded_ = false;     // a step that has to be alone was not
   std::set<std::pair<int, int>> checked_;
   std::set<int> trusted_;
 };

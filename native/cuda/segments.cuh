@@ -27,8 +27,9 @@ DEVICE bool onePerSegment(const Operand& offsets, const Operand& values, int inp
   return false;
 }
 
-// The same of bounds, on the host.
+// The same of bounds, on the host, for ops whose kernels ask onePerSegment.
 inline void checkPerSegment(const Launch& launch, const Operand& offsets, const Operand& values) {
+  launch.alone();
   const int64_t segments = offsets.bound[0] - 1;
   if (values.bound[0] != segments) {
     fail(ErrorCode::InvalidProgram, "[%s] one value per segment wanted: %lld segments, got %lld values", launch.op,

@@ -70,6 +70,7 @@ Statistics takeStatistics();
 // Of the whole process: kernels, lines they prefetched, and copies between host and device.
 struct Work {
   std::atomic<int64_t> launches{0}, prefetches{0}, uploads{0}, uploadedBytes{0}, downloads{0};
+  std::atomic<int64_t> depth{0};  // operations on the longest path of every recording that was launched
 };
 Work& work();
 

@@ -94,6 +94,9 @@ bool eventQuery(Event event);
 float elapsedMilliseconds(Event start, Event end);
 
 // Between the two calls work queued on the stream is recorded, not run. Waiting, allocating and freeing fail meanwhile.
+// A stream that is made to wait (streamWait) for an event recorded on the stream is recorded too, as a branch: what is
+// queued on it comes after what was queued before the event, and beside what is queued later. Every branch has to be
+// waited for in the same way before the end.
 void beginCapture(Stream stream);
 Graph endCapture(Stream stream);
 void graphLaunch(Graph graph, Stream stream);

@@ -1,4 +1,5 @@
-// The emulated runtime: device memory between red zones, streams that run when they are waited for, graphs replayed.
+// The emulated runtime: device memory between red zones, streams that run when they are waited for, graphs replayed, their
+// branches in an order that shows where one should have waited for another.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -7,6 +8,8 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <queue>
+#include <random>
 #include <utility>
 
 #include "core/error.h"
@@ -22,24 +25,39 @@ namespace elastiform::simt {
 // A recorded or queued piece of work.
 using Operation = std::function<void()>;
 
+// Of a recording: an operation, and which of those recorded before it must have run.
+struct Node {
+  Operation operation;
+  std::vector<size_t> after;
+};
+
+// A recording under way.
+struct Capture {
+  std::vector<Node> nodes;
+  std::vector<Stream> streams;  // the first one is the origin
+};
+
 struct StreamState {
   std::mutex mutex;    // of queue and counters; operations run outside it
   std::mutex running;  // held by whoever runs operations
   std::deque<Operation> queue;
   uint64_t queued = 0, done = 0;
-  bool capturing = false;
-  std::vector<Operation> captured;
+  std::shared_ptr<Capture> capture;  // that the stream is part of
+  std::vector<size_t> tail;          // its nodes that the next one comes after
   std::shared_ptr<StreamState> self;  // until streamDestroy; events may outlive that
 };
 
 struct EventState {
+  std::weak_ptr<Capture> capture;  // that it was recorded in, behind the nodes `tail`
+  std::vector<size_t> tail;
   std::shared_ptr<StreamState> stream;
   uint64_t position = 0;  // operations queued on the stream when the event was recorded
   std::shared_ptr<std::chrono::steady_clock::time_point> time;
 };
 
 struct GraphState {
-  std::vector<Operation> operations;
+  std::vector<Node> nodes;
+  std::vector<int> depth;  // of each: how many run one after the other until it has run
 };
 
 namespace {
@@ -302,8 +320,9 @@ void enqueue(Stream stream, Operation operation) {
     return;
   }
   const std::lock_guard lock(stream->mutex);
-  if (stream->capturing) {
-    stream->captured.push_back(std::move(operation));
+  if (stream->capture) {
+    std::vector<Node>& nodes = stream->capture->nodes;
+    nodes.push_back({std::move(operation), std::exchange(stream->tail, {nodes.size()})});
   } else {
     stream->queue.push_back(std::move(operation));
     ++stream->queued;
@@ -356,6 +375,17 @@ bool streamQuery(Stream stream) {
 
 void streamWait(Stream stream, Event event) {
   requireStream(stream, "streamWait");
+  const std::shared_ptr<Capture> capture = event->capture.lock();
+  if (stream->capture && capture != stream->capture) {
+    fail(ErrorCode::Internal, "[simt] streamWait of a stream that is captured for an event that is not");
+  }
+  if (capture) {
+    const std::lock_guard lock(stream->mutex);
+    if (!stream->capture) capture->streams.push_back(stream);
+    stream->capture = capture;
+    stream->tail.insert(stream->tail.end(), event->tail.begin(), event->tail.end());
+    return;
+  }
   if (!event->stream || event->stream.get() == stream) return;
   enqueue(stream, [other = event->stream, position = event->position] { runUntil(other.get(), position); });
 }
@@ -373,7 +403,9 @@ void eventDestroy(Event event) { delete event; }
 
 void eventRecord(Event event, Stream stream) {
   requireStream(stream, "eventRecord");
-  notWhileCapturing("eventRecord");
+  event->capture = stream->capture;
+  event->tail = stream->tail;
+  if (stream->capture) return;
   event->time = std::make_shared<std::chrono::steady_clock::time_point>();
   enqueue(stream, [time = event->time] { *time = std::chrono::steady_clock::now(); });
   const std::lock_guard lock(stream->mutex);
@@ -401,34 +433,91 @@ float elapsedMilliseconds(Event start, Event end) {
 
 // ---- Graphs
 
+namespace {
+
+// Takes the streams of a recording out of it.
+void release(const Capture& capture) {
+  capturingStream = nullptr;
+  for (const Stream stream : capture.streams) {
+    const std::lock_guard lock(stream->mutex);
+    stream->capture.reset();
+    stream->tail.clear();
+  }
+}
+
+// An order that the recording allows, by the schedule of warps: branches in turn, the one recorded last first; one branch as
+// far as it can, from the last; or at random.
+std::vector<size_t> orderOf(const GraphState& graph) {
+  const Schedule schedule = currentSchedule();
+  std::mt19937_64 random(schedule.seed);
+  const auto priority = [&](size_t node) -> uint64_t {
+    switch (schedule.order) {
+      case Order::Fair: return UINT64_MAX - static_cast<uint64_t>(graph.depth[node]);
+      case Order::Sprint: return 0;
+      case Order::Random: return random();
+    }
+    return 0;
+  };
+  std::vector<size_t> waitsFor(graph.nodes.size()), order;
+  std::vector<std::vector<size_t>> before(graph.nodes.size());
+  std::priority_queue<std::pair<uint64_t, size_t>> ready;  // priorities, equal ones by node
+  for (size_t node = 0; node < graph.nodes.size(); ++node) {
+    waitsFor[node] = graph.nodes[node].after.size();
+    for (const size_t other : graph.nodes[node].after) before[other].push_back(node);
+    if (waitsFor[node] == 0) ready.emplace(priority(node), node);
+  }
+  while (!ready.empty()) {
+    const size_t node = ready.top().second;
+    ready.pop();
+    order.push_back(node);
+    for (const size_t next : before[node]) {
+      if (--waitsFor[next] == 0) ready.emplace(priority(next), next);
+    }
+  }
+  return order;
+}
+
+}  // namespace
+
 void beginCapture(Stream stream) {
   requireStream(stream, "beginCapture");
   notWhileCapturing("beginCapture");
   const std::lock_guard lock(stream->mutex);
-  stream->capturing = true;
-  stream->captured.clear();
+  stream->capture = std::make_shared<Capture>();
+  stream->capture->streams.push_back(stream);
+  stream->tail.clear();
   capturingStream = stream;
 }
 
 Graph endCapture(Stream stream) {
   if (!stream || capturingStream != stream) fail(ErrorCode::Internal, "[simt] endCapture without beginCapture");
-  capturingStream = nullptr;
-  const std::lock_guard lock(stream->mutex);
-  stream->capturing = false;
-  return new GraphState{std::exchange(stream->captured, {})};
+  const std::shared_ptr<Capture> capture = stream->capture;
+  std::vector<bool> joined(capture->nodes.size());  // those that the stream's next one would come after
+  for (const size_t node : stream->tail) joined[node] = true;
+  release(*capture);
+  auto graph = std::make_unique<GraphState>();
+  graph->nodes = std::move(capture->nodes);
+  for (size_t node = joined.size(); node-- > 0;) {
+    if (!joined[node]) fail(ErrorCode::Internal, "[simt] endCapture: a branch has not been waited for");
+    for (const size_t other : graph->nodes[node].after) joined[other] = true;
+  }
+  for (const Node& node : graph->nodes) {
+    int depth = 0;
+    for (const size_t other : node.after) depth = std::max(depth, graph->depth[other]);
+    graph->depth.push_back(depth + 1);
+  }
+  return graph.release();
 }
 
 void abandonCapture(Stream stream) noexcept {
   if (!stream || capturingStream != stream) return;
-  capturingStream = nullptr;
-  const std::lock_guard lock(stream->mutex);
-  stream->capturing = false;
-  stream->captured.clear();
+  release(*std::shared_ptr<Capture>(stream->capture));
 }
 
 void graphLaunch(Graph graph, Stream stream) {
   requireStream(stream, "graphLaunch");
-  for (const Operation& operation : graph->operations) enqueue(stream, operation);
+  for (const size_t node : orderOf(*graph)) enqueue(stream, graph->nodes[node].operation);
+  if (!graph->depth.empty()) work().depth += *std::max_element(graph->depth.begin(), graph->depth.end());
 }
 
 void graphDestroy(Graph graph) { delete graph; }

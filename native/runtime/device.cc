@@ -29,7 +29,7 @@ std::vector<DeviceInfo> deviceInfos() {
 EmulatedWork emulatedWork() {
 #if defined(ELASTIFORM_WITH_SIMT)
   const simt::Work& work = simt::work();
-  return {work.launches, work.prefetches, work.uploads, work.uploadedBytes, work.downloads};
+  return {work.launches, work.prefetches, work.uploads, work.uploadedBytes, work.downloads, work.depth};
 #else
   return {};
 #endif

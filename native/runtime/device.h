@@ -31,7 +31,7 @@ std::vector<DeviceInfo> deviceInfos();
 
 // What the emulated device has done in this process, for tests; nothing where there is none.
 struct EmulatedWork {
-  int64_t launches = 0, prefetches = 0, uploads = 0, uploadedBytes = 0, downloads = 0;
+  int64_t launches = 0, prefetches = 0, uploads = 0, uploadedBytes = 0, downloads = 0, depth = 0;
 };
 EmulatedWork emulatedWork();
 

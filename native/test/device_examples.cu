@@ -1,6 +1,6 @@
 // Complete small kernels in the styles that the op library uses, run against references in double on either device: a
 // softmax by shuffles, a GEMM by cp.async, ldmatrix and mma.sync, and a warp-specialised GEMM by TMA, mbarriers and
-// wgmma, both with gathered rows and a scattering epilogue.
+// wgmma, both with gathered rows and a scattering epilogue; and a recording with branches.
 #include <cmath>
 #include <random>
 
@@ -253,17 +253,22 @@ double relativeError(const std::vector<float>& got, const std::vector<double>& w
   return std::sqrt(difference / norm);
 }
 
-CaseResult softmaxCase(int rows, int columns) {
-  std::vector<float> x(size_t(rows) * columns);
-  for (float& v : x) v = 6 * uniform();
-  std::vector<double> want(x.size());
-  for (int r = 0; r < rows; ++r) {
-    const float* in = &x[size_t(r) * columns];
+std::vector<double> softmaxOf(const std::vector<double>& x, int columns) {
+  std::vector<double> y(x.size());
+  for (size_t begin = 0; begin < x.size(); begin += columns) {
+    const double* in = &x[begin];
     double top = -INFINITY, sum = 0;
     for (int c = 0; c < columns; ++c) top = std::fmax(top, in[c]);
     for (int c = 0; c < columns; ++c) sum += std::exp(in[c] - top);
-    for (int c = 0; c < columns; ++c) want[size_t(r) * columns + c] = std::exp(in[c] - top) / sum;
+    for (int c = 0; c < columns; ++c) y[begin + c] = std::exp(in[c] - top) / sum;
   }
+  return y;
+}
+
+CaseResult softmaxCase(int rows, int columns) {
+  std::vector<float> x(size_t(rows) * columns);
+  for (float& v : x) v = 6 * uniform();
+  const std::vector<double> want = softmaxOf({x.begin(), x.end()}, columns);
   const DeviceArray<float> deviceX(x), deviceY(x.size());
   LAUNCH(softmaxRows, rows, kSoftmaxThreads, sizeof(SoftmaxShared), nullptr, deviceX.data(), deviceY.data(), columns);
   return {"softmax " + std::to_string(rows) + "x" + std::to_string(columns), relativeError(deviceY.download(), want),
@@ -315,6 +320,43 @@ CaseResult gemmCase(bool wgmma, int allRows, int m, int n, int k) {
           relativeError(deviceY.download(), want), 1e-5};
 }
 
+// A recording that parts into as many branches as there are rows, meets again, and parts once more with the same streams
+// and event; replayed with other data than it was recorded with.
+CaseResult branchesCase(int rows, int columns) {
+  std::vector<float> x(size_t(rows) * columns);
+  for (float& v : x) v = 6 * uniform();
+  std::vector<double> want(x.begin(), x.end());
+  for (int i = 0; i < 5; ++i) want = softmaxOf(want, columns);
+  const DeviceArray<float> deviceX(std::vector<float>(x.size(), 0.f)), deviceY(x.size()), deviceZ(x.size());
+  std::vector<Stream> streams;
+  for (int r = 0; r < rows; ++r) streams.push_back(streamCreate());
+  const Stream origin = streams[0];
+  const Event turn = eventCreate();
+  const auto softmax = [&](int stream, const float* from, float* to, int count) {
+    LAUNCH(softmaxRows, count, kSoftmaxThreads, sizeof(SoftmaxShared), streams[stream], from, to, columns);
+  };
+  beginCapture(origin);
+  softmax(0, deviceX.data(), deviceY.data(), rows);
+  for (int part = 0; part < 2; ++part) {
+    eventRecord(turn, origin);
+    for (int r = 1; r < rows; ++r) streamWait(streams[r], turn);
+    for (int r = 0; r < rows; ++r) softmax(r, deviceY.data() + r * columns, deviceZ.data() + r * columns, 1);
+    for (int r = 1; r < rows; ++r) {
+      eventRecord(turn, streams[r]);
+      streamWait(origin, turn);
+    }
+    softmax(0, deviceZ.data(), deviceY.data(), rows);
+  }
+  const Graph graph = endCapture(origin);
+  copyAsync(deviceX.data(), x.data(), x.size() * sizeof(float), CopyKind::HostToDevice, origin);
+  graphLaunch(graph, origin);
+  streamSynchronize(origin);
+  graphDestroy(graph);
+  eventDestroy(turn);
+  for (const Stream stream : streams) streamDestroy(stream);
+  return {"a recording of " + std::to_string(rows) + " branches", relativeError(deviceY.download(), want), 1e-5};
+}
+
 // A launch that fails is a failed case.
 template <typename Case>
 void add(std::vector<CaseResult>& results, const char* name, const Case& run) {
@@ -331,6 +373,7 @@ std::vector<CaseResult> runExamples() {
   std::vector<CaseResult> results;
   add(results, "softmax", [] { return softmaxCase(5, 1000); });
   add(results, "softmax", [] { return softmaxCase(3, 77); });
+  add(results, "branches", [] { return branchesCase(8, 100); });
   add(results, "mma GEMM", [] { return gemmCase(false, 128, 128, 128, 128); });
   add(results, "mma GEMM", [] { return gemmCase(false, 150, 77, 136, 72); });
   if (deviceProperties(0).computeMajor == 9) {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -507,6 +508,59 @@ void testGraphs() {
   streamDestroy(stream);
 }
 
+// What runs after what in a recording of two branches, each of two operations, between two others.
+void testBranches() {
+  const Stream stream = streamCreate(), branch = streamCreate();
+  const Event turn = eventCreate();
+  std::string order;
+  const auto queue = [&](Stream on, char name) { enqueue(on, [&order, name] { order += name; }); };
+  const auto record = [&](bool join) {
+    beginCapture(stream);
+    queue(stream, 'a');
+    eventRecord(turn, stream);
+    queue(stream, 'b');
+    queue(stream, 'c');
+    streamWait(branch, turn);
+    queue(branch, 'd');
+    queue(branch, 'e');
+    eventRecord(turn, branch);
+    if (join) streamWait(stream, turn);
+    queue(stream, 'f');
+    return endCapture(stream);
+  };
+  const Graph graph = record(true);
+  const int64_t depth = work().depth;
+  const auto orderUnder = [&](const char* schedule) {
+    setSchedule(parseSchedule(schedule));
+    order.clear();
+    graphLaunch(graph, stream);
+    streamSynchronize(stream);
+    return order;
+  };
+  CHECK(orderUnder("fair") == "adbecf");    // branches in turn, the last one first
+  CHECK(orderUnder("sprint") == "adebcf");  // one as far as it can
+  std::set<std::string> orders;
+  for (int seed = 0; seed < 100; ++seed) orders.insert(orderUnder(("random:" + std::to_string(seed)).c_str()));
+  CHECK(orders == (std::set<std::string>{"abcdef", "abdcef", "abdecf", "adbcef", "adbecf", "adebcf"}));
+  CHECK(work().depth - depth == 102 * 4);
+  graphDestroy(graph);
+  setSchedule({});
+
+  CHECK_ERROR(Internal, "endCapture: a branch has not been waited for", record(false));
+  // Neither stream is recorded any more.
+  order.clear();
+  queue(branch, 'g');
+  eventRecord(turn, branch);
+  streamSynchronize(branch);
+  CHECK(order == "g");
+  beginCapture(stream);
+  CHECK_ERROR(Internal, "for an event that is not", streamWait(stream, turn));
+  abandonCapture(stream);
+  eventDestroy(turn);
+  streamDestroy(branch);
+  streamDestroy(stream);
+}
+
 void testMemory() {
   CHECK(deviceCount() == 1 && deviceProperties(0).computeMajor == 9);
   setenv("ELASTIFORM_SIMT_CAPABILITY", "80", 1);
@@ -598,6 +652,7 @@ void testEmulation() {
   testSchedules();
   testStreams();
   testGraphs();
+  testBranches();
   testMemory();
   testTensorMaps();
   testThreads();
