@@ -71,6 +71,12 @@ export const GOALS = [
     },
   },
   {
+    id: 'branches',
+    what: 'half of 8 FFN blocks, d 768, 512 rows: products side by side over one after the other',
+    wanted: 1,
+    value: ({ blocks }) => speed(blocks, 'ours blocks in a chain', 'ours blocks'),
+  },
+  {
     id: 'slices',
     what: 'FFN width prefixes: share of the ideal speed-up, worst width',
     wanted: 0.97,

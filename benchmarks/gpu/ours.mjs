@@ -130,6 +130,20 @@ async function slope(few, many, build, feeds = {}) {
   };
 }
 
+/** A case whose programs are recorded without branches, whenever that is. */
+async function inChain(make) {
+  const chained = async (body) => {
+    process.env.ELASTIFORM_CUDA_BRANCHES = '1';
+    try {
+      return await body();
+    } finally {
+      delete process.env.ELASTIFORM_CUDA_BRANCHES;
+    }
+  };
+  const made = await chained(make);
+  return { ...made, turn: (calls) => chained(() => made.turn(calls)) };
+}
+
 // ---- feed-forward layers, as blocks of a model
 
 const ffnSpec = ({ hidden, ffn, gated, layers }) =>
@@ -171,13 +185,15 @@ const bind = (graph, value) => {
 
 function ffnPrograms(shape) {
   const spec = ffnSpec(shape);
-  const { rows, layers, hidden, capacity } = shape;
+  const { rows, layers, hidden, capacity, blocks } = shape;
   const weights = ffnWeights(spec);
   const x = resident(rows, hidden);
-  const policy = policyOf({ kind: 'elastiformer', tokens: { mlp: capacity } }, spec);
+  const places = blocks ? { blocks: { count: blocks, share: capacity } } : { tokens: { mlp: capacity } };
+  const policy = policyOf({ kind: 'elastiformer', ...places }, spec);
+  const choices = blocks ?? 1;
   const routers = Array.from({ length: layers }, () => ({
-    weight: matrix(1, hidden),
-    bias: own(Tensor.fromData('f32', [1], new Float32Array(1))),
+    weight: matrix(choices, hidden),
+    bias: own(Tensor.fromData('f32', [choices], new Float32Array(choices))),
   }));
   const feeds = { positions: new Int32Array(rows), offsets: Int32Array.of(0, rows), kept: Int32Array.of(0) };
   const program = (select) => {
@@ -227,6 +243,13 @@ const groups = {
   async 'ffn small'(shape, add) {
     const { routed } = await groups['ffn large'](shape, add);
     await add('cpu', () => cpuTime(routed));
+  },
+  async blocks(shape, add) {
+    const { dense, routed } = ffnPrograms(shape);
+    await add('dense', () => timed(dense.program, dense.run, shape.layers));
+    await add('blocks', () => timed(routed.program, routed.run, shape.layers));
+    const { routed: chain } = ffnPrograms(shape);
+    await add('blocks in a chain', () => inChain(() => timed(chain.program, chain.run, shape.layers)));
   },
   async slices({ rows, hidden, ffn, layers, shares }, add) {
     const [x, scale] = [resident(rows, hidden), ones(hidden)];

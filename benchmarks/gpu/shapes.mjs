@@ -28,6 +28,8 @@ export const FULL = {
   },
   'ffn large': { rows: 8192, hidden: 4096, ffn: 14336, gated: true, layers: 2, capacity: 0.5 },
   'ffn small': { rows: 8192, hidden: 768, ffn: 3072, gated: false, layers: 12, capacity: 0.5 },
+  // Products of 512 rows by 384 columns: each alone would leave most of a GPU idle.
+  blocks: { rows: 512, hidden: 768, ffn: 3072, gated: false, layers: 12, capacity: 0.5, blocks: 8 },
   slices: { rows: 8192, hidden: 4096, ffn: 14336, gated: true, layers: 2, shares: [0.25, 0.5, 0.75] },
   topk: { rows: 8192, capacity: 0.5, few: 2, many: 18 },
   attention: { rows: 8192, segments: [4, 1], heads: 32, kvHeads: 8, headDim: 128, few: 1, many: 3 },
@@ -46,6 +48,7 @@ export const TINY = {
   gemm: { rows: 128, few: 1, many: 2, products: { 'q, o': [64, 64], down: [128, 64] } },
   'ffn large': { rows: 128, hidden: 64, ffn: 128, gated: true, layers: 1, capacity: 0.5 },
   'ffn small': { rows: 128, hidden: 64, ffn: 128, gated: false, layers: 2, capacity: 0.5 },
+  blocks: { rows: 128, hidden: 64, ffn: 128, gated: false, layers: 2, capacity: 0.5, blocks: 4 },
   slices: { rows: 128, hidden: 64, ffn: 128, gated: true, layers: 1, shares: [0.5] },
   topk: { rows: 512, capacity: 0.5, few: 1, many: 3 },
   attention: { rows: 64, segments: [2, 1], heads: 2, kvHeads: 1, headDim: 64, few: 1, many: 2 },
