@@ -584,6 +584,46 @@ export const mutations = [
     ops: 'expert',
     cases: 'expert_balance .* of 5: the addon',
   },
+  {
+    what: 'tiles: the first row of the segment decides for all',
+    file: expert,
+    search: 'return static_cast<int>(tiles().first(start(segment), n));',
+    replace: 'return start(segment);',
+    ops: 'expert',
+    cases: 'tile_scores 5 scores, tiles of 4, .*: the addon',
+  },
+  {
+    what: 'tiles: a tile goes on in the next segment',
+    file: expert,
+    search: 'tiles().first(start(segment), n)',
+    replace: 'tiles().first(0, n)',
+    ops: 'expert',
+    cases: 'tile_scores 33 scores, .*: the addon',
+  },
+  {
+    what: 'tiles: positions of segments compared with those of the segment before',
+    file: expert,
+    search: 'n > t.start(t.segment(n)) ?',
+    replace: 'n > 0 ?',
+    ops: 'expert',
+    cases: 'tile_scores 5 scores, tiles of 4, .*: the addon',
+  },
+  {
+    what: 'tiles: one decision is kept',
+    file: expert,
+    search: 'kept < 2 && end > t.start(s)',
+    replace: 'kept < 1 && end > t.start(s)',
+    ops: 'expert',
+    cases: 'tile_scores 16 scores, .*: the addon',
+  },
+  {
+    what: 'tiles: the gradient of rows that the segment before decided about',
+    file: expert,
+    search: 'while (end < limit &&',
+    replace: 'while (end < t.rows() &&',
+    ops: 'expert',
+    cases: 'tile_scores 33 scores, .*: the addon',
+  },
 
   // Products by wgmma, and losses
   {

@@ -1,5 +1,7 @@
-// Experts: which rows choose one, its gates, and the loss that balances the load of all.
+// Experts: by whose scores rows of a tile choose, which rows choose one, its gates, and the loss that balances the load of all.
 #include "ops/expert.h"
+
+#include <cstring>
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
@@ -9,9 +11,10 @@ namespace elastiform::cpu {
 
 namespace {
 
+template <typename T>
 struct Contiguous {
-  const float* z;
-  float operator()(int i) const { return z[i]; }
+  const T* values;
+  T operator()(int64_t i) const { return values[i]; }
 };
 
 // The rows of z [N, E] with the shares of their segments.
@@ -23,7 +26,7 @@ struct Experts {
   const float* share;
   ExpertRule rule;
 
-  ExpertRow<Contiguous> row(int64_t n, int64_t segment) const {
+  ExpertRow<Contiguous<float>> row(int64_t n, int64_t segment) const {
     return {{z + n * count}, count, rule, share[segment]};
   }
   int64_t segmentOf(int64_t n) const { return std::upper_bound(offsets, offsets + segments, n) - offsets - 1; }
@@ -63,7 +66,95 @@ void measure(const Experts& e, const KernelArgs& args, double* load, double* wei
   });
 }
 
+// Rows of segments, and what tiles before them decided.
+struct TiledRows {
+  Tiles<Contiguous<int32_t>> tiles;
+  int64_t rows, segments, count;
+  const int32_t* offsets;
+  const float* held;  // null: nothing
+
+  int64_t segmentOf(int64_t n) const { return std::upper_bound(offsets, offsets + segments, n) - offsets - 1; }
+  const float* heldOf(int64_t segment) const { return held + segment * heldWidth(count); }
+  // The row whose scores hold for row n; -1: those that are held.
+  int64_t deciding(int64_t n, int64_t segment) const {
+    return held && tiles.holds(heldOf(segment)[count], n) ? -1 : tiles.first(offsets[segment], n);
+  }
+};
+
+// Input 0 has a row for each of the positions, input 1; offsets and what is held follow.
+TiledRows checkedTiles(const KernelArgs& args, const char* op) {
+  const TensorView &z = args.in[0], &positions = args.in[1], &offsets = args.in[2], &held = args.in[3];
+  const auto tile = static_cast<int32_t>(intAttribute(args, op, 0, "tile", 1, INT32_MAX));
+  TiledRows t{{{positions.i32()}, tile}, z.dim(0), 0, z.dim(1), offsets.i32(), nullptr};
+  t.segments = checkOffsets(op, offsets, t.rows);
+  for (int64_t s = 0; s < t.segments; ++s) {
+    int32_t previous = -1;
+    for (int64_t n = t.offsets[s]; n < t.offsets[s + 1]; ++n) {
+      const int32_t position = t.tiles.positions(n);
+      if (position <= previous || position >= kPositions) {
+        fail(ErrorCode::InvalidData, "[%s] positions[%lld] must be in [%d, %d) (ascending in a segment), got %d", op,
+             static_cast<long long>(n), previous + 1, kPositions, position);
+      }
+      previous = position;
+    }
+  }
+  if (!held) return t;
+  checkPerSegment(op, held, t.segments);
+  checkHeldWidth(op, held.dim(1), t.count);
+  t.held = held.f32();
+  return t;
+}
+
 }  // namespace
+
+void tileScores(const KernelArgs& args) {
+  const char* op = "tile_scores";
+  const TiledRows t = checkedTiles(args, op);
+  const float* z = args.in[0].f32();
+  float* y = args.out[0].f32();
+  checkScores(op, z, t.rows * t.count);
+  const size_t bytes = t.count * sizeof(float);
+  forChunks(t.rows, rowsPerChunk(t.count), args, [&](int64_t begin, int64_t end, int) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t s = t.segmentOf(n), row = t.deciding(n, s);
+      std::memcpy(y + n * t.count, row < 0 ? t.heldOf(s) : z + row * t.count, bytes);
+    }
+  });
+  if (!t.held || !args.out[1]) return;
+  for (int64_t s = 0; s < t.segments; ++s) {
+    const int64_t decision = t.count + 1;
+    float* next = args.out[1].f32() + s * heldWidth(t.count);
+    int64_t kept = 0;
+    // From the last row back.
+    for (int64_t end = t.offsets[s + 1]; kept < 2 && end > t.offsets[s]; ++kept) {
+      const int64_t row = t.deciding(end - 1, s);
+      if (row < 0) break;
+      std::memcpy(next + kept * decision, z + row * t.count, bytes);
+      next[kept * decision + t.count] = static_cast<float>(t.tiles.positions(row));
+      end = row;
+    }
+    std::memcpy(next + kept * decision, t.heldOf(s), (2 - kept) * decision * sizeof(float));
+  }
+}
+
+void tileScoresGrad(const KernelArgs& args) {
+  const TiledRows t = checkedTiles(args, "tile_scores_grad");
+  const float* dy = args.in[0].f32();
+  float* dz = args.out[0].f32();
+  const VectorOps& vector = vectorOps();
+  // A segment's rows of a tile are summed in their order.
+  forChunks(t.segments, rowsPerChunk(t.rows * t.count / std::max<int64_t>(1, t.segments)), args,
+            [&](int64_t begin, int64_t end, int) {
+              for (int64_t s = begin; s < end; ++s) {
+                for (int64_t n = t.offsets[s]; n < t.offsets[s + 1]; ++n) {
+                  float* to = dz + n * t.count;
+                  std::memset(to, 0, t.count * sizeof(float));
+                  const int64_t row = t.deciding(n, s);
+                  if (row >= 0) vector.add(dz + row * t.count, dy + n * t.count, dz + row * t.count, t.count);
+                }
+              }
+            });
+}
 
 void expertRows(const KernelArgs& args) {
   const char* op = "expert_rows";

@@ -82,6 +82,8 @@ void topkBce(const KernelArgs&);
 void topkBceGrad(const KernelArgs&);
 void topkCredit(const KernelArgs&);
 // expert.cc
+void tileScores(const KernelArgs&);
+void tileScoresGrad(const KernelArgs&);
 void expertRows(const KernelArgs&);
 void expertGate(const KernelArgs&);
 void expertGateGrad(const KernelArgs&);

@@ -1,4 +1,5 @@
-// Experts: gates of one, what trains the choice, and the loss that balances the load of all. A thread has a row.
+// Experts: by whose scores rows of a tile choose, gates of one, what trains the choice, and the loss that balances the load of
+// all. A thread has a row, or a warp.
 #include "cuda/expert.cuh"
 
 #include "cuda/attention.cuh"
@@ -62,6 +63,98 @@ __global__ void __launch_bounds__(kThreads, 4)
     });
     sum = warpTotal(sum);
     if (lane == 0) stGlobal(credit + at, sum);
+  }
+}
+
+struct GlobalPositions {
+  const int32_t* positions;
+  DEVICE int32_t operator()(int64_t i) const { return ldGlobal(positions + i); }
+};
+
+// Rows of segments with scores, or gradients of them, and what tiles before them decided.
+struct TiledRows {
+  Operand scores, positions, offsets, held;
+  int tile;
+
+  DEVICE int rows() const { return scores.size(0); }
+  DEVICE int count() const { return scores.size(1); }
+  DEVICE int segments() const { return offsets.size(0) - 1; }
+  DEVICE int start(int segment) const { return ldGlobal(offsets.i32() + segment); }
+  DEVICE int segment(int n) const { return segmentOf(offsets.i32(), segments(), n); }
+  DEVICE Tiles<GlobalPositions> tiles() const { return {{positions.i32()}, tile}; }
+  DEVICE const float* heldOf(int segment) const { return held.f32() + segment * heldWidth(count()); }
+  // The row whose scores hold for row n; -1: those that are held.
+  DEVICE int deciding(int n, int segment) const {
+    if (held && tiles().holds(ldGlobal(heldOf(segment) + count()), n)) return -1;
+    return static_cast<int>(tiles().first(start(segment), n));
+  }
+};
+
+// Before kernels that believe the data.
+__global__ void __launch_bounds__(kThreads, 4) checkTilesKernel(TiledRows t, StepState state) {
+  if (state.faulted() || (t.held && !onePerSegment(t.offsets, t.held, 3, state))) return;
+  for (int n = blockIdx.x * kThreads + threadIdx.x; n < t.rows(); n += gridDim.x * kThreads) {
+    const int64_t low = n > t.start(t.segment(n)) ? int64_t{ldGlobal(t.positions.i32() + n - 1)} + 1 : 0;
+    const int position = ldGlobal(t.positions.i32() + n);
+    if (position >= low && position < kPositions) continue;
+    state.report(Fault::Row, 1, n, static_cast<double>(low), kPositions, position);
+  }
+}
+
+// Copies scores by a warp.
+DEVICE void copyScores(const float* from, float* to, int64_t count, int lane) {
+  for (int64_t i = lane; i < count; i += 32) stGlobal(to + i, ldGlobal(from + i));
+}
+
+// A warp has a row.
+__global__ void __launch_bounds__(kThreads, 4) tileScoresKernel(TiledRows t, Operand y, StepState state) {
+  if (state.faulted()) return;
+  const int lane = laneId();
+  for (int n = blockIdx.x * (kThreads / 32) + warpId(); n < t.rows(); n += gridDim.x * (kThreads / 32)) {
+    for (int i = lane; i < t.count(); i += 32) {
+      const int64_t at = int64_t{n} * t.count() + i;
+      const float score = ldGlobal(t.scores.f32() + at);
+      if (score != score) state.report(Fault::NaN, 0, static_cast<double>(at), 0, 0, 0);
+    }
+    const int s = t.segment(n), row = t.deciding(n, s);
+    const float* from = row < 0 ? t.heldOf(s) : t.scores.f32() + int64_t{row} * t.count();
+    copyScores(from, y.f32() + int64_t{n} * t.count(), t.count(), lane);
+  }
+}
+
+// The last decisions of every segment, from its last row back. A warp has a segment.
+__global__ void __launch_bounds__(kThreads, 4) nextHeldKernel(TiledRows t, Operand next, StepState state) {
+  if (state.faulted()) return;
+  const int lane = laneId(), decision = t.count() + 1;
+  for (int s = blockIdx.x * (kThreads / 32) + warpId(); s < t.segments(); s += gridDim.x * (kThreads / 32)) {
+    float* to = next.f32() + s * heldWidth(t.count());
+    int kept = 0;
+    for (int end = t.start(s + 1); kept < 2 && end > t.start(s); ++kept) {
+      const int row = t.deciding(end - 1, s);
+      if (row < 0) break;
+      copyScores(t.scores.f32() + int64_t{row} * t.count(), to + kept * decision, t.count(), lane);
+      if (lane == 0) stGlobal(to + kept * decision + t.count(), static_cast<float>(t.tiles().positions(row)));
+      end = row;
+    }
+    copyScores(t.heldOf(s), to + kept * decision, (2 - kept) * decision, lane);
+  }
+}
+
+// The sum over the rows that a row decided about, in their order; zeros of the others. A warp has a row.
+__global__ void __launch_bounds__(kThreads, 4) tileScoresGradKernel(TiledRows t, Operand dz, StepState state) {
+  if (state.faulted()) return;
+  const int lane = laneId();
+  for (int n = blockIdx.x * (kThreads / 32) + warpId(); n < t.rows(); n += gridDim.x * (kThreads / 32)) {
+    const int s = t.segment(n), limit = t.start(s + 1), own = t.tiles().positions(n) / t.tile;
+    int end = n;
+    if (t.deciding(n, s) == n) {
+      while (end < limit && t.tiles().positions(end) / t.tile == own) ++end;
+    }
+    for (int i = lane; i < t.count(); i += 32) {
+      float sum = 0;
+      for (int m = n; m < end; ++m) sum += ldGlobal(t.scores.f32() + int64_t{m} * t.count() + i);
+      stGlobal(dz.f32() + int64_t{n} * t.count() + i, sum);
+    }
   }
 }
 
@@ -173,7 +266,36 @@ Measured measure(const Launch& launch, const Experts& e) {
   return m;
 }
 
+// Input 0 has a row for each of the positions, input 1; offsets and what is held follow.
+TiledRows checkedTiles(const Launch& launch) {
+  const Operand &z = launch.in[0], &positions = launch.in[1], &offsets = launch.in[2], &held = launch.in[3];
+  const auto tile = static_cast<int>(launch.intAttribute(0, "tile", 1, INT32_MAX));
+  const TiledRows t{z, positions, offsets, held, tile};
+  checkOffsets(launch, 2, z, 0);
+  if (held) {
+    checkPerSegment(launch, offsets, held);
+    checkHeldWidth(launch.op, held.bound[1], z.bound[1]);
+  }
+  LAUNCH(checkTilesKernel, launch.blocks(positions.bound[0], kThreads), kThreads, 0, launch.stream, t, launch.state);
+  return t;
+}
+
 }  // namespace
+
+void tileScores(const Launch& launch) {
+  const TiledRows t = checkedTiles(launch);
+  const Operand& next = launch.out[1];
+  LAUNCH(tileScoresKernel, launch.blocks(t.scores.bound[0], kThreads / 32), kThreads, 0, launch.stream, t, launch.out[0],
+         launch.state);
+  if (!t.held || !next) return;
+  LAUNCH(nextHeldKernel, launch.blocks(next.bound[0], kThreads / 32), kThreads, 0, launch.stream, t, next, launch.state);
+}
+
+void tileScoresGrad(const Launch& launch) {
+  const TiledRows t = checkedTiles(launch);
+  LAUNCH(tileScoresGradKernel, launch.blocks(t.positions.bound[0], kThreads / 32), kThreads, 0, launch.stream, t,
+         launch.out[0], launch.state);
+}
 
 void expertGate(const Launch& launch) {
   const Experts e = checkedExperts(launch, 0, 1);

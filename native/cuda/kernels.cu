@@ -59,6 +59,8 @@ Emitter findEmitter(const std::string& op) {
       {"topk_bce", topkBce},
       {"topk_bce_grad", topkBceGrad},
       {"topk_credit", topkCredit},
+      {"tile_scores", tileScores},
+      {"tile_scores_grad", tileScoresGrad},
       {"expert_rows", expertRows},
       {"expert_gate", expertGate},
       {"expert_gate_grad", expertGateGrad},

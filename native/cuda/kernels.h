@@ -77,6 +77,8 @@ void topkBceGrad(const Launch&);
 void topkCredit(const Launch&);
 void expertRows(const Launch&);
 // expert.cu
+void tileScores(const Launch&);
+void tileScoresGrad(const Launch&);
 void expertGate(const Launch&);
 void expertGateGrad(const Launch&);
 void expertCredit(const Launch&);

@@ -1,8 +1,11 @@
-// Which experts (attention heads, blocks of a feed-forward layer) a row chooses by its scores, for the kernels of every
-// device.
+// Which experts (attention heads, blocks of a feed-forward layer) a row chooses by its scores, and by whose scores rows choose
+// that do so together, for the kernels of every device.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+
+#include "core/error.h"
 
 #ifdef __CUDACC__
 #define ELASTIFORM_EXPERT __host__ __device__ __forceinline__
@@ -19,6 +22,44 @@ enum class ExpertRule { TopK = 0, Mass = 1 };
 // The value of an expert's gate, w being the softmax of the row's E scores: 1, with the gradient of log w; E w; or
 // E w / (sum of w over the chosen).
 enum class ExpertGate { StraightThrough = 0, Softmax = 1, Renormalised = 2 };
+
+// Positions below this are exact as floats, which decisions are kept in.
+constexpr int32_t kPositions = 1 << 24;
+
+// Rows of a segment, of ascending positions(row), of which those within a tile, `tile` consecutive positions, choose together.
+template <typename Positions>
+struct Tiles {
+  Positions positions;
+  int32_t tile;
+
+  // The first row from `begin` on of the tile that `row` is in.
+  ELASTIFORM_EXPERT int64_t first(int64_t begin, int64_t row) const {
+    const int32_t start = positions(row) / tile * tile;
+    int64_t low = begin, high = row;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (positions(middle) < start) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  // Whether `row` is in the tile that was decided about at a position; negative or NaN: none was.
+  ELASTIFORM_EXPERT bool holds(float position, int64_t row) const {
+    return position >= 0 && floor(static_cast<double>(position) / tile) == positions(row) / tile;
+  }
+};
+
+// The last two decisions of every segment: scores of all experts, and the position of the row that had them; the newest
+// first. f32 [S, 2 (E + 1)]
+ELASTIFORM_EXPERT int64_t heldWidth(int64_t experts) { return 2 * (experts + 1); }
+inline void checkHeldWidth(const char* op, int64_t width, int64_t experts) {
+  if (width == heldWidth(experts)) return;
+  fail(ErrorCode::InvalidProgram, "[%s] two decisions about %lld experts are %lld values, got %lld", op,
+       static_cast<long long>(experts), static_cast<long long>(heldWidth(experts)), static_cast<long long>(width));
+}
 
 // One row of scores. scores(i) is the i-th of `count`, none NaN. Experts come in the order of falling scores, ties to the
 // lower index.

@@ -110,6 +110,12 @@ const std::vector<OpDef>& opDefs() {
        "dz:f32[N,1]",
        {}},
       // experts
+      {"tile_scores",
+       "z:f32[N,E] positions:i32[N] offsets:i32[O] held?:f32[S,H] -> y:f32[N,E] next?:f32[S,H]",
+       {"tile"}},
+      {"tile_scores_grad",
+       "dy:f32[N,E] positions:i32[N] offsets:i32[O] held?:f32[S,H] -> dz:f32[N,E]",
+       {"tile"}},
       {"expert_rows",
        "z:f32[N,E] offsets:i32[O] share:f32[S] -> rows:i32[+R] row_offsets:i32[O]",
        {"expert", "rule"}},

@@ -127,6 +127,10 @@ std::vector<Encoded> corpus() {
     const int rows = w.tensor(TensorKind::Temp, DType::I32, {r});
     const int gates = w.temp({r}), loss = w.temp({one}), entered = w.temp({r, e});
     const int h = w.feed({n, w.constant(6)}), weight = w.feed({n}), starts = w.tensor(TensorKind::Temp, DType::I32, {o});
+    const int positions = w.feedIds({n}), held = w.feed({s, w.constant(8)}), tiled = w.temp({n, e});
+    w.step("tile_scores", {z, positions, offsets, held}, {tiled, w.output({s, w.constant(8)})}, {2});
+    w.step("tile_scores", {z, positions, offsets, -1}, {w.output({n, e}), -1}, {2});
+    w.step("tile_scores_grad", {tiled, positions, offsets, held}, {w.output({n, e})}, {2});
     w.step("expert_rows", {z, offsets, share}, {rows, starts}, {1, 0});
     w.step("expert_gate", {z, offsets, share, rows}, {gates}, {1, 0, 2});
     w.step("expert_gate_grad", {gates, z, offsets, share, rows}, {w.output({n, e})}, {1, 0, 1});

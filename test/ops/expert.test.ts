@@ -9,8 +9,10 @@ import {
   expertRows,
   expertRules,
   Graph,
+  heldWidth,
   type Node,
   Program,
+  tileScores,
 } from '../../lib/graph/index.js';
 import { type Case, cases, failure, inputs, offsetsOf, random, testEngine } from './harness.js';
 
@@ -35,6 +37,95 @@ const scored = (n: Record<string, Node>, rule: ExpertScores['rule']): ExpertScor
   offsets: n.offsets,
   share: n.share,
   rule,
+});
+
+/** `starts`: the first position of every segment; `decided`: where its tile before was decided, -1 if nowhere. `gaps`: rows are missing. */
+function tiles(
+  lengths: readonly number[],
+  count: number,
+  tile: number,
+  { starts = [], decided, gaps = false }: { starts?: number[]; decided?: number[]; gaps?: boolean } = {},
+): Case {
+  const make = inputs(count + tile);
+  const positions = lengths.flatMap((length, s) => {
+    let at = (starts[s] ?? 0) - 1;
+    return Array.from({ length }, () => {
+      at += gaps ? 1 + Math.floor(3 * make.next()) : 1;
+      return at;
+    });
+  });
+  const n = positions.length;
+  const decisions = (decided ?? []).flatMap((at) => [
+    ...Array.from({ length: count }, () => 2 * make.next() - 1),
+    at,
+    ...Array.from({ length: count }, () => 2 * make.next() - 1),
+    at < tile ? -1 : at - tile,
+  ]);
+  return {
+    name: `${count} scores, tiles of ${tile}, segments ${lengths} from ${starts}${gaps ? ', gaps' : ''}${decided ? `, held ${decided}` : ''}`,
+    inputs: {
+      z: make.f32(['N', n], count),
+      positions: make.i32(positions, ['N', n]),
+      offsets: make.i32(offsetsOf(lengths), ['O', lengths.length + 1]),
+      ...(decided && { held: make.values(decisions, ['S', lengths.length], heldWidth(count)) }),
+    },
+    build: ({ z, positions, offsets, held }) => {
+      const { y, next } = tileScores(z, positions, offsets, tile, held ?? null);
+      return { y, ...(next && { next }) };
+    },
+    wrt: ['z'],
+  };
+}
+
+cases('tile_scores', [
+  tiles([1], 1, 1),
+  tiles([9, 1, 30], 5, 4),
+  tiles([9, 0, 30, 0], 33, 4, { starts: [3, 0, 6, 9], gaps: true }),
+  // The tile of the first rows: decided before, decided in the tile before, not decided; a segment without rows.
+  tiles([9, 5, 3, 0], 5, 8, { starts: [3, 8, 6, 9], decided: [1, 7, -1, 8] }),
+  // The last tiles: the same as held, one more, two more, several more.
+  tiles([2, 8, 12, 60], 16, 8, { starts: [5, 5, 5, 5], decided: [4, 4, 4, 4], gaps: true }),
+  tiles([3, 4], 2, 1000000, { starts: [999998, 16777212], decided: [999997, 15999999] }),
+  // Enough for several threads.
+  tiles([700, 3, 500, 900], 40, 32, { starts: [0, 31, 500, 7], decided: [-1, 30, 499, 6], gaps: true }),
+]);
+
+test('tile_scores: positions that do not ascend or are out of range, NaN, held decisions of another width', async () => {
+  const run = (positions: number[], { z = 0, width = heldWidth(2), segments = 1, tile = 4 } = {}) =>
+    failure(
+      (graph) => {
+        const at = graph.feed('positions', 'i32', [graph.dim('N', 4)]);
+        const scores = graph.feed('z', 'f32', [at.shape[0], 2]);
+        const held = graph.feed('held', 'f32', [segments, width]);
+        graph.output('y', tileScores(scores, at, graph.feed('offsets', 'i32', [2]), tile, held).y);
+      },
+      {
+        dims: { N: positions.length },
+        feeds: {
+          z: new Float32Array(2 * positions.length).fill(z),
+          positions: Int32Array.from(positions),
+          offsets: Int32Array.of(0, positions.length),
+          held: new Float32Array(segments * width),
+        },
+      },
+    );
+  for (const bad of [[-1], [1, 1], [2, 1], [0, 1 << 24], [-(2 ** 31)]]) {
+    expect(await run(bad), `${bad}`).toMatchObject({
+      code: 'InvalidData',
+      message: expect.stringMatching(/\[tile_scores\] positions\[\d\] must be in .*ascending/),
+    });
+  }
+  expect(await run([1, 2], { z: Number.NaN })).toMatchObject({
+    code: 'InvalidData',
+    message: expect.stringMatching(/z\[\d\] is NaN/),
+  });
+  expect(await run([1], { width: 4 })).toMatchObject({
+    code: 'InvalidProgram',
+    message: expect.stringMatching(/two decisions about 2 experts are 6 values, got 4/),
+  });
+  expect((await run([1], { segments: 2 })).message).toMatch(/one value per segment wanted/);
+  for (const tile of [0, -4, 1.5])
+    expect(await run([1], { tile }), `${tile}`).toMatchObject({ code: 'InvalidProgram' });
 });
 
 cases('expert_rows', [

@@ -207,6 +207,25 @@ function segments(offsets: Value): [number, number][] {
   return Array.from(offsets.data.slice(1), (end, s) => [offsets.data[s], end]);
 }
 
+/** Calls with the rows of every tile of a segment s in turn, and whether what is held is a decision of that tile. */
+function eachTile(
+  positions: Value,
+  offsets: Value,
+  held: Value | null,
+  tile: number,
+  of: (s: number, rows: number[], isHeld: boolean) => void,
+): void {
+  for (const [s, [from, to]] of segments(offsets).entries()) {
+    const byTile = new Map<number, number[]>();
+    for (let n = from; n < to; ++n) {
+      const at = Math.floor(positions.data[n] / tile);
+      byTile.set(at, [...(byTile.get(at) ?? []), n]);
+    }
+    const before = held ? held.data[s * held.shape[1] + held.shape[1] / 2 - 1] : -1;
+    for (const [at, rows] of byTile) of(s, rows, before >= 0 && Math.floor(before / tile) === at);
+  }
+}
+
 /** Per segment: its key rows `[from, to)` and its queries with the row each stands at. */
 function queries(offsets: Value, rows: Value | null, rowOffsets: Value | null) {
   const parts = segments(rowOffsets ?? offsets);
@@ -677,6 +696,29 @@ export const references: Readonly<Record<string, Reference>> = {
   },
   route_threshold: ([z, offsets, threshold]) =>
     selected(offsets!, (rows, s) => rows.filter((r) => z!.data[r] > threshold!.data[s])),
+  tile_scores([z, positions, offsets, held], [tile]) {
+    const y = f64(z!.shape);
+    const next = held && f64(held.shape, held.data);
+    eachTile(positions!, offsets!, held, tile, (s, rows, isHeld) => {
+      const e = z!.shape[1];
+      const first = z!.data.slice(rows[0] * e, (rows[0] + 1) * e);
+      const own = held?.data.slice(2 * s * (e + 1), (2 * s + 1) * (e + 1));
+      for (const n of rows) y.data.set(isHeld ? own!.subarray(0, e) : first, n * e);
+      if (!next || isHeld) return;
+      next.data.copyWithin((2 * s + 1) * (e + 1), 2 * s * (e + 1), (2 * s + 1) * (e + 1));
+      next.data.set([...first, positions!.data[rows[0]]], 2 * s * (e + 1));
+    });
+    return [y, next];
+  },
+  tile_scores_grad([dy, positions, offsets, held], [tile]) {
+    const dz = f64(dy!.shape);
+    const e = dy!.shape[1];
+    eachTile(positions!, offsets!, held, tile, (_, rows, isHeld) => {
+      if (isHeld) return;
+      for (const n of rows) for (let i = 0; i < e; ++i) dz.data[rows[0] * e + i] += dy!.data[n * e + i];
+    });
+    return [dz];
+  },
   expert_rows([z, offsets, share], [expert, rule]) {
     const all = expertRows(z!, offsets!, share!, rule);
     return selected(offsets!, (rows) => rows.filter((n) => all[n].chosen.has(expert)));

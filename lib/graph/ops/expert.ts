@@ -1,4 +1,5 @@
-// Experts (attention heads, blocks of a feed-forward layer): which rows choose one, its gates, and the balance of loads.
+// Experts (attention heads, blocks of a feed-forward layer): by whose scores rows of a tile choose, which rows choose one, its
+// gates, and the balance of loads.
 import { InvalidArgumentError } from '../../native/errors.js';
 import { boundOf } from '../dims.js';
 import type { Node } from '../graph.js';
@@ -38,6 +39,58 @@ function checkExpert(op: string, { z }: ExpertScores, expert: number): void {
   const count = boundOf(z.shape[1]);
   if (Number.isInteger(expert) && expert >= 0 && expert < count) return;
   throw new InvalidArgumentError(`[${op}] expert must be an integer in [0, ${count}), got ${expert}`);
+}
+
+const tileScoresOp = defineOp(
+  'tile_scores',
+  'z:f32[N,E] positions:i32[N] offsets:i32[O] held?:f32[S,H] -> y:f32[N,E] next?:f32[S,H]',
+  ['tile'],
+  {
+    constant: ['held'],
+    gradient({ inputs: [, positions, offsets, held], attrs, dy, add }) {
+      add(0, tileScoresGradOp.apply([dy, positions, offsets, held], attrs)[0]!);
+    },
+  },
+);
+
+const tileScoresGradOp = defineOp(
+  'tile_scores_grad',
+  'dy:f32[N,E] positions:i32[N] offsets:i32[O] held?:f32[S,H] -> dz:f32[N,E]',
+  ['tile'],
+);
+
+/** Values of what `tileScores` holds of a segment: two decisions, each E scores and a position; the newest first. */
+export const heldWidth = (experts: number): number => 2 * (experts + 1);
+
+/** Scores by which rows of a tile choose together. */
+export interface TileScores {
+  /** f32 [N, E] */
+  y: Node;
+  /** The last two decisions of every segment after its rows, f32 [S, heldWidth(E)]; null where none are held. */
+  next: Node | null;
+}
+
+/**
+ * For every row the scores of the first one of its segment that is in the same tile: [0, tile), [tile, 2 tile), ... of its
+ * positions. No row sees one that comes after it.
+ *
+ * @param z f32 [N, E]
+ * @param positions i32 [N], ascending within a segment
+ * @param offsets i32 [S + 1], segments of the N rows
+ * @param held decisions of earlier runs, f32 [S, heldWidth(E)]: scores of a row and its position, negative or NaN where there
+ *   is none. The newest, where it is of the same tile, holds instead. Errors of the run: InvalidData where z is NaN, where positions do
+ *   not ascend, and of 2^24 and more.
+ */
+export function tileScores(
+  z: Node,
+  positions: Node,
+  offsets: Node,
+  tile: number,
+  held: Node | null = null,
+): TileScores {
+  const alone = { without: ['next'], bind: { S: 0, H: 0 } };
+  const [y, next] = tileScoresOp.apply([z, positions, offsets, held], [tile], held ? {} : alone);
+  return { y: y!, next };
 }
 
 const expertRowsOp = defineOp(

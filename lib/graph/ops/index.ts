@@ -31,6 +31,9 @@ export {
   expertGates,
   expertRows,
   expertRules,
+  heldWidth,
+  type TileScores,
+  tileScores,
 } from './expert.js';
 export {
   type LinearAddOptions,
