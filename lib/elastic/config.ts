@@ -54,6 +54,7 @@ import {
   type SourceTokens,
   sourceRouters,
   targetProblem,
+  tileProblem,
 } from './policy.js';
 import { type Json, Reader } from './reader.js';
 
@@ -270,6 +271,7 @@ export function policyFromJson(
       'gate',
       'rule',
       ...(axis === 'heads' ? ['keys'] : []),
+      'tile',
       'train_share',
     ]);
     const layers = layersAt(entry, axis);
@@ -280,7 +282,10 @@ export function policyFromJson(
     if (!expertGates.includes(expertGate)) read.fail(`${axis}.gate`, `one of ${expertGates.join(', ')}`, expertGate);
     const expertRule = entry.rule as ExpertRule;
     if (!expertRules.includes(expertRule)) read.fail(`${axis}.rule`, `one of ${expertRules.join(', ')}`, expertRule);
-    experts[axis] = { layers, count, gate: expertGate, rule: expertRule };
+    const tile = entry.tile as number | undefined;
+    const badTile = tile === undefined ? null : tileProblem(tile);
+    if (badTile) read.fail(`${axis}.tile`, badTile, tile);
+    experts[axis] = { layers, count, gate: expertGate, rule: expertRule, ...(tile !== undefined && { tile }) };
     if (axis === 'heads') {
       const keys = entry.keys as AttentionKeys;
       if (!attentionKeys.includes(keys)) read.fail('heads.keys', `one of ${attentionKeys.join(', ')}`, keys);

@@ -97,7 +97,20 @@ export interface Experts {
    * chose.
    */
   keys?: AttentionKeys;
+  /**
+   * Rows of a sequence in the same tile of so many consecutive positions, [0, tile), [tile, 2 tile), ..., choose together, by the
+   * scores of the first of them that enters the sub-layer. Absent: every row by itself.
+   */
+  tile?: number;
 }
+
+// No less: rows that speculative decoding takes back are then of two tiles at most. No more: positions are fewer.
+const [leastTile, mostTile] = [32, 2 ** 24];
+/** What is wrong with a `tile`, or null. */
+export const tileProblem = (tile: unknown): string | null =>
+  Number.isInteger(tile) && (tile as number) >= leastTile && (tile as number) <= mostTile
+    ? null
+    : `an integer from ${leastTile} to ${mostTile}`;
 
 /** Into how many experts a sub-layer can be cut, and the rule in words. */
 export function cutRule(axis: ExpertAxis, { heads, kvHeads, ffn }: ModelSizes): [(count: number) => boolean, string] {

@@ -18,6 +18,7 @@ import {
   type Range,
   routingConflict,
   targetProblem,
+  tileProblem,
 } from './policy.js';
 
 /** A capacity to train at, or a range to draw it from, uniformly for every step and sequence. */
@@ -30,14 +31,24 @@ export interface ElastiformerRecipe {
   tokens?: { attn?: TrainCapacity; mlp?: TrainCapacity };
   /** Which rows routed attention attends to; default 'all'. 'selected' saves more and loses more. */
   keys?: AttentionKeys;
-  /** Cuts the feed-forward into `count` blocks, of which every token uses a share; default not. */
-  blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate; rule?: ExpertRule };
+  /**
+   * Cuts the feed-forward into `count` blocks, of which every token uses a share; default not. `tile`: tokens of so many
+   * consecutive positions, from 32, choose together, by the first of them; default every token by itself.
+   */
+  blocks?: { count: number; share?: TrainCapacity; gate?: ExpertGate; rule?: ExpertRule; tile?: number };
   /**
    * Makes experts of attention's heads, of which every token uses a share; default not. `group` 'gqa': heads that share keys
    * and values are one expert, the default where they do; 'head': every head is one. `keys` 'selected': a row has only the
-   * keys and values of heads that it chose, default 'all'.
+   * keys and values of heads that it chose, default 'all'. `tile`: as of blocks.
    */
-  heads?: { share?: TrainCapacity; gate?: ExpertGate; rule?: ExpertRule; group?: HeadGroup; keys?: AttentionKeys };
+  heads?: {
+    share?: TrainCapacity;
+    gate?: ExpertGate;
+    rule?: ExpertRule;
+    group?: HeadGroup;
+    keys?: AttentionKeys;
+    tile?: number;
+  };
   /**
    * Trains corrections of a rank for projections (default q and v) of all layers, or of some; every budget below full has
    * them. Default none.
@@ -300,15 +311,15 @@ function elastiformerPolicy(recipe: ElastiformerRecipe, spec: ModelSizes): Parti
 type Fail = (message: string) => never;
 
 function blocksOf(
-  { count, gate, rule, share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
+  { count, gate, rule, tile, share: _, ...rest }: NonNullable<ElastiformerRecipe['blocks']>,
   layers: readonly number[],
   spec: ModelSizes,
   fail: Fail,
 ): Experts {
-  for (const key of Object.keys(rest)) fail(`unknown key 'blocks.${key}'; blocks takes count, share, gate, rule`);
+  for (const key of Object.keys(rest)) fail(`unknown key 'blocks.${key}'; blocks takes count, share, gate, rule, tile`);
   const [accepts, counts] = cutRule('blocks', spec);
   if (!accepts(count)) fail(`blocks.count must be ${counts}, got ${JSON.stringify(count)}`);
-  return { layers, count, ...choiceOf('blocks', gate, rule, fail) };
+  return { layers, count, ...choiceOf('blocks', { gate, rule, tile }, fail) };
 }
 
 /** Corrections of a recipe as a policy has them. */
@@ -328,12 +339,13 @@ export function loraOf(
 }
 
 function headsOf(
-  { gate, rule, share: _, group, keys = 'all', ...rest }: NonNullable<ElastiformerRecipe['heads']>,
+  { gate, rule, tile, share: _, group, keys = 'all', ...rest }: NonNullable<ElastiformerRecipe['heads']>,
   layers: readonly number[],
   spec: ModelSizes,
   fail: Fail,
 ): Experts {
-  for (const key of Object.keys(rest)) fail(`unknown key 'heads.${key}'; heads takes share, gate, rule, group, keys`);
+  for (const key of Object.keys(rest))
+    fail(`unknown key 'heads.${key}'; heads takes share, gate, rule, group, keys, tile`);
   if (group !== undefined && !headGroups.includes(group)) {
     fail(`heads.group must be one of ${headGroups.join(', ')}, got ${JSON.stringify(group)}`);
   }
@@ -349,22 +361,23 @@ function headsOf(
   }
   const bad = keys === 'selected' ? ownKeysRule(count, spec.kvHeads) : null;
   if (bad) fail(`heads.keys must be ${bad}`);
-  return { layers, count, ...choiceOf('heads', gate, rule, fail), keys };
+  return { layers, count, ...choiceOf('heads', { gate, rule, tile }, fail), keys };
 }
 
 function choiceOf(
   axis: ExpertAxis,
-  gate: ExpertGate = 'straight-through',
-  rule: ExpertRule = 'top-k',
+  { gate = 'straight-through', rule = 'top-k', tile }: Partial<Pick<Experts, 'gate' | 'rule' | 'tile'>>,
   fail: Fail,
-): Pick<Experts, 'gate' | 'rule'> {
+): Pick<Experts, 'gate' | 'rule' | 'tile'> {
   if (!expertGates.includes(gate)) {
     fail(`${axis}.gate must be one of ${expertGates.join(', ')}, got ${JSON.stringify(gate)}`);
   }
   if (!expertRules.includes(rule)) {
     fail(`${axis}.rule must be one of ${expertRules.join(', ')}, got ${JSON.stringify(rule)}`);
   }
-  return { gate, rule };
+  const bad = tile === undefined ? null : tileProblem(tile);
+  if (bad) fail(`${axis}.tile must be ${bad}, got ${JSON.stringify(tile)}`);
+  return { gate, rule, ...(tile !== undefined && { tile }) };
 }
 
 function layersOf(which: 'all' | 'even' | readonly number[], count: number, fail: Fail): number[] {

@@ -8,7 +8,9 @@ import {
   expertGate,
   expertRows,
   gate,
+  gatherIds,
   gatherRows,
+  heldWidth,
   latch,
   linear,
   type Routed,
@@ -18,6 +20,8 @@ import {
   segmentBroadcast,
   segmentMean,
   stopGradient,
+  type TileScores,
+  tileScores,
   zeros,
 } from '../graph/index.js';
 import type { EnteredRows, ExpertSelection, Place, RowSelection, Selector, SubLayer } from '../model/select.js';
@@ -27,6 +31,7 @@ import {
   axisTraits,
   type ExpertAxis,
   expertAxisOf,
+  isExperts,
   ofSequences,
   type RowAxis,
   routerId,
@@ -74,7 +79,7 @@ export interface RoutedExperts {
   gate: ExpertGate;
   /** Rows that entered the sub-layer, i32 [R]; null: all. */
   rows: Node | null;
-  /** Scores of these as a function of the router only: no gradient reaches the router's input. */
+  /** Scores by which these choose, as a function of the router only: no gradient reaches the router's input. */
   detached: ExpertScores;
   /** The same with the noise of exploration, as experts were chosen. */
   explored: ExpertScores;
@@ -91,12 +96,18 @@ export const capacityFeed = (id: string): string => `capacity.${id}`;
 /** Feed i32 [2] of `trainingSelector` where routers of sequences are: 0 and the number of segments. */
 export const spanFeed = 'sequences';
 /**
- * Name of the feed f32 [S] with the score that a router of sequences has given each before; NaN: not yet, so that the rows of
- * this run decide.
+ * Name of the feed f32 [S, decidedWidth] with what a router has decided before about each sequence; NaN: nothing yet, so that the
+ * rows of this run decide. Of a router of sequences it is the score, of experts that tiles choose what `tileScores` holds.
  */
 export const decidedFeed = (id: string): string => `decided.${id}`;
-/** Name of the output f32 [S] with the score in force, to be fed in the sequence's further runs. */
+/** Name of the output of the same shape with what is in force after the run, to be fed in the sequence's further runs. */
 export const decidedOutput = (id: string): string => `${decidedFeed(id)}.score`;
+/** How many values a router holds between the runs of a sequence; 0: it decides about rows, each by itself. */
+export function decidedWidth(policy: Omit<Routing, 'layers'>, axis: Axis): number {
+  if (!isExperts(axis)) return ofSequences(axis) ? 1 : 0;
+  const { count, tile } = policy[axis]!;
+  return tile === undefined ? 0 : heldWidth(count);
+}
 /** Name of the feed f32 [N, outputs], or [S, 1] of a router of sequences, with what is added to a router's logits before rows are chosen in training. */
 export const noiseFeed = (id: string): string => `noise.${id}`;
 /** Name of the feed f32 [S] with a router's logit threshold, or share or mass of experts, for every segment. */
@@ -160,6 +171,17 @@ function expertLogits({ x, gather }: EnteredRows, router: RouterNodes): Node {
   return linear(x, router.weight, { bias: router.bias, rows: gather });
 }
 
+/** Scores by which the rows that entered choose: each by its own, or all of a tile by those of the first. */
+function choosing(
+  z: Node,
+  { tile }: Experts,
+  { positions, rows, offsets }: EnteredRows,
+  held: Node | null = null,
+): TileScores {
+  if (tile === undefined) return { y: z, next: null };
+  return tileScores(z, rows ? gatherIds(positions, rows) : positions, offsets, tile, held);
+}
+
 /** A sub-layer is there unless one of its routers is absent. */
 const runsUnless = (absent: (id: string) => boolean): Selector['runs'] => {
   return (layer, place) =>
@@ -212,14 +234,17 @@ export function trainingSelector(
       const { id, count, gate: mode } = cut;
       const router = routers(id);
       const share = graph.feed(capacityFeed(id), 'f32', [segments]);
-      const explored = (z: Node): Node => {
+      const noisy = (z: Node): Node => {
         if (!explore) return z;
         const noise = graph.feed(noiseFeed(id), 'f32', [entered.residual.shape[0], count]);
         return add(z, entered.rows ? gatherRows(noise, entered.rows) : noise);
       };
-      const z = expertLogits(entered, router);
-      const scores: ExpertScores = { z: explored(z), offsets: entered.offsets, share, rule: 'top-k' };
-      const detached = { ...scores, z: expertLogits({ ...entered, x: stopGradient(entered.x) }, router) };
+      const scoresBy = (z: Node): ExpertScores => ({
+        z: choosing(z, cut, entered).y,
+        ...{ offsets: entered.offsets, share, rule: 'top-k' },
+      });
+      const scores = scoresBy(noisy(expertLogits(entered, router)));
+      const ofRouter = expertLogits({ ...entered, x: stopGradient(entered.x) }, router);
       const { layer, place, rows } = entered;
       experts.push({
         id,
@@ -227,8 +252,8 @@ export function trainingSelector(
         place,
         gate: mode,
         rows,
-        detached,
-        explored: { ...detached, z: explored(detached.z) },
+        detached: scoresBy(ofRouter),
+        explored: scoresBy(noisy(ofRouter)),
       });
       return chosenExperts(scores, cut, gatesOf(scores, mode));
     },
@@ -260,8 +285,8 @@ export function trainingSelector(
  *
  * @param known thresholds that all runs share: where one is infinite every row passes or none, so there is no router to
  *   run, nothing to feed, and a sub-layer that none enters is left out with its keys and values. Default none.
- * @param resumed whether sequences go on in several runs: routers of sequences keep to what they decided in the first
- *   (`decidedFeed`, `decidedOutput`). Default: a run holds them whole.
+ * @param resumed whether sequences go on in several runs: routers of sequences keep to what they decided in the first, those of
+ *   tiles to what they decided about one that goes on (`decidedFeed`, `decidedOutput`). Default: a run holds them whole.
  */
 export function inferenceSelector(
   graph: Graph,
@@ -278,7 +303,10 @@ export function inferenceSelector(
       if (!cut || known.get(cut.id) === Number.NEGATIVE_INFINITY) return null;
       const { id, gate: mode } = cut;
       const share = graph.feed(thresholdFeed(id), 'f32', [segments]);
-      const z = expertLogits(entered, routers(id));
+      const width = resumed ? decidedWidth(policy, expertAxisOf(entered.place)) : 0;
+      const held = width > 0 ? graph.feed(decidedFeed(id), 'f32', [segments, width]) : null;
+      const { y: z, next } = choosing(expertLogits(entered, routers(id)), cut, entered, held);
+      if (next) graph.output(decidedOutput(id), next);
       const scores: ExpertScores = { z, offsets: entered.offsets, share, rule: cut.rule };
       return chosenExperts(scores, cut, gatesOf(scores, mode));
     },
@@ -387,7 +415,7 @@ export function randomSelector(
       if (!cut) return null;
       const { id, count } = cut;
       const all = graph.feed(scoreFeed(id), 'f32', [rows, count]);
-      const z = entered.rows ? gatherRows(all, entered.rows) : all;
+      const { y: z } = choosing(entered.rows ? gatherRows(all, entered.rows) : all, cut, entered);
       const share = graph.feed(capacityFeed(id), 'f32', [segments]);
       return chosenExperts({ z, offsets: entered.offsets, share, rule: 'top-k' }, cut, () => undefined);
     },

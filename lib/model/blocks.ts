@@ -327,7 +327,7 @@ export function feedForwardBlock(
 }
 
 const entering = (
-  { offsets }: BlockContext,
+  { offsets, positions }: BlockContext,
   layer: number,
   place: Place,
   residual: Node,
@@ -336,6 +336,7 @@ const entering = (
   ...{ layer, place, x, gather, residual },
   rows: selection?.rows ?? null,
   offsets: selection?.offsets ?? offsets,
+  positions,
 });
 
 /** Rows that a product of a part reads. */

@@ -54,6 +54,8 @@ export interface EnteredRows {
   readonly rows: Node | null;
   /** Their segments, i32 [S + 1]. */
   readonly offsets: Node;
+  /** Positions of all rows of the residual stream in their sequences, i32 [N]. */
+  readonly positions: Node;
 }
 
 /** The matrices of a layer. */

@@ -17,8 +17,12 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2', 'gemma2'])('%s', (name
   const step = (recipe: Partial<ElastiformerRecipe>, values?: Float32Array, capacity?: number) =>
     trainStep(join(goldenDirectory, name), recipe, values, capacity);
 
-  it.each(['softmax', 'renormalised'] as const)('gradients of %s gates are finite differences', async (gate) => {
-    const recipe = { blocks: { count: 4, gate } };
+  it.each([
+    ['softmax', {}],
+    ['renormalised', {}],
+    ['softmax', { tile: 32 }],
+  ] as const)('gradients of %s gates are finite differences, %j', async (gate, more) => {
+    const recipe = { blocks: { count: 4, gate, ...more } };
     const { gradient, start } = await step(recipe);
     const largest = gradient.reduce((most, g) => Math.max(most, Math.abs(g)), 0);
     expect(largest).toBeGreaterThan(0);
@@ -41,6 +45,23 @@ describe.each(['elastiformer-llama', 'elastiformer-gpt2', 'gemma2'])('%s', (name
         name,
       ).toBe(true);
     }
+  });
+
+  it('blocks that tiles choose train, and cost what blocks of single rows do', async () => {
+    const [alone, together] = [await step({ blocks: { count: 4 } }), await step({ blocks: { count: 4, tile: 32 } })];
+    const of = ({ gradient, plan }: typeof alone) =>
+      plan.parameters
+        .filter(({ name }) => name.endsWith('.bias'))
+        .map(({ offset, size }) => gradient.slice(offset, offset + size));
+    // What one block gains the others lose, whoever decided.
+    for (const biases of [of(alone), of(together)]) {
+      for (const bias of biases) {
+        expect(bias.some((g) => g !== 0)).toBe(true);
+        expect(Math.abs(bias.reduce((sum, g) => sum + g, 0))).toBeLessThan(1e-5);
+      }
+    }
+    expect(together.gradient).not.toEqual(alone.gradient);
+    expect(together.counters['L0.mlp/4']).toEqual(alone.counters['L0.mlp/4']);
   });
 
   it('half of the blocks cost half of the work, and all of them next to no divergence', async () => {
@@ -128,7 +149,8 @@ test.each([
   [{ count: 5 }, /that divides/],
   [{ count: 4, share: 0 }, /blocks.share: capacity must be in \(0, 1\], got 0/],
   [{ count: 4, gate: 'raw' }, /blocks.gate must be one of straight-through, softmax, renormalised/],
-  [{ count: 4, k: 2 }, /unknown key 'blocks.k'/],
+  [{ count: 4, k: 2 }, /unknown key 'blocks.k'; blocks takes count, share, gate, rule, tile/],
+  [{ count: 4, tile: 16 }, /blocks.tile must be an integer from 32 to 16777216, got 16/],
 ])('recipe blocks %j is refused', (blocks, message) => {
   const spec = { layers: 2, hidden: 32, ffn: 64, heads: 4, kvHeads: 2, gated: true };
   expect(() => policyOf({ kind: 'elastiformer', blocks: blocks as { count: number } }, spec)).toThrow(message);

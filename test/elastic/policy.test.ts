@@ -186,6 +186,22 @@ describe('elastic_config.json', () => {
     });
   });
 
+  it('keeps tiles of tokens that choose experts together, and refuses those it cannot have', () => {
+    const tiled = calibrated({ kind: 'elastiformer', heads: { tile: 64 }, blocks: { count: 2, tile: 32 } });
+    const json = JSON.parse(JSON.stringify(policyToJson(tiled)));
+    const warnings: string[] = [];
+    const read = policyFromJson(json, 'f.json', spec, warnings);
+    expect(warnings).toEqual([]);
+    expect(read.heads).toEqual(tiled.heads);
+    expect(read.blocks).toEqual(tiled.blocks);
+    expect([read.heads!.tile, read.blocks!.tile]).toEqual([64, 32]);
+    for (const tile of [31, 32.5, 2 ** 24 + 1, '32', null]) {
+      expect(() => policyFromJson({ ...json, blocks: { ...json.blocks, tile } }, 'f.json', spec, [])).toThrow(
+        /f.json: blocks.tile must be an integer from 32 to 16777216/,
+      );
+    }
+  });
+
   it('warns of unknown keys and keeps going', () => {
     const warnings: string[] = [];
     policyFromJson({ ...json(), tokens: { ...json().tokens, heads: {} }, colour: 1 }, 'f.json', spec, warnings);

@@ -5,7 +5,7 @@ import { Tensor } from '../../native/index.js';
 import { keysAt } from '../mixed.js';
 import type { Network } from '../network.js';
 import { maxDraftTokens } from '../programs.js';
-import type { Decided } from './decided.js';
+import { type Decided, takeBack } from './decided.js';
 import { PagePool } from './pages.js';
 
 /** Rows of a page, of one layer: few are left unused at the end of a sequence, and a kernel finds enough side by side. */
@@ -22,7 +22,7 @@ export interface SequenceKeys {
   readonly parts: number[];
   /** Pages of every list, in turn: after the last comes the first again. A page of a part holds `pageRows * parts` of its rows, in the same bytes. */
   readonly pages: readonly number[][];
-  /** What routers of sequences decided about it. */
+  /** What routers decided about it, for its further runs. */
   readonly decided: Decided;
   /** Rows held of every list. They differ: routed layers may hold only rows that entered, and heads those that chose them. */
   readonly rows: Int32Array;
@@ -168,6 +168,7 @@ export class KeyValueCache {
   /** Forgets rows that came since the sequence was bound, where every row has keys in each layer that has pages. */
   truncate(keys: SequenceKeys, rows: number): void {
     for (const { index } of this.#lists(keys)) keys.rows[index] = rows;
+    takeBack(keys.decided, rows);
     if (this.#tensors) this.#tensors.staleLengths = true;
   }
 
