@@ -598,7 +598,7 @@ export const mutations = [
     search: 'tiles().first(start(segment), n)',
     replace: 'tiles().first(0, n)',
     ops: 'expert',
-    cases: 'tile_scores 33 scores, .*: the addon',
+    cases: 'tile_scores 7 scores, .*: the addon',
   },
   {
     what: 'tiles: positions of segments compared with those of the segment before',
@@ -617,12 +617,12 @@ export const mutations = [
     cases: 'tile_scores 16 scores, .*: the addon',
   },
   {
-    what: 'tiles: the gradient of rows that the segment before decided about',
+    what: 'tiles: the gradient of rows of the next segment',
     file: expert,
     search: 'while (end < limit &&',
     replace: 'while (end < t.rows() &&',
     ops: 'expert',
-    cases: 'tile_scores 33 scores, .*: the addon',
+    cases: 'tile_scores 7 scores, .*: the addon',
   },
 
   // Products by wgmma, and losses

@@ -81,6 +81,8 @@ cases('tile_scores', [
   tiles([1], 1, 1),
   tiles([9, 1, 30], 5, 4),
   tiles([9, 0, 30, 0], 33, 4, { starts: [3, 0, 6, 9], gaps: true }),
+  // The next segment goes on in the same tile.
+  tiles([3, 3, 2], 7, 64, { starts: [0, 4, 9] }),
   // The tile of the first rows: decided before, decided in the tile before, not decided; a segment without rows.
   tiles([9, 5, 3, 0], 5, 8, { starts: [3, 8, 6, 9], decided: [1, 7, -1, 8] }),
   // The last tiles: the same as held, one more, two more, several more.
