@@ -1,17 +1,21 @@
 // Routing of tokens, heads and blocks at capacity 0.5 against our own dense code: the layers of one kind alone, and the whole
-// model; what routers themselves cost; texts at different budgets in one run against one after the other.
+// model; few rows of a sequence that choose blocks together or each by itself; what routers themselves cost; texts at different
+// budgets in one run against one after the other.
 import { roundRobin } from '../harness/measure.mjs';
 import { milliseconds, number, table, target } from '../harness/report.mjs';
 
 const ROWS = 512;
+/** Of one sequence, as drafts are verified. */
+const FEW = 16;
 
 export async function routed({ start, threads, rounds, repeats, quick, dir, log }) {
   const child = start('elastiform', 'ours.mjs');
   try {
-    const libraries = { elastiform: await child.ask('routed', { dir, threads, rows: ROWS }) };
-    const data = { rows: ROWS, capacity: 0.5 };
+    const libraries = { elastiform: await child.ask('routed', { dir, threads, rows: ROWS, few: FEW }) };
+    const data = { rows: ROWS, fewRows: FEW, capacity: 0.5 };
     for (const [what, modes] of [
       ['ffn', ['dense', 'routed', 'blocks', 'many blocks']],
+      ['few', ['dense', 'many blocks', 'many blocks, tiles']],
       ['attention', ['dense', 'heads']],
       ['model', ['dense', 'routed', 'routed, all keys', 'heads', 'blocks', 'routers']],
     ]) {
@@ -64,6 +68,19 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
         number(saved(what, mode), 2),
       ]),
     );
+    const fewText = table(
+      [`${FEW} rows of one sequence, 12 feed-forward layers, half of 16 blocks`, 'ms', 'speed-up', 'fewer FLOPs'],
+      [
+        ['dense', 'dense'],
+        ['every row chooses by itself', 'many blocks'],
+        ['rows of a tile choose together', 'many blocks, tiles'],
+      ].map(([name, mode]) => [
+        name,
+        milliseconds(data.few.milliseconds[mode]),
+        number(data.few.speedup[mode] ?? 1, 2),
+        number(data.few.flopsRatio[mode] ?? 1, 2),
+      ]),
+    );
     const routersText = `With a router in every place that lets all rows in, the model takes ${number(overhead, 3)} times as long as without.`;
     const mixedText = table(
       [
@@ -80,7 +97,7 @@ export async function routed({ start, threads, rounds, repeats, quick, dir, log 
     return {
       libraries,
       data,
-      text: `${text}\n\n${routersText}\n\n${mixedText}`,
+      text: `${text}\n\n${fewText}\n\n${routersText}\n\n${mixedText}`,
       targets: [
         target('routed FFN at 0.5 over dense FFN', 1.85, data.ffn.speedup.routed),
         target('routed model at 0.5 over dense prefill', 1.7, data.model.speedup.routed),

@@ -99,6 +99,7 @@ const policyAt = (recipe) => policyOf({ kind: 'elastiformer', ...recipe }, netwo
 const TOKENS = { attn: 0.5, mlp: 0.5 };
 const BLOCKS = { count: 8, share: 0.5 };
 const MANY_BLOCKS = { count: 16, share: 0.5 };
+const TILED_BLOCKS = { ...MANY_BLOCKS, tile: 32 };
 const HEADS = { group: 'head', share: 0.5 };
 
 // Top-k selection in every layer at the given places; routers are random, so that the rows chosen are spread out.
@@ -223,8 +224,8 @@ await serve({
   prefill: async ({ prompt }) => ({ ms: (await timeText(prompt, [])).prefill }),
   decode: async ({ prompt, next }) => ({ ms: (await timeText(prompt, next)).decode / next.length }),
 
-  // Whole model, and layers of one kind alone, dense and with every layer routed.
-  async routed({ dir, threads, rows }) {
+  // Whole model, and layers of one kind alone, dense and with every layer routed; feed-forwards of `few` rows of one sequence.
+  async routed({ dir, threads, rows, few }) {
     network = await loadNetwork(dir, { dtype: 'f32', threads, maxContext: 1024 });
     const { spec } = network;
     const offsets = Int32Array.of(0, rows);
@@ -253,7 +254,7 @@ await serve({
       heads: wholeRouted({ heads: HEADS }),
       blocks: wholeRouted({ blocks: BLOCKS }),
     };
-    const layersOnly = (block, select) => {
+    const layersOnly = (block, rows, select) => {
       const graph = new Graph();
       const weights = bindWeights(graph, network.weights);
       const context = {
@@ -271,25 +272,33 @@ await serve({
       graph.output('kept', gatherRows(x, graph.feed('kept', 'i32', [1])));
       return Program.compile(graph, network.engine);
     };
-    const input = { x: random(rows * spec.hidden, 96, 1), positions: model.positions, offsets, kept: Int32Array.of(0) };
-    const layersDense = (block) => ({ program: layersOnly(block, () => selectEverything), dims: {}, feeds: input });
-    const layersRouted = (block, recipe) => {
-      const policy = policyAt(recipe);
+    // Layers of one kind, with routers by a recipe or without.
+    const layers = (block, rows, recipe) => {
+      const policy = recipe && policyAt(recipe);
       return {
-        program: layersOnly(block, (graph) => routeAll(graph, 1, policy)),
+        program: layersOnly(block, rows, (graph) => (policy ? routeAll(graph, 1, policy) : selectEverything)),
         dims: {},
-        feeds: { ...input, ...capacityFeeds(policy, 1, () => 0.5) },
+        feeds: {
+          ...{ x: random(rows * spec.hidden, 96, 1), positions: range(0, rows) },
+          ...{ offsets: Int32Array.of(0, rows), kept: Int32Array.of(0) },
+          ...(policy && capacityFeeds(policy, 1, () => 0.5)),
+        },
       };
     };
     routed.ffn = {
-      dense: layersDense(feedForwardBlock),
-      routed: layersRouted(feedForwardBlock, { tokens: { mlp: 0.5 } }),
-      blocks: layersRouted(feedForwardBlock, { blocks: BLOCKS }),
-      'many blocks': layersRouted(feedForwardBlock, { blocks: MANY_BLOCKS }),
+      dense: layers(feedForwardBlock, rows),
+      routed: layers(feedForwardBlock, rows, { tokens: { mlp: 0.5 } }),
+      blocks: layers(feedForwardBlock, rows, { blocks: BLOCKS }),
+      'many blocks': layers(feedForwardBlock, rows, { blocks: MANY_BLOCKS }),
+    };
+    routed.few = {
+      dense: layers(feedForwardBlock, few),
+      'many blocks': layers(feedForwardBlock, few, { blocks: MANY_BLOCKS }),
+      'many blocks, tiles': layers(feedForwardBlock, few, { blocks: TILED_BLOCKS }),
     };
     routed.attention = {
-      dense: layersDense(attentionBlock),
-      heads: layersRouted(attentionBlock, { heads: HEADS }),
+      dense: layers(attentionBlock, rows),
+      heads: layers(attentionBlock, rows, { heads: HEADS }),
     };
     return facts();
   },
