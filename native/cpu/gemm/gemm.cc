@@ -83,6 +83,7 @@ constexpr int64_t kWidenInRegisters = 16;   // rows up to which 16-bit panels ar
 constexpr int64_t kChunksPerThread = 6;
 constexpr int64_t kChunkFlops = int64_t{1} << 21;
 constexpr int64_t kNarrowElements = int64_t{1} << 19;  // of weights that a core's second-level cache holds most of
+constexpr int64_t kNarrowRows = 64;   // at least, for each reading of such weights from memory
 constexpr int64_t kSumBlocksPerThread = 2;  // of columns: each reads all rows that are added up
 
 int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -801,7 +802,8 @@ void multiplyNarrow(const std::vector<const Product*>& products, const KernelArg
   const int64_t tileRows = kernels().rows;
   int64_t tiles = 0;
   for (const Product* p : products) tiles += rowTiles(p->M, tileRows).count;
-  const int64_t tilesAtOnce = std::clamp<int64_t>(tiles / (threadCount() * kChunksPerThread), 1, kBlockRows / tileRows);
+  const int64_t tilesAtOnce = std::clamp<int64_t>(tiles / (threadCount() * kChunksPerThread),
+                                                  ceilDiv(kNarrowRows, tileRows), kBlockRows / tileRows);
   std::vector<Chunk> chunks;
   size_t most = 0;
   for (const Product* p : products) {
