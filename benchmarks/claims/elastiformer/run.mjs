@@ -19,6 +19,7 @@ const PLACES = {
   'tokens into the FFN': { recipe: { tokens: { mlp: RANGE } }, component: ['mlp'] },
   heads: { recipe: { heads: { share: RANGE, group: 'head' } }, component: ['attn'] },
   'FFN blocks': { recipe: { blocks: { count: 4, share: RANGE } }, component: ['mlp'] },
+  'FFN blocks, tiles of 32': { recipe: { blocks: { count: 4, share: RANGE, tile: 32 } }, component: ['mlp'] },
   'all four': {
     recipe: {
       tokens: { attn: RANGE, mlp: RANGE },
