@@ -1,5 +1,5 @@
 // Builds the native tests with AddressSanitizer and UBSan in build/ and runs them, then a bounded fuzz of the program
-// validator and kernels on every instruction set: node scripts/native-tests.mjs [--no-sanitize] [--fuzz-seconds 20]
+// validator and kernels on every instruction set: node scripts/native-tests.mjs [--no-sanitize] [--fuzz-seconds 12]
 // [--fuzz-seed 1] [test name]...
 import { spawn } from 'node:child_process';
 import { dirname, resolve } from 'node:path';
@@ -11,7 +11,7 @@ const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     'no-sanitize': { type: 'boolean', default: false },
-    'fuzz-seconds': { type: 'string', default: '20' },
+    'fuzz-seconds': { type: 'string', default: '12' },
     'fuzz-seed': { type: 'string', default: '1' },
   },
 });
