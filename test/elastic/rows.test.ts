@@ -9,18 +9,16 @@ import {
   droppedSelector,
   inferenceSelector,
   randomSelector,
-  routerNodes,
+  type routerNodes,
   scoreFeed,
   thresholdFeed,
   trainingSelector,
 } from '../../lib/elastic/rows.js';
-import { Graph, Program } from '../../lib/graph/index.js';
-import { Checkpoint } from '../../lib/io/safetensors.js';
-import { decoder, logits } from '../../lib/model/decoder.js';
-import { type Selector, selectEverything } from '../../lib/model/select.js';
-import { bindWeights, loadWeights } from '../../lib/model/weights.js';
-import { Engine, Tensor, type TypedArray } from '../../lib/native/index.js';
+import type { Graph } from '../../lib/graph/index.js';
+import { selectEverything } from '../../lib/model/select.js';
+import { Engine, type TypedArray } from '../../lib/native/index.js';
 import { goldenDirectory, positionsOf, readSpec, readVectors } from '../model/golden.js';
+import { runSelected, type Select } from './selected.js';
 
 let engine: Engine;
 beforeAll(() => {
@@ -49,45 +47,11 @@ describe.each([
   const thresholds = (value: number) => Object.fromEntries(ids.map((id) => [thresholdFeed(id), filled(value)]));
 
   /** Logits and counters with a selector; `z` are the routers' logits when it is the training one. */
-  async function run(
-    select: (graph: Graph, routers: ReturnType<typeof routerNodes>) => Selector,
-    feeds: Record<string, TypedArray> = {},
-  ) {
-    using checkpoint = Checkpoint.open(directory);
-    using loaded = loadWeights(spec, checkpoint);
-    const tensors = new Map(
-      ids.map((id) => [
-        id,
-        {
-          weight: Tensor.fromData('f32', [1, spec.hidden], vectors[`router.${id}.weight`]),
-          bias: Tensor.fromData('f32', [1], vectors[`router.${id}.bias`]),
-        },
-      ]),
-    );
-    const graph = new Graph();
-    const weights = bindWeights(graph, loaded.weights);
-    const inputs = {
-      ids: graph.feed('ids', 'i32', [rows]),
-      positions: graph.feed('positions', 'i32', [rows]),
-      offsets: graph.feed('offsets', 'i32', [segments + 1]),
-    };
-    const selector = select(graph, routerNodes(graph, tensors));
-    graph.output('logits', logits(graph, spec, weights, decoder(graph, spec, weights, inputs, selector)));
-    using program = Program.compile(graph, engine);
-    const result = await program.run({
-      feeds: {
-        ids: Int32Array.from(vectors.ids),
-        positions: positionsOf(vectors.offsets),
-        offsets: Int32Array.from(vectors.offsets),
-        ...feeds,
-      },
-    });
-    for (const { weight, bias } of tensors.values()) {
-      weight.dispose();
-      bias.dispose();
-    }
-    return result;
-  }
+  const run = (select: Select, feeds: Record<string, TypedArray> = {}) => {
+    const router = (id: string) => ({ weight: vectors[`router.${id}.weight`], bias: vectors[`router.${id}.bias`] });
+    const batch = { ids: vectors.ids, positions: positionsOf(vectors.offsets), offsets: vectors.offsets };
+    return runSelected(engine, directory, policy, router, batch, select, feeds);
+  };
   const training = (graph: Graph, routers: ReturnType<typeof routerNodes>) =>
     trainingSelector(graph, policy, routers, segments);
   const inference = (graph: Graph, routers: ReturnType<typeof routerNodes>) =>

@@ -12,19 +12,17 @@ import {
   inferenceSelector,
   randomSelector,
   recordedSelector,
-  routerNodes,
+  type routerNodes,
   scoreFeed,
   spanFeed,
   thresholdFeed,
   trainingSelector,
 } from '../../lib/elastic/rows.js';
-import { Graph, Program } from '../../lib/graph/index.js';
-import { Checkpoint } from '../../lib/io/safetensors.js';
-import { decoder, logits } from '../../lib/model/decoder.js';
+import type { Graph } from '../../lib/graph/index.js';
 import { type Selector, selectEverything } from '../../lib/model/select.js';
-import { bindWeights, loadWeights } from '../../lib/model/weights.js';
-import { Engine, Tensor, type TypedArray } from '../../lib/native/index.js';
+import { Engine, type TypedArray } from '../../lib/native/index.js';
 import { goldenDirectory, positionsOf, readSpec } from '../model/golden.js';
+import { runSelected, type Select } from './selected.js';
 
 let engine: Engine;
 beforeAll(() => {
@@ -47,41 +45,17 @@ async function run(
   feeds: Record<string, TypedArray> = {},
   only: readonly number[] = lengths.map((_, s) => s),
 ) {
-  using checkpoint = Checkpoint.open(directory);
-  using loaded = loadWeights(spec, checkpoint);
-  const tensors = new Map(
-    routerPlaces(policy).map(({ id }, r) => [
-      id,
-      {
-        weight: Tensor.fromData(
-          'f32',
-          [1, spec.hidden],
-          Float32Array.from({ length: spec.hidden }, (_, i) => Math.sin(i + r)),
-        ),
-        bias: Tensor.fromData('f32', [1], Float32Array.of(0.1)),
-      },
-    ]),
-  );
   const starts = lengths.map((_, s) => lengths.slice(0, s).reduce((a, b) => a + b, 0));
   const ids = only.flatMap((s) => tokens.slice(starts[s], starts[s] + lengths[s]));
   const offsets = [0];
   for (const s of only) offsets.push(offsets.at(-1)! + lengths[s]);
-  const graph = new Graph();
-  const weights = bindWeights(graph, loaded.weights);
-  const inputs = {
-    ids: graph.feed('ids', 'i32', [ids.length]),
-    positions: graph.feed('positions', 'i32', [ids.length]),
-    offsets: graph.feed('offsets', 'i32', [offsets.length]),
-  };
-  const selector = recordedSelector(graph, build(graph, routerNodes(graph, tensors), only.length, ids.length));
-  graph.output('logits', logits(graph, spec, weights, decoder(graph, spec, weights, inputs, selector)));
-  using program = Program.compile(graph, engine);
-  const own = { ids: Int32Array.from(ids), positions: positionsOf(offsets), offsets: Int32Array.from(offsets) };
-  const result = await program.run({ feeds: { ...own, ...feeds } });
-  for (const { weight, bias } of tensors.values()) {
-    weight.dispose();
-    bias.dispose();
-  }
+  const router = (_: string, r: number) => ({
+    weight: Float32Array.from({ length: spec.hidden }, (_, i) => Math.sin(i + r)),
+    bias: Float32Array.of(0.1),
+  });
+  const select: Select = (graph, routers) => recordedSelector(graph, build(graph, routers, only.length, ids.length));
+  const batch = { ids, positions: positionsOf(offsets), offsets };
+  const result = await runSelected(engine, directory, policy, router, batch, select, feeds);
   return { ...result, logits: result.outputs.logits as Float32Array, offsets };
 }
 

@@ -15,19 +15,15 @@ import {
   randomSelector,
   recordedExperts,
   recordedSelector,
-  routerNodes,
   scoreFeed,
   thresholdFeed,
   trainingSelector,
 } from '../../lib/elastic/rows.js';
-import { Graph, heldWidth, Program } from '../../lib/graph/index.js';
-import { Checkpoint } from '../../lib/io/safetensors.js';
-import { decoder } from '../../lib/model/decoder.js';
-import type { Selector } from '../../lib/model/select.js';
-import { bindWeights, loadWeights } from '../../lib/model/weights.js';
-import { Engine, Tensor, type TypedArray } from '../../lib/native/index.js';
+import { heldWidth } from '../../lib/graph/index.js';
+import { Engine, type TypedArray } from '../../lib/native/index.js';
 import { goldenDirectory, readSpec } from '../model/golden.js';
 import { random } from '../ops/harness.js';
+import { runSelected, type Select } from './selected.js';
 
 let engine: Engine;
 beforeAll(() => {
@@ -66,42 +62,16 @@ const values = new Map(
 );
 
 /** Which of the rows entered the sub-layer of layer 0, and of these which chose each expert. */
-async function run(
-  select: (graph: Graph, routers: ReturnType<typeof routerNodes>) => Selector,
-  feeds: Record<string, TypedArray>,
-) {
-  using checkpoint = Checkpoint.open(directory);
-  using loaded = loadWeights(spec, checkpoint);
-  const tensors = new Map(
-    routerPlaces(policy).map(({ id, outputs }) => [
-      id,
-      {
-        weight: Tensor.fromData('f32', [outputs, spec.hidden], values.get(id)!.subarray(outputs)),
-        bias: Tensor.fromData('f32', [outputs], values.get(id)!.subarray(0, outputs)),
-      },
-    ]),
-  );
-  const graph = new Graph();
-  const inputs = {
-    ids: graph.feed('ids', 'i32', [rows]),
-    positions: graph.feed('positions', 'i32', [rows]),
-    offsets: graph.feed('offsets', 'i32', [offsets.length]),
+async function run(select: Select, feeds: Record<string, TypedArray>) {
+  const router = (id: string) => {
+    const own = values.get(id)!;
+    const outputs = own.length / (spec.hidden + 1);
+    return { weight: own.subarray(outputs), bias: own.subarray(0, outputs) };
   };
-  const selector = recordedExperts(graph, recordedSelector(graph, select(graph, routerNodes(graph, tensors))));
-  graph.output('x', decoder(graph, spec, bindWeights(graph, loaded.weights), inputs, selector));
-  using program = Program.compile(graph, engine);
-  const { outputs } = await program.run({
-    feeds: {
-      ids: Int32Array.from({ length: rows }, (_, i) => (i * 11 + 3) % 29),
-      positions: Int32Array.from(positions),
-      offsets: Int32Array.from(offsets),
-      ...feeds,
-    },
-  });
-  for (const { weight, bias } of tensors.values()) {
-    weight.dispose();
-    bias.dispose();
-  }
+  const ids = positions.map((_, i) => (i * 11 + 3) % 29);
+  const recorded: Select = (graph, routers) => recordedExperts(graph, recordedSelector(graph, select(graph, routers)));
+  const batch = { ids, positions, offsets };
+  const { outputs } = await runSelected(engine, directory, policy, router, batch, recorded, feeds);
   const choices = (axis: 'heads' | 'blocks') => {
     const [place, id] =
       axis === 'heads' ? (['attn', 'layers.0.attn.heads'] as const) : (['mlp', 'layers.0.mlp.blocks'] as const);
@@ -144,8 +114,11 @@ const nothing = Object.fromEntries(
     outputs > 1 ? [[decidedFeed(id), new Float32Array(sequences.length * heldWidth(outputs)).fill(Number.NaN)]] : [],
   ),
 );
-type Select = (graph: Graph, routers: ReturnType<typeof routerNodes>, policy: ElasticPolicy) => Selector;
-const ways: [string, Select, Record<string, TypedArray>][] = [
+const ways: [
+  string,
+  (...args: [...Parameters<Select>, policy: ElasticPolicy]) => ReturnType<Select>,
+  Record<string, TypedArray>,
+][] = [
   ['training', (graph, routers, p) => trainingSelector(graph, p, routers, sequences.length), half],
   [
     'training with noise',
